@@ -1,0 +1,52 @@
+"""jft: fine-tune pretrained models in JAX, and do arithmetic with what fine-tuning changed.
+
+The public names load what they need when first used, so that ``import jft`` itself is light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# name -> (module, attribute); attribute None: the module itself.
+_PUBLIC = {
+    "load": ("jft.models", "load"),
+    "save": ("jft.models", "save"),
+    "Model": ("jft.models", "Model"),
+    "TaskVector": ("jft.delta", "TaskVector"),
+    "apply": ("jft.delta", "apply"),
+    "revert": ("jft.delta", "revert"),
+    "method": ("jft.methods", "method"),
+    "finetune": ("jft.train", "finetune"),
+    "merge": ("jft.merge", None),
+    "models": ("jft.models", None),
+    "data": ("jft.data", None),
+    "delta": ("jft.delta", None),
+    "methods": ("jft.methods", None),
+    "parallel": ("jft.parallel", None),
+    "train": ("jft.train", None),
+    "tree": ("jft.tree", None),
+    "analysis": ("jft.analysis", None),
+}
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from jft import analysis, data, delta, merge, methods, models, parallel, train, tree
+    from jft.delta import TaskVector, apply, revert
+    from jft.methods import method
+    from jft.models import Model, load, save
+    from jft.train import finetune
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'jft' has no attribute {name!r}")
+    module, attribute = _PUBLIC[name]
+    loaded = importlib.import_module(module)
+    return loaded if attribute is None else getattr(loaded, attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,191 @@
+"""`Method` and `Plan`: which weights train and how, first in general, then for one model's parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jft import delta, tree
+from jft.methods.parametrise import InPlace, InPlaceLayers, LowRank, Parametrisation
+
+LAYER_IN_PATH = re.compile(r"(?:^|/)(?:layers?|blocks?|h)(?:/|_)(\d+)(?:/|$)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Select:
+    """Which weights a method acts on.
+
+    include, exclude: regular expressions on paths (``re.search``). linear_only: matrices inside layers, no embeddings,
+    heads, norms or routers. layers: indices of layers (negative from the end), None for all; then nothing outside layers
+    is selected. A pattern that matches nothing is refused.
+    """
+
+    include: tuple[str, ...] = ("",)
+    exclude: tuple[str, ...] = ()
+    linear_only: bool = False
+    layers: tuple[int, ...] | None = None
+
+    def paths(self, shapes: Mapping[str, Any], linear: tuple[str, ...]) -> list[str]:
+        """The selected paths among ``shapes``; ``linear`` are those that count as matrices inside layers."""
+        candidates = list(linear) if self.linear_only else list(shapes)
+        chosen = tree.matching(candidates, self.include)
+        excluded = tree.matcher(self.exclude)
+        return [p for p in chosen if not (self.exclude and excluded(p))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A composition: *select* which weights, *train* them in some parametrisation.
+
+    also: patterns trained in place beside them (a task head, norms). freeze: patterns that never train, whatever else
+    says so. name and options say where it came from and go into every manifest.
+    """
+
+    select: Select
+    train: Parametrisation
+    also: tuple[str, ...] = ()
+    freeze: tuple[str, ...] = ()
+    name: str = "custom"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def plan(self, params: Any, model: Any = None) -> Plan:
+        """What this method does to ``params`` (arrays or shapes): a parametrisation for each weight that trains."""
+        shapes = tree.flatten(params)
+        if not shapes:
+            raise ValueError("the model has no parameters to train")
+        stacked = hasattr(model, "linear_paths")
+        linear = tuple(model.linear_paths(params)) if stacked else _matrices(shapes)
+        chosen = self.select.paths(shapes, linear)
+        leaves: dict[str, Parametrisation] = {}
+        if self.select.layers is None:
+            leaves = dict.fromkeys(chosen, self.train)
+        else:
+            leaves = _by_layer(chosen, shapes, self.select.layers, self.train, stacked)
+        if self.also:
+            leaves |= dict.fromkeys(tree.matching(shapes, self.also, "also"), InPlace())
+        if self.freeze:
+            for path in tree.matching(shapes, self.freeze, "freeze"):
+                leaves.pop(path, None)
+        integers = [p for p in leaves if not jnp.issubdtype(shapes[p].dtype, jnp.floating)]
+        for path in integers:
+            leaves.pop(path)
+        if not leaves:
+            raise ValueError(f"method {self.name!r} selects no weight: include={self.select.include}, freeze={self.freeze}")
+        _check(leaves, shapes, self.name)
+        ordered = {p: leaves[p] for p in shapes if p in leaves}
+        return Plan(self, ordered, structured=stacked)
+
+
+def _matrices(shapes: Mapping[str, Any]) -> tuple[str, ...]:
+    """Weights of a model jft does not know that look like matrix products: two axes, and not an embedding table."""
+    return tuple(p for p, x in shapes.items() if len(x.shape) == 2 and not re.search("embed|table|position", p.lower()))
+
+
+def _check(leaves: Mapping[str, Parametrisation], shapes: Mapping[str, Any], name: str) -> None:
+    for path, how in leaves.items():
+        if isinstance(how, LowRank) and (len(shapes[path].shape) < 2 or how.rank < 1):
+            raise ValueError(f"method {name!r}: {path} of shape {shapes[path].shape} has no factors of rank {how.rank}; "
+                             "choose matrices (select.include) and a rank of at least 1")
+
+
+def _by_layer(chosen: list[str], shapes: Mapping[str, Any], layers: tuple[int, ...], train: Parametrisation,
+              stacked: bool) -> dict[str, Parametrisation]:
+    """Parametrisations for some layers only: runs of a stacked leaf, or the paths that carry the layer's number."""
+    if not isinstance(train, InPlace):
+        raise ValueError("a choice of layers goes with in-place training; give LoRA a pattern, or train all layers")
+    if stacked:
+        return _stacked_layers(chosen, shapes, layers)
+    numbered = {p: int(m[1]) for p in shapes if (m := LAYER_IN_PATH.search(p))}
+    if not numbered:
+        raise ValueError("this model's paths carry no layer numbers (layers/3/...); select by pattern instead")
+    wanted = _resolve(layers, max(numbered.values()) + 1)
+    return {p: train for p in chosen if numbered.get(p) in wanted}
+
+
+def _stacked_layers(chosen: list[str], shapes: Mapping[str, Any], layers: tuple[int, ...]) -> dict[str, Parametrisation]:
+    leaves: dict[str, Parametrisation] = {}
+    for path in shapes:
+        if not (path.startswith("layers/") or "/layers/" in path):
+            continue
+        length = shapes[path].shape[0]
+        wanted = _resolve(layers, length) if path in chosen else frozenset()
+        split = _resolve(layers, length)
+        flags = [i in split for i in range(length)]
+        sizes = tuple(len(list(g)) for _, g in itertools.groupby(flags))
+        trains = tuple(k for k, _ in itertools.groupby(flags))
+        # Frozen leaves are cut as well, once, at the start: slicing them in the step would copy them every time.
+        leaves[path] = InPlaceLayers(sizes, trains if wanted else (False,) * len(sizes))
+    return leaves
+
+
+def _resolve(layers: tuple[int, ...], length: int) -> frozenset[int]:
+    outside = [i for i in layers if not -length <= i < length]
+    if outside:
+        raise ValueError(f"layer {outside[0]} does not exist: the model has {length} layers (0 to {length - 1})")
+    return frozenset(i % length for i in layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A method laid out on one model's weights: the split into kept and trained, and the way back.
+
+    leaves: ``{path: parametrisation}`` for what is not simply frozen. structured: whether the model takes structured
+    weights (jft's own models do; any other ``apply`` gets plain arrays).
+    """
+
+    method: Method
+    leaves: Mapping[str, Parametrisation]
+    structured: bool
+
+    def init(self, key: jax.Array, params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """``(kept, trained)``, both by path. Trained values are copies, safe to donate; kept ones are ``params``' own."""
+        kept, trained = {}, {}
+        for path, w in tree.flatten(params).items():
+            how = self.leaves.get(path)
+            kept[path], trained[path] = (w, None) if how is None else how.init(tree.key_for(key, path), w)
+        return kept, {p: t for p, t in trained.items() if jax.tree.leaves(t)}
+
+    def bind(self, kept: Mapping[str, Any], trained: Mapping[str, Any], dtype: Any = None, template: Any = None) -> Any:
+        """The parameters the model sees, differentiable in ``trained``; trained values cast to ``dtype`` if given.
+
+        template: a tree whose containers to use where they are not plain dicts.
+        """
+        flat = {}
+        for path, base in kept.items():
+            how = self.leaves.get(path)
+            values = tree.cast(trained.get(path, ()), dtype)
+            flat[path] = base if how is None else how.bind(base, values, self.structured)
+        return tree.unflatten(flat) if template is None else tree.like(template, flat)
+
+    def merged(self, base: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> Any:
+        """Plain parameters after training, in the dtypes and containers of ``base``."""
+        flat = tree.flatten(base)
+        out = dict(flat)
+        for path, how in self.leaves.items():
+            value = how.bind(kept[path], trained.get(path, ()), structured=False)
+            out[path] = value.astype(flat[path].dtype)
+        return tree.like(base, out)
+
+    def encode(self, base: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, delta.Encoding]:
+        """``{path: encoded change}`` for what trained, in float32."""
+        flat = tree.flatten(base)
+        return {p: self.leaves[p].encode(flat[p], kept[p], t) for p, t in trained.items()}
+
+    def scales(self, trained: Mapping[str, Any]) -> dict[str, Any]:
+        """Learning-rate multipliers, shaped like ``trained``."""
+        return {p: self.leaves[p].scales(t) for p, t in trained.items()}
+
+    def specs(self, specs: Mapping[str, PartitionSpec], params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Shardings of :meth:`init`'s result, from those of the weights by path."""
+        kept, trained = {}, {}
+        for path, w in tree.flatten(params).items():
+            how = self.leaves.get(path)
+            kept[path], trained[path] = (specs[path], None) if how is None else how.specs(specs[path], w)
+        return kept, {p: t for p, t in trained.items() if t is not None and t != ()}

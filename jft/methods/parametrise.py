@@ -1,0 +1,175 @@
+"""How one weight trains: parametrisations, each a few pure functions of that weight alone.
+
+A parametrisation splits a weight ``w`` into what is *kept* (never differentiated, stored or saved) and what is *trained*
+(a small pytree, in float32 masters), and knows how to put them together again and what the resulting delta is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jft import delta
+from jft.models.core import Runs, dot, take
+
+Array = jax.Array
+
+
+class Parametrisation(Protocol):
+    """What :class:`jft.methods.method.Plan` asks of each weight that trains."""
+
+    def init(self, key: Array, w: Array) -> tuple[Any, Any]:
+        """``(kept, trained)`` for the base weight ``w``; together they must give ``w`` back exactly."""
+        ...
+
+    def bind(self, kept: Any, trained: Any, structured: bool) -> Any:
+        """What the model sees: differentiable in ``trained``. Unless ``structured``, a plain array."""
+        ...
+
+    def encode(self, base: Array, kept: Any, trained: Any) -> delta.Encoding:
+        """The change from ``base``, in float32 and in its natural encoding."""
+        ...
+
+    def scales(self, trained: Any) -> Any:
+        """Learning-rate multipliers, a float for each leaf of ``trained``."""
+        ...
+
+    def specs(self, spec: PartitionSpec, w: Any) -> tuple[Any, Any]:
+        """Sharding of ``(kept, trained)`` for a weight (array or shape) sharded as ``spec``."""
+        ...
+
+
+def _master(w: Array) -> Array:
+    return jnp.asarray(w, jnp.promote_types(w.dtype, jnp.float32), copy=True)
+
+
+def _padded(spec: PartitionSpec, ndim: int) -> tuple:
+    return tuple(spec) + (None,) * (ndim - len(tuple(spec)))
+
+
+@dataclasses.dataclass(frozen=True)
+class InPlace:
+    """The values themselves train, from ``w``, as a float32 master copy. Nothing is kept."""
+
+    def init(self, key: Array, w: Array) -> tuple[Any, Any]:
+        return None, _master(w)
+
+    def bind(self, kept: Any, trained: Array, structured: bool) -> Array:
+        return trained
+
+    def encode(self, base: Array, kept: Any, trained: Array) -> delta.Encoding:
+        return delta.Dense(trained.astype(jnp.float32) - base.astype(jnp.float32))
+
+    def scales(self, trained: Any) -> Any:
+        return 1.0
+
+    def specs(self, spec: PartitionSpec, w: Any) -> tuple[Any, Any]:
+        return None, spec
+
+
+@dataclasses.dataclass(frozen=True)
+class InPlaceLayers:
+    """In place, but only in some of the stacked layers: the leaf ``w[L, ...]`` is cut into :class:`Runs`.
+
+    sizes: lengths of consecutive runs that sum to L. trains: which of them train. The trained leaf is a tuple of their
+    arrays, and scans of frozen runs below the first trained one have no backward pass at all.
+    """
+
+    sizes: tuple[int, ...]
+    trains: tuple[bool, ...]
+
+    def _pieces(self, w: Array) -> list[Array]:
+        starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
+        return [w[s : s + n] for s, n in zip(starts, self.sizes, strict=True)]
+
+    def init(self, key: Array, w: Array) -> tuple[Any, Any]:
+        pieces = list(zip(self._pieces(w), self.trains, strict=True))
+        return tuple(p for p, t in pieces if not t), tuple(_master(p) for p, t in pieces if t)
+
+    def bind(self, kept: Any, trained: Any, structured: bool) -> Any:
+        kept, trained = iter(kept), iter(trained)
+        parts = tuple(next(trained) if t else next(kept) for t in self.trains)
+        return Runs(parts, self.sizes) if structured else jnp.concatenate(parts)
+
+    def encode(self, base: Array, kept: Any, trained: Any) -> delta.Encoding:
+        changed = [p for p, t in zip(self._pieces(base), self.trains, strict=True) if t]
+        values = [n.astype(jnp.float32) - o.astype(jnp.float32) for n, o in zip(trained, changed, strict=True)]
+        if not values:
+            return delta.Rows(jnp.zeros((0,), jnp.int32), jnp.zeros((0, *base.shape[1:]), jnp.float32), base.shape)
+        starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
+        index = [i for s, n, t in zip(starts, self.sizes, self.trains, strict=True) if t for i in range(s, s + n)]
+        return delta.Rows(jnp.asarray(index, jnp.int32), jnp.concatenate(values), base.shape)
+
+    def scales(self, trained: Any) -> Any:
+        return tuple(1.0 for _ in trained)
+
+    def specs(self, spec: PartitionSpec, w: Any) -> tuple[Any, Any]:
+        return tuple(spec for t in self.trains if not t), tuple(spec for t in self.trains if t)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRankWeight:
+    """The structured weight ``w + scale * a @ b``, never formed: ``dot`` costs two thin products more than ``x @ w``."""
+
+    w: Any
+    a: Array
+    b: Array
+    scale: float = dataclasses.field(metadata={"static": True})
+
+    def __jft_dot__(self, x: Array) -> Array:
+        return dot(x, self.w) + self.scale * dot(dot(x, self.a), self.b)
+
+    def __jft_take__(self, ids: Array) -> Array:
+        rows = take(self.a, ids, self.a.dtype)
+        return take(self.w, ids, self.a.dtype) + self.scale * dot(rows, self.b)
+
+    def __jft_transpose__(self) -> LowRankWeight:
+        swap = [jnp.swapaxes(x, -1, -2) for x in (self.w, self.b, self.a)]
+        return LowRankWeight(*swap, self.scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """``w + (alpha / rank) * a @ b``, or ``alpha / sqrt(rank)`` with ``rank_stabilised``.
+
+    For ``w[..., I, O]``: a ``[..., I, rank]`` uniform in ``+-1/sqrt(I)`` (the Kaiming-uniform draw with slope sqrt(5) of
+    the reference implementation), b ``[..., rank, O]`` zero; leading axes (layers, experts) each have their own. ``b``
+    learns at ``b_rate`` times the learning rate (LoRA+). Hu et al. 2021, arXiv:2106.09685; Kalajdzievski 2023,
+    arXiv:2312.03732; Hayou et al. 2024, arXiv:2402.12354.
+    """
+
+    rank: int
+    alpha: float
+    rank_stabilised: bool = False
+    b_rate: float = 1.0
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+    def init(self, key: Array, w: Array) -> tuple[Any, Any]:
+        *lead, rows, columns = w.shape
+        bound = 1 / math.sqrt(rows)
+        a = jax.random.uniform(key, (*lead, rows, self.rank), jnp.float32, -bound, bound)
+        return w, {"a": a, "b": jnp.zeros((*lead, self.rank, columns), jnp.float32)}
+
+    def bind(self, kept: Array, trained: Any, structured: bool) -> Any:
+        if structured:
+            return LowRankWeight(kept, trained["a"], trained["b"], self.scale)
+        return (kept.astype(jnp.float32) + self.scale * trained["a"] @ trained["b"]).astype(kept.dtype)
+
+    def encode(self, base: Array, kept: Any, trained: Any) -> delta.Encoding:
+        return delta.LowRank(trained["a"].astype(jnp.float32), self.scale * trained["b"].astype(jnp.float32))
+
+    def scales(self, trained: Any) -> Any:
+        return {"a": 1.0, "b": self.b_rate}
+
+    def specs(self, spec: PartitionSpec, w: Any) -> tuple[Any, Any]:
+        *lead, rows, columns = _padded(spec, len(w.shape))
+        return spec, {"a": PartitionSpec(*lead, rows, None), "b": PartitionSpec(*lead, None, columns)}

@@ -1,0 +1,84 @@
+"""The registry of presets: a published method is one entry naming its choices and its paper."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jft.methods.method import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A registered preset: its builder, its paper, and what `jft methods` says of it."""
+
+    name: str
+    build: Callable[..., Method]
+    paper: str
+
+    @property
+    def summary(self) -> str:
+        return inspect.getdoc(self.build).split("\n\n")[0].replace("\n", " ")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its arguments and their defaults."""
+        parameters = inspect.signature(self.build).parameters.values()
+        return {p.name: None if p.default is p.empty else p.default for p in parameters}
+
+
+_ENTRIES: dict[str, Entry] = {}
+
+
+def register(name: str, *, paper: str) -> Callable[[Callable[..., Method]], Callable[..., Method]]:
+    """Decorator: make ``build(**options) -> Method`` available as ``jft.method(name, **options)``."""
+
+    def add(build: Callable[..., Method]) -> Callable[..., Method]:
+        if name in _ENTRIES:
+            raise ValueError(f"method {name!r} is registered already")
+        if not inspect.getdoc(build):
+            raise ValueError(f"method {name!r} has no docstring; `jft methods` prints its first paragraph")
+        _ENTRIES[name] = Entry(name, build, paper)
+        return build
+
+    return add
+
+
+def entries() -> dict[str, Entry]:
+    """All presets by name."""
+    return dict(sorted(_ENTRIES.items()))
+
+
+def method(name: str, *, also: Sequence[str] | str = (), freeze: Sequence[str] | str = (), **options: Any) -> Method:
+    """The preset ``name`` with ``options``. ``also`` and ``freeze`` (patterns) go with every preset: see :class:`Method`.
+
+    Raises ``ValueError`` for an unknown name or option, with the nearest known one.
+    """
+    if name not in _ENTRIES:
+        raise ValueError(f"method {name!r} is unknown{_nearest(name, _ENTRIES)}; `jft methods` lists them all")
+    entry = _ENTRIES[name]
+    for option in options:
+        if option not in entry.options:
+            known = ", ".join(entry.options) or "none"
+            raise ValueError(f"method {name!r} has no option {option!r}{_nearest(option, entry.options)}; it has: {known}")
+    built = entry.build(**options)
+    said = {k: v for k, v in {"also": _patterns(also), "freeze": _patterns(freeze)}.items() if v}
+    return dataclasses.replace(
+        built,
+        name=name,
+        also=built.also + _patterns(also),
+        freeze=built.freeze + _patterns(freeze),
+        options={**entry.options, **options, **said},
+    )
+
+
+def _patterns(value: Sequence[str] | str) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

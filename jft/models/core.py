@@ -1,0 +1,207 @@
+"""What every model is made of: one matrix product, named sites, one scan over layers.
+
+A jft model is a pure function of nested dicts. Three conventions hold in all of them:
+
+* Leaf names say what a leaf is: ``w`` a matrix ``[..., in, out]``, ``b`` its bias, ``table`` an embedding ``[rows, D]``,
+  ``scale`` and ``bias`` those of a norm. Layers are stacked: everything under ``layers/`` has a leading axis L.
+* Every product ``x @ w`` goes through :meth:`Scope.dot` and every residual-stream value through :meth:`Scope.site`, each
+  under its name (that of the parameters: ``layers/attn/q``). Methods read and edit there by passing :class:`Hooks`.
+* A weight may be an array or a *structured weight*: a pytree with ``__jft_dot__(x)`` (and ``__jft_take__(ids)`` where it
+  stands for a table). Its leaves carry the leading L as well, so it slices under ``lax.scan`` like an array.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Params = Mapping[str, Any]
+
+
+def dot(x: Array, w: Any) -> Array:
+    """``x[..., in] @ w[in, out]`` in the dtype of ``x``, accumulated in float32; ``w`` an array or a structured weight."""
+    if hasattr(w, "__jft_dot__"):
+        return w.__jft_dot__(x)
+    return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=_accumulator(x.dtype)).astype(x.dtype)
+
+
+def take(w: Any, ids: Array, dtype: Any) -> Array:
+    """Rows ``ids`` of an embedding table ``w[rows, D]``, in ``dtype``."""
+    if hasattr(w, "__jft_take__"):
+        return w.__jft_take__(ids).astype(dtype)
+    return jnp.take(w, ids, axis=0, mode="clip").astype(dtype)
+
+
+def transpose(w: Any) -> Any:
+    """``w`` with its last two axes swapped, structured or not: a tied output head is ``dot(h, transpose(table))``."""
+    return w.__jft_transpose__() if hasattr(w, "__jft_transpose__") else jnp.swapaxes(w, -1, -2)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """A stacked leaf cut along its layer axis into consecutive runs, each an array or structured weight.
+
+    Layers that train and layers that do not then live in different scans, so that what is frozen costs no gradient:
+    training the last two of 32 layers never runs the backward pass of the first 30. ``sizes`` are the runs' lengths.
+    """
+
+    parts: tuple[Any, ...]
+    sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+def _is_runs(x: Any) -> bool:
+    return isinstance(x, Runs)
+
+
+def _cut(tree: Any, sizes: tuple[int, ...]) -> list[Any]:
+    """Stacked leaves (arrays, or :class:`Runs` of exactly these sizes) as one tree for each run."""
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+
+    def part(leaf: Any, i: int) -> Any:
+        if _is_runs(leaf):
+            if leaf.sizes != sizes:
+                raise ValueError(f"layers are cut into runs {leaf.sizes} here and {sizes} there; cut all alike")
+            return leaf.parts[i]
+        return jax.lax.slice_in_dim(leaf, starts[i], starts[i] + sizes[i], axis=0)
+
+    return [jax.tree.map(lambda leaf: part(leaf, i), tree, is_leaf=_is_runs) for i in range(len(sizes))]  # noqa: B023
+
+
+def _accumulator(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What a method reads and edits inside a model; static functions plus arrays.
+
+    ``product(name, x, w, state) -> (y, read)`` replaces every named product; ``value(name, h, state) -> (h, read)`` every
+    named residual-stream value (``h[B, T, D]``). ``read`` is a pytree to collect, or None. ``state[name]`` is handed in
+    where it is present; names under ``layers/`` hold leaves with a leading axis L and are sliced layer by layer.
+    ``Model.apply(params, batch, hooks=hooks)`` then returns ``(outputs, reads)``, reads by name, stacked over layers.
+    """
+
+    product: Callable[[str, Array, Any, Any], tuple[Array, Any]] | None = None
+    value: Callable[[str, Array, Any], tuple[Array, Any]] | None = None
+    state: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a model runs, as opposed to what it computes.
+
+    dtype: activations and products. remat: what the backward pass recomputes inside a layer: ``none`` nothing, ``full``
+    everything, ``dots`` all but the matrix products. unroll: layers per scan step (0: all of them, a plain loop whose
+    cost XLA counts in full).
+    """
+
+    dtype: Any = jnp.float32
+    remat: Literal["none", "full", "dots"] = "none"
+    unroll: int = 1
+
+
+class Scope:
+    """One trace of one ``apply``: gives names to products and values, and collects what hooks read.
+
+    It lives only while the function is traced; nothing is global, and inside a scan each layer gets its own.
+    """
+
+    def __init__(self, execution: Execution, hooks: Hooks | None = None, state: Mapping[str, Any] | None = None):
+        self.execution = execution
+        self.hooks = hooks
+        self.state = state if state is not None else (hooks.state if hooks else {})
+        self.reads: dict[str, Any] = {}
+
+    def dot(self, name: str, x: Array, params: Params, key: str = "w") -> Array:
+        """``x @ params['w'] (+ params['b'])`` under ``name``; hooks see the product before the bias is added."""
+        if self.hooks is None or self.hooks.product is None:
+            y = dot(x, params[key])
+        else:
+            y, read = self.hooks.product(name, x, params[key], self.state.get(name))
+            self._collect(name, read)
+        return y + params["b"].astype(y.dtype) if "b" in params else y
+
+    def site(self, name: str, h: Array) -> Array:
+        """The residual-stream value ``h`` under ``name``, possibly edited."""
+        if self.hooks is None or self.hooks.value is None:
+            return h
+        h, read = self.hooks.value(name, h, self.state.get(name))
+        self._collect(name, read)
+        return h
+
+    def _collect(self, name: str, read: Any) -> None:
+        if read is None:
+            return
+        if name in self.reads:
+            raise ValueError(f"site {name!r} was read twice in one pass; site names are unique")
+        self.reads[name] = read
+
+    def layers(self, prefix: str, body: Callable[[Scope, Array, Params, Any], Array], h: Array, params: Params,
+               xs: Any = None) -> Array:
+        """``h`` through stacked layers: ``body(scope, h, layer_params, layer_xs) -> h``, scanned over the axis L.
+
+        ``prefix`` (``layers``) is that of the parameters: hook state whose name starts with it is sliced with them.
+        """
+        inside = {k: v for k, v in self.state.items() if k.startswith(prefix + "/")}
+
+        def step(carry: Array, sliced: Any) -> tuple[Array, dict[str, Any]]:
+            layer_params, layer_xs, layer_state = sliced
+            scope = Scope(self.execution, self.hooks, layer_state)
+            return body(scope, carry, layer_params, layer_xs), scope.reads
+
+        step = _remat(step, self.execution.remat)
+        stacked = (params, xs, inside)
+        runs = [leaf for leaf in jax.tree.leaves(params, is_leaf=_is_runs) if _is_runs(leaf)]
+        collected = []
+        for run in _cut(stacked, runs[0].sizes) if runs else [stacked]:
+            length = jax.tree.leaves(run)[0].shape[0]
+            h, reads = jax.lax.scan(step, h, run, unroll=min(self.execution.unroll or length, length))
+            collected.append(reads)
+        for name in collected[0]:
+            reads = [r[name] for r in collected]
+            self._collect(name, reads[0] if len(reads) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *reads))
+        return h
+
+
+def _remat(step: Callable, policy: str) -> Callable:
+    if policy == "none":
+        return step
+    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    if policy not in policies:
+        raise ValueError(f"remat policy {policy!r} is unknown; choose none, full or dots")
+    return jax.checkpoint(step, policy=policies[policy], prevent_cse=False)
+
+
+def layer_norm(x: Array, params: Params, eps: float) -> Array:
+    """``(x - mean) / sqrt(var + eps) * scale + bias`` over the last axis, in float32 (Ba et al. 2016, arXiv:1607.06450)."""
+    y = x.astype(_accumulator(x.dtype))
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    y = y * params["scale"].astype(y.dtype)
+    return (y + params["bias"].astype(y.dtype) if "bias" in params else y).astype(x.dtype)
+
+
+def rms_norm(x: Array, params: Params, eps: float, offset: float = 0.0) -> Array:
+    """``x / sqrt(mean(x^2) + eps) * (offset + scale)`` in float32 (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    Gemma stores ``scale - 1``: ``offset=1``.
+    """
+    y = x.astype(_accumulator(x.dtype))
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return (y * (offset + params["scale"].astype(y.dtype))).astype(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+}

@@ -1,0 +1,172 @@
+"""Paths, pattern selection, counts and fingerprints of pytrees.
+
+A *path* is the keys that lead to a leaf, joined by ``/``: ``layers/attn/q/w``. Everything in jft that speaks of "which
+weights" speaks of paths, so that a selection written for one model reads the same in a config, a log and a file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Tree = Any
+SEPARATOR = "/"
+
+
+def path_of(keys: tuple) -> str:
+    """The path string of a key tuple from ``jax.tree_util``."""
+    return jax.tree_util.keystr(keys, simple=True, separator=SEPARATOR)
+
+
+def flatten(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """``{path: leaf}`` in tree order. ``None`` leaves are absent, as everywhere in JAX."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    return {path_of(keys): leaf for keys, leaf in leaves}
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict:
+    """Nested dicts from ``{path: leaf}``; the inverse of :func:`flatten` for trees of dicts."""
+    root: dict = {}
+    for path, leaf in flat.items():
+        node = root
+        *parents, last = path.split(SEPARATOR)
+        for key in parents:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"path {path!r} runs through another leaf")
+        if last in node:
+            raise ValueError(f"path {path!r} is both a leaf and a parent, or stands twice")
+        node[last] = leaf
+    return root
+
+
+def like(tree: Tree, flat: Mapping[str, Any]) -> Tree:
+    """``tree`` with its leaves replaced by those of ``flat`` (every path must be there): keeps non-dict containers."""
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    return jax.tree_util.tree_unflatten(treedef, [flat[path_of(keys)] for keys, _ in keyed])
+
+
+def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """``jax.tree.map`` whose function also gets the path: ``fn(path, leaf, *other_leaves)``."""
+    return jax.tree_util.tree_map_with_path(lambda keys, *leaves: fn(path_of(keys), *leaves), tree, *rest)
+
+
+def matcher(patterns: str | Iterable[str]) -> Callable[[str], bool]:
+    """A predicate on paths: true where any of the regular expressions is found (``re.search``).
+
+    Anchor with ``^`` and ``$`` for the whole path. Raises ``ValueError`` naming a pattern that does not compile.
+    """
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    compiled = []
+    for pattern in patterns:
+        try:
+            compiled.append(re.compile(pattern))
+        except re.error as error:
+            raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+    return lambda path: any(p.search(path) for p in compiled)
+
+
+def matching(paths: Iterable[str], patterns: str | Iterable[str], what: str = "pattern") -> list[str]:
+    """The paths that match any pattern, in order. A pattern that matches nothing is refused with the nearest paths."""
+    paths = list(paths)
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    for pattern in patterns:
+        hit = matcher(pattern)
+        if not any(hit(p) for p in paths):
+            near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
+            raise ValueError(f"{what} {pattern!r} matches no weight; nearest paths: {', '.join(near)}")
+    hit = matcher(patterns)
+    return [p for p in paths if hit(p)]
+
+
+def partition(tree: Tree, keep: Callable[[str], bool]) -> tuple[Tree, Tree]:
+    """Two trees of the same structure: leaves whose path is kept, and the others; ``None`` in the gaps."""
+    return (
+        map_with_path(lambda p, x: x if keep(p) else None, tree),
+        map_with_path(lambda p, x: None if keep(p) else x, tree),
+    )
+
+
+def combine(first: Tree, second: Tree) -> Tree:
+    """The inverse of :func:`partition`."""
+    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None)
+
+
+def size(x: Any) -> int:
+    """Elements of an array or a shape, as a Python integer (no 2**31 limit)."""
+    return math.prod(x.shape)
+
+
+def count(tree: Tree) -> int:
+    """Total number of elements."""
+    return sum(size(x) for x in jax.tree.leaves(tree))
+
+
+def nbytes(tree: Tree) -> int:
+    """Total bytes of all leaves, as they are typed."""
+    return sum(size(x) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def cast(tree: Tree, dtype: Any) -> Tree:
+    """Floating-point leaves in ``dtype``; others, and ``dtype=None``, as they are."""
+    if dtype is None:
+        return tree
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def _mix(h: jax.Array) -> jax.Array:
+    """A 32-bit finaliser (MurmurHash3's): every input bit reaches every output bit."""
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
+
+
+def _words(x: jax.Array) -> jax.Array:
+    """The bits of each element as uint32, sub-words of wider types folded together."""
+    if x.dtype == jnp.bool_:
+        return x.astype(jnp.uint32)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return _mix(_words(x.real)) ^ _words(x.imag)
+    width = np.dtype(x.dtype).itemsize
+    if width == 8:
+        low_high = jax.lax.bitcast_convert_type(x, jnp.uint32)
+        return _mix(low_high[..., 0]) ^ low_high[..., 1]
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]
+    return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    """Two uint32 sums over elements of a hash of (index, bits): exact integers, hence the same under any sharding."""
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis in range(x.ndim):
+        place = _mix(place + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) + jnp.uint32(0x9E3779B9 + axis))
+    words = _mix(_words(x) ^ place)
+    return jnp.stack([jnp.sum(words, dtype=jnp.uint32), jnp.sum(_mix(words + jnp.uint32(1)), dtype=jnp.uint32)])
+
+
+def fingerprint(tree: Tree) -> str:
+    """32 hex digits over paths, shapes, dtypes and contents; equal on 1 device and on 256.
+
+    Contents enter as order-free integer checksums computed where the shards live, so nothing is gathered.
+    """
+    flat = flatten(tree)
+    sums = jax.device_get({p: _checksum(jnp.asarray(x)) for p, x in flat.items()})
+    digest = hashlib.sha256()
+    for path in sorted(flat):
+        leaf = flat[path]
+        digest.update(f"{path}:{tuple(leaf.shape)}:{np.dtype(leaf.dtype).name}:{sums[path].tolist()}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def key_for(key: jax.Array, path: str) -> jax.Array:
+    """A random key that depends on ``key`` and the path alone: the same draw wherever and in whatever order it is made."""
+    return jax.random.fold_in(key, int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "little"))
