@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: mapping tables, a lazy reader, a streaming writer."""
