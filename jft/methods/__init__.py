@@ -6,6 +6,16 @@ from jft.methods.parametrise import InPlace, InPlaceLayers, LowRank, LowRankWeig
 from jft.methods.registry import Entry, entries, method, register
 
 __all__ = [
-    "Entry", "InPlace", "InPlaceLayers", "LowRank", "LowRankWeight", "Method", "Parametrisation", "Plan", "Select",
-    "entries", "method", "register",
+    "Entry",
+    "InPlace",
+    "InPlaceLayers",
+    "LowRank",
+    "LowRankWeight",
+    "Method",
+    "Parametrisation",
+    "Plan",
+    "Select",
+    "entries",
+    "method",
+    "register",
 ]

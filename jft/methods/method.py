@@ -77,10 +77,15 @@ class Method:
         for path in integers:
             leaves.pop(path)
         if not leaves:
-            raise ValueError(f"method {self.name!r} selects no weight: include={self.select.include}, freeze={self.freeze}")
+            raise ValueError(
+                f"method {self.name!r} selects no weight: include={self.select.include}, freeze={self.freeze}"
+            )
         _check(leaves, shapes, self.name)
         ordered = {p: leaves[p] for p in shapes if p in leaves}
-        return Plan(self, ordered, structured=stacked)
+        return Plan(self, ordered, tuple(shapes), jax.tree.structure(params), structured=stacked)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.select, self.train, self.also, self.freeze))
 
 
 def _matrices(shapes: Mapping[str, Any]) -> tuple[str, ...]:
@@ -91,12 +96,15 @@ def _matrices(shapes: Mapping[str, Any]) -> tuple[str, ...]:
 def _check(leaves: Mapping[str, Parametrisation], shapes: Mapping[str, Any], name: str) -> None:
     for path, how in leaves.items():
         if isinstance(how, LowRank) and (len(shapes[path].shape) < 2 or how.rank < 1):
-            raise ValueError(f"method {name!r}: {path} of shape {shapes[path].shape} has no factors of rank {how.rank}; "
-                             "choose matrices (select.include) and a rank of at least 1")
+            raise ValueError(
+                f"method {name!r}: {path} of shape {shapes[path].shape} has no factors of rank {how.rank}; "
+                "choose matrices (select.include) and a rank of at least 1"
+            )
 
 
-def _by_layer(chosen: list[str], shapes: Mapping[str, Any], layers: tuple[int, ...], train: Parametrisation,
-              stacked: bool) -> dict[str, Parametrisation]:
+def _by_layer(
+    chosen: list[str], shapes: Mapping[str, Any], layers: tuple[int, ...], train: Parametrisation, stacked: bool
+) -> dict[str, Parametrisation]:
     """Parametrisations for some layers only: runs of a stacked leaf, or the paths that carry the layer's number."""
     if not isinstance(train, InPlace):
         raise ValueError("a choice of layers goes with in-place training; give LoRA a pattern, or train all layers")
@@ -109,7 +117,9 @@ def _by_layer(chosen: list[str], shapes: Mapping[str, Any], layers: tuple[int, .
     return {p: train for p in chosen if numbered.get(p) in wanted}
 
 
-def _stacked_layers(chosen: list[str], shapes: Mapping[str, Any], layers: tuple[int, ...]) -> dict[str, Parametrisation]:
+def _stacked_layers(
+    chosen: list[str], shapes: Mapping[str, Any], layers: tuple[int, ...]
+) -> dict[str, Parametrisation]:
     leaves: dict[str, Parametrisation] = {}
     for path in shapes:
         if not (path.startswith("layers/") or "/layers/" in path):
@@ -136,13 +146,19 @@ def _resolve(layers: tuple[int, ...], length: int) -> frozenset[int]:
 class Plan:
     """A method laid out on one model's weights: the split into kept and trained, and the way back.
 
-    leaves: ``{path: parametrisation}`` for what is not simply frozen. structured: whether the model takes structured
-    weights (jft's own models do; any other ``apply`` gets plain arrays).
+    leaves: ``{path: parametrisation}`` for what is not simply frozen. paths: all of them, in the order of the
+    parameters' structure. structured: whether the model takes structured weights (jft's own models do; any other ``apply`` gets plain
+    arrays). Plans compare and hash by what they do, so that a step compiled for one serves all its equals.
     """
 
     method: Method
     leaves: Mapping[str, Parametrisation]
+    paths: tuple[str, ...]
+    structure: Any
     structured: bool
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.leaves.items()), self.paths, self.structured))
 
     def init(self, key: jax.Array, params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """``(kept, trained)``, both by path. Trained values are copies, safe to donate; kept ones are ``params``' own."""
@@ -152,17 +168,16 @@ class Plan:
             kept[path], trained[path] = (w, None) if how is None else how.init(tree.key_for(key, path), w)
         return kept, {p: t for p, t in trained.items() if jax.tree.leaves(t)}
 
-    def bind(self, kept: Mapping[str, Any], trained: Mapping[str, Any], dtype: Any = None, template: Any = None) -> Any:
-        """The parameters the model sees, differentiable in ``trained``; trained values cast to ``dtype`` if given.
-
-        template: a tree whose containers to use where they are not plain dicts.
-        """
-        flat = {}
-        for path, base in kept.items():
+    def bind(self, kept: Mapping[str, Any], trained: Mapping[str, Any], dtype: Any = None) -> Any:
+        """The parameters the model sees, differentiable in ``trained``; trained values cast to ``dtype`` if given."""
+        bound = []
+        for path in self.paths:
             how = self.leaves.get(path)
-            values = tree.cast(trained.get(path, ()), dtype)
-            flat[path] = base if how is None else how.bind(base, values, self.structured)
-        return tree.unflatten(flat) if template is None else tree.like(template, flat)
+            if how is None:
+                bound.append(kept[path])
+            else:
+                bound.append(how.bind(kept[path], tree.cast(trained.get(path, ()), dtype), self.structured))
+        return jax.tree.unflatten(self.structure, bound)
 
     def merged(self, base: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> Any:
         """Plain parameters after training, in the dtypes and containers of ``base``."""

@@ -63,7 +63,9 @@ def method(name: str, *, also: Sequence[str] | str = (), freeze: Sequence[str] |
     for option in options:
         if option not in entry.options:
             known = ", ".join(entry.options) or "none"
-            raise ValueError(f"method {name!r} has no option {option!r}{_nearest(option, entry.options)}; it has: {known}")
+            raise ValueError(
+                f"method {name!r} has no option {option!r}{_nearest(option, entry.options)}; it has: {known}"
+            )
     built = entry.build(**options)
     said = {k: v for k, v in {"also": _patterns(also), "freeze": _patterns(freeze)}.items() if v}
     return dataclasses.replace(

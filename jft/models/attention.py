@@ -8,8 +8,15 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def mask(q_positions: Array, k_positions: Array, q_segments: Array, k_segments: Array, *, causal: bool,
-         window: Array | int | None = None) -> Array:
+def mask(
+    q_positions: Array,
+    k_positions: Array,
+    q_segments: Array,
+    k_segments: Array,
+    *,
+    causal: bool,
+    window: Array | int | None = None,
+) -> Array:
     """Which keys each query may see: bool ``[B, T, S]``.
 
     Positions and segments are int ``[B, T]`` (``[B, S]`` for keys); segment 0 is padding and is seen by nobody. A query
@@ -25,8 +32,16 @@ def mask(q_positions: Array, k_positions: Array, q_segments: Array, k_segments: 
     return visible
 
 
-def attention(q: Array, k: Array, v: Array, visible: Array | None, *, scale: float, softcap: float | None = None,
-              bias: Array | None = None) -> Array:
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    visible: Array | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    bias: Array | None = None,
+) -> Array:
     """``softmax(scale * q k^T + bias) v`` with grouped queries.
 
     q ``[B, T, H, K]``, k and v ``[B, S, G, K]`` with H a multiple of G; ``visible`` bool ``[B, T, S]`` or None; bias

@@ -142,8 +142,9 @@ class Scope:
             raise ValueError(f"site {name!r} was read twice in one pass; site names are unique")
         self.reads[name] = read
 
-    def layers(self, prefix: str, body: Callable[[Scope, Array, Params, Any], Array], h: Array, params: Params,
-               xs: Any = None) -> Array:
+    def layers(
+        self, prefix: str, body: Callable[[Scope, Array, Params, Any], Array], h: Array, params: Params, xs: Any = None
+    ) -> Array:
         """``h`` through stacked layers: ``body(scope, h, layer_params, layer_xs) -> h``, scanned over the axis L.
 
         ``prefix`` (``layers``) is that of the parameters: hook state whose name starts with it is sliced with them.

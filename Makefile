@@ -1,0 +1,54 @@
+# Two commands: `make quickstart` and `make test`. Each sets up what it needs in a virtual environment of its own.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+WORKDIR ?= runs/quickstart
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: help install quickstart test test-peers test-newest lint format clean
+
+help:  ## Show this list.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(VENV)/.base: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -U pip
+	$(PIP) install -q -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(PIP) install -q -e '.[test]'
+	@touch $@
+
+# torch by itself first: the version here has a CPU build, later extras then have nothing to choose.
+$(VENV)/.peers: $(VENV)/.test
+	$(PIP) install -q torch==2.13.0
+	$(PIP) install -q -e '.[test,peers]'
+	@touch $@
+
+install: $(VENV)/.base  ## Set up .venv with jft in it.
+
+quickstart: $(VENV)/.base  ## Pretrain, fine-tune, add and negate on real data; leaves runs/quickstart/report.html.
+	$(BIN)/jft quickstart --workdir=$(WORKDIR)
+
+test: $(VENV)/.test  ## Everything but the comparisons with torch and its libraries.
+	$(PYTEST) -m "not peers"
+
+test-peers: $(VENV)/.peers  ## The comparisons with torch, transformers, peft and libtpu.
+	$(PYTEST) -m peers
+
+test-newest: $(VENV)/.test  ## A smoke subset, for another interpreter: make test-newest PYTHON=python3.13 VENV=.venv-newest
+	$(PYTEST) -m "not peers and not slow"
+
+lint: $(VENV)/.test  ## Format check, lint and types.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.test  ## Format and fix what can be fixed.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## Remove the environments and caches.
+	rm -rf .venv .venv-newest .pytest_cache .mypy_cache .ruff_cache build *.egg-info
