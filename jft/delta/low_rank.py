@@ -1,0 +1,69 @@
+"""`LowRank`: a delta that is a product of two thin matrices."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jft.delta.encoding import Encoding, matmul, register, rule, wide
+
+Array = jax.Array
+
+
+@register("low_rank", data=("a", "b"))
+@dataclasses.dataclass(frozen=True, eq=False)
+class LowRank(Encoding):
+    """``delta = a @ b`` on the last two axes: a ``[..., I, r]``, b ``[..., r, O]``, any scale already in ``b``.
+
+    Leading axes (layers, experts) are batched. Sums of two are exact: the factors are concatenated, so ranks add. ``dot``
+    goes through r x r Gram matrices, ``sum((a1^T a2) * (b1 b2^T))``; where factors cancel (``x - x``) its rounding error
+    is relative to the factors, not to their product.
+    """
+
+    a: Array
+    b: Array
+
+    def __post_init__(self) -> None:
+        a, b = tuple(self.a.shape), tuple(self.b.shape)
+        if len(a) < 2 or len(a) != len(b) or a[:-2] != b[:-2] or a[-1] != b[-2]:
+            raise ValueError(
+                f"low-rank factors must be [..., I, r] and [..., r, O] with equal leading axes, not {a} and {b}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.a.shape[:-1], self.b.shape[-1])
+
+    @property
+    def dtype(self) -> Any:
+        return self.b.dtype
+
+    @property
+    def rank(self) -> int:
+        """Columns of ``a``: an upper bound on the rank of the delta."""
+        return self.a.shape[-1]
+
+    def dense(self) -> Array:
+        return matmul(self.a, self.b)
+
+    def scaled(self, c: Any) -> LowRank:
+        return self._with(b=wide(self.b) * c)
+
+    def dot_dense(self, value: Array) -> Array:
+        return jnp.sum(wide(self.a) * matmul(value, jnp.swapaxes(self.b, -1, -2)))
+
+
+@rule("+", LowRank, LowRank)
+def _concatenated(x: LowRank, y: LowRank) -> LowRank:
+    return LowRank(
+        jnp.concatenate([wide(x.a), wide(y.a)], axis=-1),
+        jnp.concatenate([wide(x.b), wide(y.b)], axis=-2),
+    )
+
+
+@rule("dot", LowRank, LowRank)
+def _gram(x: LowRank, y: LowRank) -> Array:
+    return jnp.sum(matmul(jnp.swapaxes(x.a, -1, -2), y.a) * matmul(x.b, jnp.swapaxes(y.b, -1, -2)))
