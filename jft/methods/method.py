@@ -147,8 +147,8 @@ class Plan:
     """A method laid out on one model's weights: the split into kept and trained, and the way back.
 
     leaves: ``{path: parametrisation}`` for what is not simply frozen. paths: all of them, in the order of the
-    parameters' structure. structured: whether the model takes structured weights (jft's own models do; any other ``apply`` gets plain
-    arrays). Plans compare and hash by what they do, so that a step compiled for one serves all its equals.
+    parameters' structure. structured: whether the model takes structured weights (jft's own models do; any other
+    ``apply`` gets plain arrays). Plans compare and hash by what they do: a step compiled for one serves all its equals.
     """
 
     method: Method

@@ -1,0 +1,100 @@
+"""Models of other frameworks: same outputs, and every parametrisation of a plan works on them."""
+
+import equinox
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jft
+from jft import tree
+from jft.models import adapters
+
+BATCH = {"x": np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)}
+X = lambda batch: (batch["x"],)
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)])
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.layers[1](self.drop(jax.nn.relu(self.norm(self.layers[0](x)))))
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x, deterministic):
+        x = nn.relu(nn.BatchNorm(use_running_average=deterministic)(nn.Dense(8)(x)))
+        return nn.Dense(3)(x)
+
+
+def build_nnx():
+    module = Nnx(nnx.Rngs(0))
+    module.eval()
+    return *adapters.from_nnx(module, X), module(BATCH["x"])
+
+
+def build_linen():
+    variables = Linen().init(jax.random.key(0), BATCH["x"], deterministic=True)
+    expected = Linen().apply(variables, BATCH["x"], deterministic=True)
+    return *adapters.from_linen(Linen(), variables, X, deterministic=True), expected
+
+
+def build_equinox():
+    module = equinox.nn.MLP(4, 3, 8, 1, key=jax.random.key(0))
+    return *adapters.from_equinox(module, X), jax.vmap(module)(BATCH["x"])
+
+
+def build_function():
+    def mlp(params, x):
+        for w in params[:-1]:
+            x = jnp.tanh(x @ w)
+        return x @ params[-1]
+
+    key = jax.random.key(0)
+    params = [jax.random.normal(key, (4, 8)), jax.random.normal(key, (8, 3))]
+    return *adapters.from_function(mlp, params, X), mlp(params, BATCH["x"])
+
+
+BUILDERS = {"nnx": build_nnx, "linen": build_linen, "equinox": build_equinox, "function": build_function}
+
+
+@pytest.mark.parametrize("framework", BUILDERS)
+def test_outputs_are_the_modules_own(framework):
+    apply, params, expected = BUILDERS[framework]()
+    np.testing.assert_allclose(jax.jit(apply)(params, BATCH), expected, rtol=1e-6, atol=1e-6)
+    assert hash(apply) == hash(apply)
+
+
+@pytest.mark.parametrize("framework", BUILDERS)
+@pytest.mark.parametrize(
+    "options", [{"name": "full"}, {"name": "lora", "rank": 2}, {"name": "pattern", "include": "1"}]
+)
+def test_plans_train_them(framework, options):
+    """Gradient steps on what a plan trains lower the loss, and the merged parameters keep the module's containers."""
+    apply, params, _ = BUILDERS[framework]()
+    plan = jft.method(**options).plan(params)
+    kept, trained = plan.init(jax.random.key(1), params)
+
+    def loss(t):
+        return jnp.mean(jnp.square(apply(plan.bind(kept, t), BATCH) - 1.0))
+
+    before = loss(trained)
+    for _ in range(20):
+        trained = jax.tree.map(lambda x, g: x - 0.05 * g, trained, jax.grad(loss)(trained))
+    assert loss(trained) < 0.9 * before
+    merged = plan.merged(params, kept, trained)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    np.testing.assert_allclose(apply(merged, BATCH), apply(plan.bind(kept, trained), BATCH), rtol=1e-5, atol=1e-5)
+    changed = {p for p, x in tree.flatten(merged).items() if not np.array_equal(x, tree.flatten(params)[p])}
+    assert changed == set(trained)
+
+
+def test_linen_variables_without_params_are_refused():
+    with pytest.raises(ValueError, match="no 'params' collection"):
+        adapters.from_linen(Linen(), {"batch_stats": {}}, X)
