@@ -1,7 +1,27 @@
 """What fine-tuning changed, as values to do arithmetic with: encodings, task vectors, the file format."""
 
+from jft.delta import file
 from jft.delta.encoding import Dense, Encoding, Sum, kinds, register, rule
 from jft.delta.low_rank import LowRank
+from jft.delta.manifest import BaseMismatch, derive, describe, describe_base
 from jft.delta.rows import Rows
+from jft.delta.task_vector import TaskVector, apply, revert
 
-__all__ = ["Dense", "Encoding", "LowRank", "Rows", "Sum", "kinds", "register", "rule"]
+__all__ = [
+    "BaseMismatch",
+    "Dense",
+    "Encoding",
+    "LowRank",
+    "Rows",
+    "Sum",
+    "TaskVector",
+    "apply",
+    "derive",
+    "describe",
+    "describe_base",
+    "file",
+    "kinds",
+    "register",
+    "revert",
+    "rule",
+]

@@ -329,7 +329,8 @@ class Sum(Encoding):
         return min(tree.size(self), sum(part.nnz for part in self.parts))
 
     def pack(self) -> tuple[dict[str, Array], dict[str, Any]]:
-        tensors, constants = {}, []
+        tensors: dict[str, Array] = {}
+        constants = []
         for i, part in enumerate(self.parts):
             arrays, static = part.pack()
             tensors |= {f"{i}.{name}": array for name, array in arrays.items()}

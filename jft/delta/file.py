@@ -1,0 +1,196 @@
+"""The file format of task vectors: one safetensors file.
+
+Tensors: every array of the delta of a path, named ``PATH|FIELD`` (``layers/attn/q/w|a``); the parts of a sum are
+``PATH|0.FIELD``, ``PATH|1.FIELD``. A path that changes nothing has none. The safetensors metadata has one key, ``jft``,
+holding JSON:
+
+    {"format": "jft.task_vector", "version": 1,
+     "manifest": {...},                                       see jft.delta.manifest
+     "deltas": {PATH: {"kind": "rows", "shape": [50257, 768], "static": {...}}}}
+
+``kind`` names the encoding, ``static`` its constants (:meth:`jft.delta.Encoding.pack`), ``shape`` is that of the weight.
+Values are stored as they are typed (float32 from arithmetic), or in the dtype asked for; indices as int32. A reader refuses
+a version newer than its own; within a version, keys may be added and unknown ones are ignored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from jft.delta.encoding import Encoding, kinds
+from jft.delta.manifest import Manifest
+from jft.delta.task_vector import TaskVector
+
+FORMAT = "jft.task_vector"
+VERSION = 1
+FIELD = "|"
+
+
+class FileError(ValueError):
+    """A file that is no task vector, is damaged, or needs a newer jft."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What a file says of one path without reading its values."""
+
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a file says of itself without reading any values."""
+
+    manifest: Manifest
+    entries: dict[str, Entry]
+
+
+def save(tau: TaskVector, path: str | os.PathLike, dtype: Any = None) -> None:
+    """Write ``tau`` to ``path``, beside it first and then renamed, so that ``path`` is never half a file.
+
+    dtype: store floating-point values in this dtype ("bfloat16" halves the file; the norm changes by about 2**-9). None:
+    as they are. Arrays spread over several processes are gathered, and process 0 writes; all must call.
+    Raises ``ValueError`` for a path that holds ``|``.
+    """
+    for name in tau.paths:
+        if FIELD in name:
+            raise ValueError(f"path {name!r} cannot be written: {FIELD!r} separates path and field in the file")
+    tensors: dict[str, np.ndarray] = {}
+    described = {}
+    for name, delta in tau.items():
+        arrays, static = (delta if dtype is None else delta.astype(dtype)).pack()
+        tensors |= {f"{name}{FIELD}{field}": _host(array) for field, array in arrays.items()}
+        described[name] = {"kind": delta.kind, "shape": list(delta.shape), "static": static}
+    header = {"format": FORMAT, "version": VERSION, "manifest": tau.manifest, "deltas": described}
+    if jax.process_index() == 0:
+        _write(Path(path), tensors, {"jft": json.dumps(header)})
+
+
+def load(path: str | os.PathLike, paths: Iterable[str] | None = None) -> TaskVector:
+    """Read a task vector; with ``paths``, only those deltas. Raises :class:`FileError` naming what is wrong with the file."""
+    with _opened(path) as (handle, header):
+        chosen = header["deltas"] if paths is None else list(paths)
+        unknown = [name for name in chosen if name not in header["deltas"]]
+        if unknown:
+            raise ValueError(f"{path} has no delta for {unknown[0]!r}; it has: {', '.join(header['deltas'])}")
+        fields = _fields(handle.keys())
+        deltas = {name: _delta(path, handle, name, header["deltas"][name], fields) for name in chosen}
+    return TaskVector(deltas, header["manifest"])
+
+
+def inspect(path: str | os.PathLike) -> Header:
+    """The manifest, and encoding, shape, dtype and bytes of every delta, reading no values."""
+    with _opened(path) as (handle, header):
+        fields = _fields(handle.keys())
+        entries = {}
+        for name, described in header["deltas"].items():
+            slices = [handle.get_slice(f"{name}{FIELD}{field}") for field in fields.get(name, ())]
+            types = [s.get_dtype() for s in slices]
+            entries[name] = Entry(
+                kind=described["kind"],
+                shape=tuple(described["shape"]),
+                dtype=next((t for t in types if "F" in t), types[0] if types else "-"),
+                nbytes=sum(_slice_bytes(s) for s in slices),
+            )
+    return Header(header["manifest"], entries)
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The open file and its checked header."""
+    if not os.path.isfile(path):
+        raise FileError(f"{os.fspath(path)}: no such file")
+    try:
+        handle = safetensors.safe_open(path, framework="flax")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise FileError(f"{os.fspath(path)} is truncated, damaged or no safetensors file: {error}") from None
+    with handle:
+        yield handle, _header(path, handle.metadata() or {})
+
+
+def _header(path: str | os.PathLike, metadata: dict[str, str]) -> dict[str, Any]:
+    name = os.fspath(path)
+    if "jft" not in metadata:
+        raise FileError(f"{name} is a safetensors file, but no task vector; jft.load reads model checkpoints")
+    try:
+        header = json.loads(metadata["jft"])
+    except json.JSONDecodeError as error:
+        raise FileError(f"{name} has a damaged header: {error}") from None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise FileError(f"{name} is no task vector")
+    if not isinstance(header.get("version"), int) or header["version"] > VERSION:
+        raise FileError(f"{name} has format version {header.get('version')}, this jft reads {VERSION}; upgrade jft")
+    if not isinstance(header.get("manifest"), dict) or not isinstance(header.get("deltas"), dict):
+        raise FileError(f"{name} has a damaged header: no manifest or no deltas")
+    return header
+
+
+def _delta(path: Any, handle: Any, name: str, described: dict[str, Any], fields: dict[str, list[str]]) -> Encoding:
+    kind = described.get("kind")
+    if kind not in kinds():
+        raise FileError(f"{os.fspath(path)}: {name!r} has encoding {kind!r}, this jft knows {', '.join(kinds())}")
+    tensors = {field: handle.get_tensor(f"{name}{FIELD}{field}") for field in fields.get(name, ())}
+    try:
+        delta = kinds()[kind].unpack(tensors, described["static"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise FileError(f"{os.fspath(path)}: the delta of {name!r} is damaged: {error}") from None
+    if list(delta.shape) != described.get("shape"):
+        raise FileError(
+            f"{os.fspath(path)}: {name!r} has shape {delta.shape}, its header says {described.get('shape')}"
+        )
+    return delta
+
+
+def _fields(names: Iterable[str]) -> dict[str, list[str]]:
+    fields: dict[str, list[str]] = {}
+    for name in names:
+        path, _, field = name.rpartition(FIELD)
+        fields.setdefault(path, []).append(field)
+    return fields
+
+
+def _slice_bytes(piece: Any) -> int:
+    bits = int("".join(c for c in piece.get_dtype().split("_")[0] if c.isdigit()) or 8)
+    return int(np.prod(piece.get_shape(), dtype=np.int64)) * bits // 8
+
+
+def _host(x: Any) -> np.ndarray:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.ascontiguousarray(np.asarray(x)).reshape(np.shape(x))
+
+
+def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        safetensors.numpy.save_file(tensors, beside, metadata)
+        os.chmod(beside, 0o666 & ~_umask())
+        os.replace(beside, path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

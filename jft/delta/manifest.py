@@ -1,0 +1,173 @@
+"""The manifest of a task vector: what it changes, how it came about, and which base it belongs to.
+
+A manifest is a JSON-able dict. Keys jft itself reads:
+
+- ``base``: ``{"fingerprint": str, "parameters": int, "leaves": {path: [checksum, size]}}``, see :func:`describe_base`.
+  Absent where the base is not known; then nothing can be checked.
+- ``operation``: how it came about: ``"difference"``, ``"finetune"``, ``"linear"``, or the name of a merging rule.
+- ``parents``: what went into a result of arithmetic, a list of ``{"coefficient": c, "manifest": {...}}`` for
+  ``"linear"``: the result is the sum of ``c`` times the parents. Sums of sums are flattened, so the list names runs.
+- ``narrowed``: the selections made since, in order.
+
+Runs add ``method``, ``config``, ``data``, ``seed``, ``created`` and ``versions`` (:func:`describe`).
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+import jft
+from jft import tree
+
+Manifest = dict[str, Any]
+
+
+class BaseMismatch(ValueError):
+    """The base is not the one a task vector was made for."""
+
+
+def describe(base: Any = None, *, operation: str = "finetune", **facts: Any) -> Manifest:
+    """A manifest for a vector on ``base``: its description, ``facts`` (method, config, data, seed ...), versions, time.
+
+    base: the parameters before fine-tuning; None leaves them out, and then nothing can be checked. The fingerprint reads
+    every weight once, where it is.
+    """
+    manifest = {} if base is None else {"base": describe_base(base)}
+    return manifest | {"operation": operation} | check(facts) | {"created": _now(), "versions": versions()}
+
+
+def describe_base(base: Any) -> dict[str, Any]:
+    """The ``base`` entry of a manifest: fingerprint, number of parameters, checksum and size of every leaf."""
+    flat = tree.flatten(base)
+    sums = tree.checksums(flat)
+    return _base({path: [sums[path], tree.size(flat[path])] for path in flat})
+
+
+def check(manifest: Mapping[str, Any]) -> Manifest:
+    """``manifest`` as a dict, refused with ``ValueError`` where a value is not JSON or ``base`` is no description."""
+    for key, value in manifest.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"manifest entry {key!r} cannot be written as JSON: {error}") from None
+    base = manifest.get("base")
+    if base is not None and not (isinstance(base, Mapping) and {"fingerprint", "parameters", "leaves"} <= set(base)):
+        raise ValueError(f"manifest entry 'base' must come from jft.delta.describe_base(params), not {base!r:.80}")
+    return dict(manifest)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the result."""
+    return {"jft": jft.__version__, "jax": importlib.metadata.version("jax"), "python": platform.python_version()}
+
+
+def narrow(manifest: Manifest, keep: Callable[[str], bool], note: str) -> Manifest:
+    """The manifest of a vector that now speaks only of the paths that ``keep`` keeps; so does its description of the base."""
+    narrowed = dict(manifest) | {"narrowed": [*manifest.get("narrowed", ()), note]}
+    if "base" in manifest:
+        narrowed["base"] = _base({p: leaf for p, leaf in manifest["base"]["leaves"].items() if keep(p)})
+    return narrowed
+
+
+def linear(terms: Iterable[tuple[Any, Manifest]], check_base: bool = True) -> Manifest:
+    """The manifest of ``sum(coefficient * vector)``; raises :class:`BaseMismatch` unless all have the same base."""
+    parents: list[dict[str, Any]] = []
+    terms = list(terms)
+    for coefficient, manifest in terms:
+        if manifest.get("operation") == "linear" and "narrowed" not in manifest:
+            scaled = [p | {"coefficient": _number(coefficient, p["coefficient"])} for p in manifest["parents"]]
+            parents += scaled
+        else:
+            parents.append({"coefficient": _number(coefficient), "manifest": _parent(manifest)})
+    return derive([m for _, m in terms], "linear", check_base=check_base) | {"parents": parents}
+
+
+def derive(manifests: Iterable[Manifest], operation: str, check_base: bool = True, **options: Any) -> Manifest:
+    """The manifest of a result of ``operation`` on vectors with these manifests; ``options`` are kept beside them."""
+    manifests = list(manifests)
+    base = common_base(manifests, check_base)
+    own = {"base": base} if base else {}
+    parents = [{"manifest": _parent(m)} for m in manifests]
+    return own | {"operation": operation} | check(options) | {"parents": parents}
+
+
+def common_base(manifests: Iterable[Manifest], check_base: bool = True) -> dict[str, Any] | None:
+    """The base that vectors share; leaves known to only some of them (a task head) are all in it.
+
+    Raises :class:`BaseMismatch` where two know the same leaf differently, unless ``check_base`` is false: then no
+    base is known of the result beyond what they agree on.
+    """
+    bases = [m["base"] for m in manifests if m.get("base")]
+    leaves: dict[str, list] = {}
+    disputed = set()
+    for base in bases:
+        for path, leaf in base["leaves"].items():
+            if leaves.setdefault(path, leaf) != leaf:
+                disputed.add(path)
+    if disputed and check_base:
+        fingerprints = list(dict.fromkeys(base["fingerprint"] for base in bases))
+        raise BaseMismatch(
+            f"task vectors of different bases: fingerprints {' and '.join(fingerprints)} differ in {_some(disputed)}; "
+            "leave out what is not shared with .exclude(pattern), or use TaskVector.combine(..., check=False)"
+        )
+    kept = {path: leaf for path, leaf in leaves.items() if path not in disputed}
+    return _base(kept) if kept else None
+
+
+def verify(manifest: Manifest, params: Any, what: str = "these parameters") -> None:
+    """Raise :class:`BaseMismatch` unless ``params`` are, where the manifest knows its base, that base bit for bit.
+
+    Leaves of ``params`` that the base does not have (a task head added to a backbone) are not looked at.
+    """
+    base = manifest.get("base")
+    if not base:
+        return
+    flat = tree.flatten(params)
+    missing = [path for path in base["leaves"] if path not in flat]
+    sums = tree.checksums({path: flat[path] for path in base["leaves"] if path in flat})
+    wrong = [path for path, total in sums.items() if total != base["leaves"][path][0]]
+    if missing or wrong:
+        which = f"differ in {_some(wrong)}" if wrong else f"lack {_some(missing)}"
+        raise BaseMismatch(
+            f"{what} have fingerprint {tree.fingerprint_of(sums)}, the task vector's base has {base['fingerprint']}; "
+            f"they {which}. Load the base it was made from (in the same dtype), or pass check=False to go on regardless"
+        )
+
+
+def _base(leaves: dict[str, list]) -> dict[str, Any]:
+    fingerprint = tree.fingerprint_of({path: checksum for path, (checksum, _) in leaves.items()})
+    return {"fingerprint": fingerprint, "parameters": sum(n for _, n in leaves.values()), "leaves": leaves}
+
+
+def _parent(manifest: Manifest) -> Manifest:
+    """A manifest without the table of leaves: its fingerprint says which base it was."""
+    if "base" not in manifest:
+        return manifest
+    return manifest | {"base": {k: v for k, v in manifest["base"].items() if k != "leaves"}}
+
+
+def _number(*factors: Any) -> float | None:
+    """The product as a float; None where a factor is not known (traced under ``jit``)."""
+    product = 1.0
+    for factor in factors:
+        if factor is None or isinstance(factor, jax.core.Tracer):
+            return None
+        product *= float(factor)
+    return product
+
+
+def _some(paths: Iterable[str], limit: int = 3) -> str:
+    paths = sorted(paths)
+    more = f" and {len(paths) - limit} more" if len(paths) > limit else ""
+    return ", ".join(paths[:limit]) + more
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,323 @@
+"""`TaskVector`: what fine-tuning changed, path by path, with arithmetic; `apply` and `revert`."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jft import tree
+from jft.delta import manifest as manifests
+from jft.delta.encoding import Dense, Encoding, concrete, wide
+
+Array = jax.Array
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class TaskVector:
+    """``{path: Encoding}``, a path that is absent being zero, and a manifest (:mod:`jft.delta.manifest`).
+
+    ``a + b``, ``a - b``, ``c * a``, ``-a`` and ``sum([...])`` are exact up to float32 rounding, keep each delta in its
+    closest encoding, and note in the manifest what went in. Vectors of different bases are refused. A pytree: its leaves
+    are the arrays of the encodings, which may be sharded; the manifest is static. Ilharco et al. 2022, arXiv:2212.04089.
+    """
+
+    def __init__(self, deltas: Mapping[str, Encoding], manifest: Mapping[str, Any] | None = None) -> None:
+        for path, delta in deltas.items():
+            if not isinstance(delta, Encoding):
+                raise ValueError(f"the delta of {path!r} is a {type(delta).__name__}; wrap arrays in jft.delta.Dense")
+        self.deltas = dict(deltas)
+        self.manifest = manifests.check(manifest or {})
+
+    @classmethod
+    def between(
+        cls, base: Any, tuned: Any, *, dtype: Any = jnp.float32, manifest: Mapping[str, Any] | None = None
+    ) -> TaskVector:
+        """``tuned - base``, subtracted in float32 and stored as dense ``dtype``; leaves equal bit for bit are dropped.
+
+        manifest: facts to add to it (method, data, seed ...). Raises ``ValueError`` naming the path where the trees or
+        shapes differ, where integers changed, or where the difference is not finite.
+        """
+        before, after = tree.flatten(base), tree.flatten(tuned)
+        _same_structure(before, after)
+        deltas = {}
+        for path, old in before.items():
+            delta = _difference(path, old, after[path])
+            if delta is not None:
+                deltas[path] = Dense(delta.astype(dtype))
+        return cls(deltas, manifests.describe(base, operation="difference", **(manifest or {})))
+
+    @classmethod
+    def combine(cls, vectors: Sequence[TaskVector], weights: Sequence[Any], *, check: bool = True) -> TaskVector:
+        """``sum(weight * vector)``. ``check=False``: even where they belong to different bases."""
+        manifest = manifests.linear(((c, v.manifest) for c, v in zip(weights, vectors, strict=True)), check)
+        total: dict[str, Encoding] = {}
+        for c, vector in zip(weights, vectors, strict=True):
+            scalar = _scalar(c)
+            for path, delta in vector.deltas.items():
+                term = delta if isinstance(scalar, float) and scalar == 1.0 else delta.scaled(scalar)
+                total[path] = _named(path, total[path].__add__, term) if path in total else term
+        return cls(total, manifest)
+
+    def __add__(self, other: TaskVector) -> TaskVector:
+        if not isinstance(other, TaskVector):
+            return NotImplemented
+        return TaskVector.combine([self, other], [1.0, 1.0])
+
+    def __radd__(self, other: Any) -> TaskVector:
+        """So that ``sum(vectors)``, which starts at 0, works."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def __sub__(self, other: TaskVector) -> TaskVector:
+        if not isinstance(other, TaskVector):
+            return NotImplemented
+        return TaskVector.combine([self, other], [1.0, -1.0])
+
+    def __mul__(self, c: Any) -> TaskVector:
+        if isinstance(c, TaskVector):
+            raise ValueError("the product of two task vectors has no meaning; a.dot(b) is their inner product")
+        return TaskVector.combine([self], [c])
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, c: Any) -> TaskVector:
+        return self * (1.0 / c)
+
+    def __neg__(self) -> TaskVector:
+        return self * -1.0
+
+    def dot(self, other: TaskVector) -> Array:
+        """The inner product over all paths, float32 scalar; paths absent from either count zero."""
+        shared = [p for p in self.deltas if p in other.deltas]
+        terms = [_named(p, self.deltas[p].dot, other.deltas[p]) for p in shared]
+        return sum(terms, jnp.float32(0))
+
+    def norm(self) -> Array:
+        """The Euclidean norm over all paths, float32 scalar."""
+        return jnp.sqrt(sum((delta.norm() ** 2 for delta in self.deltas.values()), jnp.float32(0)))
+
+    def cosine(self, other: TaskVector) -> Array:
+        """``dot / (norm * norm)``, float32 scalar; 0 where either is zero."""
+        lengths = self.norm() * other.norm()
+        return jnp.where(lengths > 0, self.dot(other) / jnp.where(lengths > 0, lengths, 1), 0)
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths that changed, in order."""
+        return list(self.deltas)
+
+    @property
+    def nnz(self) -> int:
+        """Entries that may be non-zero: see :attr:`jft.delta.Encoding.nnz`."""
+        return sum(delta.nnz for delta in self.deltas.values())
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the base; of the paths that changed, where the base is not known."""
+        own = sum(tree.size(delta) for delta in self.deltas.values())
+        return max(self.manifest["base"]["parameters"], own) if self.manifest.get("base") else own
+
+    @property
+    def density(self) -> float:
+        """``nnz / parameters``: the fraction of the base that may differ; 0 for an empty vector."""
+        return self.nnz / self.parameters if self.parameters else 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the encodings as they are stored, without the manifest."""
+        return sum(delta.nbytes for delta in self.deltas.values())
+
+    def __len__(self) -> int:
+        return len(self.deltas)
+
+    def __contains__(self, path: str) -> bool:
+        return path in self.deltas
+
+    def __getitem__(self, path: str) -> Encoding:
+        if path not in self.deltas:
+            raise KeyError(f"{path}: absent, so zero; .paths lists what changed")
+        return self.deltas[path]
+
+    def items(self) -> Iterator[tuple[str, Encoding]]:
+        """``(path, delta)`` pairs."""
+        return iter(self.deltas.items())
+
+    def __repr__(self) -> str:
+        base = self.manifest.get("base", {}).get("fingerprint", "unknown")
+        shown = {
+            kind: sum(d.kind == kind for d in self.deltas.values())
+            for kind in sorted({d.kind for d in self.deltas.values()})
+        }
+        return f"TaskVector({len(self)} paths, {self.nbytes} bytes, encodings {shown}, base {base})"
+
+    def select(self, patterns: str | Iterable[str]) -> TaskVector:
+        """Only the paths that match any of the regular expressions (``re.search``).
+
+        The result speaks of those paths alone: it fits any base that agrees there. A pattern that matches nothing is
+        refused with the nearest paths.
+        """
+        return self._narrowed(patterns, keep=True)
+
+    def exclude(self, patterns: str | Iterable[str]) -> TaskVector:
+        """All but the matching paths: ``tau.exclude("^classifier/")`` fits every model with the same backbone."""
+        return self._narrowed(patterns, keep=False)
+
+    def _narrowed(self, patterns: str | Iterable[str], keep: bool) -> TaskVector:
+        patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+        known = dict.fromkeys([*self.deltas, *self.manifest.get("base", {}).get("leaves", ())])
+        chosen = set(tree.matching(known, patterns, "select" if keep else "exclude"))
+        kept = {p: d for p, d in self.deltas.items() if (p in chosen) == keep}
+        note = f"{'select' if keep else 'exclude'} {' | '.join(patterns)}"
+        return TaskVector(kept, manifests.narrow(self.manifest, lambda p: (p in chosen) == keep, note))
+
+    def map(self, fn: Callable[[str, Encoding], Encoding | None], operation: str, **options: Any) -> TaskVector:
+        """``fn(path, delta)`` for every path, None dropping it; the manifest notes ``operation`` and ``options``."""
+        mapped = {path: fn(path, delta) for path, delta in self.deltas.items()}
+        kept = {path: delta for path, delta in mapped.items() if delta is not None}
+        return TaskVector(kept, manifests.derive([self.manifest], operation, **options))
+
+    def astype(self, dtype: Any) -> TaskVector:
+        """The same with its values stored in ``dtype``; arithmetic still goes through float32."""
+        return TaskVector({p: d.astype(dtype) for p, d in self.deltas.items()}, self.manifest)
+
+    def save(self, path: str | os.PathLike, dtype: Any = None) -> None:
+        """Write one safetensors file: see :mod:`jft.delta.file`."""
+        from jft.delta import file
+
+        file.save(self, path, dtype)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> TaskVector:
+        """Read what :meth:`save` wrote: see :mod:`jft.delta.file`."""
+        from jft.delta import file
+
+        return file.load(path)
+
+    def tree_flatten_with_keys(self) -> tuple[tuple, tuple]:
+        children = tuple((jax.tree_util.DictKey(p), d) for p, d in self.deltas.items())
+        return children, (tuple(self.deltas), json.dumps(self.manifest, sort_keys=True))
+
+    def tree_flatten(self) -> tuple[tuple, tuple]:
+        return tuple(self.deltas.values()), (tuple(self.deltas), json.dumps(self.manifest, sort_keys=True))
+
+    @classmethod
+    def tree_unflatten(cls, aux: tuple, children: Iterable[Any]) -> TaskVector:
+        paths, manifest = aux
+        new = object.__new__(cls)
+        new.deltas = dict(zip(paths, children, strict=True))
+        new.manifest = json.loads(manifest)
+        return new
+
+
+def apply(base: Any, tau: TaskVector, scale: Any = 1.0, check: bool = True) -> Any:
+    """``base + scale * tau`` in the dtypes, shardings and containers of ``base``.
+
+    Each weight is computed in float32 and rounded once. check: first verify that ``base`` is the base of ``tau``
+    (:class:`jft.delta.BaseMismatch` if not), which reads every weight once; it cannot be done under ``jit``, where it is
+    skipped. Leaves of ``base`` that the vector's base does not have are passed through. Raises ``ValueError`` for a path
+    or shape that ``base`` does not have.
+    """
+    flat = tree.flatten(base)
+    absent = [path for path in tau.deltas if path not in flat]
+    if absent:
+        raise ValueError(f"the task vector changes {absent[0]!r}, which these parameters do not have")
+    if check and all(concrete(x) for x in flat.values()):
+        manifests.verify(tau.manifest, flat)
+    scalar = _scalar(scale)
+    changed = {path: _named(path, _applied, delta, flat[path], scalar) for path, delta in tau.items()}
+    return tree.like(base, flat | changed)
+
+
+def revert(params: Any, tau: TaskVector, scale: Any = 1.0, exact: bool = False) -> Any:
+    """``params - scale * tau``: undoes :func:`apply` as far as floats allow.
+
+    For a weight ``w`` that became ``v``, the result is within ``(ulp(v) + ulp(w)) / 2`` of ``w``, ulp being the spacing of
+    the dtype of the parameters: at most 1 ulp of ``w`` where the delta did not raise its magnitude; weights the vector
+    does not reach are untouched. exact: refuse (:class:`jft.delta.BaseMismatch`) unless the result is, bit for bit, the
+    base of the vector. What must come back exactly is better kept: ``apply`` does not consume its base.
+    """
+    base = apply(params, tau, -scale, check=False)
+    if exact:
+        if not tau.manifest.get("base"):
+            raise ValueError("exact=True needs a task vector that knows its base; this one's manifest has no 'base'")
+        manifests.verify(tau.manifest, base, "the reverted parameters")
+    return base
+
+
+def _applied(delta: Encoding, w: Any, scale: Any) -> Array:
+    if concrete(w) and isinstance(w, jax.Array):
+        return _apply_as(w.sharding)(delta, w, scale)
+    return delta.apply_to(jnp.asarray(w), scale)
+
+
+@functools.lru_cache(maxsize=256)
+def _apply_as(sharding: Any) -> Callable[[Encoding, Array, Any], Array]:
+    """One fused program, its result where the weight is: float32 copies live only inside it."""
+    return jax.jit(lambda delta, w, scale: delta.apply_to(w, scale), out_shardings=sharding)
+
+
+@jax.jit
+def _subtract(old: Array, new: Array) -> tuple[Array, Array, Array]:
+    """The difference, whether any bit differs, whether all is finite."""
+    delta = wide(new) - wide(old)
+    return delta, _bits_differ(old, new), jnp.all(jnp.isfinite(delta))
+
+
+@jax.jit
+def _bits_differ(old: Array, new: Array) -> Array:
+    if jnp.issubdtype(old.dtype, jnp.floating) and old.dtype == new.dtype:
+        bits = np.dtype(f"uint{np.dtype(old.dtype).itemsize * 8}")
+        old, new = (jax.lax.bitcast_convert_type(x, bits) for x in (old, new))
+    return jnp.any(old != new)
+
+
+def _difference(path: str, old: Any, new: Any) -> Array | None:
+    old, new = jnp.asarray(old), jnp.asarray(new)
+    if not (jnp.issubdtype(old.dtype, jnp.inexact) and jnp.issubdtype(new.dtype, jnp.inexact)):
+        if bool(_bits_differ(old, new)):
+            raise ValueError(f"{path!r} is {old.dtype} and changed; a task vector holds floating-point weights only")
+        return None
+    delta, differs, finite = _subtract(old, new)
+    if not bool(differs):
+        return None
+    if not bool(finite):
+        raise ValueError(f"tuned - base is not finite at {path!r}; did the run diverge?")
+    return delta
+
+
+def _same_structure(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> None:
+    for mine, theirs, here, there in ((base, tuned, "base", "tuned"), (tuned, base, "tuned", "base")):
+        absent = [path for path in mine if path not in theirs]
+        if absent:
+            more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+            raise ValueError(f"{absent[0]!r}{more} is in {here} but not in {there}; a task vector needs equal trees")
+    for path, old in base.items():
+        if tuple(old.shape) != tuple(tuned[path].shape):
+            raise ValueError(f"{path!r} has shape {tuple(old.shape)} in base but {tuple(tuned[path].shape)} in tuned")
+
+
+def _scalar(c: Any) -> Any:
+    """``c`` as a float, or as a float32 scalar where it is traced; refused unless it is one finite number."""
+    if isinstance(c, jax.core.Tracer):
+        if c.shape != ():
+            raise ValueError(f"a task vector is multiplied by one number, not by an array of shape {c.shape}")
+        return c
+    kind = getattr(c, "dtype", None) or np.asarray(c).dtype
+    real = jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)
+    if np.ndim(c) != 0 or not real or not np.isfinite(float(c)):
+        raise ValueError(f"a task vector is multiplied by one finite number, not {c!r}")
+    return float(c)
+
+
+def _named(path: str, fn: Callable, *args: Any) -> Any:
+    """``fn(*args)``, its ``ValueError`` naming the path."""
+    try:
+        return fn(*args)
+    except ValueError as error:
+        raise ValueError(f"{path!r}: {error}") from None

@@ -1,0 +1,6 @@
+"""Merging: rules that make one task vector of several, and the search for its coefficient."""
+
+from jft.merge.arithmetic import average, task_arithmetic, weights_of
+from jft.merge.search import Search, addition_search, negation_search, search
+
+__all__ = ["Search", "addition_search", "average", "negation_search", "search", "task_arithmetic", "weights_of"]

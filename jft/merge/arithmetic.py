@@ -1,0 +1,67 @@
+"""Task arithmetic: weighted sums of task vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jft.delta import TaskVector
+
+
+def task_arithmetic(vectors: Sequence[TaskVector], weights: Any = None, scale: Any = 1.0) -> TaskVector:
+    """``scale * sum_i weights[i] * vectors[i]``.
+
+    weights: one number for all, or one per vector; None is 1. Addition is the plain sum with ``scale`` from
+    :func:`jft.merge.addition_search`; forgetting a task is negation, ``-tau``, with :func:`jft.merge.negation_search`;
+    an analogy "A is to B as C is to ?" is ``C + B - A``, weights ``[1, 1, -1]`` of ``[C, B, A]``. Computed in float32;
+    every delta keeps its closest encoding. Ilharco et al. 2022, arXiv:2212.04089.
+
+    Raises ``ValueError`` for no vectors, for weights that do not fit, and for vectors of different bases.
+    """
+    vectors = listed(vectors)
+    return TaskVector.combine(vectors, [scale * w for w in weights_of(weights, len(vectors))])
+
+
+def average(vectors: Sequence[TaskVector], weights: Any = None) -> TaskVector:
+    """``sum_i weights[i] * vectors[i] / sum(weights)``: the mean of the fine-tuned models, seen from the base.
+
+    A uniform model soup, where ``weights`` is None. Wortsman et al. 2022, arXiv:2203.05482. Raises ``ValueError`` as
+    :func:`task_arithmetic` does, and where the weights sum to zero.
+    """
+    vectors = listed(vectors)
+    given = weights_of(weights, len(vectors))
+    total = sum(given)
+    if total == 0:
+        raise ValueError(f"weights {given} sum to zero: there is no average")
+    return TaskVector.combine(vectors, [w / total for w in given])
+
+
+def listed(vectors: Sequence[TaskVector] | Mapping[str, TaskVector]) -> list[TaskVector]:
+    """The vectors as a list; refused where there are none, or something else is among them."""
+    if isinstance(vectors, TaskVector):
+        raise ValueError("merging takes a list of task vectors, not one; [tau] is a list of one")
+    vectors = list(vectors.values() if isinstance(vectors, Mapping) else vectors)
+    if not vectors:
+        raise ValueError("merging needs at least one task vector")
+    for i, vector in enumerate(vectors):
+        if not isinstance(vector, TaskVector):
+            raise ValueError(
+                f"vectors[{i}] is a {type(vector).__name__}, not a TaskVector; load files with TaskVector.load"
+            )
+    return vectors
+
+
+def weights_of(value: Any, count: int, name: str = "weights", default: float = 1.0) -> list[Any]:
+    """One number per vector from an option that may be None, one number, or one per vector.
+
+    Numbers may be traced scalars (learned coefficients). Raises ``ValueError`` naming the option where the count differs.
+    """
+    if value is None:
+        return [default] * count
+    if np.ndim(value) == 0:
+        return [value] * count
+    if np.ndim(value) != 1 or len(value) != count:
+        raise ValueError(f"{name} must be one number or one per vector ({count} of them), not shape {np.shape(value)}")
+    return list(value)

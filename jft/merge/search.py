@@ -1,0 +1,144 @@
+"""The search for the one coefficient of a task vector, on a grid."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jft.delta import TaskVector, apply
+from jft.delta.manifest import verify
+from jft.merge.arithmetic import task_arithmetic
+
+GRID = tuple(float(c) for c in np.linspace(0, 1, 21).round(2))
+Evaluate = Callable[[Any], float]
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """What a search found.
+
+    best: the coefficient. table: one row per coefficient tried, in order: ``coefficient``, ``score``, ``feasible``, and what
+    was measured. feasible: False where no coefficient met the constraint; ``best`` is then 0, the base itself.
+    """
+
+    best: float
+    table: list[Row]
+    feasible: bool = True
+
+    @property
+    def row(self) -> Row | None:
+        """The row of ``best``; None where nothing was feasible and 0 was not tried."""
+        return next((row for row in self.table if row["coefficient"] == self.best), None)
+
+
+def search(score: Callable[[float], float | Mapping[str, Any]], grid: Iterable[float] = GRID) -> Search:
+    """The coefficient of ``grid`` with the highest score; of equal ones, the smallest in magnitude.
+
+    score: coefficient -> a number, or a row with ``score``, optionally ``feasible`` (False: never chosen), and whatever
+    else belongs in the table. A score that is not finite is never chosen. Where nothing is feasible, best is 0 and
+    ``feasible`` False. Raises ``ValueError`` for an empty grid, or one with repeats or numbers that are not finite.
+    """
+    coefficients = _checked(grid)
+    table = [_row(c, score(c)) for c in coefficients]
+    allowed = [row for row in table if row["feasible"] and math.isfinite(row["score"])]
+    if not allowed:
+        return Search(0.0, table, feasible=False)
+    best = max(allowed, key=lambda row: (row["score"], -abs(row["coefficient"])))
+    return Search(best["coefficient"], table)
+
+
+def addition_search(
+    base: Any,
+    vectors: Sequence[TaskVector] | Mapping[str, TaskVector],
+    evaluate: Mapping[str, Evaluate],
+    single: Mapping[str, float],
+    grid: Iterable[float] = GRID,
+) -> Search:
+    """The ``c`` for which ``base + c * sum(vectors)`` has the highest mean normalised accuracy over the tasks.
+
+    evaluate: task -> function from parameters to validation accuracy. single: task -> accuracy of the model fine-tuned
+    on that task alone, which its accuracy is divided by. A list of one vector, merged by any other rule, is searched just
+    as well. Rows hold ``accuracy/TASK``, ``normalised/TASK``, ``accuracy`` (mean) and ``score`` (mean normalised). One set
+    of merged parameters exists at a time. Ilharco et al. 2022, arXiv:2212.04089; Ortiz-Jimenez et al. 2023,
+    arXiv:2305.12827.
+
+    Raises ``ValueError`` where tasks of ``evaluate`` and ``single`` differ, or a single-task accuracy is not positive.
+    """
+    _same_tasks(evaluate, single)
+    tau = task_arithmetic(vectors)
+
+    def measure(params: Any) -> Row:
+        accuracies = {task: float(fn(params)) for task, fn in evaluate.items()}
+        normalised = {task: accuracies[task] / float(single[task]) for task in accuracies}
+        return {
+            **{f"accuracy/{task}": a for task, a in accuracies.items()},
+            **{f"normalised/{task}": n for task, n in normalised.items()},
+            "accuracy": sum(accuracies.values()) / len(accuracies),
+            "score": sum(normalised.values()) / len(normalised),
+        }
+
+    return search(_along(base, tau, measure), grid)
+
+
+def negation_search(
+    base: Any,
+    tau: TaskVector,
+    target: Evaluate,
+    control: Evaluate,
+    grid: Iterable[float] = GRID,
+    threshold: float = 0.95,
+) -> Search:
+    """The ``c`` for which ``base - c * tau`` has the lowest target accuracy, control staying at ``threshold`` of the base's.
+
+    target, control: functions from parameters to validation accuracy, on the task to forget and on one to keep. The
+    constraint is ``control(params) >= threshold * control(base)``. Rows hold ``target``, ``control``, ``feasible`` and
+    ``score`` (minus target). Papers as in :func:`addition_search`. Raises ``ValueError`` for a threshold outside (0, 1].
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold is the fraction of control accuracy to keep, in (0, 1], not {threshold}")
+    floor = threshold * float(control(base))
+
+    def measure(params: Any) -> Row:
+        lost, kept = float(target(params)), float(control(params))
+        return {"target": lost, "control": kept, "score": -lost, "feasible": kept >= floor}
+
+    return search(_along(base, -tau, measure), grid)
+
+
+def _along(base: Any, tau: TaskVector, measure: Callable[[Any], Row]) -> Callable[[float], Row]:
+    """``c -> measure(base + c * tau)``; the base is verified once, and the parameters are gone when it returns."""
+    verify(tau.manifest, base)
+    return lambda c: measure(base if c == 0 else apply(base, tau, c, check=False))
+
+
+def _row(coefficient: float, scored: float | Mapping[str, Any]) -> Row:
+    given = dict(scored) if isinstance(scored, Mapping) else {"score": scored}
+    if "score" not in given:
+        raise ValueError(f"the score function must return a number or a row with 'score'; it has {', '.join(given)}")
+    feasible = bool(given.pop("feasible", True))
+    return {"coefficient": coefficient, **given, "score": float(given["score"]), "feasible": feasible}
+
+
+def _checked(grid: Iterable[float]) -> list[float]:
+    coefficients = [float(c) for c in grid]
+    if not coefficients:
+        raise ValueError("the grid has no coefficients to try")
+    if len(set(coefficients)) != len(coefficients) or not all(math.isfinite(c) for c in coefficients):
+        raise ValueError(f"the grid must be distinct finite numbers, not {coefficients}")
+    return coefficients
+
+
+def _same_tasks(evaluate: Mapping[str, Any], single: Mapping[str, float]) -> None:
+    if not evaluate:
+        raise ValueError("evaluate names no tasks")
+    odd = sorted(set(evaluate) ^ set(single))
+    if odd:
+        raise ValueError(f"evaluate and single must name the same tasks; {odd[0]!r} is in one alone")
+    for task, accuracy in single.items():
+        if not accuracy > 0:
+            raise ValueError(f"the single-task accuracy of {task!r} must be positive to normalise by, not {accuracy}")
