@@ -1,4 +1,4 @@
-"""How jft parameters correspond to the tensors of a Hugging Face checkpoint: one `Source` per leaf, one `Family` per type."""
+"""How jft parameters correspond to the tensors of a Hugging Face checkpoint: a `Source` per leaf, a `Family` per type."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Source:
 
     name: tensor name; may hold ``{layer}`` and ``{expert}``, which run over the leaf's leading axes in that order.
     shape: shape of that one tensor (one layer, one expert).
-    view: from the tensor to the leaf of that layer and expert. It must return a numpy *view*: reading slices it, so that
-        only the bytes needed are read, and saving assigns through it. Several leaves may view parts of one tensor
+    view: from the tensor to the leaf of that layer and expert. It must return a numpy *view*: reading slices it, so
+        that only the bytes needed are read, and saving assigns through it. Several leaves may view parts of one tensor
         (a fused ``c_attn``); together they must cover it.
     aliases: other names, in order of preference, under which checkpoints carry it.
     out: final reshape from the view's shape to the leaf's, where the view has more axes than the leaf (a convolution
@@ -52,6 +52,8 @@ class Family:
     classifier: the `Source` of ``classifier/w`` and ``classifier/b`` given (backbone config, classes); None: a plain
         ``classifier.weight``/``classifier.bias`` (or ``score.*``).
     classifier_architecture: the transformers class that a saved `Classifier` names; None: it cannot be saved as one.
+    refine: the config again, once the names of all tensors are known: what ``config.json`` does not tell (a pooler that
+        is there or not). None: ``from_hf`` says it all.
     """
 
     from_hf: Callable[[dict[str, Any]], Any]
@@ -60,3 +62,4 @@ class Family:
     ignored: tuple[str, ...] = ()
     classifier: Callable[[Any, int], dict[str, Source]] | None = None
     classifier_architecture: str | None = None
+    refine: Callable[[Any, frozenset[str]], Any] | None = None
