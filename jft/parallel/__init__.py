@@ -1,0 +1,25 @@
+"""Meshes, sharding rules, multi-host start, and how much memory a compiled step takes."""
+
+from jft.parallel.memory import MemoryBudgetError, MemoryEstimate, check, device_budget, estimate, plan
+from jft.parallel.mesh import batch_sharding, make_mesh, put_batch, replicated
+from jft.parallel.rules import RULES, shardings, specs
+from jft.parallel.start import start
+from jft.parallel.topology import topology_mesh
+
+__all__ = [
+    "RULES",
+    "MemoryBudgetError",
+    "MemoryEstimate",
+    "batch_sharding",
+    "check",
+    "device_budget",
+    "estimate",
+    "make_mesh",
+    "plan",
+    "put_batch",
+    "replicated",
+    "shardings",
+    "specs",
+    "start",
+    "topology_mesh",
+]
