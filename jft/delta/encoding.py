@@ -41,6 +41,8 @@ def count_nonzero(x: Array) -> int:
     """Non-zero elements, exactly, also beyond 2**31 of them."""
     if x.ndim == 0 or x.size <= _COUNTED_AT_ONCE:
         return int(jnp.count_nonzero(x))
+    if x.shape[0] == 1:
+        return count_nonzero(x[0])
     pieces = min(x.shape[0], x.size // _COUNTED_AT_ONCE + 1)
     return sum(count_nonzero(piece) for piece in jnp.array_split(x, pieces))
 

@@ -83,6 +83,8 @@ def _union(x: Rows, y: Rows) -> Rows | None:
 def _matched(x: Rows, y: Rows) -> Array:
     # A row of y for each row of the weight; the last, zero, stands for the rows y does not have.
     count = y.indices.shape[0]
+    if not count:
+        return jnp.float32(0)
     place = jnp.full(x.shape[0], count, jnp.int32).at[y.indices].set(jnp.arange(count, dtype=jnp.int32))
     match = place[x.indices]
     rows = jnp.take(wide(y.values), match, axis=0, mode="fill", fill_value=0)

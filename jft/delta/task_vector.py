@@ -56,10 +56,10 @@ class TaskVector:
     @classmethod
     def combine(cls, vectors: Sequence[TaskVector], weights: Sequence[Any], *, check: bool = True) -> TaskVector:
         """``sum(weight * vector)``. ``check=False``: even where they belong to different bases."""
-        manifest = manifests.linear(((c, v.manifest) for c, v in zip(weights, vectors, strict=True)), check)
+        scalars = [_scalar(c) for c in weights]
+        manifest = manifests.linear(((c, v.manifest) for c, v in zip(scalars, vectors, strict=True)), check)
         total: dict[str, Encoding] = {}
-        for c, vector in zip(weights, vectors, strict=True):
-            scalar = _scalar(c)
+        for scalar, vector in zip(scalars, vectors, strict=True):
             for path, delta in vector.deltas.items():
                 term = delta if isinstance(scalar, float) and scalar == 1.0 else delta.scaled(scalar)
                 total[path] = _named(path, total[path].__add__, term) if path in total else term

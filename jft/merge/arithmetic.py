@@ -9,8 +9,10 @@ import numpy as np
 
 from jft.delta import TaskVector
 
+Vectors = Sequence[TaskVector] | Mapping[str, TaskVector]
 
-def task_arithmetic(vectors: Sequence[TaskVector], weights: Any = None, scale: Any = 1.0) -> TaskVector:
+
+def task_arithmetic(vectors: Vectors, weights: Any = None, scale: Any = 1.0) -> TaskVector:
     """``scale * sum_i weights[i] * vectors[i]``.
 
     weights: one number for all, or one per vector; None is 1. Addition is the plain sum with ``scale`` from
@@ -20,37 +22,37 @@ def task_arithmetic(vectors: Sequence[TaskVector], weights: Any = None, scale: A
 
     Raises ``ValueError`` for no vectors, for weights that do not fit, and for vectors of different bases.
     """
-    vectors = listed(vectors)
-    return TaskVector.combine(vectors, [scale * w for w in weights_of(weights, len(vectors))])
+    chosen = listed(vectors)
+    return TaskVector.combine(chosen, [scale * w for w in weights_of(weights, len(chosen))])
 
 
-def average(vectors: Sequence[TaskVector], weights: Any = None) -> TaskVector:
+def average(vectors: Vectors, weights: Any = None) -> TaskVector:
     """``sum_i weights[i] * vectors[i] / sum(weights)``: the mean of the fine-tuned models, seen from the base.
 
     A uniform model soup, where ``weights`` is None. Wortsman et al. 2022, arXiv:2203.05482. Raises ``ValueError`` as
     :func:`task_arithmetic` does, and where the weights sum to zero.
     """
-    vectors = listed(vectors)
-    given = weights_of(weights, len(vectors))
+    chosen = listed(vectors)
+    given = weights_of(weights, len(chosen))
     total = sum(given)
     if total == 0:
         raise ValueError(f"weights {given} sum to zero: there is no average")
-    return TaskVector.combine(vectors, [w / total for w in given])
+    return TaskVector.combine(chosen, [w / total for w in given])
 
 
-def listed(vectors: Sequence[TaskVector] | Mapping[str, TaskVector]) -> list[TaskVector]:
+def listed(vectors: Vectors) -> list[TaskVector]:
     """The vectors as a list; refused where there are none, or something else is among them."""
     if isinstance(vectors, TaskVector):
         raise ValueError("merging takes a list of task vectors, not one; [tau] is a list of one")
-    vectors = list(vectors.values() if isinstance(vectors, Mapping) else vectors)
-    if not vectors:
+    chosen = list(vectors.values() if isinstance(vectors, Mapping) else vectors)
+    if not chosen:
         raise ValueError("merging needs at least one task vector")
-    for i, vector in enumerate(vectors):
+    for i, vector in enumerate(chosen):
         if not isinstance(vector, TaskVector):
             raise ValueError(
                 f"vectors[{i}] is a {type(vector).__name__}, not a TaskVector; load files with TaskVector.load"
             )
-    return vectors
+    return chosen
 
 
 def weights_of(value: Any, count: int, name: str = "weights", default: float = 1.0) -> list[Any]:

@@ -1,0 +1,168 @@
+"""The file format: round trips bit for bit, and refuses what it cannot read."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jft.delta import Dense, TaskVector, describe, file
+from tests.delta.algebra import KINDS, make
+
+
+def vector(kinds=KINDS, seed=0):
+    base = {"w": jnp.ones((2, 3))}
+    return TaskVector(
+        {f"layers/{i}/w": make(k, seed + i) for i, k in enumerate(kinds)}, describe(base, method="lora", seed=3)
+    )
+
+
+def same(a, b):
+    assert a.manifest == b.manifest
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.sampled_from(KINDS), max_size=4), st.integers(0, 2**20), st.sampled_from([None, "bfloat16", "float16"])
+)
+def test_round_trip_is_bit_equal(tmp_path, kinds, seed, dtype):
+    tau = vector(kinds, seed)
+    tau.save(tmp_path / "x.safetensors", dtype)
+    same(TaskVector.load(tmp_path / "x.safetensors"), tau if dtype is None else tau.astype(dtype))
+
+
+def test_unusual_values_and_shapes(tmp_path):
+    values = jnp.array([0.0, -0.0, jnp.inf, 1e-40, jnp.nan])
+    tau = TaskVector(
+        {
+            "scalar": Dense(jnp.float32(2)),
+            "empty": Dense(jnp.zeros((0, 3))),
+            "odd": Dense(values),
+            "transposed": Dense(np.arange(6.0, dtype=np.float32).reshape(2, 3).T),
+        }
+    )
+    tau.save(tmp_path / "x.safetensors")
+    same(TaskVector.load(tmp_path / "x.safetensors"), tau)
+
+
+def test_sharded_vector(tmp_path):
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    tau = TaskVector({"w": Dense(jax.device_put(jnp.arange(32.0), NamedSharding(mesh, PartitionSpec("fsdp"))))})
+    tau.save(tmp_path / "x.safetensors")
+    same(TaskVector.load(tmp_path / "x.safetensors"), tau)
+
+
+def test_names_follow_the_documented_format(tmp_path):
+    path = tmp_path / "x.safetensors"
+    vector(["rows", "sum"]).save(path)
+    with safetensors.safe_open(path, framework="numpy") as handle:
+        assert sorted(handle.keys()) == [
+            "layers/0/w|indices",
+            "layers/0/w|values",
+            "layers/1/w|0.indices",
+            "layers/1/w|0.values",
+            "layers/1/w|1.a",
+            "layers/1/w|1.b",
+        ]
+        metadata = handle.metadata()
+    assert list(metadata) == ["jft"]
+    header = json.loads(metadata["jft"])
+    assert (header["format"], header["version"]) == ("jft.task_vector", 1)
+    assert header["deltas"]["layers/0/w"] == {"kind": "rows", "shape": [4, 24, 20], "static": {"shape": [4, 24, 20]}}
+
+
+def test_inspect_reads_no_values(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tau = vector()
+    tau.save(path, "bfloat16")
+    header = file.inspect(path)
+    assert header.manifest == tau.manifest
+    stored = tau.astype(jnp.bfloat16)
+    assert {p: (e.kind, e.shape, e.nbytes) for p, e in header.entries.items()} == {
+        p: (d.kind, d.shape, d.nbytes) for p, d in stored.items()
+    }
+    assert {e.dtype for e in header.entries.values()} == {"BF16"}
+
+
+def test_load_some_paths(tmp_path):
+    path = tmp_path / "x.safetensors"
+    vector().save(path)
+    assert file.load(path, ["layers/1/w"]).paths == ["layers/1/w"]
+    with pytest.raises(ValueError, match="no delta for 'q'; it has: layers/0/w"):
+        file.load(path, ["q"])
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_beside(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    vector(["dense"]).save(path)
+    before = path.read_bytes()
+
+    def full(tensors, name, metadata):
+        with open(name, "wb") as half:
+            half.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        vector(["rows"]).save(path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_path_with_the_separator_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"path 'a\|b' cannot be written"):
+        TaskVector({"a|b": make("dense", 1)}).save(tmp_path / "x.safetensors")
+    assert not os.listdir(tmp_path)
+
+
+def _rewrite(path, change, drop=()):
+    with safetensors.safe_open(path, framework="numpy") as handle:
+        tensors = {name: handle.get_tensor(name) for name in handle.keys() if name not in drop}  # noqa: SIM118
+        header = json.loads(handle.metadata()["jft"])
+    safetensors.numpy.save_file(tensors, path, {"jft": json.dumps(change(header))})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: p.unlink(), "no such file"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-10]), "truncated, damaged"),
+        (lambda p: p.write_bytes(p.read_bytes()[:100]), "truncated, damaged"),
+        (lambda p: p.write_bytes(b""), "truncated, damaged"),
+        (lambda p: p.write_bytes(b"not a tensor file at all, but long enough to look at"), "truncated, damaged"),
+        (lambda p: safetensors.numpy.save_file({"w": np.ones(2)}, p), "no task vector; jft.load reads"),
+        (lambda p: safetensors.numpy.save_file({"w": np.ones(2)}, p, {"jft": "{"}), "damaged header"),
+        (lambda p: safetensors.numpy.save_file({"w": np.ones(2)}, p, {"jft": "[]"}), "is no task vector"),
+        (lambda p: _rewrite(p, lambda h: h | {"version": 2}), "format version 2, this jft reads 1; upgrade"),
+        (lambda p: _rewrite(p, lambda h: h | {"format": "other"}), "is no task vector"),
+        (lambda p: _rewrite(p, lambda h: {k: v for k, v in h.items() if k != "deltas"}), "no manifest or no deltas"),
+        (lambda p: _rewrite(p, lambda h: h, drop=["layers/0/w|values"]), "'layers/0/w' is damaged: a rows delta has"),
+        (
+            lambda p: _rewrite(
+                p, lambda h: h | {"deltas": {"layers/0/w": h["deltas"]["layers/0/w"] | {"kind": "magic"}}}
+            ),
+            "encoding 'magic', this jft knows dense",
+        ),
+        (
+            lambda p: _rewrite(p, lambda h: h | {"deltas": {"layers/0/w": h["deltas"]["layers/0/w"] | {"shape": [1]}}}),
+            r"its header says \[1\]",
+        ),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path, damage, message):
+    path = tmp_path / "x.safetensors"
+    vector(["rows"]).save(path)
+    damage(path)
+    with pytest.raises(file.FileError, match=message) as error:
+        TaskVector.load(path)
+    assert str(path) in str(error.value)
