@@ -1,0 +1,157 @@
+"""Checkpoints of what trains, and of where the data stands. The one module that knows Orbax.
+
+A checkpoint holds the state (trained values, optimizer state, step, key), the data position of each process and the run's
+identity. The base is not in it: it is named by source and fingerprint. Saving is asynchronous; a checkpoint comes to be
+by a rename, so one that a crash cut short is never seen as whole, and is removed by the next start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from jft import tree
+from jft.train.state import State
+
+HIGHER_IS_BETTER = ("accuracy",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpointing:
+    """When to save and what to keep.
+
+    every: steps between checkpoints, the last step included; 0 for none, save on being asked to stop. keep: how many of the
+    newest stay. best: also keep the best by this metric of evaluation (``loss``, ``accuracy``...), which must be evaluated
+    wherever a checkpoint is written.
+    """
+
+    every: int = 0
+    keep: int = 2
+    best: str = ""
+
+    def __post_init__(self):
+        if self.every < 0 or self.keep < 1:
+            raise ValueError(f"checkpoint.every is {self.every} and keep {self.keep}; they are at least 0 and 1")
+
+
+class Changed(ValueError):
+    """The run in the workdir is another one: the same name, but not the same base, method, optimizer or data."""
+
+
+def _dotted(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping) and value:
+        return {k: v for key, inner in value.items() for k, v in _dotted(inner, f"{prefix}{key}.").items()}
+    return {prefix.removesuffix("."): value}
+
+
+def compare(saved: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+    """Refuse to resume where the identities differ, showing each difference as ``key: old -> new``."""
+    old, new = _dotted(saved), _dotted(json.loads(json.dumps(now)))
+    keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k, "nothing") != new.get(k, "nothing")]
+    if keys:
+        changes = "\n".join(f"  {k}: {old.get(k, 'nothing')!r} -> {new.get(k, 'nothing')!r}" for k in keys)
+        raise Changed(
+            f"the checkpoints in {where} are of another run, so going on from them would be wrong:\n{changes}\n"
+            "undo the change, or give another workdir"
+        )
+
+
+class Checkpoints:
+    """The checkpoints of one run in ``directory``."""
+
+    def __init__(self, directory: Path, options: Checkpointing, identity: Mapping[str, Any]):
+        self.directory, self.options, self.identity = directory, options, dict(identity)
+        policies = ocp.training.preservation_policies
+        keep: list[Any] = [policies.LatestN(options.keep)]
+        if options.best:
+            name = options.best
+            keep.append(
+                policies.BestN(
+                    get_metric_fn=lambda m: m[name],
+                    reverse=name not in HIGHER_IS_BETTER,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self._checkpointer = ocp.training.Checkpointer(
+            directory.absolute(),
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether a checkpoint is to be written after ``step`` of ``steps`` updates."""
+        return bool(self.options.every) and (step % self.options.every == 0 or step == steps)
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest whole checkpoint."""
+        newest = self._checkpointer.latest
+        return None if newest is None else newest.step
+
+    def best(self) -> int | None:
+        """The step of the best checkpoint by ``options.best``; the newest if no metric is asked for."""
+        if not self.options.best:
+            return self.latest
+        scored = [(c.metrics[self.options.best], c.step) for c in self._checkpointer.checkpoints if c.metrics]
+        if not scored:
+            return self.latest
+        return (max if self.options.best in HIGHER_IS_BETTER else min)(scored)[1]
+
+    def save(self, state: State, step: int, position: Any, metrics: Mapping[str, float] | None = None) -> None:
+        """Write a checkpoint of ``state`` in the background; ``position`` is that of this process's data.
+
+        The state is copied before this returns, so it may be donated to the next step. At a step that has one, nothing
+        is done.
+        """
+        if any(c.step == step for c in self._checkpointer.checkpoints):
+            return
+        run = {"identity": self.identity, "positions": _gather(position)}
+        self._checkpointer.save_checkpointables_async(
+            step,
+            {"state": tree.flatten(state), "run": run},
+            force=True,
+            metrics=dict(metrics) if metrics else None,
+        )
+
+    def restore(self, shapes: State, step: int | None = None) -> tuple[State, Any]:
+        """``(state, data position)`` of ``step`` (default the newest), laid out as the shardings of ``shapes`` say.
+
+        Raises :class:`Changed` where the checkpoint is of another run.
+        """
+        step = self.latest if step is None else step
+        run = self._checkpointer.load_checkpointables(step, {"run": None})["run"]
+        compare(run["identity"], self.identity, self.directory)
+        positions = run["positions"]
+        if len(positions) != jax.process_count():
+            raise Changed(
+                f"the checkpoints in {self.directory} hold the data position of {len(positions)} processes, and this run has "
+                f"{jax.process_count()}; resume with as many (the mesh may change)"
+            )
+        flat = self._checkpointer.load_checkpointables(step, {"state": tree.flatten(shapes)})["state"]
+        return tree.like(shapes, flat), positions[jax.process_index()]
+
+    def close(self) -> None:
+        """Wait for what is still being written."""
+        self._checkpointer.close()
+
+
+def _gather(position: Any) -> list[Any]:
+    """The positions of all processes, in order."""
+    if jax.process_count() == 1:
+        return [position]
+    from jax.experimental import multihost_utils
+
+    mine = np.frombuffer(json.dumps(position).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(mine.size))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: mine.size] = mine
+    everyone = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row[:n])) for row, n in zip(np.asarray(everyone), sizes, strict=True)]

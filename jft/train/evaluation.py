@@ -1,0 +1,71 @@
+"""Evaluation: exact weighted means over all batches, by one compiled function per model and objective."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jft import parallel
+from jft.methods import Plan
+from jft.train import feed
+from jft.train.objectives import Objective, objective
+from jft.train.state import find_mesh
+
+
+def _sums(apply: Callable, which: Objective, plan: Plan | None, dtype: Any, params: Any, batch: Any) -> dict[str, Any]:
+    if plan is not None:
+        kept, trained = params
+        params = plan.bind(kept, trained, dtype)
+    loss, weight, sums = which.loss(apply(params, batch), batch)
+    return {"loss": loss, **sums, "weight": weight}
+
+
+def _jit(apply: Callable, which: Objective, plan: Plan | None, dtype: Any) -> Callable:
+    return jax.jit(functools.partial(_sums, apply, which, plan, dtype))
+
+
+_cached = functools.lru_cache(maxsize=32)(_jit)
+
+
+def sums(apply: Callable, which: Objective, plan: Plan | None = None, dtype: Any = None) -> Callable:
+    """Jitted ``(params, batch) -> {"loss", metrics..., "weight"}``, sums over the batch; equal arguments share one.
+
+    With a plan, ``params`` are ``(kept, trained)``: the model under training is evaluated without being merged.
+    """
+    try:
+        return _cached(apply, which, plan, dtype)
+    except TypeError:  # an unhashable apply or plan
+        return _jit(apply, which, plan, dtype)
+
+
+def mean(compute: Callable, params: Any, batches: Iterable, which: Objective, mesh: Any = None, limit: int = 0) -> dict:
+    """``sum of sums / sum of weights`` over ``batches`` (the first ``limit``, 0 for all), added in float64 on the host.
+
+    Raises ``ValueError`` where there is no batch or nothing in them counts.
+    """
+    totals: dict[str, float] = {}
+    for batch in itertools.islice(batches, limit) if limit else batches:
+        batch = feed.host(batch)
+        batch = parallel.put_batch(batch, mesh) if mesh is not None else batch
+        for name, value in jax.device_get(compute(params, batch)).items():
+            totals[name] = totals.get(name, 0.0) + float(np.float64(value))
+    if not totals.get("weight"):
+        raise ValueError("evaluation has no batch, or none in which anything counts (loss mask, valid, labels)")
+    weight = totals.pop("weight")
+    return which.report({name: value / weight for name, value in totals.items()})
+
+
+def evaluate(model: Any, params: Any, batches: Iterable, objective_: Any = "lm", mesh: Any = None) -> dict[str, float]:
+    """Loss and metrics of plain ``params`` over ``batches``, each target counting once whatever the batch it stands in.
+
+    model: a jft model or any ``apply(params, batch)``. objective_: a name or an Objective. mesh: where the batches go;
+    default that of the parameters. Returns ``{"loss", "accuracy", "perplexity" (tokens), ...}``.
+    """
+    which = objective(objective_)
+    apply = getattr(model, "apply", model)
+    return mean(sums(apply, which), params, batches, which, mesh or find_mesh(params))

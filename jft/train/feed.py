@@ -1,0 +1,170 @@
+"""`Feed`: batches for the loop from whatever the caller has, checked on the host, with a position to come back to."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jft import parallel, tree
+from jft.train.objectives import Objective
+from jft.train.state import Layout
+
+
+def host(batch: Any) -> Any:
+    """A batch as numpy arrays in the dtypes JAX computes with (64-bit numbers become 32-bit ones)."""
+
+    def convert(x: Any) -> np.ndarray:
+        x = np.asarray(x)
+        return x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False)
+
+    return jax.tree.map(convert, batch)
+
+
+def put(batch: Any, layout: Layout) -> Any:
+    """Host batch to devices: rows over the mesh, or all of it on the one device."""
+    if layout.mesh is None:
+        return jax.device_put(batch, layout.batch)
+    return parallel.put_batch(batch, layout.mesh)
+
+
+def encode(state: Any) -> Any:
+    """An iterator's state as JSON; raises ``ValueError`` where it is not bytes or JSON."""
+    if isinstance(state, bytes):
+        return {"base64": base64.b64encode(state).decode()}
+    try:
+        return json.loads(json.dumps(state))
+    except TypeError as error:
+        raise ValueError(
+            f"the data iterator's state is neither bytes nor JSON ({error}); the run could not resume"
+        ) from None
+
+
+def decode(state: Any) -> Any:
+    """The inverse of :func:`encode`."""
+    return base64.b64decode(state["base64"]) if isinstance(state, Mapping) and set(state) == {"base64"} else state
+
+
+class _Cycle:
+    """A sequence of batches, again and again, with the state that Grain's iterators have."""
+
+    def __init__(self, batches: Sequence):
+        if not len(batches):
+            raise ValueError("the data holds no batch")
+        self._batches, self._drawn = batches, 0
+
+    def __next__(self) -> Any:
+        self._drawn += 1
+        return self._batches[(self._drawn - 1) % len(self._batches)]
+
+    def get_state(self) -> int:
+        return self._drawn
+
+    def set_state(self, state: int) -> None:
+        self._drawn = state
+
+
+class _Counted:
+    """Any iterator: its state is how many batches were drawn, and it goes there by drawing."""
+
+    def __init__(self, iterator: Iterator):
+        self._iterator, self._drawn = iterator, 0
+
+    def __next__(self) -> Any:
+        self._drawn += 1
+        return next(self._iterator)
+
+    def get_state(self) -> int:
+        return self._drawn
+
+    def set_state(self, state: int) -> None:
+        if state < self._drawn:
+            raise ValueError(
+                f"this iterator is {self._drawn} batches on and cannot go back to {state}; pass a fresh one"
+            )
+        while self._drawn < state:
+            next(self)
+
+
+def _iterator(data: Any) -> Any:
+    if isinstance(data, Sequence):
+        return _Cycle(data)
+    iterator = iter(data)
+    return iterator if hasattr(iterator, "get_state") and hasattr(iterator, "set_state") else _Counted(iterator)
+
+
+class Feed:
+    """An endless stream of host batches with a JSON position.
+
+    data: an iterable whose iterators have ``get_state`` and ``set_state`` (jft's loaders, Grain); a sequence of batches,
+    gone through again and again; or any other iterable, whose position is the number of batches drawn.
+    """
+
+    def __init__(self, data: Any):
+        self._iterator = _iterator(data)
+        self._ahead: tuple[Any, Any] | None = None
+
+    def position(self) -> Any:
+        """Where the stream stands, as JSON: the next batch is the same after :meth:`seek` to it."""
+        return self._ahead[0] if self._ahead else encode(self._iterator.get_state())
+
+    def seek(self, position: Any) -> None:
+        """Go to a position. One that was just peeked at needs no going back."""
+        if self._ahead and self._ahead[0] == position:
+            return
+        self._ahead = None
+        self._iterator.set_state(decode(position))
+
+    def peek(self) -> Any:
+        """The next batch, without taking it."""
+        if self._ahead is None:
+            position = self.position()
+            try:
+                self._ahead = (position, host(next(self._iterator)))
+            except StopIteration:
+                raise ValueError(f"the data ended (position {position}); training data must repeat") from None
+        return self._ahead[1]
+
+    def next(self, step: int, objective: Objective) -> Any:
+        """The batch for ``step``. One whose loss would be over nothing is refused, naming the step."""
+        try:
+            batch = self.peek()
+        except ValueError as error:
+            raise ValueError(f"step {step}: {error}") from None
+        weight = float(objective.weight(batch, np))
+        # Of several processes one may hold only padding; the step itself then sees whether all do.
+        if weight == 0 and jax.process_count() == 1:
+            raise ValueError(
+                f"the batch for step {step} has total weight 0: its loss mask, segments or valid flags leave no target "
+                f"(data position {self.position()}); look at the template and the masking of the data"
+            )
+        self._ahead = None
+        return batch
+
+
+def tokens(batch: Any) -> int:
+    """Tokens that are not padding in a host batch; 0 where it has none."""
+    if not isinstance(batch, Mapping):
+        batch = {"tokens": batch}
+    total = 0
+    for name in ("tokens", "decoder_tokens"):
+        if name in batch:
+            segments = batch.get(name.replace("tokens", "segments"))
+            total += batch[name].size if segments is None else int(np.count_nonzero(segments))
+    return total
+
+
+def positions(batch: Any) -> int:
+    """Token positions of a batch of arrays or shapes, padding included: what is computed. 0 where it has no tokens."""
+    if not isinstance(batch, Mapping):
+        batch = {"tokens": batch}
+    return sum(tree.size(batch[name]) for name in ("tokens", "decoder_tokens") if name in batch)
+
+
+def rows(batch: Any) -> int:
+    """Examples of a host batch: its leading axis."""
+    return jax.tree.leaves(batch)[0].shape[0]

@@ -1,0 +1,324 @@
+"""`finetune`: the training loop, from a base to a task vector. It reads from top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from jft import delta, methods, tree
+from jft.methods import Method, Plan
+from jft.train import evaluation as evaluations
+from jft.train import feed, overview, preflight, step
+from jft.train.metrics import Metrics
+from jft.train.objectives import Objective, infer
+from jft.train.objectives import objective as find_objective
+from jft.train.optimizers import Given
+from jft.train.optimizers import optimizer as find_optimizer
+from jft.train.preemption import Preempted, Watch
+from jft.train.progress import Meter, Progress
+from jft.train.state import Layout, State, abstract, find_mesh, lay_out
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A step given to the devices whose metrics nobody has looked at: updates made with it, and its batch's position."""
+
+    step: int
+    metrics: Any
+    rate: float
+    position: Any
+
+
+class NonFiniteError(ValueError):
+    """The loss or gradient was not finite. step: of the update that was not made; position: of its batch in the data."""
+
+    def __init__(self, message: str, step: int, position: Any):
+        super().__init__(message)
+        self.step, self.position = step, position
+
+
+@dataclasses.dataclass(frozen=True)
+class Logging:
+    """What is logged. every: steps between rows. progress: show the run on stdout. tensorboard; wandb: a project's name."""
+
+    every: int = 10
+    progress: bool = True
+    tensorboard: bool = False
+    wandb: str = ""
+
+    def __post_init__(self):
+        if self.every < 1:
+            raise ValueError(f"log.every is {self.every}; it must be at least 1")
+
+
+@dataclasses.dataclass
+class Run:
+    """A finished run. metrics: all rows, ``{"step", "split", ...}``; evaluation: the last one's result."""
+
+    plan: Plan
+    state: State
+    metrics: list[dict]
+    evaluation: dict[str, float]
+    task_vector: delta.TaskVector
+    _base: Any
+    _kept: Any
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """The fine-tuned parameters, plain, in the dtypes of the base."""
+        return self.plan.merged(self._base, self._kept, self.state.trained)
+
+
+def finetune(
+    model: Any,
+    params: Any,
+    data: Iterable,
+    *,
+    steps: int,
+    method: str | Mapping | Method = "full",
+    optimizer: Any = None,
+    objective: str | Mapping | Objective | None = None,
+    mesh: Any = None,
+    eval_data: Iterable | None = None,
+    eval_every: int = 0,
+    eval_batches: int = 0,
+    accumulate: int = 1,
+    dtype: Any = None,
+    seed: int = 0,
+    workdir: str | Path | None = None,
+    checkpoint: Any = None,
+    log: Any = None,
+    tokenizer: Any = None,
+    manifest: Mapping[str, Any] | None = None,
+) -> Run:
+    """Fine-tune ``params`` for ``steps`` updates on ``data``.
+
+    model: a jft model, or any pure ``apply(params, batch) -> outputs``. data: an endless loader of host batches, or a list
+    of batches, gone through again and again; with several processes, each gives its own rows.
+    method: a name, ``{"name": ..., **options}`` or a Method. optimizer: a name, options or any optax transformation
+    (:mod:`jft.train.optimizers`; default AdamW). objective: a name or an Objective; default by what the batches hold.
+    mesh: default that of the parameters, else one device. eval_data is gone through every ``eval_every`` steps (0: at the
+    end), its first ``eval_batches`` (0: all). accumulate: microbatches per batch; the gradient is the same for any.
+    dtype: of trained values in the forward pass (masters stay float32); default the model's execution dtype.
+    workdir: where metrics, checkpoints and the task vector go; a run found there is taken up where it stood.
+    checkpoint, log: see :class:`Checkpointing` and :class:`Logging` (an object, a dict, or a number for ``every``).
+    manifest: said of the run in its checkpoints and task vector; what stands under ``data`` must not change on resuming.
+
+    Raises :class:`NonFiniteError` with the last good state saved, :class:`Preempted` when asked to stop,
+    :class:`jft.parallel.MemoryBudgetError` where it would not fit, ``Changed`` where the workdir holds another run.
+    """
+    # What to do.
+    logging = _options(Logging, log)
+    method = _method(method)
+    chosen = find_optimizer(optimizer)
+    stream = feed.Feed(data)
+    which = infer(stream.peek()) if objective is None else find_objective(objective)
+    apply = getattr(model, "apply", model)
+    if dtype is None and hasattr(model, "execution"):
+        dtype = model.execution.dtype
+    mesh = find_mesh(params) if mesh is None else mesh
+    plan = method.plan(params, model)
+
+    # How it lies on the devices, and whether it fits, before anything is allocated.
+    recipe = step.Recipe(apply, plan, which, chosen, accumulate, dtype, chosen.decayed(tree.flatten(params)))
+    shapes = preflight.shapes(plan, chosen.transform(recipe.decayed), params, seed)
+    layout = lay_out(params, plan, shapes.kept, shapes.state, mesh)
+    update = step.make(recipe, layout, shapes.state, shapes.kept)
+    first = preflight.global_shapes(stream.peek())
+    memory = preflight.check(update, first, model, params)
+    params = jax.device_put(params, layout.params)
+
+    # The state: from the newest checkpoint, or from the start.
+    base, said = delta.describe_base(params), dict(manifest or {})
+    started = _identity(method, chosen, which, shapes.state, first, dtype, seed)
+    identity = {"base": base["fingerprint"], "data": said.get("data"), **started}
+    workdir = None if workdir is None else Path(workdir)
+    checkpoints = _checkpoints(workdir, checkpoint, eval_data, eval_every, identity)
+    key = jax.random.key(seed)
+    kept, trained = plan.init(key, params)
+    kept = jax.device_put(kept, layout.kept)
+    begin = checkpoints.latest or 0 if checkpoints else 0
+    if begin and checkpoints:
+        state, position = checkpoints.restore(abstract(shapes.state, layout.state))
+        stream.seek(position)
+    else:
+        state = _start(trained, chosen.transform(recipe.decayed), seed, layout)
+    del trained
+
+    # What the user sees.
+    primary = jax.process_index() == 0
+    metrics = Metrics(workdir, begin, logging.tensorboard, logging.wandb, primary)
+    progress = Progress(steps, begin, logging.progress and primary)
+    work = preflight.work(update, first, params)
+    meter = Meter(work)
+    progress.say(
+        overview.text(overview.rows(params, shapes.state.trained, layout.params if mesh is not None else None))
+    )
+    progress.say(f"method {overview.describe(plan)}; step takes {memory}; FLOPs by {work.source}")
+    if tokenizer is not None and hasattr(which, "weights"):
+        progress.say("first example, targets in brackets: " + overview.example(stream.peek(), which, tokenizer))
+    if begin:
+        progress.say(f"resumed after step {begin}")
+
+    def log_train(pending: _Pending) -> None:
+        """Metrics of a step that was given to the devices before; stops the run where they are not finite."""
+        if not bool(pending.metrics["sound"]):
+            _stop(pending, state, checkpoints)
+        if pending.step % logging.every and pending.step != steps:
+            return
+        values = {k: float(v) for k, v in jax.device_get(pending.metrics).items() if k != "sound"}
+        rates = {} if isinstance(chosen, Given) else {"lr": pending.rate}
+        values |= rates | meter.read()
+        metrics.write(pending.step, "train", values)
+        progress.show(pending.step, "train", values)
+
+    score = evaluations.sums(apply, which, plan, dtype)
+    evaluation: dict[str, float] = {}
+
+    def run_evaluation(done: int) -> dict[str, float]:
+        since = time.perf_counter()
+        result = evaluations.mean(score, (kept, state.trained), eval_data, which, mesh, eval_batches)
+        meter.pause(time.perf_counter() - since)
+        metrics.write(done, "eval", result)
+        progress.show(done, "eval", result)
+        return result
+
+    # The loop. Metrics are fetched one step late, so that the next step is queued before the host waits for this one.
+    pending: _Pending | None = None
+    sound: Any = np.asarray(True)
+    with contextlib.ExitStack() as stack:
+        for closing in (metrics, progress, *([checkpoints] if checkpoints else [])):
+            stack.callback(closing.close)
+        watch = stack.enter_context(Watch()) if checkpoints else None
+        for n in range(begin, steps):
+            position = stream.position()
+            batch = stream.next(n, which)
+            rate = chosen.rate(n, steps)
+            state, out = update(state, kept, feed.put(batch, layout), np.asarray(rate, np.float32), sound)
+            sound = out["sound"]
+            meter.add(feed.rows(batch) * jax.process_count(), feed.tokens(batch) * jax.process_count())
+            progress.advance(n + 1)
+            if pending is not None:
+                log_train(pending)
+            pending, done = _Pending(n + 1, out, rate, position), n + 1
+
+            evaluates = eval_data is not None and (done == steps or (eval_every and done % eval_every == 0))
+            saves = checkpoints is not None and checkpoints.due(done, steps)
+            stops = watch is not None and watch.reached(done) and done < steps
+            if evaluates or saves or stops or done == steps:
+                log_train(pending)
+                pending = None
+            if evaluates:
+                evaluation = run_evaluation(done)
+            if checkpoints is not None and (saves or stops):
+                checkpoints.save(state, done, stream.position(), evaluation if evaluates else None)
+            if stops:
+                raise Preempted(done, saved=True)
+        if begin >= steps and eval_data is not None:
+            evaluation = run_evaluation(begin)
+
+    # What came of it.
+    facts = {**said, **started, "steps": steps, "evaluation": evaluation}
+    vector = delta.TaskVector(plan.encode(params, kept, state.trained), {"base": base, **delta.describe(None, **facts)})
+    if workdir is not None and primary:
+        vector.save(workdir / "task_vector.safetensors")
+    return Run(plan, state, metrics.rows, evaluation, vector, params, kept)
+
+
+def _options(kind: type, value: Any) -> Any:
+    """An options object from itself, a mapping of its fields, a number (``every``) or None."""
+    if value is None or isinstance(value, int):
+        return kind() if value is None else kind(every=value)
+    if isinstance(value, Mapping):
+        known = [f.name for f in dataclasses.fields(kind)]
+        for key in value:
+            if key not in known:
+                raise ValueError(f"{kind.__name__} has no option {key!r}; it has: {', '.join(known)}")
+        return kind(**value)
+    return value
+
+
+def _method(value: str | Mapping | Method) -> Method:
+    if isinstance(value, str):
+        return methods.method(value)
+    return methods.method(**value) if isinstance(value, Mapping) else value
+
+
+def _identity(
+    method: Method, chosen: Any, which: Any, state: State, batch: Any, dtype: Any, seed: int
+) -> dict[str, Any]:
+    """What a run is, as JSON: a run may only go on from checkpoints that say the same."""
+    if isinstance(chosen, Given):
+        optimizer: Any = {"name": "optax", "state": sorted(tree.flatten(state.opt_state))}
+    else:
+        optimizer = dataclasses.asdict(chosen)
+    return {
+        "method": {"name": method.name, "options": _json(method.options)},
+        "optimizer": _json(optimizer),
+        "objective": {"name": type(which).__name__, **_json(dataclasses.asdict(which))},
+        "batch": {p: [list(x.shape), np.dtype(x.dtype).name] for p, x in tree.flatten(batch).items()},
+        "trained": {p: [list(x.shape), np.dtype(x.dtype).name] for p, x in tree.flatten(state.trained).items()},
+        "dtype": None if dtype is None else np.dtype(dtype).name,
+        "seed": seed,
+    }
+
+
+def _json(value: Any) -> Any:
+    """``value`` as JSON would give it back; what it cannot hold by its ``repr``."""
+    return json.loads(json.dumps(value, default=repr))
+
+
+def _checkpoints(workdir: Path | None, options: Any, eval_data: Any, eval_every: int, identity: Any) -> Any:
+    """The checkpoints of a run that has a workdir; the module that knows Orbax is loaded for them alone."""
+    if workdir is None:
+        if options:
+            raise ValueError("checkpoint is given, but no workdir to write to")
+        return None
+    from jft.train.checkpoints import Checkpointing, Checkpoints
+
+    options = _options(Checkpointing, options)
+    if options.best and (eval_data is None or not eval_every or options.every % eval_every):
+        raise ValueError(
+            f"checkpoint.best={options.best!r} needs eval data, and checkpoint.every ({options.every}) to be a multiple of "
+            f"eval_every ({eval_every}), so that every checkpoint has been evaluated"
+        )
+    workdir.mkdir(parents=True, exist_ok=True)
+    return Checkpoints(workdir / "checkpoints", options, identity)
+
+
+def _start(trained: Any, transform: optax.GradientTransformation, seed: int, layout: Layout) -> State:
+    """The first state, each part made where it will lie."""
+    trained = jax.device_put(trained, layout.state.trained)
+    return State(
+        step=jax.device_put(np.zeros((), np.int32), layout.state.step),
+        trained=trained,
+        opt_state=jax.jit(transform.init, out_shardings=layout.state.opt_state)(trained),
+        rng=jax.device_put(np.asarray(jax.random.key_data(jax.random.key(seed))), layout.state.rng),
+    )
+
+
+def _stop(pending: _Pending, state: State, checkpoints: Any) -> None:
+    """End a run whose loss or gradient was not finite, with the last good state saved."""
+    values = jax.device_get(pending.metrics)
+    done = pending.step - 1
+    saved = "; no workdir, so no state was saved"
+    if checkpoints is not None:
+        checkpoints.save(state, done, pending.position)
+        saved = f"; the state after step {done} is saved in {checkpoints.directory}"
+    what = "has total weight 0 on all processes" if values["weight"] == 0 else "is not finite"
+    raise NonFiniteError(
+        f"the loss of step {done} {what}: loss {values['loss']:g}, grad_norm {values['grad_norm']:g}, data position "
+        f"{pending.position}{saved}. Look at that batch, lower the learning rate, or clip",
+        done,
+        pending.position,
+    )

@@ -1,0 +1,254 @@
+"""What is minimised: from outputs and a batch to a sum of losses, the weight it is over, and sums of metrics.
+
+Losses are *sums*; the step divides once, by the weight of the whole global batch. So gradient accumulation, packing and
+sharding change nothing: a token counts the same wherever it stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Batch = Any
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What the step, evaluation and metrics ask of an objective. Objectives are hashable values.
+
+    splits: whether the loss of a batch is the sum of its examples' losses, so that microbatches add up.
+    """
+
+    splits: ClassVar[bool]
+
+    def weight(self, batch: Batch, xp: Any = jnp) -> Any:
+        """Total weight of a batch (target tokens, or examples), computed with ``xp``: ``numpy`` or ``jax.numpy``."""
+        ...
+
+    def loss(self, outputs: Any, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
+        """``(sum of losses, weight, sums of metrics)``, float32 scalars."""
+        ...
+
+    def report(self, means: dict[str, float]) -> dict[str, float]:
+        """What evaluation shows, from means over all batches."""
+        ...
+
+
+def _field(batch: Batch, name: str) -> Any:
+    """``batch[name]``; an array alone is its tokens. A missing field is refused with those that are there."""
+    if not isinstance(batch, Mapping):
+        batch = {"tokens": batch}
+    if name not in batch:
+        raise ValueError(f"the objective needs batch[{name!r}]; the batch has {', '.join(sorted(batch))}")
+    return batch[name]
+
+
+def _optional(batch: Batch, name: str) -> Any:
+    return batch.get(name) if isinstance(batch, Mapping) else None
+
+
+def _next(x: Any, xp: Any) -> Any:
+    """``x[:, t + 1]`` at ``t``, zero at the end: the shift is on the targets, so the logits are never copied."""
+    return xp.concatenate([x[:, 1:], xp.zeros_like(x[:, :1])], axis=1)
+
+
+def token_nll(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """``(logsumexp(logits) - logits[target], logsumexp)`` in float32, for logits ``[..., V]`` and targets ``[...]``.
+
+    The casts fuse into the reductions: no float32 copy of the logits is held.
+    """
+    partition = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return partition - picked.astype(jnp.float32), partition
+
+
+def _hits(logits: Array, targets: Array) -> Array:
+    return (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+
+
+def _sums(nll: Array, partition: Array, hits: Array, weights: Array, z_loss: float) -> tuple[Array, Array, dict]:
+    loss = jnp.sum(weights * nll)
+    sums = {"accuracy": jnp.sum(weights * hits)}
+    if z_loss:
+        sums["nll"] = loss
+        loss = loss + z_loss * jnp.sum(weights * jnp.square(partition))
+    return loss, jnp.sum(weights), sums
+
+
+def _perplexity(means: dict[str, float]) -> dict[str, float]:
+    nll = means.get("nll", means["loss"])
+    return {**means, "perplexity": math.exp(nll) if nll < 700 else math.inf}
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """Next-token cross entropy: logits at ``t`` predict ``tokens[t + 1]``.
+
+    It counts where both stand in the same segment (``segments``, 0 = padding) and ``loss_mask[t + 1]`` is set, weighted by it.
+    z_loss adds ``z_loss * logsumexp(logits)**2`` (Chowdhery et al. 2022, arXiv:2204.02311, use 1e-4).
+    """
+
+    z_loss: float = 0.0
+    splits: ClassVar[bool] = True
+
+    def weights(self, batch: Batch, xp: Any = jnp) -> Any:
+        """Weight of each position's target, float32 ``[B, T]``; the last position has none."""
+        tokens = _field(batch, "tokens")
+        segments, mask = _optional(batch, "segments"), _optional(batch, "loss_mask")
+        segments = xp.ones(tokens.shape, "int32") if segments is None else segments
+        ahead = _next(segments, xp)
+        weights = ((segments == ahead) & (ahead > 0)).astype("float32")
+        return weights if mask is None else weights * _next(mask, xp).astype("float32")
+
+    def weight(self, batch: Batch, xp: Any = jnp) -> Any:
+        return xp.sum(self.weights(batch, xp))
+
+    def loss(self, outputs: Any, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
+        targets = _next(_field(batch, "tokens"), jnp)
+        nll, partition = token_nll(outputs, targets)
+        return _sums(nll, partition, _hits(outputs, targets), self.weights(batch), self.z_loss)
+
+    def report(self, means: dict[str, float]) -> dict[str, float]:
+        return _perplexity(means)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seq2Seq:
+    """Cross entropy of an encoder-decoder: decoder logits at ``t`` predict ``decoder_tokens[t + 1]``.
+
+    ``decoder_tokens`` are the decoder's input, start token first. Padding is ignored: ``decoder_segments == 0``, or
+    without segments the id 0, which pads and starts T5's sequences. z_loss as in :class:`LanguageModel`.
+    """
+
+    z_loss: float = 0.0
+    splits: ClassVar[bool] = True
+
+    def weights(self, batch: Batch, xp: Any = jnp) -> Any:
+        """Weight of each decoder position's target, float32 ``[B, T]``."""
+        tokens, segments = _field(batch, "decoder_tokens"), _optional(batch, "decoder_segments")
+        if segments is None:
+            return (_next(tokens, xp) != 0).astype("float32")
+        ahead = _next(segments, xp)
+        return ((segments == ahead) & (ahead > 0)).astype("float32")
+
+    def weight(self, batch: Batch, xp: Any = jnp) -> Any:
+        return xp.sum(self.weights(batch, xp))
+
+    def loss(self, outputs: Any, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
+        targets = _next(_field(batch, "decoder_tokens"), jnp)
+        nll, partition = token_nll(outputs, targets)
+        return _sums(nll, partition, _hits(outputs, targets), self.weights(batch), self.z_loss)
+
+    def report(self, means: dict[str, float]) -> dict[str, float]:
+        return _perplexity(means)
+
+
+def _examples(batch: Batch, key: str, xp: Any) -> Any:
+    """Weight of each example: 1, or 0 where ``valid`` says it fills up the last batch."""
+    valid = _optional(batch, "valid")
+    rows = _field(batch, key).shape[0]
+    return xp.ones((rows,), "float32") if valid is None else valid.astype("float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """Cross entropy of logits ``[B, C]`` with ``labels[B]``; examples with ``valid`` false do not count.
+
+    label_smoothing s mixes the target with the uniform distribution: ``(1 - s) * onehot + s / C`` (Szegedy et al. 2015,
+    arXiv:1512.00567).
+    """
+
+    label_smoothing: float = 0.0
+    splits: ClassVar[bool] = True
+
+    def weight(self, batch: Batch, xp: Any = jnp) -> Any:
+        return xp.sum(_examples(batch, "labels", xp))
+
+    def loss(self, outputs: Any, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
+        labels, weights = _field(batch, "labels"), _examples(batch, "labels", jnp)
+        losses, partition = token_nll(outputs, labels)
+        if self.label_smoothing:
+            uniform = partition - jnp.mean(outputs.astype(jnp.float32), axis=-1)
+            losses = (1 - self.label_smoothing) * losses + self.label_smoothing * uniform
+        return _sums(losses, partition, _hits(outputs, labels), weights, 0.0)
+
+    def report(self, means: dict[str, float]) -> dict[str, float]:
+        return means
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrastive:
+    """CLIP's symmetric InfoNCE over the global batch (Radford et al. 2021, arXiv:2103.00020).
+
+    outputs: ``image[B, P]`` and ``text[B, P]``, L2-normalised, and ``logit_scale``, the natural logarithm of the inverse
+    temperature. Every example is a negative of every other, so microbatches would be another loss: it does not split.
+    """
+
+    splits: ClassVar[bool] = False
+
+    def weight(self, batch: Batch, xp: Any = jnp) -> Any:
+        return xp.sum(_examples(batch, "images", xp))
+
+    def loss(self, outputs: Any, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
+        image, text = (outputs[k].astype(jnp.float32) for k in ("image", "text"))
+        weights = _examples(batch, "images", jnp)
+        logits = jnp.exp(outputs["logit_scale"].astype(jnp.float32)) * image @ text.T
+        matched = jnp.arange(logits.shape[0])
+        absent = jnp.where(weights > 0, 0.0, -1e30)
+        by_image, by_text = logits + absent[None, :], logits.T + absent[None, :]
+        losses = (token_nll(by_image, matched)[0] + token_nll(by_text, matched)[0]) / 2
+        losses = jnp.where(weights > 0, losses, 0.0)
+        return _sums(losses, losses, _hits(by_image, matched), weights, 0.0)
+
+    def report(self, means: dict[str, float]) -> dict[str, float]:
+        return means
+
+
+objectives: dict[str, type] = {
+    "lm": LanguageModel,
+    "classification": Classification,
+    "contrastive": Contrastive,
+    "seq2seq": Seq2Seq,
+}
+
+
+def infer(batch: Batch) -> Objective:
+    """The objective that a batch's fields speak of: labels, an image with a text, decoder tokens, or tokens."""
+    fields = set(batch) if isinstance(batch, Mapping) else {"tokens"}
+    if "labels" in fields:
+        return Classification()
+    if {"images", "tokens"} <= fields:
+        return Contrastive()
+    if "decoder_tokens" in fields:
+        return Seq2Seq()
+    if "tokens" in fields:
+        return LanguageModel()
+    raise ValueError(f"no objective fits a batch of {', '.join(sorted(fields))}; give one ({', '.join(objectives)})")
+
+
+def objective(which: Any) -> Any:
+    """An objective from its name, from ``{"name": ..., **options}``, or itself. Unknown names and options are refused."""
+    if isinstance(which, str):
+        which = {"name": which}
+    if not isinstance(which, Mapping):
+        if isinstance(which, Objective):
+            return which
+        raise ValueError(f"objective is {which!r}; give a name ({', '.join(objectives)}) or an Objective")
+    options = dict(which)
+    name = options.pop("name", None)
+    if name not in objectives:
+        near = difflib.get_close_matches(str(name), objectives, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"objective {name!r} is unknown{hint}; choose one of {', '.join(objectives)}")
+    known = [f.name for f in dataclasses.fields(objectives[name])]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"objective {name!r} has no option {option!r}; it has: {', '.join(known) or 'none'}")
+    return objectives[name](**options)

@@ -1,0 +1,160 @@
+"""Optimizers from a config: what they do to a gradient, and the learning rate over time.
+
+The learning rate is kept apart from the rest: it enters the compiled step as a number, so that a sweep over rates, schedules
+and lengths compiles once. Any ``optax.GradientTransformation`` (which carries its own rate) may be used instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+from jft import tree
+
+SCHEDULES = ("constant", "linear", "cosine")
+NAMES = ("adamw", "adam", "sgd", "lion", "adafactor", "muon")
+# What decays by default is neither a bias nor a norm, whether jft or another library named it.
+UNDECAYED = re.compile(r"(?:^|/)(?:b|bias|scale|gamma|beta|logit_scale)$|norm", re.IGNORECASE)
+TABLES = re.compile(r"(?:^|/)(?:table|embedding|cls|head/w)$|embed", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """An optimizer by name, with its schedule.
+
+    name: adamw, adam (without decay), sgd, lion, adafactor or muon (matrices only; the rest by AdamW).
+    lr: the peak learning rate. weight_decay: decoupled and toward zero for every optimizer:
+    ``value -= lr * weight_decay * value`` for the values that train; for LoRA these are the factors, so the *weight* is pulled
+    to the base. decay: patterns of paths that decay; none: everything but biases and norms.
+    b1, b2, eps: of adam, adamw, lion (b1, b2) and muon's AdamW. momentum: of sgd and muon.
+    schedule: what follows ``warmup`` steps of linear rise: constant, or linear or cosine down to ``end * lr`` at the last step.
+    clip: largest global norm of the gradient over what trains; 0 for none.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    decay: tuple[str, ...] = ()
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    momentum: float = 0.9
+    schedule: str = "constant"
+    warmup: int = 0
+    end: float = 0.0
+    clip: float = 1.0
+
+    def __post_init__(self):
+        if self.name not in NAMES:
+            raise ValueError(
+                f"optimizer {self.name!r} is unknown; choose one of {', '.join(NAMES)}, or pass any optax one"
+            )
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule {self.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
+        if self.name == "adam" and self.weight_decay:
+            raise ValueError(
+                "adam has no weight decay here; adamw with the same settings decays toward zero, decoupled"
+            )
+        if not self.lr > 0 or not math.isfinite(self.lr):
+            raise ValueError(f"optimizer.lr is {self.lr}; it must be positive and finite")
+        if min(self.weight_decay, self.warmup, self.clip) < 0:
+            raise ValueError(f"weight_decay, warmup and clip cannot be negative: {self}")
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of update ``step`` (from 0) out of ``steps``."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.lr
+        progress = min((step - self.warmup) / max(steps - self.warmup, 1), 1.0)
+        left = 1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return self.lr * (self.end + (1 - self.end) * left)
+
+    def decayed(self, shapes: Mapping[str, Any]) -> frozenset[str]:
+        """The paths that decay, of weights with these shapes."""
+        if not self.weight_decay:
+            return frozenset()
+        if self.decay:
+            return frozenset(tree.matching(shapes, self.decay, "optimizer.decay"))
+        return frozenset(p for p, x in shapes.items() if len(x.shape) > 1 and not UNDECAYED.search(p))
+
+    def transform(self, decayed: frozenset[str] = frozenset()) -> optax.GradientTransformation:
+        """Gradient to update, sign flipped, for a learning rate of 1. Trees are ``{path: pytree}``."""
+
+        def mask(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {p: jax.tree.map(lambda _: p in decayed, x) for p, x in values.items()}  # noqa: B023
+
+        parts = [optax.clip_by_global_norm(self.clip)] if self.clip else []
+        parts.append(self._direction())
+        if self.weight_decay:
+            parts.append(optax.add_decayed_weights(self.weight_decay, mask=mask))
+        return optax.chain(*parts, optax.scale(-1.0))
+
+    def _direction(self) -> optax.GradientTransformation:
+        if self.name in ("adam", "adamw"):
+            return optax.scale_by_adam(self.b1, self.b2, self.eps)
+        if self.name == "sgd":
+            return optax.trace(self.momentum) if self.momentum else optax.identity()
+        if self.name == "lion":
+            return optax.scale_by_lion(self.b1, self.b2)
+        if self.name == "adafactor":
+            # Its own chain ends in a sign flip; ours follows, so undo it.
+            return optax.chain(optax.adafactor(learning_rate=None), optax.scale(-1.0))
+        matrices = optax.contrib.muon(
+            1.0, beta=self.momentum, adam_b1=self.b1, adam_b2=self.b2, muon_weight_dimension_numbers=_matrix_axes
+        )
+        return optax.chain(matrices, optax.scale(-1.0))
+
+
+def _matrix_axes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Which leaves muon treats as matrices: stacked ones too, each layer by itself; no embeddings, norms or biases."""
+
+    def axes(path: str, x: Any) -> Any:
+        if x.ndim < 2 or UNDECAYED.search(path) or TABLES.search(path):
+            return None
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=x.ndim - 2, output_axis=x.ndim - 1)
+
+    return {p: jax.tree.map(lambda leaf: axes(p, leaf), x) for p, x in values.items()}  # noqa: B023
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """An ``optax.GradientTransformation`` used as it is: its own learning rate, its own decay."""
+
+    given: optax.GradientTransformation
+
+    def rate(self, step: int, steps: int) -> float:
+        return 1.0
+
+    def decayed(self, shapes: Mapping[str, Any]) -> frozenset[str]:
+        return frozenset()
+
+    def transform(self, decayed: frozenset[str] = frozenset()) -> optax.GradientTransformation:
+        return self.given
+
+
+def optimizer(which: Any) -> Optimizer | Given:
+    """An :class:`Optimizer` from None (the defaults), a name, a mapping of its fields, or an optax transformation."""
+    if which is None:
+        return Optimizer()
+    if isinstance(which, Optimizer | Given):
+        return which
+    if isinstance(which, str):
+        return Optimizer(which)
+    if isinstance(which, Mapping):
+        known = {f.name for f in dataclasses.fields(Optimizer)}
+        for key in which:
+            if key not in known:
+                raise ValueError(f"optimizer has no option {key!r}; it has: {', '.join(sorted(known))}")
+        return Optimizer(**{k: tuple(v) if k == "decay" else v for k, v in which.items()})
+    if hasattr(which, "init") and hasattr(which, "update"):
+        return Given(which)
+    raise ValueError(
+        f"optimizer is {which!r}; give a name ({', '.join(NAMES)}), its options, or an optax transformation"
+    )

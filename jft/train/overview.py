@@ -1,0 +1,99 @@
+"""What a run prints before it starts: the weights and what trains of them, and the first example as the model sees it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jft import tree
+from jft.methods import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One weight: how it lies and how many of its values train."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    sharding: str
+    trains: int
+
+    @property
+    def density(self) -> float:
+        """Values that train, of values there are."""
+        return self.trains / max(int(np.prod(self.shape)), 1)
+
+
+def rows(params: Any, trained: Mapping[str, Any], shardings: Any = None) -> list[Row]:
+    """A row for each weight, in tree order; ``trained`` as in :meth:`Plan.init` (arrays or shapes)."""
+    specs = tree.flatten(shardings) if shardings is not None else {}
+    out = []
+    for path, x in tree.flatten(params).items():
+        spec = getattr(specs.get(path), "spec", None)
+        written = ", ".join("+".join(a) if isinstance(a, tuple) else str(a or "-") for a in spec) if spec else "-"
+        trains = tree.count(trained[path]) if path in trained else 0
+        out.append(Row(path, tuple(x.shape), np.dtype(x.dtype).name, written, trains))
+    return out
+
+
+def summary(table: list[Row]) -> str:
+    """``123 weights, 1,234,567 values, 12,345 train (1.0%)``."""
+    values = sum(int(np.prod(r.shape)) for r in table)
+    trains = sum(r.trains for r in table)
+    return f"{len(table)} weights, {values:,} values; {trains:,} train ({100 * trains / max(values, 1):.3g}%)"
+
+
+def text(table: list[Row]) -> str:
+    """The rows as plain aligned text, with the totals below."""
+    cells = [("weight", "shape", "dtype", "sharding", "trains", "density")]
+    for r in table:
+        shape = "x".join(map(str, r.shape)) or "scalar"
+        cells.append(
+            (
+                r.path,
+                shape,
+                r.dtype,
+                r.sharding,
+                f"{r.trains:,}" if r.trains else "-",
+                f"{r.density:.3g}" if r.trains else "-",
+            )
+        )
+    widths = [max(len(c[i]) for c in cells) for i in range(6)]
+    right = {1, 4, 5}
+    lines = [
+        "  ".join(
+            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    ]
+    return "\n".join([*lines, summary(table)])
+
+
+def example(batch: Any, objective: Any, tokenizer: Any, limit: int = 400) -> str:
+    """The first row of a host batch decoded, up to ``limit`` tokens, with what the loss is over in [brackets]."""
+    if not isinstance(batch, Mapping):
+        batch = {"tokens": batch}
+    decoder = "decoder_" if "decoder_tokens" in batch else ""
+    tokens = batch[f"{decoder}tokens"][0]
+    segments = batch[f"{decoder}segments"][0] if f"{decoder}segments" in batch else np.ones_like(tokens)
+    # Weights stand where the prediction is made, one before the token that is predicted.
+    counts = np.roll(objective.weights(batch, np)[0], 1) > 0
+    end = int(np.flatnonzero(segments > 0).max(initial=-1)) + 1
+    tokens, counts = tokens[:end][:limit], counts[:end][:limit]
+    cuts = np.flatnonzero(np.diff(counts.astype(np.int8))) + 1
+    parts = []
+    for ids, flag in zip(np.split(tokens, cuts), np.split(counts, cuts), strict=True):
+        if len(ids):
+            decoded = tokenizer.decode([int(i) for i in ids])
+            parts.append(f"[{decoded}]" if flag[0] else decoded)
+    return "".join(parts)
+
+
+def describe(plan: Plan) -> str:
+    """The method in one line: name and options."""
+    options = ", ".join(f"{k}={v!r}" for k, v in plan.method.options.items())
+    return f"{plan.method.name}({options})"

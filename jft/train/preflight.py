@@ -1,0 +1,122 @@
+"""Before anything is allocated: the step compiled from shapes, what memory it takes, and what would make it fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jft import methods, parallel, tree
+from jft.methods import Plan
+from jft.parallel import MemoryEstimate
+from jft.train import feed, step
+from jft.train.objectives import LanguageModel, Seq2Seq
+from jft.train.progress import Work, peak_flops
+from jft.train.state import Layout, State, create, lay_out
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Shapes of what a run holds: what is kept of the base, and the state."""
+
+    kept: Any
+    state: State
+
+
+def shapes(plan: Plan, transform: optax.GradientTransformation, params: Any, seed: int) -> Shapes:
+    """What ``plan`` makes of ``params`` (arrays or shapes), without making it."""
+    kept, trained = jax.eval_shape(plan.init, jax.random.key(0), params)
+    return Shapes(kept, jax.eval_shape(lambda t: create(t, transform, seed), trained))
+
+
+def global_shapes(batch: Any) -> Any:
+    """Shapes of the global batch, from this process's rows of it."""
+
+    def widen(x: np.ndarray) -> jax.ShapeDtypeStruct:
+        rows = (x.shape[0] * jax.process_count(), *x.shape[1:]) if x.ndim else ()
+        return jax.ShapeDtypeStruct(rows, x.dtype)
+
+    return jax.tree.map(widen, batch)
+
+
+def _beside(params: Any, layout: Layout, kept: Any) -> int:
+    """Bytes on each device of base weights that the step itself does not take, but that stay for the task vector."""
+    taken = {path.split("/0")[0] for path in tree.flatten(kept)}
+    places = tree.flatten(layout.params)
+    total = 0
+    for path, x in tree.flatten(params).items():
+        if path not in taken:
+            total += math.prod(places[path].shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
+    return total
+
+
+def needs(update: step.Step, batch: Any, params: Any) -> MemoryEstimate:
+    """Memory of a run on each device: the compiled step's, and the base where it lies beside."""
+    found = parallel.estimate(update.compiled(batch))
+    beside = _beside(params, update.layout, update.kept)
+    return dataclasses.replace(found, arguments=found.arguments + beside)
+
+
+def check(update: step.Step, batch: Any, model: Any, params: Any) -> MemoryEstimate:
+    """The memory a run needs, refused with the cheapest remedies where the devices have less.
+
+    The budget is the device's own, or ``JFT_DEVICE_MEMORY``. Raises :class:`jft.parallel.MemoryBudgetError`.
+    """
+    found = needs(update, batch, params)
+    return parallel.check(
+        found, parallel.device_budget(update.layout.device), lambda: _remedies(update, batch, model, params)
+    )
+
+
+def _remedies(update: step.Step, batch: Any, model: Any, params: Any) -> Iterator[tuple[str, int]]:
+    """(what to change, bytes with it), from what costs the user least; each really compiled, none allocated."""
+    recipe, layout = update.recipe, update.layout
+
+    def total(recipe: step.Recipe, params: Any) -> int:
+        transform = recipe.optimizer.transform(recipe.decayed)
+        new = shapes(recipe.plan, transform, params, 0)
+        placed = lay_out(params, recipe.plan, new.kept, new.state, layout.mesh)
+        return needs(step.make(recipe, placed, new.state, new.kept), batch, params).total
+
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    if hasattr(model, "with_") and model.execution.remat != "full":
+        changed = dataclasses.replace(recipe, apply=model.with_(remat="full").apply)
+        yield "model.remat='full'", total(changed, abstract)
+    rows = feed.rows(batch)
+    shards = 1 if layout.mesh is None else math.prod(layout.mesh.shape.get(a, 1) for a in ("data", "fsdp"))
+    for times in (2, 4):
+        parts = recipe.accumulate * times
+        if recipe.objective.splits and rows % parts == 0 and (rows // parts) % shards == 0:
+            yield f"accumulate={parts}", total(dataclasses.replace(recipe, accumulate=parts), abstract)
+    if any(x.dtype == jnp.float32 for x in jax.tree.leaves(abstract)):
+        halved = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype), abstract
+        )
+        yield "model.param_dtype='bfloat16'", total(recipe, halved)
+    if recipe.plan.method.name != "lora":
+        plan = methods.method("lora", rank=8).plan(abstract, model)
+        yield "method='lora' with rank=8", total(dataclasses.replace(recipe, plan=plan), abstract)
+
+
+def work(update: step.Step, batch: Any, params: Any) -> Work:
+    """FLOPs of one step: by formula where the batch is tokens, else as XLA counts the compiled step."""
+    device = update.layout.device
+    peak = peak_flops(device)
+    peak = peak * update.layout.devices if peak else None
+    tokens = feed.positions(batch)
+    recipe = update.recipe
+    if tokens:
+        predicts = isinstance(recipe.objective, LanguageModel | Seq2Seq)
+        count = step.formula_flops(params, recipe.plan.leaves, tokens, predicts)
+        return Work(count, f"(4 N + 2 T) per token: {count:.3g} a step", peak)
+    counted = step.flops(update.compiled(batch))
+    if counted is None:
+        return Work(None, "nothing: this backend does not count", peak)
+    total = counted * update.layout.devices
+    return Work(total, f"XLA's count, the body of a scan once: {total:.3g} a step", peak)

@@ -1,0 +1,213 @@
+"""One training step: a single compiled program whose state is donated, kept for all runs that are alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jft import tree
+from jft.methods import Plan
+from jft.parallel import batch_sharding
+from jft.train.objectives import Objective
+from jft.train.optimizers import Given, Optimizer
+from jft.train.state import Layout, State, abstract
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a step computes, apart from shapes and numbers that vary: equal recipes share compiled programs.
+
+    apply: the model. dtype: what trained values are cast to before the model sees them; None as they are. accumulate:
+    microbatches per batch. decayed: paths under weight decay.
+    """
+
+    apply: Callable[[Any, Any], Any]
+    plan: Plan
+    objective: Objective
+    optimizer: Optimizer | Given
+    accumulate: int = 1
+    dtype: Any = None
+    decayed: frozenset[str] = frozenset()
+
+    def __post_init__(self):
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate is {self.accumulate}; it must be at least 1")
+        if self.accumulate > 1 and not self.objective.splits:
+            raise ValueError(
+                f"accumulate={self.accumulate} does not go with {type(self.objective).__name__}: every example of the batch "
+                "is compared with every other, so microbatches minimise another loss; use accumulate=1 and shard the batch"
+            )
+
+
+def _split(batch: Any, parts: int, mesh: Any) -> Any:
+    """Leaves ``[B, ...]`` as ``[parts, B / parts, ...]``, every ``parts``-th row together: rows stay on their device."""
+
+    def split(x: Any) -> Any:
+        if x.shape[0] % parts:
+            raise ValueError(f"a batch of {x.shape[0]} does not divide into accumulate={parts} microbatches")
+        x = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+        if mesh is None:
+            return x
+        spec = PartitionSpec(None, *batch_sharding(mesh).spec)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(split, batch)
+
+
+def gradients(
+    recipe: Recipe, kept: Any, trained: Any, batch: Any, mesh: Any = None
+) -> tuple[Any, jax.Array, dict, Any]:
+    """``(gradient, loss, metric means, weight)`` of ``sum of losses / weight of the whole batch`` in ``trained`` alone.
+
+    The weight is known before the first microbatch, so any division of the batch gives the same gradient.
+    """
+    weight = recipe.objective.weight(batch)
+
+    def loss(trained: Any, batch: Any) -> tuple[jax.Array, dict]:
+        outputs = recipe.apply(recipe.plan.bind(kept, trained, recipe.dtype), batch)
+        total, _, sums = recipe.objective.loss(outputs, batch)
+        return total / weight, {k: v / weight for k, v in sums.items()}
+
+    one = jax.value_and_grad(loss, has_aux=True)
+    if recipe.accumulate == 1:
+        (value, means), gradient = one(trained, batch)
+        return gradient, value, means, weight
+    parts = _split(batch, recipe.accumulate, mesh)
+
+    def add(carry: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, one(trained, part)), None
+
+    shapes = jax.eval_shape(one, trained, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    ((value, means), gradient), _ = jax.lax.scan(add, zeros, parts)
+    return gradient, value, means, weight
+
+
+def step(
+    recipe: Recipe, mesh: Any, state: State, kept: Any, batch: Any, rate: jax.Array, sound: jax.Array
+) -> tuple[State, Metrics]:
+    """The next state and the step's metrics.
+
+    rate: the learning rate, float32. sound: whether all losses and gradients so far were finite; from the first that is
+    not, the state stays as it was, so that the last good one is still there when the host learns of it.
+    """
+    transform = recipe.optimizer.transform(recipe.decayed)
+    gradient, loss, means, weight = gradients(recipe, kept, state.trained, batch, mesh)
+    norm = optax.tree.norm(gradient)
+    sound = sound & jnp.isfinite(loss) & jnp.isfinite(norm)
+
+    updates, opt_state = transform.update(gradient, state.opt_state, state.trained)
+    scales = recipe.plan.scales(state.trained)
+    updates = {p: jax.tree.map(lambda u, s: u * (rate * s), u, scales[p]) for p, u in updates.items()}
+    trained = optax.apply_updates(state.trained, updates)
+
+    new = State(state.step + 1, trained, opt_state, state.rng)
+    new = jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, state)
+    metrics = {
+        "loss": loss,
+        **means,
+        "grad_norm": norm,
+        "param_norm": optax.tree.norm(trained),
+        "update_norm": optax.tree.norm(updates),
+        "weight": weight,
+        "sound": sound,
+    }
+    return new, metrics
+
+
+class Step:
+    """The step of a recipe on a layout, compiled ahead of time for each batch shape it meets."""
+
+    def __init__(self, recipe: Recipe, layout: Layout, state: Any, kept: Any):
+        self.recipe, self.layout = recipe, layout
+        self.state, self.kept = abstract(state, layout.state), abstract(kept, layout.kept)
+        self._jitted = jax.jit(
+            functools.partial(step, recipe, layout.mesh),
+            donate_argnums=0,
+            out_shardings=(layout.state, layout.replicated),
+        )
+        self._programs: dict[Any, jax.stages.Compiled] = {}
+
+    def compiled(self, batch: Any) -> jax.stages.Compiled:
+        """The program for batches like this one (arrays or shapes)."""
+        leaves, structure = jax.tree.flatten(batch)
+        key = (structure, tuple((x.shape, x.dtype) for x in leaves))
+        if key not in self._programs:
+            shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._place(x)) for x in leaves]
+            one = self.layout.replicated
+            rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=one)
+            sound = jax.ShapeDtypeStruct((), jnp.bool_, sharding=one)
+            lowered = self._jitted.lower(self.state, self.kept, structure.unflatten(shapes), rate, sound)
+            self._programs[key] = lowered.compile()
+        return self._programs[key]
+
+    def _place(self, x: Any) -> Any:
+        return self.layout.batch if x.ndim else self.layout.replicated
+
+    def __call__(self, state: State, kept: Any, batch: Any, rate: Any, sound: Any) -> tuple[State, Metrics]:
+        return self.compiled(batch)(state, kept, batch, rate, sound)
+
+
+class _Key:
+    """A recipe, layout and shapes as one hashable value."""
+
+    def __init__(self, recipe: Recipe, layout: Layout, state: Any, kept: Any):
+        self.parts = (recipe, layout, state, kept)
+        shapes = abstract((state, kept), (layout.state, layout.kept))
+        leaves, structure = jax.tree.flatten((layout.batch, layout.replicated, shapes))
+        self.compared = (recipe, layout.mesh, structure, tuple(leaves))
+
+    def __hash__(self) -> int:
+        return hash(self.compared)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self.compared == other.compared
+
+
+@functools.lru_cache(maxsize=32)
+def _make(key: _Key) -> Step:
+    return Step(*key.parts)
+
+
+def make(recipe: Recipe, layout: Layout, state: Any, kept: Any) -> Step:
+    """The step of ``recipe`` on ``layout``; one that was made before for equals is reused, with its compiled programs.
+
+    ``state`` and ``kept`` are arrays or shapes. A recipe with unhashable parts gets a step of its own.
+    """
+    key = _Key(recipe, layout, *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, kept)))
+    try:
+        hash(key)
+    except TypeError:
+        return Step(*key.parts)
+    return _make(key)
+
+
+def flops(compiled: jax.stages.Compiled) -> float | None:
+    """What XLA counts for one execution on each device; a scan's body counts once. None where it does not tell."""
+    cost = compiled.cost_analysis()
+    return float(cost["flops"]) if cost and cost.get("flops", 0) > 0 else None
+
+
+def formula_flops(params: Any, trained_paths: Any, tokens: float, predicts_tokens: bool) -> float:
+    """``(4 N + 2 T) * tokens``: N all weights in products, T those of them that train (6 N for full fine-tuning).
+
+    Forward 2N, gradient of activations 2N, gradient of weights 2T per token; attention scores are left out. Embedding
+    tables are looked up, not multiplied; one that is also the output head of a model that predicts tokens counts.
+    """
+    flat = tree.flatten(params)
+    tied = predicts_tokens and not any(p.endswith("head/w") for p in flat)
+    sizes = {
+        p: tree.size(x) for p, x in flat.items() if not p.endswith("/table") or (tied and p.endswith("embed/table"))
+    }
+    total = sum(sizes.values())
+    training = sum(n for p, n in sizes.items() if p in trained_paths)
+    return (4 * total + 2 * training) * tokens
