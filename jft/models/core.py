@@ -37,6 +37,33 @@ def take(w: Any, ids: Array, dtype: Any) -> Array:
     return jnp.take(w, ids, axis=0, mode="clip").astype(dtype)
 
 
+def grouped_dot(x: Array, w: Any, sizes: Array) -> Array:
+    """Rows of ``x[N, in]`` in E consecutive groups of int ``sizes[E]``, each times its own matrix of ``w[E, in, out]``.
+
+    A structured weight takes part by ``__jft_grouped_dot__(x, sizes)``; see :func:`has_grouped_dot`.
+    """
+    if hasattr(w, "__jft_grouped_dot__"):
+        return w.__jft_grouped_dot__(x, sizes)
+    accumulator = _accumulator(x.dtype)
+    return jax.lax.ragged_dot(x, w.astype(x.dtype), sizes, preferred_element_type=accumulator).astype(x.dtype)
+
+
+def has_grouped_dot(w: Any) -> bool:
+    """Whether :func:`grouped_dot` can take ``w``: an array, or a structured weight that says how."""
+    return hasattr(w, "__jft_grouped_dot__") or not hasattr(w, "__jft_dot__")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PerExpert:
+    """Matrices ``w[E, in, out]``, arrays or structured, as one weight: ``[N, in]`` or ``[E, N, in]`` to ``[E, N, out]``."""
+
+    w: Any
+
+    def __jft_dot__(self, x: Array) -> Array:
+        return jax.vmap(dot, in_axes=(0 if x.ndim == 3 else None, 0))(x, self.w)
+
+
 def transpose(w: Any) -> Any:
     """``w`` with its last two axes swapped, structured or not: a tied output head is ``dot(h, transpose(table))``."""
     return w.__jft_transpose__() if hasattr(w, "__jft_transpose__") else jnp.swapaxes(w, -1, -2)
@@ -98,12 +125,22 @@ class Execution:
 
     dtype: activations and products. remat: what the backward pass recomputes inside a layer: ``none`` nothing, ``full``
     everything, ``dots`` all but the matrix products. unroll: layers per scan step (0: all of them, a plain loop whose
-    cost XLA counts in full).
+    cost XLA counts in full). experts: how mixtures of experts run: ``dense``, every expert on every token, which costs
+    E / k times the products but shards, vmaps and shows its products to hooks like any other layer (and is the faster one
+    on CPUs, where XLA has no grouped product); ``ragged``, tokens sorted by expert and ``jax.lax.ragged_dot``, for
+    accelerators with one. Layers with hooked products, or weights without a grouped product, run dense.
     """
 
     dtype: Any = jnp.float32
     remat: Literal["none", "full", "dots"] = "none"
     unroll: int = 1
+    experts: Literal["dense", "ragged"] = "dense"
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown choice before anything is traced."""
+        for name, known in (("remat", ("none", "full", "dots")), ("experts", ("dense", "ragged"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
 
 
 class Scope:

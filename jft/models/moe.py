@@ -1,0 +1,87 @@
+"""Mixtures of experts: each token goes to its k best experts, none is dropped."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jft.models.core import Params, PerExpert, Scope, grouped_dot, has_grouped_dot
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """E experts of hidden size F, of which each token uses the k with the largest router probability.
+
+    normalise: the k probabilities are divided by their sum (Mixtral, Jiang et al. 2024, arXiv:2401.04088); otherwise they
+    are used as they come out of the softmax over all E (OLMoE, Muennighoff et al. 2024, arXiv:2409.02060).
+    """
+
+    count: int
+    per_token: int
+    hidden: int
+    normalise: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse more experts per token than there are."""
+        if not 1 <= self.per_token <= self.count:
+            raise ValueError(f"per_token is {self.per_token}; choose 1 to {self.count}, the number of experts")
+
+
+def moe(scope: Scope, name: str, h: Array, params: Params, experts: Experts, act: Callable[[Array], Array]) -> Array:
+    """``sum_e p_e * (act(h gate_e) * (h up_e)) down_e`` over each token's k experts; ``h[B, T, D]``.
+
+    Params: ``router/w [D, E]`` and ``experts/{gate,up}/w [E, D, F]``, ``experts/down/w [E, F, D]``. Router probabilities
+    are float32. :attr:`Execution.experts` says how the products run; both ways are exact and differentiable in both modes.
+    """
+    flat = h.reshape(-1, h.shape[-1])
+    logits = scope.dot(f"{name}/router", h, params["router"]).reshape(len(flat), experts.count)
+    probabilities = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
+    weights, chosen = jax.lax.top_k(probabilities, experts.per_token)
+    if experts.normalise:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    hooked = scope.hooks is not None and scope.hooks.product is not None
+    grouped = all(has_grouped_dot(p["w"]) for p in params["experts"].values())
+    if scope.execution.experts == "ragged" and grouped and not hooked:
+        out = _ragged(flat, weights, chosen, params["experts"], experts, act)
+    else:
+        out = _dense(scope, f"{name}/experts", flat, weights, chosen, params["experts"], experts, act)
+    return out.reshape(h.shape)
+
+
+def _dense(
+    scope: Scope, name: str, x: Array, weights: Array, chosen: Array, params: Params, experts: Experts, act: Any
+) -> Array:
+    """Every expert on every token, combined with weights that are zero where the token was not sent."""
+    sent = jax.nn.one_hot(chosen, experts.count, dtype=weights.dtype)
+    combine = jnp.einsum("nk,nke->en", weights, sent)
+    hooked = scope.hooks is not None and scope.hooks.product is not None
+    if hooked:
+        # Hooks see zeros for the tokens that an expert does not get, so that sums over rows are those of its own tokens.
+        x = jnp.where(jnp.sum(sent, axis=1).T[..., None] > 0, x, 0)
+
+    def product(which: str, x: Array) -> Array:
+        w = params[which]["w"]
+        plain = hooked and not hasattr(w, "__jft_dot__")
+        return scope.dot(f"{name}/{which}", x, {"w": w if plain else PerExpert(w)})
+
+    hidden = act(product("gate", x)) * product("up", x)
+    out = product("down", hidden)
+    return jnp.einsum("en,end->nd", combine, out.astype(combine.dtype)).astype(out.dtype)
+
+
+def _ragged(x: Array, weights: Array, chosen: Array, params: Params, experts: Experts, act: Any) -> Array:
+    """Tokens sorted by expert, one grouped product each; k rows per token instead of E."""
+    k = experts.per_token
+    order = jnp.argsort(chosen.reshape(-1), stable=True)
+    sizes = jnp.bincount(chosen.reshape(-1), length=experts.count).astype(jnp.int32)
+    rows = jnp.take(x, order // k, axis=0)
+    hidden = act(grouped_dot(rows, params["gate"]["w"], sizes)) * grouped_dot(rows, params["up"]["w"], sizes)
+    out = grouped_dot(hidden, params["down"]["w"], sizes)
+    out = out.astype(weights.dtype) * jnp.take(weights.reshape(-1), order)[:, None]
+    return jnp.zeros((len(x), out.shape[-1]), weights.dtype).at[order // k].add(out).astype(x.dtype)
