@@ -1,0 +1,73 @@
+"""Data: sources, tasks, packing and Grain pipelines, all from one dict.
+
+    loader = jft.data.build({"source": "digits", "task": "parity"}, batch_size=64)
+    batches = iter(loader)
+    batch = next(batches)                       # {"images": float32 [64, 8, 8, 1], "labels": int32 [64]}
+    state = batches.get_state()                 # bytes; batches.set_state(state) goes on with the same next batch
+
+**The format.** One source and one task, as plain keys of one dict; an unknown key is refused with the nearest known one.
+
+    {"source": "digits", "task": "parity", "split": "train", "rotate": 90}
+    {"source": "stdlib", "kind": "docstrings", "task": "lm", "tokenizer": "bytes", "max_length": 256, "pack": "concat"}
+    {"source": "jsonl", "files": "a/*.jsonl", "task": "sft", "prompt": "question", "response": "answer",
+     "max_length": 512, "pack": "first_fit"}
+    {"source": "jsonl", "files": "chats.jsonl", "task": "sft", "messages": "messages", "loss": "responses"}
+    {"source": "tfds", "name": "cifar10", "split": "train", "holdout": 0.1, "task": "classification",
+     "image": {"size": 224, "crop": "random", "flip": True, "normalize": "clip"}}
+    {"source": "tfds", "name": "glue/sst2", "task": "classification", "text": "sentence"}
+    {"source": "image_folder", "root": "gtsrb", "split": "train", "image": {"size": 224, "normalize": "clip"}}
+    {"mixture": [{"source": "jsonl", "files": "a.jsonl", "weight": 2}, {"source": "jsonl", "files": "b.jsonl"}],
+     "task": "sft", "max_length": 512}          # keys beside `mixture` hold for every part
+
+**source** (its settings are the arguments of the class): ``digits`` (:class:`~jft.data.digits.Digits`), ``stdlib``
+(:class:`~jft.data.stdlib.Stdlib`), ``jsonl``, ``csv`` (:class:`~jft.data.tables.Jsonl`,
+:class:`~jft.data.tables.Csv`), ``tfds`` (:class:`~jft.data.tfds.Tfds`), ``hf`` (:class:`~jft.data.huggingface.HuggingFace`), ``image_folder``
+(:class:`~jft.data.folders.ImageFolder`).
+
+**task** (likewise): ``classification`` (images; texts, where ``text`` is set or the records hold no image:
+:class:`~jft.data.tasks.ImageClassification`, :class:`~jft.data.tasks.TextClassification`), ``contrastive``
+(:class:`~jft.data.tasks.Contrastive`), ``lm`` (:class:`~jft.data.language.LanguageModelling`), ``sft``
+(:class:`~jft.data.language.PromptResponse`), ``seq2seq`` (:class:`~jft.data.language.SequenceToSequence`). With ``digits``,
+``task`` says which labels the scans get: identity, parity, magnitude, prime, loops, thirds.
+
+**rows**: ``limit`` (so many, by a fixed seed), ``shots`` (so many a class), ``holdout: 0.1`` (without a fixed tenth) and
+``held_out: 0.1`` (that tenth: the "Val" sets of task arithmetic). **weight**: its share of a mixture, in examples.
+
+**pack** (``lm``, ``sft``): ``"first_fit"``, ``"concat"``, or ``False``, the default: one example a row. **too_long**:
+``"error"`` (the default for ``lm``, ``sft``, ``seq2seq``), ``"truncate"`` or ``"drop"``.
+
+**tokenizer**: ``"bytes"``, ``"bpe:VOCAB"`` (trained on the data, kept in ``directory``), a Hugging Face directory or a
+tokenizer.json. **reading**: ``threads`` (4), ``prefetch`` (64 examples), ``workers`` (0 processes).
+
+**Order and position.** See :mod:`jft.data.pipeline`: unpacked training data has one global order for any number of
+processes, threads and workers, and a saved position may be resumed on another number of them. Packed data, and data
+with dropped records, resumes exactly on the same number; another is refused. Evaluation counts every example once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jft.data.errors import DataError
+
+# Loaded when first used: Grain and NumPy's company are no business of `import jft`.
+_LATE = {
+    "build": "jft.data.config",
+    "Loader": "jft.data.loader",
+    "show": "jft.data.display",
+    "Tokenizer": "jft.data.tokenizer",
+}
+__all__ = ["DataError", "Loader", "Tokenizer", "build", "show"]
+
+if TYPE_CHECKING:
+    from jft.data.config import build
+    from jft.data.display import show
+    from jft.data.loader import Loader
+    from jft.data.tokenizer import Tokenizer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module 'jft.data' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATE[name]), name)

@@ -1,0 +1,160 @@
+"""Chat templates: messages to text, and which characters of it the assistant wrote.
+
+Most published templates have no ``{% generation %}`` marks, and a mask taken from marks that are not there is all zero:
+training on nothing. Here the spans come from rendering the conversation turn by turn, and are checked.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jft.data.errors import DataError, shorten
+
+LOSSES = ("responses", "last", "all")
+# Stand for the marks of {% generation %} blocks in rendered text; private-use characters, refused in messages.
+_OPEN, _CLOSE = "\ue1f0", "\ue1f1"
+Message = dict[str, Any]
+
+
+@functools.lru_cache(maxsize=32)
+def _compile(template: str, date: str | None) -> Any:
+    import jinja2
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """``{% generation %}...{% endgeneration %}``: its output between the two marks."""
+
+        tags = {"generation"}  # noqa: RUF012  (jinja2's interface)
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+        def _mark(self, caller: Callable[[], str]) -> str:
+            return f"{_OPEN}{caller()}{_CLOSE}"
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    if date is not None:
+        day = datetime.date.fromisoformat(date)
+        environment.globals["strftime_now"] = day.strftime
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(f"the chat template does not parse: line {error.lineno}: {error.message}") from None
+
+
+class ChatTemplate:
+    """A Jinja chat template as Hugging Face tokenizers carry it (``apply_chat_template`` with ``tokenize=False``).
+
+    template: the text. specials: names for it (``bos_token`` ...). date: ISO date that ``strftime_now`` tells; None:
+    the function is undefined, so that a template falls back to its own fixed date and runs stay reproducible.
+    """
+
+    def __init__(self, template: str, specials: dict[str, str] | None = None, date: str | None = None):
+        self.template, self.specials, self.date = template, dict(specials or {}), date
+        _compile(template, date)
+
+    def render(self, messages: Sequence[Message], prompt: bool = False, tools: Any = None) -> str:
+        """The conversation as text; ``prompt``: followed by the opening of an assistant turn. Marks are removed."""
+        return self._marked(messages, prompt, tools).replace(_OPEN, "").replace(_CLOSE, "")
+
+    def _marked(self, messages: Sequence[Message], prompt: bool, tools: Any) -> str:
+        import jinja2
+
+        try:
+            return _compile(self.template, self.date).render(
+                messages=list(messages), add_generation_prompt=prompt, tools=tools, documents=None, **self.specials
+            )
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+            hint = "; set `date` (ISO) in the data settings" if "strftime_now" in str(error) else ""
+            raise DataError(f"the chat template refused the messages: {error}{hint}") from None
+
+    def spans(
+        self, messages: Sequence[Message], loss: str = "responses", tools: Any = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """``(text, [(start, stop), ...])``: the rendered conversation and the characters that are targets.
+
+        loss: "responses" (every assistant turn, with the marker that ends it), "last" (the last one), or "all".
+        With ``{% generation %}`` marks in the template, those; else turn i spans what
+        ``render(messages[:i+1])`` adds to ``render(messages[:i], prompt=True)``. Raises :class:`DataError` where there
+        is no assistant turn, or where the template rewrites earlier text, so that no span can be told.
+        """
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        if loss == "all":
+            text = self.render(messages, tools=tools)
+            return text, [(0, len(text))]
+        if not turns:
+            raise DataError("the conversation has no assistant message, so nothing would be trained")
+        if re.search(r"\{%-?\s*generation\s*-?%\}", self.template):
+            text, spans = _unmark(self._marked(messages, False, tools))
+        else:
+            text = self.render(messages, tools=tools)
+            wanted = turns[-1:] if loss == "last" else turns
+            spans = [self._turn(messages, i, text, tools) for i in wanted]
+        return text, spans[-1:] if loss == "last" else spans
+
+    def _turn(self, messages: Sequence[Message], turn: int, text: str, tools: Any) -> tuple[int, int]:
+        before = self.render(messages[:turn], prompt=True, tools=tools)
+        after = self.render(messages[: turn + 1], tools=tools) if turn + 1 < len(messages) else text
+        if not (after.startswith(before) and text.startswith(after)):
+            rewritten = before if not after.startswith(before) else after
+            at = next((i for i, (a, b) in enumerate(zip(rewritten, text, strict=False)) if a != b), 0)
+            raise DataError(
+                f"the chat template rewrites text before message {turn} once more follows (at character {at}:"
+                f" {shorten(rewritten[at : at + 30])} becomes {shorten(text[at : at + 30])}), so the responses cannot be"
+                " told apart. Ways out: loss: 'last' with one example per assistant turn; or chat_template: a template"
+                " with {% generation %} marks, or one that leaves earlier turns as they are"
+            )
+        return len(before), len(after)
+
+
+def _unmark(marked: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text without marks, and the [start, stop) characters that stood between them."""
+    text, spans, start = "", [], 0
+    for piece in re.split(f"([{_OPEN}{_CLOSE}])", marked):
+        if piece == _OPEN:
+            start = len(text)
+        elif piece == _CLOSE:
+            spans.append((start, len(text)))
+        else:
+            text += piece
+    return text, spans
+
+
+def check_messages(messages: Any) -> list[Message]:
+    """The messages as a list of dicts with ``role`` and ``content``; :class:`DataError` says which one is wrong."""
+    if not isinstance(messages, list | tuple) or not len(messages):
+        raise DataError(f"messages must be a list of at least one {{role, content}}, got {shorten(messages)}")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise DataError(f"message {i} must be an object with role and content, got {shorten(message)}")
+        content = message.get("content")
+        if not isinstance(content, str | list) and not message.get("tool_calls"):
+            raise DataError(f"message {i} ({message['role']}): content must be text, got {shorten(content)}")
+        if isinstance(content, str) and (_OPEN in content or _CLOSE in content):
+            raise DataError(f"message {i}: holds U+E1F0 or U+E1F1, which mark responses here; remove them")
+    return list(messages)

@@ -1,0 +1,239 @@
+"""`build`: a loader from a plain dict; the only reader of data settings. The format stands in :mod:`jft.data`."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jft.data.errors import DataError, choose, refuse_unknown
+from jft.data.loader import Loader
+from jft.data.packing import PACKS
+from jft.data.pipeline import Process, Reading, Rows
+from jft.data.source import Source, few_shot, held_out, limited
+from jft.data.tasks import Task
+from jft.data.tokenizer import Tokenizer, resolve
+
+# The library a BPE is trained on when the tokenizer is 'bpe:VOCAB': at most so many records of each source.
+_BPE_RECORDS = 20_000
+_ROWS = ("limit", "shots", "holdout", "held_out")
+_READING = ("threads", "prefetch", "workers")
+_COMPONENT = ("source", "task", "weight", "tokenizer", "pack", *_ROWS)
+# Given by build itself, never by a config.
+_INTERNAL = ("self", "source", "tokenizer", "image_size", "pack")
+
+
+def _sources() -> dict[str, Any]:
+    from jft.data.digits import Digits
+    from jft.data.folders import ImageFolder
+    from jft.data.huggingface import HuggingFace
+    from jft.data.stdlib import Stdlib
+    from jft.data.tables import Csv, Jsonl
+    from jft.data.tfds import Tfds
+
+    return {
+        "tfds": Tfds,
+        "hf": HuggingFace,
+        "jsonl": Jsonl,
+        "csv": Csv,
+        "image_folder": ImageFolder,
+        "digits": Digits,
+        "stdlib": Stdlib,
+    }
+
+
+def _tasks() -> dict[str, Any]:
+    from jft.data.language import LanguageModelling, PromptResponse, SequenceToSequence
+    from jft.data.tasks import Contrastive, ImageClassification, TextClassification
+
+    return {
+        "classification": ImageClassification,
+        "text_classification": TextClassification,
+        "contrastive": Contrastive,
+        "lm": LanguageModelling,
+        "sft": PromptResponse,
+        "seq2seq": SequenceToSequence,
+    }
+
+
+def _settings(of: Any) -> set[str]:
+    return set(inspect.signature(of).parameters) - set(_INTERNAL)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    if hasattr(config, "to_dict"):  # ConfigDict
+        config = config.to_dict()
+    if not isinstance(config, Mapping):
+        raise DataError(f"data settings must be a mapping, got {type(config).__name__} {config!r}")
+    return dict(config)
+
+
+def _task_class(settings: dict[str, Any], source: Source, sources: set[str]) -> Any:
+    """The task named; where none is: classification for a source of images, language modelling for text."""
+    if "task" in sources or "task" not in settings:  # digits: `task` says which labels
+        return _tasks()["classification" if source.class_names("label") else "lm"]
+    task = settings["task"]
+    text = "text" in settings or "pair" in settings
+    if task == "classification" and (text or not _has_images(source, settings)):
+        task = "text_classification"
+    return choose(task, _tasks(), "data task")
+
+
+def _has_images(source: Source, settings: dict[str, Any]) -> bool:
+    import numpy as np
+
+    return "image" in settings or isinstance(source[0].get(settings.get("image_field", "image")), np.ndarray)
+
+
+class _Component:
+    """One source with its task, read from settings."""
+
+    def __init__(self, settings: dict[str, Any]):
+        if "source" not in settings:
+            raise DataError(f"data: `source` is missing; known: {', '.join(sorted(_sources()))}")
+        made = choose(settings["source"], _sources(), "data source")
+        own = _settings(made)
+        self._refuse(settings, own)
+        settings = {k: v for k, v in settings.items() if v is not None}
+        self.weight = settings.get("weight", 1)
+        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not self.weight > 0:
+            raise DataError(f"weight must be a positive number, got {self.weight!r}")
+        source = _call(made, {k: v for k, v in settings.items() if k in own}, settings["source"])
+        self.of_task = _task_class(settings, source, own)
+        task_settings = _settings(self.of_task)
+        rest = {k: v for k, v in settings.items() if k not in own and k not in _COMPONENT}
+        refuse_unknown(
+            rest, task_settings | own | set(_COMPONENT), f"data ({settings['source']}, {self.of_task.__name__})"
+        )
+        self.values, self.pack = rest, settings.get("pack", False)
+        choose(self.pack, PACKS, "pack")
+        self.source = self._rows(source, settings)
+
+    @staticmethod
+    def _refuse(settings: dict[str, Any], own: set[str]) -> None:
+        known = own | set(_COMPONENT).union(*(_settings(task) for task in _tasks().values()))
+        refuse_unknown(settings, known, f"data ({settings['source']})")
+
+    def _rows(self, source: Source, settings: dict[str, Any]) -> Source:
+        if "holdout" in settings and "held_out" in settings:
+            raise DataError("give holdout (train on the rest) or held_out (evaluate on that part), not both")
+        for name in ("holdout", "held_out"):
+            if name in settings:
+                source = held_out(source, settings[name], keep=name == "held_out")
+        if "shots" in settings:
+            source = few_shot(source, settings["shots"], settings.get("label", "label"))
+        # digits take their limit themselves
+        return limited(source, settings["limit"]) if "limit" in settings and settings["source"] != "digits" else source
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        return "tokenizer" in inspect.signature(self.of_task).parameters
+
+    def texts(self) -> Iterator[str]:
+        """The texts a tokenizer is trained on."""
+        for record in itertools.islice((self.source[i] for i in range(len(self.source))), _BPE_RECORDS):
+            for key, value in record.items():
+                if isinstance(value, str) and key != "path":
+                    yield value
+                elif isinstance(value, list):
+                    yield from (
+                        m["content"] for m in value if isinstance(m, dict) and isinstance(m.get("content"), str)
+                    )
+
+    def task(self, tokenizer: Tokenizer | None, image_size: int | None) -> Task:
+        given = {"tokenizer": tokenizer, "image_size": image_size, "pack": self.pack}
+        takes = inspect.signature(self.of_task).parameters
+        values = {**self.values, **{k: v for k, v in given.items() if k in takes}}
+        return _call(lambda **kw: self.of_task(self.source, **kw), values, self.of_task.__name__)
+
+
+def _call(made: Any, values: dict[str, Any], what: str) -> Any:
+    try:
+        return made(**values)
+    except TypeError as error:
+        raise DataError(f"data ({what}): a setting is missing or has the wrong type: {error}") from error
+
+
+def _components(config: dict[str, Any]) -> list[_Component]:
+    if "mixture" not in config:
+        return [_Component(config)]
+    mixture = config["mixture"]
+    if not isinstance(mixture, list | tuple) or not mixture:
+        raise DataError("mixture must be a list of data settings, each with its weight")
+    shared = {k: v for k, v in config.items() if k != "mixture"}
+    return [_Component({**shared, **_plain(one)}) for one in mixture]
+
+
+def _rows(components: list[_Component], tasks: list[Task], tokenizer: Tokenizer | None) -> Rows:
+    layouts = {(c.pack, getattr(t, "max_length", 0)) for c, t in zip(components, tasks, strict=True) if t.packs}
+    if len(layouts) > 1:
+        raise DataError(f"mixture: pack and max_length must agree, got {sorted(map(str, layouts))}")
+    for component, task in zip(components, tasks, strict=True):
+        if component.pack and not task.packs:
+            raise DataError(f"pack: {component.pack!r} is for lm and sft; {type(task).__name__} has one example a row")
+    pack, length = next(iter(layouts), (False, 0))
+    return Rows(pack, length, tokenizer.pad if tokenizer is not None else 0)
+
+
+def _process(index: int | None, count: int | None) -> Process:
+    if index is None or count is None:
+        import jax
+
+        index = jax.process_index() if index is None else index
+        count = jax.process_count() if count is None else count
+    if not 0 <= index < count:
+        raise DataError(f"process_index={index} must lie in 0..{count - 1} (process_count={count})")
+    return Process(index, count)
+
+
+def build(
+    config: Any,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    tokenizer: Tokenizer | str | os.PathLike | None = None,
+    image_size: int | None = None,
+    train: bool = True,
+    process_index: int | None = None,
+    process_count: int | None = None,
+    directory: str | os.PathLike | None = None,
+) -> Loader:
+    """A :class:`Loader` from settings (a dict or ConfigDict; the format is in :mod:`jft.data`).
+
+    batch_size: of all processes together. tokenizer: a :class:`Tokenizer`, "bytes", "bpe:VOCAB", a directory or a file;
+    ``config["tokenizer"]`` goes before it. image_size: pixels, where ``image`` names none. train: endless, shuffled,
+    augmented; False: once over, in order, every example counted once. process_index, process_count: JAX's by default.
+    directory: where a trained BPE is kept. Raises :class:`DataError` for anything wrong; the first example of every
+    source is prepared here, so wrong fields fail before a model is compiled.
+    """
+    settings = _plain(config)
+    process = _process(process_index, process_count)
+    reading = _reading({k: settings.pop(k) for k in _READING if k in settings})
+    components = _components(settings)
+    spec = next((s for s in (settings.get("tokenizer"), tokenizer) if s is not None), None)
+    used = None
+    if any(c.needs_tokenizer for c in components):
+        texts = itertools.chain.from_iterable(c.texts() for c in components)
+        used = resolve(spec, texts, directory)
+    tasks = [c.task(used, image_size) for c in components]
+    return Loader(
+        tasks,
+        [c.weight for c in components],
+        _rows(components, tasks, used),
+        batch_size=batch_size,
+        seed=seed,
+        train=train,
+        tokenizer=used,
+        process=process,
+        reading=reading,
+    )
+
+
+def _reading(settings: dict[str, Any]) -> Reading:
+    given = {k: v for k, v in settings.items() if v is not None}
+    for name, value in given.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise DataError(f"{name} must be a whole number, 0 or more; got {value!r}")
+    return Reading(**given)

@@ -1,0 +1,182 @@
+"""`Loader`: batches for this process, with a position that can be saved and restored."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jft.data import pipeline
+from jft.data.errors import DataError
+from jft.data.pipeline import Process, Reading, Rows
+from jft.data.tasks import Example, Task
+from jft.data.tokenizer import Tokenizer
+
+# How many records may be left out before a task counts as one that keeps nothing.
+_TRIED = 100
+
+
+class Loader:
+    """``iter(loader)`` gives dicts of NumPy arrays, ``[B / processes, ...]``: endless in training, once over in evaluation.
+
+    batch_size: B, of all processes together. classes: class names, or None. tokenizer: or None. examples: records in
+    the sources. Evaluation batches hold ``valid`` (bool [B]): False marks rows that only fill the last batch.
+    ``len(loader)``: batches of an evaluation loader.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        weights: Sequence[float],
+        rows: Rows,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        train: bool = True,
+        tokenizer: Tokenizer | None = None,
+        process: Process | None = None,
+        reading: Reading | None = None,
+    ):
+        self.tasks, self.weights, self.rows = list(tasks), list(weights), rows
+        self.batch_size, self.seed, self.train, self.tokenizer = batch_size, seed, train, tokenizer
+        self.process, self.reading = process or Process(), reading or Reading()
+        if batch_size < 1 or batch_size % self.process.count:
+            raise DataError(
+                f"batch_size={batch_size} must be a positive multiple of the {self.process.count} processes"
+            )
+        self.examples = sum(len(task.source) for task in tasks)
+        self.classes = tasks[0].classes
+        self._first = [self._usable(task) for task in tasks]
+        self._check_agreement()
+
+    def _usable(self, task: Task) -> Example:
+        """The first example that is kept: wrong settings fail here, before anything is compiled."""
+        rng = np.random.default_rng(0) if self.train else None
+        prepare = pipeline._Prepare(task, Rows(False, self.rows.length, self.rows.fill))
+        if self.rows.pack == "concat":  # a sequence may be longer than a row
+            for i in range(min(_TRIED, len(task.source))):
+                if (example := task.example(i, rng)) is not None:
+                    cut = {k: v[: self.rows.length] for k, v in example.items()}
+                    return pipeline.packing.pad(cut, self.rows.length, self.rows.fill)
+        else:
+            for i in range(min(_TRIED, len(task.source))):
+                if (example := prepare(i, rng)) is not None:
+                    return example
+        raise DataError(
+            f"{task.source.name}: none of the first {_TRIED} examples is kept; raise max_length, or look at too_long"
+        )
+
+    def _check_agreement(self) -> None:
+        shapes = [{k: np.shape(v) for k, v in first.items()} for first in self._first]
+        for task, shape in zip(self.tasks[1:], shapes[1:], strict=True):
+            if shape != shapes[0]:
+                raise DataError(
+                    f"mixture: {task.source.name} gives {shape}, but {self.tasks[0].source.name} gives {shapes[0]};"
+                    " give both the same task, max_length and image size"
+                )
+            if task.classes != self.classes:
+                raise DataError(f"mixture: {task.source.name} has other classes than {self.tasks[0].source.name}")
+
+    @property
+    def indexed(self) -> bool:
+        """Whether a position in the global order tells everything: then a run may resume on any number of processes."""
+        return not self.train or not (self.rows.pack or any(task.drops for task in self.tasks))
+
+    def __len__(self) -> int:
+        if self.train:
+            raise TypeError("a training loader is endless")
+        count = self.examples if self._kept is None else len(self._kept)
+        return -(-count // self.batch_size)
+
+    @functools.cached_property
+    def _kept(self) -> list[Example] | None:
+        return pipeline.packed_rows(self.tasks, self.rows, self.reading) if self.rows.pack and not self.train else None
+
+    def sample(self) -> dict[str, np.ndarray]:
+        """One example of each source as a batch (rows in the order of the mixture): for shapes, and for :func:`show`."""
+        return {k: np.stack([first[k] for first in self._first]) for k in self._first[0]}
+
+    def dataset(self, start: int = 0) -> Any:
+        """The Grain dataset of this process's batches, from position ``start`` of the global order on."""
+        if self.train:
+            return pipeline.training(
+                self.tasks, self.weights, self.rows, self.batch_size, self.seed, self.process, self.reading, start
+            )
+        blank = pipeline.filler(self._first[0])
+        return pipeline.evaluation(
+            self.tasks, self.rows, self._kept, blank, self.batch_size, self.process, self.reading, start
+        )
+
+    def __iter__(self) -> LoaderIterator:
+        return LoaderIterator(self)
+
+    def layout(self) -> dict[str, Any]:
+        """What must be equal for a saved position to mean the same examples."""
+        same: dict[str, Any] = {
+            "seed": self.seed,
+            "examples": [len(t.source) for t in self.tasks],
+            "weights": self.weights,
+        }
+        if not self.indexed:
+            same |= {"pack": self.rows.pack, "max_length": self.rows.length, "batch_size": self.batch_size}
+            same |= {"processes": self.process.count, "workers": self.reading.workers}
+        return same
+
+
+def _tuples(value: Any) -> Any:
+    """Lists back to tuples: JSON has none, and Grain compares some parts of its state with tuples."""
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+class LoaderIterator(Iterator[dict[str, np.ndarray]]):
+    """Batches, and the position in them: ``get_state()`` (JSON bytes) before batch k, ``set_state`` to go on with batch k."""
+
+    def __init__(self, loader: Loader):
+        self.loader = loader
+        self._open(0)
+
+    def _open(self, position: int) -> None:
+        self._position, self._batches = position, iter(self.loader.dataset(position))
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = next(self._batches)
+        self._position += self.loader.batch_size
+        return batch
+
+    def get_state(self) -> bytes:
+        """The position: for indexed pipelines the number of examples read, else Grain's state."""
+        state: dict[str, Any] = {"layout": self.loader.layout(), "position": self._position}
+        if not self.loader.indexed:
+            state["grain"] = self._batches.get_state()
+        return json.dumps(state, sort_keys=True, default=int).encode()
+
+    def set_state(self, state: bytes | str) -> None:
+        """Continues from a saved position. Raises :class:`DataError` where data, seed or (if packed) processes differ."""
+        try:
+            saved = json.loads(state)
+            position, layout = int(saved["position"]), saved["layout"]
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"not a data position of this version: {str(state)[:80]!r}") from None
+        now = json.loads(json.dumps(self.loader.layout()))
+        different = [k for k in {**now, **layout} if now.get(k) != layout.get(k)]
+        if different:
+            changes = "; ".join(f"{k}: saved {layout.get(k)!r}, now {now.get(k)!r}" for k in different)
+            raise DataError(
+                f"the saved data position belongs to other data settings ({changes}); restore them, or start anew"
+            )
+        self.close()
+        if self.loader.indexed:
+            self._open(position)
+        else:
+            self._open(0)
+            self._batches.set_state(_tuples(saved["grain"]))
+            self._position = position
+
+    def close(self) -> None:
+        """Stops read-ahead threads and worker processes."""
+        self._batches.close()

@@ -1,0 +1,179 @@
+"""JSONL and CSV files as sources, read by byte offset: memory holds one offset a record, never the records."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import json
+import os
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jft.data.errors import DataError, shorten
+from jft.data.source import Source
+
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+
+
+def find_files(files: str | os.PathLike | list | tuple) -> list[str]:
+    """The files named by one path, one glob (``data/*.jsonl``, ``**`` for any depth) or a list of them, sorted per glob.
+
+    Raises :class:`DataError` where one names nothing, a directory, or a compressed file.
+    """
+    entries = [files] if isinstance(files, str | os.PathLike) else list(files)
+    found: list[str] = []
+    for entry in entries:
+        pattern = os.fspath(entry)
+        hits = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if not hits:
+            raise DataError(f"no file matches {pattern!r} (looked from {Path.cwd().name}/, the working directory)")
+        found += hits
+    if not found:
+        raise DataError("files: an empty list names no file")
+    for file in found:
+        if os.path.isdir(file):
+            raise DataError(f"{file} is a directory; name its files, as {os.path.join(file, '*')!r}")
+        if file.endswith(_COMPRESSED):
+            raise DataError(f"{file} is compressed, and cannot be read by offset; decompress it first")
+    return found
+
+
+class _Records(Source):
+    """Records at known byte ranges of some files; subclasses find the ranges and parse one."""
+
+    def __init__(self, files: str | os.PathLike | list | tuple):
+        self.files = find_files(files)
+        self.name = self.files[0] if len(self.files) == 1 else f"{self.files[0]} and {len(self.files) - 1} more"
+        columns = array("q"), array("q"), array("q"), array("q")
+        for number, file in enumerate(self.files):
+            before = len(columns[0])
+            with open(file, "rb") as stream:
+                for entry in self._ranges(stream, number):
+                    for column, value in zip(columns, (number, *entry), strict=True):
+                        column.append(value)
+            if len(columns[0]) == before:
+                raise DataError(f"{file}: the file holds no records")
+        self.file, self.start, self.stop, self.line = (np.frombuffer(c, np.int64) for c in columns)
+
+    def _ranges(self, stream: io.BufferedReader, number: int) -> Iterator[tuple[int, int, int]]:
+        """(first byte, byte after the last, line number) of each record."""
+        raise TypeError(f"{type(self).__name__} reads no format")
+
+    def _parse(self, raw: bytes, index: int) -> dict[str, Any]:
+        raise TypeError(f"{type(self).__name__} reads no format")
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def where(self, index: int) -> str:
+        return f"{self.files[self.file[index]]}:{self.line[index]}"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        start, stop = int(self.start[index]), int(self.stop[index])
+        with open(self.files[self.file[index]], "rb", buffering=0) as stream:
+            stream.seek(start)
+            raw = stream.read(stop - start)
+        if len(raw) != stop - start:
+            raise DataError(f"{self.where(index)}: the file became shorter while in use")
+        return self._parse(raw, index)
+
+    def _text(self, raw: bytes, index: int) -> str:
+        try:
+            return raw.decode("utf-8-sig" if self.start[index] == 0 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.where(index)}: not UTF-8 text ({error.reason}); convert the file") from None
+
+
+class Jsonl(_Records):
+    """JSON Lines: one JSON object a line; blank lines are skipped.
+
+    files: a path, a glob, or a list of them. Raises :class:`DataError` naming file and line for a line that is not a
+    JSON object, and for a missing or empty file.
+    """
+
+    def _ranges(self, stream: io.BufferedReader, number: int) -> Iterator[tuple[int, int, int]]:
+        start = 0
+        for line, raw in enumerate(stream, 1):
+            if raw.strip():
+                yield start, start + len(raw), line
+            start += len(raw)
+
+    def _parse(self, raw: bytes, index: int) -> dict[str, Any]:
+        text = self._text(raw, index)
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as error:
+            message = f"{self.where(index)}: bad JSON at column {error.colno}: {error.msg}, in {shorten(text.strip())}"
+            raise DataError(message) from None
+        if not isinstance(record, dict):
+            raise DataError(
+                f"{self.where(index)}: a line must hold a JSON object {{...}}, got {type(record).__name__}"
+                f" {shorten(record)}"
+            )
+        return record
+
+
+class Csv(_Records):
+    """Comma-separated values with a header row; quoted fields may hold commas, quotes ("") and line breaks.
+
+    Every value is a string. separator: one character. Files must share one header. Raises :class:`DataError` naming file
+    and line for a row of another width, an unclosed quote, a repeated column name, a missing or empty file.
+    """
+
+    def __init__(self, files: str | os.PathLike | list | tuple, separator: str = ","):
+        if not isinstance(separator, str) or len(separator) != 1:
+            raise DataError(f"csv: separator must be one character, got {separator!r}")
+        self.separator = separator
+        self.header: list[str] = []
+        super().__init__(files)
+
+    def _ranges(self, stream: io.BufferedReader, number: int) -> Iterator[tuple[int, int, int]]:
+        rows = self._rows(stream, self.files[number])
+        first = next(rows, None)
+        if first is None:
+            return
+        here = stream.tell()
+        stream.seek(first[0])
+        header = self._split(stream.read(first[1] - first[0]).decode("utf-8-sig"))
+        stream.seek(here)
+        if len(set(header)) != len(header):
+            raise DataError(f"{self.files[number]}:{first[2]}: a column name stands twice in the header {header}")
+        if self.header and header != self.header:
+            raise DataError(
+                f"{self.files[number]}:{first[2]}: header {header} differs from the first file's {self.header}"
+            )
+        self.header = header
+        yield from rows
+
+    @staticmethod
+    def _rows(stream: io.BufferedReader, file: str) -> Iterator[tuple[int, int, int]]:
+        # A row ends at a line end outside quotes; an escaped quote ("") counts twice and so changes nothing.
+        start, position, first_line, quotes, line = 0, 0, 1, 0, 0
+        while raw := stream.readline():
+            line += 1
+            position += len(raw)
+            quotes += raw.count(b'"')
+            if quotes % 2:
+                continue
+            if raw.strip() or position - start > len(raw):
+                yield start, position, first_line
+            start, first_line, quotes = position, line + 1, 0
+        if quotes % 2:
+            raise DataError(f"{file}:{first_line}: a quote opened in this row is never closed")
+
+    def _split(self, text: str) -> list[str]:
+        return next(csv.reader(io.StringIO(text, newline=""), delimiter=self.separator))
+
+    def _parse(self, raw: bytes, index: int) -> dict[str, Any]:
+        values = self._split(self._text(raw, index))
+        if len(values) != len(self.header):
+            raise DataError(
+                f"{self.where(index)}: {len(values)} values for the {len(self.header)} columns {self.header}:"
+                f" {shorten(values)}"
+            )
+        return dict(zip(self.header, values, strict=True))

@@ -1,0 +1,114 @@
+"""TensorFlow Datasets as a source: random access to array_record files, without TensorFlow."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from jft.data.errors import DataError
+from jft.data.source import Source
+
+
+class _Quiet(logging.Filter):
+    """Drops the advice to install OpenCV, printed once per process by TFDS."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "OpenCV" not in record.getMessage()
+
+
+def _builder(name: str | None, directory: str | None, data_dir: str | None) -> Any:
+    import tensorflow_datasets as tfds
+
+    logging.getLogger("absl").addFilter(_Quiet())
+    if (name is None) == (directory is None):
+        raise DataError(
+            "tfds: give either name ('mnist', 'glue/sst2', 'mnist:3.0.1') or directory (a prepared data set)"
+        )
+    if directory is not None:
+        if not os.path.isfile(os.path.join(directory, "dataset_info.json")):
+            raise DataError(
+                f"tfds: {directory!r} holds no dataset_info.json; name the directory of a version (.../1.0.0)"
+            )
+        return tfds.builder_from_directory(directory)
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+        known = tfds.core.registered.list_imported_builders()
+        close = difflib.get_close_matches(str(name).split("/")[0].split(":")[0], known, n=3)
+        hint = f" Nearest: {', '.join(close)}." if close else ""
+        raise DataError(f"tfds: no data set named {name!r}.{hint}") from None
+    except (ValueError, AssertionError, ModuleNotFoundError) as error:
+        raise DataError(f"tfds: {name!r} cannot be built: {str(error).splitlines()[0]}") from error
+
+
+class Tfds(Source):
+    """A split of a TensorFlow Datasets builder (``builder.as_data_source``): features decoded to NumPy and ``str``.
+
+    name: ``"mnist"``, ``"glue/sst2"``, ``"cifar10:3.0.2"``; or directory: a prepared data set of any builder, local ones
+    included. data_dir: where prepared sets live (TFDS's default otherwise). split: TFDS's split strings
+    (``"train[:90%]"``). download: prepare the set where it is missing; False: refuse.
+    Raises :class:`DataError` for an unknown set or split, one that is not prepared, or one whose files are not
+    array_record (TFRecord has no random access).
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        split: str = "train",
+        directory: str | None = None,
+        data_dir: str | None = None,
+        download: bool = False,
+    ):
+        builder = _builder(name, directory, data_dir)
+        self.name = f"tfds {name or directory} ({split})"
+        if not builder.is_prepared():
+            if not download:
+                raise DataError(
+                    f"tfds: {name!r} is not prepared in {builder.data_dir}; set download: true, or data_dir"
+                )
+            builder.download_and_prepare(file_format="array_record")
+        file_format = getattr(builder.info.file_format, "value", str(builder.info.file_format))
+        if file_format != "array_record":
+            raise DataError(
+                f"tfds: {name or directory} was prepared as {file_format}, which has no random access; prepare it again:"
+                " download_and_prepare(file_format='array_record')"
+            )
+        self.builder, self.split = builder, split
+        self.data = self._open()
+        if len(self.data) == 0:
+            raise DataError(f"{self.name}: the split holds no examples")
+
+    def _open(self, decoders: dict[str, Any] | None = None) -> Any:
+        try:
+            return self.builder.as_data_source(split=self.split, decoders=decoders)
+        except (ValueError, KeyError) as error:
+            splits = ", ".join(f"{k} ({v.num_examples})" for k, v in self.builder.info.splits.items())
+            raise DataError(f"{self.name}: cannot read split {self.split!r}; the set has {splits}") from error
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.data[index]
+        return {k: v.decode("utf-8", "replace") if isinstance(v, bytes) else v for k, v in record.items()}
+
+    def class_names(self, field: str) -> tuple[str, ...] | None:
+        features = self.builder.info.features
+        names = getattr(features[field], "names", None) if field in features else None
+        return None if names is None else tuple(names)
+
+    def column(self, field: str) -> Sequence[Any]:
+        import tensorflow_datasets as tfds
+
+        # Decoding pictures to learn labels would take minutes; the other fields stay encoded.
+        features = self.builder.info.features
+        skipped = {
+            k: tfds.decode.SkipDecoding()
+            for k, v in features.items()
+            if k != field and isinstance(v, tfds.features.Image)
+        }
+        data = self._open(skipped)
+        return [data[i][field] for i in range(len(data))]

@@ -1,0 +1,245 @@
+"""`Tokenizer`: a `tokenizers` tokenizer with the special ids and chat template of its directory, and two built-in kinds."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jft.data.errors import DataError
+
+# Ids 256.. of the "bytes" tokenizer, and the specials of a trained BPE; the turn markers serve PLAIN_CHAT.
+SPECIALS = ("<pad>", "<bos>", "<eos>", "<sep>", "<system>", "<user>", "<assistant>", "<end>")
+PLAIN_CHAT = (
+    "{{ bos_token }}{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] + '<end>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids, with each token's [start, stop) characters in the text, and segment types of a pair (0, 1)."""
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    types: np.ndarray
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids and back.
+
+    core: the ``tokenizers.Tokenizer``; bos_id, eos_id, pad_id: None where the tokenizer has none (``pad`` is then eos,
+    or 0: padded positions are never read). start_id: the first decoder token of an encoder-decoder. chat_template: a
+    Jinja template or None. specials: names of the special tokens for that template (``{"bos_token": "<s>", ...}``).
+    """
+
+    core: Any
+    bos_id: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None
+    start_id: int | None = None
+    chat_template: str | None = None
+    specials: dict[str, str] = field(default_factory=dict)
+    name: str = "tokenizer"
+
+    @property
+    def vocab_size(self) -> int:
+        return self.core.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def pad(self) -> int:
+        """The id that fills rows: pad, else eos, else 0."""
+        return next((i for i in (self.pad_id, self.eos_id) if i is not None), 0)
+
+    def encode(self, text: str, pair: str | None = None, special: bool = False) -> Encoded:
+        """Ids of a text (of a pair of texts); ``special``: with the tokens its post-processor adds ([CLS], bos ...)."""
+        coded = self.core.encode(text, pair, add_special_tokens=special)
+        offsets = np.asarray(coded.offsets, np.int64).reshape(-1, 2)
+        return Encoded(np.asarray(coded.ids, np.int32), offsets, np.asarray(coded.type_ids, np.int32))
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of ids, special tokens included."""
+        return self.core.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def with_template(self, template: str | None) -> Tokenizer:
+        """The same tokenizer with another chat template."""
+        return replace(self, chat_template=template) if template is not None else self
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, which :func:`load` and transformers read."""
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.specials}
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        for name, text in (
+            ("tokenizer.json", self.core.to_str()),
+            ("tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False)),
+        ):
+            beside = target / f".{name}.{os.getpid()}"
+            beside.write_text(text, encoding="utf-8")
+            os.replace(beside, target / name)
+
+
+def _json(file: Path) -> dict:
+    if not file.is_file():
+        return {}
+    try:
+        loaded = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: bad JSON: {error}") from None
+    if not isinstance(loaded, dict):
+        raise DataError(f"{file}: must hold a JSON object, got {type(loaded).__name__}")
+    return loaded
+
+
+def _template(directory: Path, config: dict) -> str | None:
+    beside = directory / "chat_template.jinja"
+    if beside.is_file():
+        return beside.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named templates
+        named = {t["name"]: t["template"] for t in template}
+        return named.get("default")
+    return template
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and value else value
+
+
+def load(path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory (tokenizer.json, tokenizer_config.json, config.json), or of one file.
+
+    Raises :class:`DataError` where there is no tokenizer.json, or it cannot be read.
+    """
+    import tokenizers
+
+    given = Path(path)
+    file = given / "tokenizer.json" if given.is_dir() else given
+    if not file.is_file():
+        if given.is_dir():
+            raise DataError(
+                f"{str(given)!r} holds no tokenizer.json; write one with transformers:"
+                " AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+            )
+        raise DataError(f"tokenizer {str(path)!r}: no such file or directory (built in: 'bytes', 'bpe:VOCAB')")
+    try:
+        core = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{file}: not a tokenizer.json: {error}") from None
+    core.no_truncation()
+    core.no_padding()
+    config = _json(file.parent / "tokenizer_config.json")
+    model = _json(file.parent / "config.json")
+    named = {**_json(file.parent / "special_tokens_map.json"), **config}
+    specials = {}
+    for key in ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"):
+        value = named.get(key)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            specials[key] = value
+
+    def id_of(kind: str) -> int | None:
+        token = specials.get(f"{kind}_token")
+        found = core.token_to_id(token) if token is not None else None
+        return found if found is not None else _first(model.get(f"{kind}_token_id"))
+
+    return Tokenizer(
+        core=core,
+        bos_id=id_of("bos"),
+        eos_id=id_of("eos"),
+        pad_id=id_of("pad"),
+        start_id=model.get("decoder_start_token_id"),
+        chat_template=_template(file.parent, config),
+        specials=specials,
+        name=str(path),
+    )
+
+
+def _byte_letters() -> list[str]:
+    """The letter that stands for each byte in byte-level vocabularies (the table of GPT-2's encoder)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))
+    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
+
+
+def _byte_level(model: Any) -> Any:
+    from tokenizers import Tokenizer as Core
+    from tokenizers import decoders, pre_tokenizers
+
+    core = Core(model)
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=True)
+    core.decoder = decoders.ByteLevel()
+    return core
+
+
+def _built_in(core: Any, name: str) -> Tokenizer:
+    specials = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "sep_token": "<sep>"}
+    ids = {s: core.token_to_id(s) for s in SPECIALS}
+    return Tokenizer(
+        core=core,
+        bos_id=ids["<bos>"],
+        eos_id=ids["<eos>"],
+        pad_id=ids["<pad>"],
+        start_id=ids["<pad>"],
+        chat_template=PLAIN_CHAT,
+        specials=specials,
+        name=name,
+    )
+
+
+def byte_tokenizer() -> Tokenizer:
+    """UTF-8 bytes as ids 0-255, then :data:`SPECIALS` as 256-263; needs no files and no training."""
+    from tokenizers import models
+
+    core = _byte_level(models.BPE(vocab={letter: i for i, letter in enumerate(_byte_letters())}, merges=[]))
+    core.add_special_tokens(list(SPECIALS))
+    return _built_in(core, "bytes")
+
+
+def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
+    """A byte-level BPE of ``vocab`` tokens, :data:`SPECIALS` included, trained on texts (Sennrich et al. 2016, 1508.07909)."""
+    from tokenizers import models, trainers
+
+    smallest = 256 + len(SPECIALS)
+    if vocab < smallest:
+        raise DataError(
+            f"bpe:{vocab}: the vocabulary must hold the 256 bytes and {len(SPECIALS)} specials: at least {smallest}"
+        )
+    core = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=list(SPECIALS), initial_alphabet=_byte_letters(), show_progress=False
+    )
+    core.train_from_iterator(texts, trainer)
+    return _built_in(core, f"bpe:{vocab}")
+
+
+def resolve(spec: Any, texts: Iterable[str], directory: str | os.PathLike | None = None) -> Tokenizer:
+    """A :class:`Tokenizer` from itself, ``"bytes"``, ``"bpe:VOCAB"`` (trained on ``texts``), a directory or a file.
+
+    A BPE is kept in ``directory`` (``tokenizer.json``) and read back from there, so a resumed run has the same ids.
+    """
+    if isinstance(spec, Tokenizer):
+        return spec
+    if spec is None:
+        raise DataError("text needs a tokenizer: 'bytes', 'bpe:VOCAB', or a directory with tokenizer.json")
+    if spec == "bytes":
+        return byte_tokenizer()
+    if not (isinstance(spec, str) and spec.startswith("bpe:")):
+        return load(spec)
+    kept = Path(directory) / "tokenizer.json" if directory is not None else None
+    if kept is not None and kept.is_file():
+        return load(kept.parent)
+    if not spec[4:].isdigit():
+        raise DataError(f"tokenizer {spec!r}: write 'bpe:VOCAB' with a number, as 'bpe:1024'")
+    trained = train_bpe(texts, int(spec[4:]))
+    if kept is not None:
+        trained.save(kept.parent)
+    return trained
