@@ -1,0 +1,48 @@
+"""Every model type that jft reads and writes, found by the ``model_type`` of a ``config.json``."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+from typing import Any
+
+from jft.models.hf.checkpoint import LoadError
+from jft.models.hf.mapping import Family
+
+MODULES = ("decoders", "encoders", "vision", "seq2seq")
+
+
+@functools.cache
+def families() -> dict[str, Family]:
+    """``{model_type: Family}`` over all modules; imported when first asked for."""
+    merged: dict[str, Family] = {}
+    for module in MODULES:
+        found: dict[str, Family] = importlib.import_module(f"jft.models.hf.{module}").FAMILIES
+        twice = merged.keys() & found.keys()
+        if twice:
+            raise ValueError(f"model type {min(twice)!r} is defined twice, the second time in jft.models.hf.{module}")
+        merged |= found
+    return merged
+
+
+def family_of(description: dict[str, Any], where: Any) -> Family:
+    """The family of a ``config.json``; ``LoadError`` listing what is known, the nearest first."""
+    model_type = description.get("model_type")
+    known = families()
+    if isinstance(model_type, str) and model_type in known:
+        return known[model_type]
+    near = difflib.get_close_matches(str(model_type), known, n=1, cutoff=0.5)
+    raise LoadError(
+        f"{where}: model_type {model_type!r} (architectures {description.get('architectures')}) is not one that jft knows; "
+        + (f"nearest: {near[0]}; " if near else "")
+        + f"known: {', '.join(sorted(known))}"
+    )
+
+
+def family_named(name: str) -> Family:
+    """The family of a config's ``family`` field; ``ValueError`` where the architecture has no Hugging Face form."""
+    known = families()
+    if name not in known:
+        raise ValueError(f"family {name!r} has no Hugging Face form; known: {', '.join(sorted(known))}")
+    return known[name]

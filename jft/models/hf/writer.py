@@ -1,0 +1,156 @@
+"""Safetensors files written tensor by tensor, and a directory that appears whole or not at all.
+
+``safetensors.numpy.save_file`` takes all tensors of a file at once, so the host would hold a shard (5 GB). All shapes and
+dtypes are known beforehand, so here the header goes first and each tensor follows when it is fetched: one is held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jft.models.hf.checkpoint import INDEX, NAMES, SINGLE
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor to be written; ``fetch()`` gives its value when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fetch: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_weights(directory: Path | None, tensors: Sequence[Tensor], shard_bytes: float) -> None:
+    """``model.safetensors``, or shards of at most ``shard_bytes`` (one tensor at least) with their index.
+
+    ``directory=None`` fetches every tensor in the same order and writes nothing: what the other processes of a multi-host
+    run do, as fetching is collective.
+    """
+    shards = _split(tensors, shard_bytes)
+    names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    )
+    for name, shard in zip(names, shards, strict=True):
+        if directory is None:
+            for tensor in shard:
+                tensor.fetch()
+        else:
+            _write_file(directory / name, shard)
+    if directory is not None and len(shards) > 1:
+        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        total = sum(tensor.nbytes for tensor in tensors)
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _split(tensors: Sequence[Tensor], shard_bytes: float) -> list[list[Tensor]]:
+    shards: list[list[Tensor]] = [[]]
+    held = 0
+    for tensor in tensors:
+        if shards[-1] and held + tensor.nbytes > shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(tensor)
+        held += tensor.nbytes
+    return shards
+
+
+def _write_file(file: Path, tensors: Sequence[Tensor]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    # Wide dtypes first keeps every tensor aligned, which readers that map the file rely on.
+    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    for tensor in ordered:
+        header[tensor.name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with file.open("wb") as handle:
+        handle.write(len(raw).to_bytes(8, "little") + raw)
+        for tensor in ordered:
+            value = np.ascontiguousarray(tensor.fetch()).reshape(tensor.shape)
+            handle.write(value.reshape(-1).view(np.uint8).data)
+        _sync(handle)
+
+
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    """A JSON object, indented, as transformers writes it."""
+    with file.open("w", encoding="utf-8") as handle:
+        handle.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+        _sync(handle)
+
+
+def _sync(handle: Any) -> None:
+    handle.flush()
+    os.fsync(handle.fileno())
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuse a target that something else occupies; ``ValueError`` saying what would have to be said or done."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ValueError(f"{target} is a file; save writes a directory")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"{target} exists and is not empty; give another name, or overwrite=True to replace it")
+    if not (target / "config.json").is_file():
+        raise ValueError(f"{target} has no config.json, so it is no checkpoint; overwrite=True replaces only those")
+
+
+@contextlib.contextmanager
+def whole_directory(target: Path) -> Iterator[Path]:
+    """A directory to fill beside ``target``, which takes its place when the block ends well, and is removed when not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        partial.chmod(0o777 & ~_umask())
+        yield partial
+        _swap(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _swap(partial: Path, target: Path) -> None:
+    """Rename over ``target``; what stood there is moved aside first, and back should the rename fail."""
+    if not target.exists():
+        os.rename(partial, target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+    os.rename(target, aside / "old")
+    try:
+        os.rename(partial, target)
+    except OSError:
+        os.rename(aside / "old", target)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

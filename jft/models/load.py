@@ -1,0 +1,217 @@
+"""`load`: a Hugging Face directory or hub id as a jft model and its (sharded) parameters."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, Sharding
+
+from jft import tree
+from jft.models.classifier import Classifier
+from jft.models.core import Execution
+from jft.models.hf import heads, reader, registry
+from jft.models.hf.checkpoint import Checkpoint, LoadError, read_json
+from jft.models.hf.mapping import Family
+from jft.models.model import Model
+
+HUB_FILES = ["*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja"]
+_log = logging.getLogger(__name__)
+
+
+def load(
+    source: str | os.PathLike,
+    mesh: Mesh | None = None,
+    dtype: Any = "bfloat16",
+    classes: int = 0,
+    pool: str | None = None,
+    rules: Any = None,
+    revision: str | None = None,
+    seed: int = 0,
+) -> tuple[Model, dict]:
+    """``(model, params)`` from ``config.json`` and safetensors, in ``dtype``, laid out over ``mesh``.
+
+    source: a directory, or a hub id (``org/name``, with the extra ``jft[hf]``; ``revision`` a branch, tag or commit).
+    mesh: with it, each process reads only the bytes of its own shards, as :func:`jft.parallel.specs` (and ``rules``) lay
+    them out; without, everything goes to the default device. dtype: of floating-point parameters and of the activations
+    (``model.execution.dtype``); None keeps each parameter as stored. Values are rounded to nearest.
+    classes: a :class:`Classifier` of that many classes with ``pool``; its head is read where the checkpoint has one of
+    that shape, else drawn from ``seed``. 0: the backbone, or the classifier that :func:`jft.save` wrote.
+
+    Host memory stays near what is kept there: one shard of one parameter beyond it.
+
+    Raises :class:`LoadError` (a ``ValueError``), naming the file or tensor: unknown architecture or feature; missing,
+    unexpected, mis-shaped, quantised tensors; truncated or corrupt or missing files; pickles in place of safetensors.
+    """
+    directory = fetch(source, revision)
+    description = describe(directory)
+    family = registry.family_of(description, directory / "config.json")
+    checkpoint = Checkpoint(directory)
+    config = _config(family, description, checkpoint, classes, pool)
+    model = Model(config)
+    shapes = tree.flatten(model.abstract())
+    leaves = _bind(checkpoint, family, config, shapes)
+    wanted = _dtypes(checkpoint, leaves, dtype)
+    abstract = tree.unflatten(
+        {p: jax.ShapeDtypeStruct(s.shape, wanted.get(p, wanted["default"])) for p, s in shapes.items()}
+    )
+    layouts = _layouts(abstract, mesh, rules)
+    flat = {}
+    # Largest first: while a parameter is read its host copy exists beside it, and then the least is held already.
+    for path in sorted(leaves, key=lambda p: -tree.size(shapes[p])):
+        flat[path] = _place(checkpoint, leaves[path], wanted[path], layouts.get(path))
+    fresh = [path for path in shapes if path not in flat]
+    if fresh:
+        flat |= _fresh(config, fresh, abstract, layouts, seed)
+    return Model(config, Execution(dtype=_activations(dtype, wanted))), tree.like(abstract, flat)
+
+
+def fetch(source: str | os.PathLike, revision: str | None = None) -> Path:
+    """The directory of a checkpoint: ``source`` itself, or the hub repository of that id, downloaded into its cache."""
+    directory = Path(source).expanduser()
+    if directory.is_dir():
+        return directory
+    name = os.fspath(source)
+    parts = name.split("/")
+    if directory.exists() or len(parts) > 2 or not all(parts) or name.startswith((".", "~", "/")):
+        raise LoadError(f"{name!r} is neither a directory nor a hub id (org/name)")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise LoadError(f"{name!r} is no directory here; to fetch it from the hub, pip install 'jft[hf]'") from None
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+    except Exception as error:  # the hub's errors share no base class: HTTP, connection, offline, cache, validation
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        at = f" at revision {revision!r}" if revision else ""
+        raise LoadError(
+            f"{name!r} is no directory here, and could not be fetched from the hub{at}: {reason}"
+        ) from error
+
+
+def describe(directory: Path) -> dict[str, Any]:
+    """``config.json`` of a checkpoint; ``LoadError`` where there is none, or its weights are quantised."""
+    file = directory / "config.json"
+    if not file.is_file():
+        raise LoadError(f"{directory} has no config.json; it is not a Hugging Face checkpoint")
+    description = read_json(file)
+    if "quantization_config" in description:
+        method = (description["quantization_config"] or {}).get("quant_method")
+        raise LoadError(f"{file}: the weights are quantised ({method}); load the checkpoint they were made from")
+    return description
+
+
+def _config(family: Family, description: dict, checkpoint: Checkpoint, classes: int, pool: str | None) -> Any:
+    where = checkpoint.directory / "config.json"
+    try:
+        config = family.from_hf(description)
+        if family.refine is not None:
+            config = family.refine(config, frozenset(checkpoint.entries))
+    except KeyError as error:
+        raise LoadError(f"{where} lacks {error.args[0]!r}") from error
+    except ValueError as error:
+        raise LoadError(f"{where}: {error}") from error
+    saved = description.get(heads.KEY)
+    if classes < 0:
+        raise LoadError(f"classes is a number of classes, or 0 for none, not {classes}")
+    if saved and classes in (0, saved["classes"]) and pool in (None, "auto", saved["pool"]):
+        return Classifier(config, saved["classes"], saved["pool"], saved["dense"])
+    if classes:
+        return Classifier(config, classes, pool or "auto")
+    if pool:
+        raise LoadError(f"pool {pool!r} belongs to a classifier; give classes as well")
+    return config
+
+
+def _bind(checkpoint: Checkpoint, family: Family, config: Any, shapes: dict[str, Any]) -> dict[str, reader.Leaf]:
+    """Every leaf bound to its tensors, all checked before any is read; the head only where the checkpoint has it."""
+    backbone = getattr(config, "backbone", config)
+    own = [path for path in shapes if not heads.is_head(path)]
+    table = family.table(backbone)
+    if set(table) != set(own):
+        odd = min(set(table) ^ set(own))
+        raise ValueError(f"the table of {config.family!r} and its parameters differ in {odd!r}: a defect of jft")
+    leaves = {path: reader.bind(checkpoint, path, table[path], tuple(shapes[path].shape)) for path in own}
+    # A head of the checkpoint that this model does not have is dropped on purpose: it is another task's.
+    excused = [r"(classifier|score|pre_classifier)\..*"]
+    if isinstance(config, Classifier):
+        leaves |= _bind_head(checkpoint, family, config, shapes)
+    used = [name for leaf in leaves.values() for name in leaf.names.values()]
+    reader.refuse_unexpected(checkpoint, used, [*family.ignored, *excused])
+    return leaves
+
+
+def _bind_head(checkpoint: Checkpoint, family: Family, config: Any, shapes: dict[str, Any]) -> dict[str, reader.Leaf]:
+    """The head's leaves, or nothing (a fresh head) where the checkpoint lacks one or has one of other classes."""
+    paths = [path for path in shapes if heads.is_head(path)]
+    found = {}
+    for path, source in heads.table(family, config, paths).items():
+        name = next((n for n in (source.name, *source.aliases) if n in checkpoint), None)
+        if name is None and path == "classifier/b":
+            continue  # decoders' heads have no bias
+        if name is None or checkpoint.entries[name].shape != tuple(source.shape):
+            _log.info("%s has no head for %d classes; drawing one", checkpoint.directory, config.classes)
+            return {}
+        found[path] = reader.bind(checkpoint, path, source, tuple(shapes[path].shape))
+    return found
+
+
+def _dtypes(checkpoint: Checkpoint, leaves: dict[str, reader.Leaf], dtype: Any) -> dict[str, np.dtype]:
+    """The dtype of every leaf, and under ``default`` that of leaves which are not read."""
+    if dtype is None:
+        stored = {path: reader.stored_dtype(checkpoint, leaf) for path, leaf in leaves.items()}
+        return {**stored, "default": np.dtype(jnp.result_type(*set(stored.values())))}
+    wanted = jnp.dtype(dtype)
+    if not jnp.issubdtype(wanted, jnp.floating):
+        raise LoadError(f"dtype {dtype!r} is not a floating-point type; parameters are float32, bfloat16 or float16")
+    return {**dict.fromkeys(leaves, wanted), "default": wanted}
+
+
+def _activations(dtype: Any, wanted: dict[str, np.dtype]) -> np.dtype:
+    return wanted["default"] if dtype is None else jnp.dtype(dtype)
+
+
+def _layouts(abstract: dict, mesh: Mesh | None, rules: Any) -> dict[str, Sharding]:
+    if mesh is None:
+        if rules:
+            raise LoadError("sharding rules were given without a mesh; give mesh as well")
+        return {}
+    from jft.parallel import shardings
+
+    return tree.flatten(shardings(abstract, mesh, rules))
+
+
+def _place(checkpoint: Checkpoint, leaf: reader.Leaf, dtype: np.dtype, sharding: Sharding | None) -> jax.Array:
+    """The leaf on its devices, shard by shard.
+
+    Not ``jax.make_array_from_callback``: that holds all shards of the leaf on the host at once, and reads one for each
+    of its replicas.
+    """
+    if sharding is None:
+        return jax.device_put(reader.read(checkpoint, leaf, (slice(None),) * len(leaf.shape), dtype))
+    replicas: dict[tuple, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        key = tuple(s.indices(n)[:2] for s, n in zip(index or (), leaf.shape, strict=True))
+        replicas.setdefault(key, []).append(device)
+    shards = []
+    for key, devices in replicas.items():
+        host = reader.read(checkpoint, leaf, tuple(slice(*bounds) for bounds in key), dtype)
+        shards += jax.block_until_ready([jax.device_put(host, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+
+
+def _fresh(config: Any, paths: list[str], abstract: dict, layouts: dict[str, Sharding], seed: int) -> dict[str, Any]:
+    """The parameters at ``paths`` as ``config.init`` draws them; the others are never computed. A lone bias is zero."""
+    shapes = tree.flatten(abstract)
+
+    def draw(key: jax.Array) -> dict[str, jax.Array]:
+        drawn = tree.flatten(config.init(key, jnp.float32))
+        return {path: drawn[path].astype(shapes[path].dtype) for path in paths}
+
+    shardings = {path: layouts[path] for path in paths} if layouts else None
+    return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))

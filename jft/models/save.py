@@ -1,0 +1,202 @@
+"""`save`: a model as a directory that transformers loads, with equal outputs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jft import tree
+from jft.models.classifier import Classifier
+from jft.models.hf import heads, reader, registry, writer
+from jft.models.hf.checkpoint import NAMES, read_json
+from jft.models.hf.mapping import Family, Source
+from jft.models.load import fetch
+from jft.models.model import Model
+
+COMPANIONS = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""Files of tokenizers and image processors."""
+
+KEPT = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "sep_token_id",
+    "cls_token_id",
+    "mask_token_id",
+    "id2label",
+    "label2id",
+)
+"""Entries of ``config.json`` that say nothing about parameters and that generation and labels need."""
+
+Part = tuple[str, Source, tuple[int, ...]]
+
+
+def save(
+    model: Model,
+    params: Any,
+    directory: str | os.PathLike,
+    like: str | os.PathLike | None = None,
+    dtype: Any = None,
+    shard_bytes: float = 5e9,
+    overwrite: bool = False,
+) -> Path:
+    """Write ``config.json`` and safetensors to ``directory``, whole or not at all; returns it.
+
+    params: plain arrays, sharded or not; ``jft.load(directory, dtype=None)`` gives them back bit for bit. dtype: casts
+    floating-point parameters (None: as they are). like: a checkpoint (directory or hub id) whose tokenizer files and token
+    ids come along. shard_bytes: a larger model is cut into files of at most this size, with an index. overwrite: replace
+    the checkpoint that stands there, once the new one is written. The host holds one tensor at a time. In a multi-host run
+    every process calls this; process 0 writes, so ``directory`` must be its own or shared.
+
+    Raises ``ValueError`` for structured weights (merge them first), parameters that are not the model's, a dtype that
+    safetensors does not have, an occupied directory.
+    """
+    target = Path(directory).expanduser()
+    writer.check_target(target, overwrite)
+    family = registry.family_named(model.config.family)
+    flat = _checked(model, params)
+    origin = fetch(like) if like is not None else None
+    tensors = _tensors(_table(family, model.config, flat), flat, dtype)
+    description = _describe(family, model.config, tensors, origin)
+    if jax.process_index() == 0:
+        with writer.whole_directory(target) as partial:
+            writer.write_weights(partial, tensors, shard_bytes)
+            writer.write_json(partial / "config.json", description)
+            for name in COMPANIONS:
+                if origin is not None and (origin / name).is_file():
+                    shutil.copyfile(origin / name, partial / name)
+    else:
+        writer.write_weights(None, tensors, shard_bytes)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("jft.save")
+    return target
+
+
+def _checked(model: Model, params: Any) -> dict[str, Any]:
+    """``{path: array}``: plain arrays at exactly the model's paths, of its shapes."""
+    flat = tree.flatten(params, is_leaf=lambda x: not isinstance(x, Mapping))
+    for path, leaf in flat.items():
+        if not isinstance(leaf, jax.Array | np.ndarray):
+            raise ValueError(
+                f"{path!r} is a {type(leaf).__name__}, not an array: a weight in the form in which it trains. Save the merged "
+                "parameters: run.params after jft.finetune, or plan.merged(kept, trained)"
+            )
+    shapes = tree.flatten(model.abstract())
+    for what, paths in (("lack", shapes.keys() - flat.keys()), ("hold the unknown", flat.keys() - shapes.keys())):
+        if paths:
+            raise ValueError(f"params {what} {min(paths)!r}; they are not those of this {model.config.family!r} model")
+    for path, leaf in flat.items():
+        if tuple(leaf.shape) != tuple(shapes[path].shape):
+            raise ValueError(f"{path!r} has shape {tuple(leaf.shape)}, the model wants {tuple(shapes[path].shape)}")
+    return flat
+
+
+def _table(family: Family, config: Any, flat: dict[str, Any]) -> dict[str, Source]:
+    if not isinstance(config, Classifier):
+        return family.table(config)
+    return family.table(config.backbone) | heads.table(family, config, [path for path in flat if heads.is_head(path)])
+
+
+def _tensors(table: dict[str, Source], flat: dict[str, Any], dtype: Any) -> list[writer.Tensor]:
+    """Every tensor of the checkpoint, with the leaves it is put together from, in the order of the table."""
+    parts: dict[str, list[Part]] = defaultdict(list)
+    for path, source in table.items():
+        for place in reader.places(source, flat[path].shape):
+            parts[reader.tensor_name(source.name, place)].append((path, source, place))
+    return [_tensor(name, found, flat, dtype) for name, found in parts.items()]
+
+
+def _tensor(name: str, parts: list[Part], flat: dict[str, Any], dtype: Any) -> writer.Tensor:
+    stored = {np.dtype(flat[path].dtype) for path, _, _ in parts}
+    wanted = np.dtype(jnp.result_type(*stored) if dtype is None else jnp.dtype(dtype))
+    if wanted not in NAMES:
+        raise ValueError(
+            f"{name!r} would have dtype {wanted.name}, which safetensors does not have; give dtype='float32'"
+        )
+    shape = tuple(parts[0][1].shape)
+
+    def fetch() -> np.ndarray:
+        if len(parts) == 1 and parts[0][1].out is None:
+            whole = _whole(parts[0][1], shape, _host(flat[parts[0][0]], parts[0][2]))
+            if whole is not None:
+                return whole.astype(wanted, copy=False)
+        out = np.zeros(shape, wanted)
+        for path, source, place in parts:
+            view = source.view(out)
+            view[...] = _host(flat[path], place).reshape(view.shape)
+        return out
+
+    return writer.Tensor(name, shape, wanted, fetch)
+
+
+def _whole(source: Source, shape: tuple[int, ...], value: np.ndarray) -> np.ndarray | None:
+    """The tensor as a view of its only leaf, for the two commonest views; None for others."""
+    probe = source.view(np.empty(shape, np.bool_))
+    if probe.shape == shape and probe.flags.c_contiguous:
+        return value
+    return value.T if probe.ndim == 2 and probe.T.shape == shape and probe.T.flags.c_contiguous else None
+
+
+def _host(leaf: Any, place: tuple[int, ...]) -> np.ndarray:
+    """One layer (and expert) of a leaf on this host; cut on the device, so that no more is gathered."""
+    if isinstance(leaf, np.ndarray):
+        return leaf[place]
+    for number in place:
+        leaf = jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False)
+    if leaf.is_fully_addressable or leaf.is_fully_replicated:
+        return np.asarray(leaf)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+
+def _describe(family: Family, config: Any, tensors: list[writer.Tensor], origin: Path | None) -> dict[str, Any]:
+    """``config.json``: the family's, what ``like`` adds, the dtype most bytes have, and the head."""
+    backbone = getattr(config, "backbone", config)
+    description = family.to_hf(backbone)
+    if origin is not None and (origin / "config.json").is_file():
+        known = read_json(origin / "config.json")
+        description |= {key: known[key] for key in KEPT if known.get(key) is not None}
+    largest: dict[str, int] = defaultdict(int)
+    for tensor in tensors:
+        largest[tensor.dtype.name] += tensor.nbytes
+    description["dtype"] = max(largest, key=largest.__getitem__)
+    if isinstance(config, Classifier):
+        description |= _describe_head(family, config, description)
+    return description
+
+
+def _describe_head(family: Family, config: Classifier, description: dict[str, Any]) -> dict[str, Any]:
+    head: dict[str, Any] = {heads.KEY: {"classes": config.classes, "pool": config.pool, "dense": config.dense}}
+    if len(description.get("id2label") or ()) != config.classes:
+        head["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.classes)}
+        head["label2id"] = {f"LABEL_{i}": i for i in range(config.classes)}
+    usual = (config.pool, config.dense) == getattr(config.backbone, "head_defaults", lambda: ("last", "none"))()
+    if family.classifier_architecture and usual:
+        head["architectures"] = [family.classifier_architecture]
+    return head
