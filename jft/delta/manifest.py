@@ -2,8 +2,8 @@
 
 A manifest is a JSON-able dict. Keys jft itself reads:
 
-- ``base``: ``{"fingerprint": str, "parameters": int, "leaves": {path: [checksum, size]}}``, see :func:`describe_base`.
-  Absent where the base is not known; then nothing can be checked.
+- ``base``: ``{"fingerprint": str, "parameters": int, "leaves": {path: [checksum, size, dtype]}}``, see
+  :func:`describe_base`. Absent where the base is not known; then nothing can be checked.
 - ``operation``: how it came about: ``"difference"``, ``"finetune"``, ``"linear"``, or the name of a merging rule.
 - ``parents``: what went into a result of arithmetic, a list of ``{"coefficient": c, "manifest": {...}}`` for
   ``"linear"``: the result is the sum of ``c`` times the parents. Sums of sums are flattened, so the list names runs.
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 import jft
 from jft import tree
@@ -44,10 +45,10 @@ def describe(base: Any = None, *, operation: str = "finetune", **facts: Any) -> 
 
 
 def describe_base(base: Any) -> dict[str, Any]:
-    """The ``base`` entry of a manifest: fingerprint, number of parameters, checksum and size of every leaf."""
+    """The ``base`` entry of a manifest: fingerprint, number of parameters; checksum, size and dtype of every leaf."""
     flat = tree.flatten(base)
     sums = tree.checksums(flat)
-    return _base({path: [sums[path], tree.size(flat[path])] for path in flat})
+    return _base({path: [sums[path], tree.size(x), np.dtype(x.dtype).name] for path, x in flat.items()})
 
 
 def check(manifest: Mapping[str, Any]) -> Manifest:
@@ -142,8 +143,8 @@ def verify(manifest: Manifest, params: Any, what: str = "these parameters") -> N
 
 
 def _base(leaves: dict[str, list]) -> dict[str, Any]:
-    fingerprint = tree.fingerprint_of({path: checksum for path, (checksum, _) in leaves.items()})
-    return {"fingerprint": fingerprint, "parameters": sum(n for _, n in leaves.values()), "leaves": leaves}
+    fingerprint = tree.fingerprint_of({path: checksum for path, (checksum, *_) in leaves.items()})
+    return {"fingerprint": fingerprint, "parameters": sum(n for _, n, _ in leaves.values()), "leaves": leaves}
 
 
 def _parent(manifest: Manifest) -> Manifest:

@@ -226,7 +226,9 @@ def apply(base: Any, tau: TaskVector, scale: Any = 1.0, check: bool = True) -> A
     flat = tree.flatten(base)
     absent = [path for path in tau.deltas if path not in flat]
     if absent:
-        raise ValueError(f"the task vector changes {absent[0]!r}, which these parameters do not have")
+        raise ValueError(
+            f"the task vector changes {absent[0]!r}, which these parameters do not have; tau.exclude(pattern) leaves it out"
+        )
     if check and all(concrete(x) for x in flat.values()):
         manifests.verify(tau.manifest, flat)
     scalar = _scalar(scale)

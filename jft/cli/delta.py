@@ -1,0 +1,227 @@
+"""Task vectors in files: what is in one, how two differ, apply one to a model."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jft.cli.errors import Parser, UsageError
+
+EXAMPLES = """\
+examples:
+  jft delta info run/task_vector.safetensors
+  jft delta diff first.safetensors second.safetensors --json
+  jft delta apply gpt2/ run/task_vector.safetensors merged/ --scale 0.4
+  jft delta apply gpt2/ run/task_vector.safetensors forgot/ --scale=-0.4      (negation)
+"""
+INFO = """\
+Show the manifest of a task vector, and for every path it changes: encoding, shape, density (non-zero entries / all
+entries), norm and bytes. Deltas are read one at a time, so the file may be larger than memory."""
+DIFF = """\
+Compare two task vectors path by path: cosine, both norms, and the overlap of their supports (entries both change /
+entries either changes). Paths that one of them does not change count as zero there."""
+APPLY = """\
+Write the model BASE + scale * TAU to OUT, a directory that transformers loads. The base must be, bit for bit, the one the
+vector was made from; it is read in the dtype it had then."""
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(prog="jft delta", description=__doc__, epilog=EXAMPLES)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    info = actions.add_parser("info", help="the manifest and a table of paths", description=INFO)
+    info.add_argument("file", help="a task vector (.safetensors)")
+    info.add_argument("--quick", action="store_true", help="read the header only: no densities, no norms")
+
+    diff = actions.add_parser("diff", help="cosine, norms and overlap of two", description=DIFF)
+    diff.add_argument("first", help="a task vector (.safetensors)")
+    diff.add_argument("second", help="another")
+
+    apply = actions.add_parser("apply", help="base + scale * task vector, as a model directory", description=APPLY)
+    apply.add_argument("base", help="directory or hub id of the base model")
+    apply.add_argument("file", help="a task vector (.safetensors)")
+    apply.add_argument("out", help="directory to write; must not exist or be empty")
+    apply.add_argument("--scale", type=float, default=1.0, help="coefficient (default 1; negative to subtract)")
+    apply.add_argument(
+        "--select", action="append", metavar="PATTERN", help="apply only to paths matching this (repeatable)"
+    )
+    apply.add_argument(
+        "--exclude", action="append", metavar="PATTERN", help="leave out paths matching this (repeatable)"
+    )
+    apply.add_argument("--dtype", help="read the base in this dtype (default: the vector's base's)")
+    apply.add_argument("--no-check", action="store_true", help="do not verify that BASE is the base of the vector")
+    for action in (info, diff, apply):
+        action.add_argument("--json", action="store_true", help="print JSON")
+    options, rest = parser.parse_known_args(argv)
+    if rest:
+        actions.choices[options.action].unknown(rest[0])
+    return options
+
+
+def info(options: argparse.Namespace) -> int:
+    """``jft delta info FILE``."""
+    from jft.delta import file
+
+    header = file.inspect(options.file)
+    rows: list[dict[str, Any]] = []
+    for path, entry in header.entries.items():
+        row: dict[str, Any] = {"path": path, "encoding": entry.kind, "shape": list(entry.shape), "dtype": entry.dtype}
+        if not options.quick:
+            delta = file.load(options.file, [path])[path]
+            row |= {"nnz": delta.nnz, "density": _share(delta.nnz, math.prod(delta.shape)), "norm": float(delta.norm())}
+        rows.append(row | {"nbytes": entry.nbytes})
+    total: dict[str, Any] = {"paths": len(rows), "nbytes": sum(row["nbytes"] for row in rows)}
+    if not options.quick:
+        nnz = sum(row["nnz"] for row in rows)
+        # Of the whole base where it is known: what does not change counts.
+        parameters = header.manifest.get("base", {}).get("parameters") or sum(math.prod(row["shape"]) for row in rows)
+        norm = sum(row["norm"] ** 2 for row in rows) ** 0.5
+        total |= {"nnz": nnz, "parameters": parameters, "density": _share(nnz, parameters), "norm": norm}
+    if options.json:
+        print(json.dumps({"file": options.file, "manifest": header.manifest, "total": total, "paths": rows}, indent=2))
+        return 0
+    _print_manifest(header.manifest)
+    columns = ["path", "encoding", "shape", "dtype", *([] if options.quick else ["density", "norm"]), "nbytes"]
+    _print_table(columns, [*rows, {"path": f"{len(rows)} paths", **total}])
+    return 0
+
+
+def diff(options: argparse.Namespace) -> int:
+    """``jft delta diff A B``."""
+    from jft.delta import file
+
+    headers = [file.inspect(options.first), file.inspect(options.second)]
+    rows = []
+    for path in dict.fromkeys([*headers[0].entries, *headers[1].entries]):
+        sides = [
+            file.load(name, [path])[path] if path in header.entries else None
+            for name, header in zip((options.first, options.second), headers, strict=True)
+        ]
+        try:
+            rows.append({"path": path, **_compared(*sides)})
+        except ValueError as error:
+            raise ValueError(f"{path!r}: {error}") from None
+    totals: collections.Counter[str] = collections.Counter()
+    for row in rows:
+        totals.update({key: row[key] for key in ("dot", "both", "either")})
+        totals.update({"first": row["norm_first"] ** 2, "second": row["norm_second"] ** 2})
+    bases = [header.manifest.get("base", {}).get("fingerprint") for header in headers]
+    total = _figures(totals["dot"], totals["first"] ** 0.5, totals["second"] ** 0.5, totals["both"], totals["either"])
+    if options.json:
+        report = {"first": options.first, "second": options.second, "bases": bases, "total": total, "paths": rows}
+        print(json.dumps(report, indent=2))
+        return 0
+    same = bases[0] == bases[1]
+    print("same base: " + str(bases[0] or "unknown") if same else f"different bases: {bases[0]} and {bases[1]}")
+    _print_table(["path", "cosine", "norm_first", "norm_second", "overlap"], [*rows, {"path": "all", **total}])
+    return 0
+
+
+def apply(options: argparse.Namespace) -> int:
+    """``jft delta apply BASE TAU OUT``."""
+    import jft
+    from jft import delta
+
+    out = Path(options.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{options.out!r} exists and is not an empty directory; nothing was written")
+    tau = jft.TaskVector.load(options.file)
+    tau = tau.select(options.select) if options.select else tau
+    tau = tau.exclude(options.exclude) if options.exclude else tau
+    dtype = options.dtype or _dtype(tau.manifest) or "bfloat16"
+    model, base = jft.load(options.base, dtype=dtype)
+    params = delta.apply(base, tau, options.scale, check=not options.no_check)
+    jft.save(model, params, options.out, like=options.base)
+    done = {"out": options.out, "scale": options.scale, "dtype": dtype, "paths": len(tau), "norm": float(tau.norm())}
+    if options.json:
+        print(json.dumps(done, indent=2))
+    else:
+        print(f"{options.out}: {options.base} + {options.scale:g} * {options.file}, {len(tau)} paths, {dtype}")
+    return 0
+
+
+def _compared(first: Any, second: Any) -> dict[str, Any]:
+    """The row of one path; None stands for a delta that is zero."""
+    if first is None:
+        return _figures(0.0, 0.0, float(second.norm()), 0, second.nnz)
+    if second is None:
+        return _figures(0.0, float(first.norm()), 0.0, 0, first.nnz)
+    return _figures(float(first.dot(second)), float(first.norm()), float(second.norm()), *_support(first, second))
+
+
+def _figures(dot: float, first: float, second: float, both: int, either: int) -> dict[str, Any]:
+    cosine = dot / (first * second) if first and second else 0.0
+    overlap = both / either if either else 0.0
+    return {
+        "dot": dot, "cosine": cosine, "norm_first": first, "norm_second": second,
+        "both": both, "either": either, "overlap": overlap,
+    }  # fmt: skip
+
+
+def _support(first: Any, second: Any) -> tuple[int, int]:
+    """Entries that both change, and entries that either changes."""
+    from jft.delta.encoding import count_nonzero
+
+    a, b = first.dense() != 0, second.dense() != 0
+    return count_nonzero(a & b), count_nonzero(a | b)
+
+
+def _dtype(manifest: dict[str, Any]) -> str | None:
+    """The dtype most parameters of the base have."""
+    sizes: collections.Counter[str] = collections.Counter()
+    for _, size, dtype in manifest.get("base", {}).get("leaves", {}).values():
+        sizes[dtype] += size
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
+
+
+def _print_manifest(manifest: dict[str, Any]) -> None:
+    shown = dict(manifest)
+    base = shown.pop("base", None)
+    parents = shown.pop("parents", [])
+    print(f"base         {base['fingerprint']} ({base['parameters']:,} parameters)" if base else "base         unknown")
+    for key, value in shown.items():
+        print(f"{key:<12} {value if isinstance(value, str) else json.dumps(value)}")
+    for parent in parents:
+        coefficient = f"{parent['coefficient']:g} * " if parent.get("coefficient") is not None else ""
+        print(f"{'parent':<12} {coefficient}{json.dumps(parent['manifest'])}")
+    print()
+
+
+def _print_table(columns: list[str], rows: list[dict[str, Any]]) -> None:
+    """Rows under headers; the last row is the total."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(
+            column.replace("_", " "), justify="left" if column in ("path", "encoding") else "right", no_wrap=True
+        )
+    for i, row in enumerate(rows):
+        table.add_row(
+            *(_cell(column, row.get(column, "")) for column in columns), style="bold" if i == len(rows) - 1 else None
+        )
+    Console(highlight=False, markup=False).print(table)
+
+
+def _cell(column: str, value: Any) -> str:
+    if column == "shape" and value != "":
+        return "x".join(map(str, value)) or "scalar"
+    if column == "nbytes":
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main(argv: Sequence[str]) -> int:
+    """``jft delta info|diff|apply ...``."""
+    options = _options(argv)
+    return {"info": info, "diff": diff, "apply": apply}[options.action](options)

@@ -1,0 +1,142 @@
+"""`jft delta`: tables, JSON and refusals."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jft
+from jft.cli import delta as command
+from jft.cli.errors import UsageError
+from jft.delta import Dense, LowRank, Rows, TaskVector, describe
+
+
+def base():
+    return {"a": {"w": jnp.ones((4, 6), jnp.bfloat16)}, "b": jnp.zeros(3, jnp.bfloat16)}
+
+
+@pytest.fixture
+def files(tmp_path):
+    manifest = describe(base(), method={"name": "full"}, seed=3)
+    rows = Rows(jnp.array([1]), jnp.array([[3.0, 4, 0, 0, 0, 0]]), (4, 6))
+    names = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
+    TaskVector({"a/w": rows}, manifest).save(names[0])
+    TaskVector({"a/w": LowRank(jnp.ones((4, 1)), jnp.ones((1, 6))), "b": Dense(jnp.ones(3))}, manifest).save(names[1])
+    return names
+
+
+def run(capsys, *argv):
+    assert command.main(argv) == 0
+    return capsys.readouterr().out
+
+
+def test_info(files, capsys):
+    report = json.loads(run(capsys, "info", files[0], "--json"))
+    assert report["manifest"]["seed"] == 3
+    row = {"path": "a/w", "encoding": "rows", "shape": [4, 6], "dtype": "F32", "nnz": 2, "density": 2 / 24}
+    assert report["paths"] == [row | {"norm": 5.0, "nbytes": 28}]
+    assert report["total"] == {"paths": 1, "nbytes": 28, "nnz": 2, "parameters": 27, "density": 2 / 27, "norm": 5.0}
+    text = run(capsys, "info", files[0])
+    assert "27 parameters" in text
+    assert "4x6" in text
+    assert '{"name": "full"}' in text
+
+
+def test_quick_info_reads_no_values(files, capsys, monkeypatch):
+    from jft.delta import file
+
+    monkeypatch.setattr(file, "load", None)
+    report = json.loads(run(capsys, "info", files[1], "--json", "--quick"))
+    assert [(r["path"], r["encoding"], r["nbytes"]) for r in report["paths"]] == [
+        ("a/w", "low_rank", 40),
+        ("b", "dense", 12),
+    ]
+    assert "norm" not in run(capsys, "info", files[1], "--quick")
+
+
+def test_diff(files, capsys):
+    report = json.loads(run(capsys, "diff", *files, "--json"))
+    first, second = report["paths"]
+    assert (first["dot"], first["both"], first["either"]) == (7.0, 2, 24)
+    assert first["cosine"] == pytest.approx(7 / (5 * 24**0.5))
+    assert (second["norm_first"], second["cosine"], second["either"]) == (0.0, 0.0, 3)
+    assert report["total"]["cosine"] == pytest.approx(7 / (5 * 27**0.5))
+    assert report["total"]["overlap"] == pytest.approx(2 / 27)
+    assert report["bases"][0] == report["bases"][1]
+    assert "same base" in run(capsys, "diff", *files)
+
+
+def test_diff_of_different_bases_says_so(files, tmp_path, capsys):
+    other = str(tmp_path / "c.safetensors")
+    TaskVector({"b": Dense(jnp.ones(3))}, describe({"b": jnp.ones(3)})).save(other)
+    assert "different bases" in run(capsys, "diff", files[1], other)
+    TaskVector({"b": Dense(jnp.ones(4))}).save(other)
+    with pytest.raises(ValueError, match=r"'b': .*different shapes"):
+        command.main(["diff", files[1], other])
+
+
+@pytest.fixture
+def models(monkeypatch):
+    """`jft.load` and `jft.save` of a model that is its parameters."""
+    calls = {}
+
+    def load(name, dtype):
+        calls["dtype"] = dtype
+        return name, calls.get("base", base())
+
+    monkeypatch.setattr(jft, "load", load, raising=False)
+    monkeypatch.setattr(
+        jft, "save", lambda model, params, out, like: calls.update(params=params, like=like), raising=False
+    )
+    return calls
+
+
+def test_apply(files, models, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    text = run(capsys, "apply", "model", files[0], out, "--scale", "0.5")
+    assert "0.5 *" in text
+    assert models["dtype"] == "bfloat16"
+    assert models["like"] == "model"
+    np.testing.assert_array_equal(models["params"]["a"]["w"][1], jnp.array([2.5, 3, 1, 1, 1, 1], jnp.bfloat16))
+    report = json.loads(run(capsys, "apply", "model", files[1], out, "--scale=-1", "--exclude", "^b$", "--json"))
+    assert (report["paths"], report["scale"]) == (1, -1.0)
+    np.testing.assert_array_equal(models["params"]["b"], np.zeros(3))
+    np.testing.assert_array_equal(models["params"]["a"]["w"], np.zeros((4, 6)))
+
+
+def test_apply_refuses_another_base_and_a_full_directory(files, models, tmp_path):
+    models["base"] = base() | {"b": jnp.ones(3, jnp.bfloat16)}
+    with pytest.raises(ValueError, match="differ in b"):
+        command.main(["apply", "model", files[0], str(tmp_path / "out")])
+    assert "params" not in models
+    assert command.main(["apply", "model", files[0], str(tmp_path / "out"), "--no-check"]) == 0
+    with pytest.raises(UsageError, match="not an empty directory"):
+        command.main(["apply", "model", files[0], str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["inof"], "invalid choice: 'inof'"),
+        ([], "ACTION"),
+        (["apply", "a", "b", "c", "--scael=1"], "unknown option '--scael' .did you mean '--scale'"),
+        (["info"], "file"),
+    ],
+)
+def test_wrong_usage(argv, message):
+    with pytest.raises(UsageError, match=message):
+        command.main(argv)
+
+
+def test_missing_file_is_one_clear_error():
+    with pytest.raises(ValueError, match=r"nowhere\.safetensors: no such file"):
+        command.main(["info", "nowhere.safetensors"])
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["info", "--help"], ["diff", "--help"], ["apply", "--help"]])
+def test_help(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(argv)
+    assert stopped.value.code == 0
+    assert "usage: jft delta" in capsys.readouterr().out
