@@ -29,7 +29,7 @@ class Checkpointing:
 
     every: steps between checkpoints, the last step included; 0 for none, save on being asked to stop. keep: how many of the
     newest stay. best: also keep the best by this metric of evaluation (``loss``, ``accuracy``...), which must be evaluated
-    wherever a checkpoint is written.
+    wherever a checkpoint is written; the run then ends with that state in place of the last.
     """
 
     every: int = 0
@@ -68,20 +68,22 @@ class Checkpoints:
 
     def __init__(self, directory: Path, options: Checkpointing, identity: Mapping[str, Any]):
         self.directory, self.options, self.identity = directory, options, dict(identity)
+        self._checkpointer = self._open()
+
+    def _open(self) -> ocp.training.Checkpointer:
         policies = ocp.training.preservation_policies
-        keep: list[Any] = [policies.LatestN(options.keep)]
-        if options.best:
-            name = options.best
+        keep: list[Any] = [policies.LatestN(self.options.keep)]
+        if name := self.options.best:
             keep.append(
                 policies.BestN(
-                    get_metric_fn=lambda m: m[name],
+                    get_metric_fn=lambda metrics: metrics[name],
                     reverse=name not in HIGHER_IS_BETTER,
                     n=1,
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        self._checkpointer = ocp.training.Checkpointer(
-            directory.absolute(),
+        return ocp.training.Checkpointer(
+            self.directory.absolute(),
             preservation_policy=policies.AnyPreservationPolicy(keep),
             cleanup_tmp_directories=True,
         )
@@ -96,14 +98,17 @@ class Checkpoints:
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
-    def best(self) -> int | None:
-        """The step of the best checkpoint by ``options.best``; the newest if no metric is asked for."""
-        if not self.options.best:
-            return self.latest
-        scored = [(c.metrics[self.options.best], c.step) for c in self._checkpointer.checkpoints if c.metrics]
+    def restore_best(self, shapes: State) -> tuple[State, dict[str, float]]:
+        """The state and evaluation of the best checkpoint by ``options.best``; see :meth:`restore`."""
+        name = self.options.best
+        self._checkpointer.close()
+        self._checkpointer = self._open()
+        scored = {c.step: c.metrics for c in self._checkpointer.checkpoints if c.metrics and name in c.metrics}
         if not scored:
-            return self.latest
-        return (max if self.options.best in HIGHER_IS_BETTER else min)(scored)[1]
+            raise ValueError(f"no checkpoint in {self.directory} has the metric {name!r}; evaluation gives others")
+        order = max if name in HIGHER_IS_BETTER else min
+        step = order(scored, key=lambda s: scored[s][name])
+        return self.restore(shapes, step)[0], dict(scored[step])
 
     def save(self, state: State, step: int, position: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Write a checkpoint of ``state`` in the background; ``position`` is that of this process's data.
@@ -130,6 +135,9 @@ class Checkpoints:
         run = self._checkpointer.load_checkpointables(step, {"run": None})["run"]
         compare(run["identity"], self.identity, self.directory)
         positions = run["positions"]
+        # One global position, the same on every process, holds for any number of them; the data checks the rest.
+        if all(p == positions[0] for p in positions):
+            positions = [positions[0]] * jax.process_count()
         if len(positions) != jax.process_count():
             raise Changed(
                 f"the checkpoints in {self.directory} hold the data position of {len(positions)} processes, and this run has "

@@ -29,7 +29,7 @@ def _jit(apply: Callable, which: Objective, plan: Plan | None, dtype: Any) -> Ca
     return jax.jit(functools.partial(_sums, apply, which, plan, dtype))
 
 
-_cached = functools.lru_cache(maxsize=32)(_jit)
+_cached: Callable[..., Callable] = functools.lru_cache(maxsize=32)(_jit)
 
 
 def sums(apply: Callable, which: Objective, plan: Plan | None = None, dtype: Any = None) -> Callable:

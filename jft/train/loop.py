@@ -13,9 +13,8 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
-from jft import delta, methods, tree
+from jft import delta, methods, parallel, tree
 from jft.methods import Method, Plan
 from jft.train import evaluation as evaluations
 from jft.train import feed, overview, preflight, step
@@ -26,7 +25,7 @@ from jft.train.optimizers import Given
 from jft.train.optimizers import optimizer as find_optimizer
 from jft.train.preemption import Preempted, Watch
 from jft.train.progress import Meter, Progress
-from jft.train.state import Layout, State, abstract, find_mesh, lay_out
+from jft.train.state import State, abstract, find_mesh, lay_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Logging:
 
 @dataclasses.dataclass
 class Run:
-    """A finished run. metrics: all rows, ``{"step", "split", ...}``; evaluation: the last one's result."""
+    """A finished run. metrics: all rows, ``{"step", "split", ...}``; evaluation: that of the state it ended with."""
 
     plan: Plan
     state: State
@@ -107,8 +106,9 @@ def finetune(
     of batches, gone through again and again; with several processes, each gives its own rows.
     method: a name, ``{"name": ..., **options}`` or a Method. optimizer: a name, options or any optax transformation
     (:mod:`jft.train.optimizers`; default AdamW). objective: a name or an Objective; default by what the batches hold.
-    mesh: default that of the parameters, else one device. eval_data is gone through every ``eval_every`` steps (0: at the
-    end), its first ``eval_batches`` (0: all). accumulate: microbatches per batch; the gradient is the same for any.
+    mesh: default that of the parameters, else one device (all, with several processes). eval_data is gone through every
+    ``eval_every`` steps (0: at the end), its first ``eval_batches`` (0: all). accumulate: microbatches per batch; the
+    gradient is the same for any.
     dtype: of trained values in the forward pass (masters stay float32); default the model's execution dtype.
     workdir: where metrics, checkpoints and the task vector go; a run found there is taken up where it stood.
     checkpoint, log: see :class:`Checkpointing` and :class:`Logging` (an object, a dict, or a number for ``every``).
@@ -127,10 +127,13 @@ def finetune(
     if dtype is None and hasattr(model, "execution"):
         dtype = model.execution.dtype
     mesh = find_mesh(params) if mesh is None else mesh
+    mesh = parallel.make_mesh() if mesh is None and jax.process_count() > 1 else mesh
     plan = method.plan(params, model)
 
     # How it lies on the devices, and whether it fits, before anything is allocated.
-    recipe = step.Recipe(apply, plan, which, chosen, accumulate, dtype, chosen.decayed(tree.flatten(params)))
+    recipe = step.Recipe(
+        apply, plan, which, chosen.unscheduled(), accumulate, dtype, chosen.decayed(tree.flatten(params))
+    )
     shapes = preflight.shapes(plan, chosen.transform(recipe.decayed), params, seed)
     layout = lay_out(params, plan, shapes.kept, shapes.state, mesh)
     update = step.make(recipe, layout, shapes.state, shapes.kept)
@@ -148,11 +151,15 @@ def finetune(
     kept, trained = plan.init(key, params)
     kept = jax.device_put(kept, layout.kept)
     begin = checkpoints.latest or 0 if checkpoints else 0
+    if begin > steps:
+        raise ValueError(
+            f"the run in {workdir} stands at step {begin}, beyond steps={steps}; ask for at least that many"
+        )
     if begin and checkpoints:
         state, position = checkpoints.restore(abstract(shapes.state, layout.state))
         stream.seek(position)
     else:
-        state = _start(trained, chosen.transform(recipe.decayed), seed, layout)
+        state = _start(trained, update, seed)
     del trained
 
     # What the user sees.
@@ -185,9 +192,9 @@ def finetune(
     score = evaluations.sums(apply, which, plan, dtype)
     evaluation: dict[str, float] = {}
 
-    def run_evaluation(done: int) -> dict[str, float]:
+    def run_evaluation(done: int, batches: Iterable) -> dict[str, float]:
         since = time.perf_counter()
-        result = evaluations.mean(score, (kept, state.trained), eval_data, which, mesh, eval_batches)
+        result = evaluations.mean(score, (kept, state.trained), batches, which, mesh, eval_batches)
         meter.pause(time.perf_counter() - since)
         metrics.write(done, "eval", result)
         progress.show(done, "eval", result)
@@ -218,17 +225,20 @@ def finetune(
             if evaluates or saves or stops or done == steps:
                 log_train(pending)
                 pending = None
-            if evaluates:
-                evaluation = run_evaluation(done)
+            if eval_data is not None and evaluates:
+                evaluation = run_evaluation(done, eval_data)
             if checkpoints is not None and (saves or stops):
                 checkpoints.save(state, done, stream.position(), evaluation if evaluates else None)
             if stops:
                 raise Preempted(done, saved=True)
-        if begin >= steps and eval_data is not None:
-            evaluation = run_evaluation(begin)
+        if begin == steps and eval_data is not None:
+            evaluation = run_evaluation(begin, eval_data)
+        if checkpoints is not None and checkpoints.options.best:
+            state, evaluation = checkpoints.restore_best(abstract(shapes.state, layout.state))
+            progress.say(f"the best by {checkpoints.options.best} is that of step {int(state.step)}")
 
     # What came of it.
-    facts = {**said, **started, "steps": steps, "evaluation": evaluation}
+    facts = {**said, **started, "steps": int(state.step), "evaluation": evaluation}
     vector = delta.TaskVector(plan.encode(params, kept, state.trained), {"base": base, **delta.describe(None, **facts)})
     if workdir is not None and primary:
         vector.save(workdir / "task_vector.safetensors")
@@ -296,14 +306,15 @@ def _checkpoints(workdir: Path | None, options: Any, eval_data: Any, eval_every:
     return Checkpoints(workdir / "checkpoints", options, identity)
 
 
-def _start(trained: Any, transform: optax.GradientTransformation, seed: int, layout: Layout) -> State:
+def _start(trained: Any, update: step.Step, seed: int) -> State:
     """The first state, each part made where it will lie."""
-    trained = jax.device_put(trained, layout.state.trained)
+    places = update.layout.state
+    trained = jax.device_put(trained, places.trained)
     return State(
-        step=jax.device_put(np.zeros((), np.int32), layout.state.step),
+        step=jax.device_put(np.zeros((), np.int32), places.step),
         trained=trained,
-        opt_state=jax.jit(transform.init, out_shardings=layout.state.opt_state)(trained),
-        rng=jax.device_put(np.asarray(jax.random.key_data(jax.random.key(seed))), layout.state.rng),
+        opt_state=update.start(trained),
+        rng=jax.device_put(np.asarray(jax.random.key_data(jax.random.key(seed))), places.rng),
     )
 
 

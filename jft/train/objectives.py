@@ -59,6 +59,15 @@ def _next(x: Any, xp: Any) -> Any:
     return xp.concatenate([x[:, 1:], xp.zeros_like(x[:, :1])], axis=1)
 
 
+def _targets(segments: Any, batch: Batch, xp: Any) -> Any:
+    """Weight of the target ``tokens[t + 1]`` at each ``t``: both in one segment, wanted by ``loss_mask``, in a valid row."""
+    mask, valid = _optional(batch, "loss_mask"), _optional(batch, "valid")
+    ahead = _next(segments, xp)
+    weights = ((segments == ahead) & (ahead > 0)).astype("float32")
+    weights = weights if mask is None else weights * _next(mask, xp).astype("float32")
+    return weights if valid is None else weights * valid[:, None].astype("float32")
+
+
 def token_nll(logits: Array, targets: Array) -> tuple[Array, Array]:
     """``(logsumexp(logits) - logits[target], logsumexp)`` in float32, for logits ``[..., V]`` and targets ``[...]``.
 
@@ -91,7 +100,8 @@ def _perplexity(means: dict[str, float]) -> dict[str, float]:
 class LanguageModel:
     """Next-token cross entropy: logits at ``t`` predict ``tokens[t + 1]``.
 
-    It counts where both stand in the same segment (``segments``, 0 = padding) and ``loss_mask[t + 1]`` is set, weighted by it.
+    It counts where both stand in the same segment (``segments``, 0 = padding) and ``loss_mask[t + 1]`` is set, weighted by it;
+    rows with ``valid`` false do not count.
     z_loss adds ``z_loss * logsumexp(logits)**2`` (Chowdhery et al. 2022, arXiv:2204.02311, use 1e-4).
     """
 
@@ -100,12 +110,9 @@ class LanguageModel:
 
     def weights(self, batch: Batch, xp: Any = jnp) -> Any:
         """Weight of each position's target, float32 ``[B, T]``; the last position has none."""
-        tokens = _field(batch, "tokens")
-        segments, mask = _optional(batch, "segments"), _optional(batch, "loss_mask")
+        tokens, segments = _field(batch, "tokens"), _optional(batch, "segments")
         segments = xp.ones(tokens.shape, "int32") if segments is None else segments
-        ahead = _next(segments, xp)
-        weights = ((segments == ahead) & (ahead > 0)).astype("float32")
-        return weights if mask is None else weights * _next(mask, xp).astype("float32")
+        return _targets(segments, batch, xp)
 
     def weight(self, batch: Batch, xp: Any = jnp) -> Any:
         return xp.sum(self.weights(batch, xp))
@@ -124,7 +131,7 @@ class Seq2Seq:
     """Cross entropy of an encoder-decoder: decoder logits at ``t`` predict ``decoder_tokens[t + 1]``.
 
     ``decoder_tokens`` are the decoder's input, start token first. Padding is ignored: ``decoder_segments == 0``, or
-    without segments the id 0, which pads and starts T5's sequences. z_loss as in :class:`LanguageModel`.
+    without segments the id 0 after the start. loss_mask, [B, T] like them, and z_loss as in :class:`LanguageModel`.
     """
 
     z_loss: float = 0.0
@@ -134,9 +141,9 @@ class Seq2Seq:
         """Weight of each decoder position's target, float32 ``[B, T]``."""
         tokens, segments = _field(batch, "decoder_tokens"), _optional(batch, "decoder_segments")
         if segments is None:
-            return (_next(tokens, xp) != 0).astype("float32")
-        ahead = _next(segments, xp)
-        return ((segments == ahead) & (ahead > 0)).astype("float32")
+            start = xp.arange(tokens.shape[1]) == 0
+            segments = ((tokens != 0) | start).astype("int32")
+        return _targets(segments, batch, xp)
 
     def weight(self, batch: Batch, xp: Any = jnp) -> Any:
         return xp.sum(self.weights(batch, xp))

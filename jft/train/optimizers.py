@@ -76,6 +76,10 @@ class Optimizer:
         left = 1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
         return self.lr * (self.end + (1 - self.end) * left)
 
+    def unscheduled(self) -> Optimizer:
+        """The same without what enters the compiled step as a number, so that it is equal for all rates and schedules."""
+        return dataclasses.replace(self, lr=1.0, schedule="constant", warmup=0, end=0.0)
+
     def decayed(self, shapes: Mapping[str, Any]) -> frozenset[str]:
         """The paths that decay, of weights with these shapes."""
         if not self.weight_decay:
@@ -132,6 +136,9 @@ class Given:
     def rate(self, step: int, steps: int) -> float:
         return 1.0
 
+    def unscheduled(self) -> Given:
+        return self
+
     def decayed(self, shapes: Mapping[str, Any]) -> frozenset[str]:
         return frozenset()
 
@@ -152,7 +159,8 @@ def optimizer(which: Any) -> Optimizer | Given:
         for key in which:
             if key not in known:
                 raise ValueError(f"optimizer has no option {key!r}; it has: {', '.join(sorted(known))}")
-        return Optimizer(**{k: tuple(v) if k == "decay" else v for k, v in which.items()})
+        options: dict[str, Any] = {k: tuple(v) if k == "decay" else v for k, v in which.items()}
+        return Optimizer(**options)
     if hasattr(which, "init") and hasattr(which, "update"):
         return Given(which)
     raise ValueError(

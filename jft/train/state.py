@@ -84,7 +84,8 @@ def lay_out(params: Any, plan: Plan, kept: Any, state: State, mesh: Mesh | None)
 
     named = parallel.specs(params, mesh)
     kept_specs, trained_specs = plan.specs(named, params)
-    whole = PartitionSpec()
+    # Specs stand in for arrays here: a State of them has the structure of the state.
+    whole: Any = PartitionSpec()
     state_specs = State(
         step=whole,
         trained=trained_specs,

@@ -125,7 +125,10 @@ def step(
 
 
 class Step:
-    """The step of a recipe on a layout, compiled ahead of time for each batch shape it meets."""
+    """The step of a recipe on a layout, compiled ahead of time for each batch shape it meets.
+
+    start: the optimizer's first state of trained values, compiled once as well.
+    """
 
     def __init__(self, recipe: Recipe, layout: Layout, state: Any, kept: Any):
         self.recipe, self.layout = recipe, layout
@@ -135,6 +138,7 @@ class Step:
             donate_argnums=0,
             out_shardings=(layout.state, layout.replicated),
         )
+        self.start = jax.jit(recipe.optimizer.transform(recipe.decayed).init, out_shardings=layout.state.opt_state)
         self._programs: dict[Any, jax.stages.Compiled] = {}
 
     def compiled(self, batch: Any) -> jax.stages.Compiled:
@@ -146,7 +150,7 @@ class Step:
             one = self.layout.replicated
             rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=one)
             sound = jax.ShapeDtypeStruct((), jnp.bool_, sharding=one)
-            lowered = self._jitted.lower(self.state, self.kept, structure.unflatten(shapes), rate, sound)
+            lowered = self._jitted.lower(self.state, self.kept, jax.tree.unflatten(structure, shapes), rate, sound)
             self._programs[key] = lowered.compile()
         return self._programs[key]
 

@@ -1,0 +1,188 @@
+"""The schema of a run's config: every key with its type, its default and what it means.
+
+A config file returns a :class:`ml_collections.ConfigDict` made by :func:`default` with values set; :func:`check` turns it
+into a :class:`Config`, and refuses keys and types that are not of the schema. Sections whose keys depend on a name (``data``,
+``method``, ``model.options``) are open here and checked by what is built from them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+_TYPES: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    bool: "True or False",
+    tuple: "a list",
+    dict: "a section",
+}
+
+
+def _key(default: Any, doc: str) -> Any:
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata={"doc": doc})
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The base."""
+
+    source: str = _key("", "a Hugging Face directory or hub id, or a directory that jft saved")
+    arch: str = _key("", "instead of source: decoder, encoder, vision, clip or t5, with random weights")
+    options: dict = _key({}, "with arch: fields of its config (width, layers, ...); with source: of jft.load")
+    dtype: str = _key("float32", "activations and products: float32 or bfloat16")
+    param_dtype: str = _key("float32", "base weights; what trains has float32 masters whatever this is")
+    remat: str = _key("none", "what the backward pass recomputes: none, dots or full")
+    classes: int = _key(0, "a classifier of that many classes on top; 0 for none, -1 for as many as the data has")
+    pool: str = _key("auto", "what the classifier reads: cls, mean, last, pooler or auto")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """See :class:`jft.train.Optimizer`."""
+
+    name: str = _key("adamw", "adamw, adam, sgd, lion, adafactor or muon")
+    lr: float = _key(1e-4, "peak learning rate")
+    weight_decay: float = _key(0.0, "decoupled, toward zero: value -= lr * weight_decay * value")
+    decay: tuple = _key((), "patterns of paths that decay; empty: all but biases and norms")
+    b1: float = _key(0.9, "first moment's decay")
+    b2: float = _key(0.999, "second moment's decay")
+    eps: float = _key(1e-8, "added to the root of the second moment")
+    momentum: float = _key(0.9, "of sgd and muon")
+    schedule: str = _key("constant", "after warmup: constant, linear or cosine")
+    warmup: int = _key(0, "steps of linear rise")
+    end: float = _key(0.0, "the last learning rate, as a fraction of lr")
+    clip: float = _key(1.0, "largest global gradient norm; 0 for none")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; -1 for what is left."""
+
+    data: int = _key(1, "copies of everything, each with a part of the batch")
+    fsdp: int = _key(-1, "parts of weights and of the batch")
+    tensor: int = _key(1, "parts of each matrix product")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """When to evaluate."""
+
+    every: int = _key(0, "steps between evaluations; 0: at the end only")
+    batches: int = _key(0, "batches of each; 0: all")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """See :class:`jft.train.checkpoints.Checkpointing`."""
+
+    every: int = _key(0, "steps between checkpoints; 0: only when asked to stop")
+    keep: int = _key(2, "newest checkpoints that stay")
+    best: str = _key("", "keep, and end with, the best by this metric of evaluation")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """See :class:`jft.train.Logging`."""
+
+    every: int = _key(10, "steps between rows of metrics")
+    progress: bool = _key(True, "show the run on stdout")
+    tensorboard: bool = _key(False, "also to workdir/tensorboard")
+    wandb: str = _key("", "also to this Weights & Biases project")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    seed: int = _key(0, "of initial values and of the data's order")
+    steps: int = _key(1000, "updates")
+    batch_size: int = _key(32, "examples per update, over all devices")
+    accumulate: int = _key(1, "microbatches per batch; any number gives the same gradient")
+    objective: str = _key("", "lm, classification, contrastive or seq2seq; empty: what the data asks for")
+    objective_options: dict = _key({}, "its options: z_loss, label_smoothing")
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: dict = _key({}, "training data, in the format of jft.data.build")
+    eval_data: dict = _key({}, "evaluation data; empty for none")
+    method: dict = _key({"name": "full"}, "name of a method and its options: see `jft methods`")
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+
+def default() -> ConfigDict:
+    """A config with every key at its default. Locked: an unknown key is refused where it is set; open sections take any."""
+    config = ConfigDict(_plain(Config()))
+    config.lock()
+    for section in (config.data, config.eval_data, config.method, config.model.options, config.objective_options):
+        section.unlock()
+    return config
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return value
+
+
+def check(config: Any) -> Config:
+    """The :class:`Config` that a ConfigDict or nested dict says; keys that are absent take their defaults.
+
+    Raises ``ValueError`` for a key that is not of the schema, with the nearest one, and for a value of the wrong type, with the
+    type expected and the value.
+    """
+    return _check(config.to_dict() if isinstance(config, ConfigDict) else config, Config, "")
+
+
+def _check(value: Any, schema: type, prefix: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"config.{prefix.rstrip('.')} is {value!r}; it is a section with keys {', '.join(_names(schema))}"
+        )
+    wanted = typing.get_type_hints(schema)
+    for key in value:
+        if key not in wanted:
+            near = difflib.get_close_matches(str(key), wanted, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; keys: {', '.join(wanted)}"
+            raise ValueError(f"config has no key {prefix}{key}{hint}")
+    return schema(**{key: _convert(inner, wanted[key], prefix + key) for key, inner in value.items()})
+
+
+def _convert(value: Any, wanted: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(wanted):
+        return _check(value, typing.cast(type, wanted), name + ".")
+    if wanted is dict and isinstance(value, Mapping):
+        return {k: v.to_dict() if isinstance(v, ConfigDict) else v for k, v in value.items()}
+    if wanted is tuple and isinstance(value, list | tuple):
+        return tuple(value)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    # bool is an int to Python, but steps=True is a mistake.
+    if isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"config.{name} is {value!r} ({type(value).__name__}); it takes {_TYPES[wanted]}")
+
+
+def _names(schema: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(schema)]
+
+
+def documentation(schema: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """``(key, default, what it means)`` of every key, in order."""
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from documentation(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            made = field.default_factory() if callable(field.default_factory) else field.default
+            yield f"{prefix}{field.name}", made, field.metadata["doc"]

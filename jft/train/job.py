@@ -1,0 +1,176 @@
+"""`run`: a config made into a model, data, a method and a mesh, and handed to :func:`jft.train.finetune`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jft import data, methods, models, parallel, tree
+from jft.models.load import fetch
+from jft.train.config import Config, ModelConfig, check
+from jft.train.loop import Run, finetune
+
+ARCHITECTURES = {
+    "decoder": "DecoderConfig",
+    "encoder": "EncoderConfig",
+    "vision": "VisionConfig",
+    "clip": "ClipConfig",
+    "t5": "T5Config",
+}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def run(config: Any, workdir: str | Path) -> Run:
+    """Train what ``config`` (a ConfigDict or nested dict, see :mod:`jft.train.config`) says, in ``workdir``.
+
+    Writes ``config.json``, ``metrics.jsonl``, ``checkpoints/`` and ``task_vector.safetensors`` there. Started again with the
+    same workdir it goes on where it stopped. Every error in the config is found before training starts.
+    """
+    said = check(config)
+    if not said.data:
+        raise ValueError("config.data is empty; say at least data.source (see jft.data)")
+    method = methods.method(**said.method)
+    mesh = parallel.make_mesh(dataclasses.asdict(said.mesh))
+    workdir = Path(workdir)
+    train, test = _data(said, workdir)
+    tokenizer = train.tokenizer
+    model, params = build_model(said.model, said.seed, mesh if mesh.size > 1 else None, train.classes, tokenizer)
+
+    if jax.process_index() == 0:
+        _write(workdir, dataclasses.asdict(said))
+    return finetune(
+        model,
+        params,
+        train,
+        steps=said.steps,
+        method=method,
+        optimizer=dataclasses.asdict(said.optimizer),
+        objective={"name": said.objective, **said.objective_options} if said.objective else None,
+        mesh=mesh if mesh.size > 1 else None,
+        eval_data=test,
+        eval_every=said.eval.every,
+        eval_batches=said.eval.batches,
+        accumulate=said.accumulate,
+        seed=said.seed,
+        workdir=workdir,
+        checkpoint=dataclasses.asdict(said.checkpoint),
+        log=dataclasses.asdict(said.log),
+        tokenizer=tokenizer,
+        manifest={
+            "source": said.model.source or said.model.arch,
+            "data": said.data,
+            "config": dataclasses.asdict(said),
+        },
+    )
+
+
+def build_model(said: ModelConfig, seed: int = 0, mesh: Any = None, classes: Any = None, tokenizer: Any = None) -> Any:
+    """``(model, params)`` of a ``model`` section, laid out over ``mesh``.
+
+    classes: names of the data's classes, counted where ``said.classes`` is -1. tokenizer: gives the vocabulary of an
+    architecture that names none, and is refused where it has more tokens than the model has rows.
+    """
+    for name in ("dtype", "param_dtype"):
+        if getattr(said, name) not in DTYPES:
+            raise ValueError(f"config.model.{name} is {getattr(said, name)!r}; choose one of {', '.join(DTYPES)}")
+    if bool(said.source) == bool(said.arch):
+        raise ValueError("config.model needs one of source (pretrained) and arch (random weights), not both or neither")
+    count = said.classes
+    if count < 0:
+        if not classes:
+            raise ValueError("config.model.classes is -1, but the data has no classes; give a number")
+        count = len(classes)
+    if said.source:
+        model, params = models.load(
+            said.source, mesh, dtype=said.param_dtype, classes=count, pool=said.pool, seed=seed, **said.options
+        )
+    else:
+        model, params = _from_scratch(said, seed, mesh, count, tokenizer)
+    _check_vocabulary(params, tokenizer)
+    return model.with_(dtype=jnp.dtype(said.dtype), remat=said.remat), params
+
+
+def _from_scratch(said: ModelConfig, seed: int, mesh: Any, classes: int, tokenizer: Any) -> Any:
+    if said.arch not in ARCHITECTURES:
+        near = difflib.get_close_matches(said.arch, ARCHITECTURES, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"config.model.arch {said.arch!r} is unknown{hint}; choose one of {', '.join(ARCHITECTURES)}")
+    options = dict(said.options)
+    kind = getattr(models, ARCHITECTURES[said.arch])
+    if tokenizer is not None and "vocab" in kind.__dataclass_fields__:
+        options.setdefault("vocab", tokenizer.vocab_size)
+    architecture = _architecture(kind, options, f"config.model.options of {said.arch}")
+    if classes:
+        architecture = models.Classifier(architecture, classes, said.pool)
+    model = models.Model(architecture)
+    key = jax.random.key(seed)
+    if mesh is None:
+        return model, model.init(key, jnp.dtype(said.param_dtype))
+    places = parallel.shardings(model.abstract(said.param_dtype), mesh)
+    return model, jax.jit(lambda k: model.init(k, jnp.dtype(said.param_dtype)), out_shardings=places)(key)
+
+
+def _architecture(kind: Any, options: Mapping[str, Any], where: str) -> Any:
+    """``kind(**options)``; sections inside (a CLIP's towers, a decoder's experts) become the dataclasses they stand for."""
+    hints = typing.get_type_hints(kind)
+    built = {}
+    for option, value in options.items():
+        if option not in hints:
+            near = difflib.get_close_matches(option, hints, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it has: {', '.join(hints)}"
+            raise ValueError(f"{where}: there is no option {option!r}{hint}")
+        inner = next((t for t in (hints[option], *typing.get_args(hints[option])) if dataclasses.is_dataclass(t)), None)
+        if inner is not None and isinstance(value, Mapping):
+            value = _architecture(inner, value, f"{where}.{option}")
+        built[option] = tuple(value) if isinstance(value, list) else value
+    try:
+        return kind(**built)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _data(said: Config, workdir: Path) -> tuple[Any, Any]:
+    """The loaders for training and evaluation (None without), with the tokenizer and image size of the base."""
+    tokenizer, image_size = None, said.model.options.get("image")
+    if said.model.source:
+        directory = fetch(said.model.source)
+        tokenizer = directory if (directory / "tokenizer.json").is_file() else None
+        described = json.loads((directory / "config.json").read_text()) if (directory / "config.json").is_file() else {}
+        image_size = described.get("image_size") or described.get("vision_config", {}).get("image_size")
+    shared: Any = {"batch_size": said.batch_size, "seed": said.seed, "image_size": image_size, "directory": workdir}
+    train = data.build(said.data, tokenizer=tokenizer, **shared)
+    if not said.eval_data:
+        return train, None
+    # Ids mean the same in both only if one tokenizer made them, also where it was trained on the training data.
+    settings = {k: v for k, v in said.eval_data.items() if k != "tokenizer"}
+    test = data.build(settings, tokenizer=train.tokenizer, train=False, **shared)
+    if train.classes != test.classes:
+        raise ValueError(
+            f"eval_data has classes {test.classes}, data has {train.classes}; they must be the same, in order"
+        )
+    return train, test
+
+
+def _check_vocabulary(params: Any, tokenizer: Any) -> None:
+    tables = {p: x.shape[-2] for p, x in tree.flatten(params).items() if p.endswith("embed/table")}
+    for path, rows in tables.items():
+        if tokenizer is not None and tokenizer.vocab_size > rows:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, but {path} has {rows} rows; use the model's own tokenizer"
+            )
+
+
+def _write(workdir: Path, said: dict[str, Any]) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    written = workdir / "config.json.tmp"
+    written.write_text(json.dumps(said, indent=2, default=str) + "\n")
+    os.replace(written, workdir / "config.json")
