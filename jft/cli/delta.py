@@ -53,7 +53,10 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     apply.add_argument(
         "--exclude", action="append", metavar="PATTERN", help="leave out paths matching this (repeatable)"
     )
-    apply.add_argument("--dtype", help="read the base in this dtype (default: the vector's base's)")
+    apply.add_argument(
+        "--dtype",
+        help="read the base in this dtype (default: that of the vector's base; as stored where it is not known)",
+    )
     apply.add_argument("--no-check", action="store_true", help="do not verify that BASE is the base of the vector")
     for action in (info, diff, apply):
         action.add_argument("--json", action="store_true", help="print JSON")
@@ -124,24 +127,25 @@ def diff(options: argparse.Namespace) -> int:
 
 def apply(options: argparse.Namespace) -> int:
     """``jft delta apply BASE TAU OUT``."""
-    import jft
     from jft import delta
+    from jft.models import load, save
 
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{options.out!r} exists and is not an empty directory; nothing was written")
-    tau = jft.TaskVector.load(options.file)
+    tau = delta.TaskVector.load(options.file)
     tau = tau.select(options.select) if options.select else tau
     tau = tau.exclude(options.exclude) if options.exclude else tau
-    dtype = options.dtype or _dtype(tau.manifest) or "bfloat16"
-    model, base = jft.load(options.base, dtype=dtype)
+    dtype = options.dtype or _dtype(tau.manifest)
+    model, base = load(options.base, dtype=dtype)
     params = delta.apply(base, tau, options.scale, check=not options.no_check)
-    jft.save(model, params, options.out, like=options.base)
+    save(model, params, options.out, like=options.base)
     done = {"out": options.out, "scale": options.scale, "dtype": dtype, "paths": len(tau), "norm": float(tau.norm())}
     if options.json:
         print(json.dumps(done, indent=2))
     else:
-        print(f"{options.out}: {options.base} + {options.scale:g} * {options.file}, {len(tau)} paths, {dtype}")
+        told = dtype or "dtypes as stored"
+        print(f"{options.out}: {options.base} + {options.scale:g} * {options.file}, {len(tau)} paths, {told}")
     return 0
 
 
@@ -172,11 +176,10 @@ def _support(first: Any, second: Any) -> tuple[int, int]:
 
 
 def _dtype(manifest: dict[str, Any]) -> str | None:
-    """The dtype most parameters of the base have."""
-    sizes: collections.Counter[str] = collections.Counter()
-    for _, size, dtype in manifest.get("base", {}).get("leaves", {}).values():
-        sizes[dtype] += size
-    return sizes.most_common(1)[0][0] if sizes else None
+    """The one floating-point dtype of the base; None, meaning as stored, where there are several or it is not known."""
+    leaves = manifest.get("base", {}).get("leaves", {}).values()
+    dtypes = {dtype for _, _, dtype in leaves if "float" in dtype}
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def _share(part: int, whole: int) -> float:

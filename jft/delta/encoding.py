@@ -32,6 +32,12 @@ def wide(x: Any) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+@jax.jit
+def inner(a: Array, b: Array) -> Array:
+    """``sum(a * b)`` in float32, the product never stored."""
+    return jnp.sum(wide(a) * wide(b))
+
+
 def matmul(a: Array, b: Array) -> Array:
     """``a @ b`` in full float32, where an accelerator would otherwise round the factors to fewer bits."""
     return jnp.matmul(wide(a), wide(b), precision=jax.lax.Precision.HIGHEST)
@@ -100,7 +106,7 @@ class Encoding(abc.ABC):
 
     def dot_dense(self, value: Array) -> Array:
         """``sum(delta * value)`` with a dense array of the same shape."""
-        return jnp.sum(self.dense() * wide(value))
+        return inner(self.dense(), value)
 
     @property
     def nnz(self) -> int:
@@ -285,6 +291,9 @@ class Dense(Encoding):
 
     def scaled(self, c: Any) -> Dense:
         return self._with(value=wide(self.value) * c)
+
+    def dot_dense(self, value: Array) -> Array:
+        return inner(self.value, value)
 
     @property
     def nnz(self) -> int:

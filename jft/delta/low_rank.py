@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jft.delta.encoding import Encoding, matmul, register, rule, wide
+from jft.delta.encoding import Encoding, inner, matmul, register, rule, wide
 
 Array = jax.Array
 
@@ -53,7 +53,7 @@ class LowRank(Encoding):
         return self._with(b=wide(self.b) * c)
 
     def dot_dense(self, value: Array) -> Array:
-        return jnp.sum(wide(self.a) * matmul(value, jnp.swapaxes(self.b, -1, -2)))
+        return inner(self.a, matmul(value, jnp.swapaxes(self.b, -1, -2)))
 
 
 @rule("+", LowRank, LowRank)
@@ -66,4 +66,4 @@ def _concatenated(x: LowRank, y: LowRank) -> LowRank:
 
 @rule("dot", LowRank, LowRank)
 def _gram(x: LowRank, y: LowRank) -> Array:
-    return jnp.sum(matmul(jnp.swapaxes(x.a, -1, -2), y.a) * matmul(x.b, jnp.swapaxes(y.b, -1, -2)))
+    return inner(matmul(jnp.swapaxes(x.a, -1, -2), y.a), matmul(x.b, jnp.swapaxes(y.b, -1, -2)))

@@ -136,9 +136,13 @@ def verify(manifest: Manifest, params: Any, what: str = "these parameters") -> N
     wrong = [path for path, total in sums.items() if total != base["leaves"][path][0]]
     if missing or wrong:
         which = f"differ in {_some(wrong)}" if wrong else f"lack {_some(missing)}"
+        retyped = [p for p in wrong if np.dtype(flat[p].dtype).name != base["leaves"][p][2]]
+        if retyped:
+            here, there = np.dtype(flat[retyped[0]].dtype).name, base["leaves"][retyped[0]][2]
+            which += f" ({retyped[0]} is {here} here, {there} there)"
         raise BaseMismatch(
             f"{what} have fingerprint {tree.fingerprint_of(sums)}, the task vector's base has {base['fingerprint']}; "
-            f"they {which}. Load the base it was made from (in the same dtype), or pass check=False to go on regardless"
+            f"they {which}. Load the base it was made from, in the same dtype, or pass check=False (--no-check) to go on"
         )
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jft.delta.encoding import Encoding, concrete, count_nonzero, matmul, register, rule, wide
+from jft.delta.encoding import Encoding, concrete, count_nonzero, inner, matmul, register, rule, wide
 from jft.delta.low_rank import LowRank
 
 Array = jax.Array
@@ -59,7 +59,7 @@ class Rows(Encoding):
         return w.at[self.indices].add(wide(self.values), unique_indices=True)
 
     def dot_dense(self, value: Array) -> Array:
-        return jnp.sum(wide(self.values) * wide(jnp.asarray(value)[self.indices]))
+        return inner(self.values, jnp.asarray(value)[self.indices])
 
     @property
     def nnz(self) -> int:
@@ -88,10 +88,10 @@ def _matched(x: Rows, y: Rows) -> Array:
     place = jnp.full(x.shape[0], count, jnp.int32).at[y.indices].set(jnp.arange(count, dtype=jnp.int32))
     match = place[x.indices]
     rows = jnp.take(wide(y.values), match, axis=0, mode="fill", fill_value=0)
-    return jnp.sum(wide(x.values) * rows)
+    return inner(x.values, rows)
 
 
 @rule("dot", Rows, LowRank)
 def _rows_of_product(x: Rows, y: LowRank) -> Array:
     b = jnp.asarray(y.b)[x.indices] if len(y.shape) > 2 else y.b
-    return jnp.sum(matmul(x.values, jnp.swapaxes(b, -1, -2)) * wide(jnp.asarray(y.a)[x.indices]))
+    return inner(matmul(x.values, jnp.swapaxes(b, -1, -2)), jnp.asarray(y.a)[x.indices])

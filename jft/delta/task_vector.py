@@ -239,8 +239,8 @@ def apply(base: Any, tau: TaskVector, scale: Any = 1.0, check: bool = True) -> A
 def revert(params: Any, tau: TaskVector, scale: Any = 1.0, exact: bool = False) -> Any:
     """``params - scale * tau``: undoes :func:`apply` as far as floats allow.
 
-    For a weight ``w`` that became ``v``, the result is within ``(ulp(v) + ulp(w)) / 2`` of ``w``, ulp being the spacing of
-    the dtype of the parameters: at most 1 ulp of ``w`` where the delta did not raise its magnitude; weights the vector
+    For a weight ``w`` that became ``v``, the result is within ``ulp(v) / 2 + ulp(w)`` of ``w`` for dense and row deltas, ulp
+    being the spacing of the dtype of the parameters; other deltas add their own float32 rounding. Weights the vector
     does not reach are untouched. exact: refuse (:class:`jft.delta.BaseMismatch`) unless the result is, bit for bit, the
     base of the vector. What must come back exactly is better kept: ``apply`` does not consume its base.
     """

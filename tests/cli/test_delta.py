@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jft
 from jft.cli import delta as command
 from jft.cli.errors import UsageError
 from jft.delta import Dense, LowRank, Rows, TaskVector, describe
@@ -85,10 +84,9 @@ def models(monkeypatch):
         calls["dtype"] = dtype
         return name, calls.get("base", base())
 
-    monkeypatch.setattr(jft, "load", load, raising=False)
-    monkeypatch.setattr(
-        jft, "save", lambda model, params, out, like: calls.update(params=params, like=like), raising=False
-    )
+    monkeypatch.setattr("jft.models.load", load)
+    save = lambda model, params, out, like: calls.update(params=params, like=like)
+    monkeypatch.setattr("jft.models.save", save)
     return calls
 
 

@@ -71,11 +71,8 @@ def test_revert_undoes_apply_within_the_documented_bound(tau, c):
     back = revert(moved, tau, c)
     for path, w in tree.flatten(base).items():
         v = tree.flatten(moved)[path]
-        bound = (np.spacing(np.abs(v)) + np.spacing(np.abs(w))) / 2
-        if path in tau:
-            # Where w and v have neighbouring exponents the second rounding may be that of the larger one.
-            bound = bound + np.spacing(np.maximum(np.abs(v), np.abs(w))) / 2
-            # A low-rank or repeated part is itself rounded twice on the way.
+        bound = np.spacing(np.abs(v)) / 2 + np.spacing(np.abs(w))
+        if path in tau and tau[path].kind in ("low_rank", "sum"):
             bound = bound + 2e-6
         assert (np.abs(np.asarray(tree.flatten(back)[path]) - np.asarray(w)) <= bound).all()
     untouched = [p for p in PATHS if p not in tau]
@@ -160,7 +157,7 @@ def test_apply_to_another_base_is_refused():
     other = base | {"c": base["c"].at[0, 0, 0].add(1e-6 + np.spacing(np.float32(4)))}
     with pytest.raises(BaseMismatch, match="differ in c"):
         apply(other, tau)
-    with pytest.raises(BaseMismatch, match="fingerprint"):
+    with pytest.raises(BaseMismatch, match="a/w is bfloat16 here, float32 there"):
         apply(tree.cast(base, jnp.bfloat16), tau)
     apply(other, tau, check=False)
     with pytest.raises(BaseMismatch, match="reverted parameters"):
