@@ -193,7 +193,8 @@ def _place(checkpoint: Checkpoint, leaf: reader.Leaf, dtype: np.dtype, sharding:
     of its replicas.
     """
     if sharding is None:
-        return jax.device_put(reader.read(checkpoint, leaf, (slice(None),) * len(leaf.shape), dtype))
+        host = reader.read(checkpoint, leaf, (slice(None),) * len(leaf.shape), dtype)
+        return jax.block_until_ready(jax.device_put(host))  # else the host copies of several leaves pile up
     replicas: dict[tuple, list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
         key = tuple(s.indices(n)[:2] for s, n in zip(index or (), leaf.shape, strict=True))

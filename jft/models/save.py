@@ -76,6 +76,7 @@ def save(
     """
     target = Path(directory).expanduser()
     writer.check_target(target, overwrite)
+    _barrier("jft.save: begin")  # no process may look at the target after process 0 has made it
     family = registry.family_named(model.config.family)
     flat = _checked(model, params)
     origin = fetch(like) if like is not None else None
@@ -90,11 +91,15 @@ def save(
                     shutil.copyfile(origin / name, partial / name)
     else:
         writer.write_weights(None, tensors, shard_bytes)
+    _barrier("jft.save: end")
+    return target
+
+
+def _barrier(name: str) -> None:
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        multihost_utils.sync_global_devices("jft.save")
-    return target
+        multihost_utils.sync_global_devices(name)
 
 
 def _checked(model: Model, params: Any) -> dict[str, Any]:
@@ -168,6 +173,10 @@ def _host(leaf: Any, place: tuple[int, ...]) -> np.ndarray:
         return leaf[place]
     for number in place:
         leaf = jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False)
+    if not place:
+        # numpy's copy is cached in the array it was made from: in this one, which is gone at once, not the caller's.
+        shards = [shard.data for shard in leaf.addressable_shards]
+        leaf = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
     if leaf.is_fully_addressable or leaf.is_fully_replicated:
         return np.asarray(leaf)
     from jax.experimental import multihost_utils

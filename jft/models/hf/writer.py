@@ -22,6 +22,10 @@ import numpy as np
 from jft.models.hf.checkpoint import INDEX, NAMES, SINGLE
 
 
+ROWS = 32
+"""Rows of a transposed matrix copied at a time: a cache line of each column, in two-byte types."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Tensor:
     """A tensor to be written; ``fetch()`` gives its value when its turn comes."""
@@ -90,9 +94,15 @@ def _write_file(file: Path, tensors: Sequence[Tensor]) -> None:
     with file.open("wb") as handle:
         handle.write(len(raw).to_bytes(8, "little") + raw)
         for tensor in ordered:
-            value = np.ascontiguousarray(tensor.fetch()).reshape(tensor.shape)
-            handle.write(value.reshape(-1).view(np.uint8).data)
+            _write(handle, tensor.fetch().reshape(tensor.shape))
         _sync(handle)
+
+
+def _write(handle: Any, value: np.ndarray) -> None:
+    """The bytes in C order; a transposed matrix a few rows at a time, which is faster and needs no second copy."""
+    pieces = [value] if value.flags.c_contiguous else (value[i : i + ROWS] for i in range(0, len(value), ROWS))
+    for piece in pieces:
+        handle.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
