@@ -1,0 +1,178 @@
+"""The transformer block that encoders, vision towers and encoder-decoders share, and how their parameters are drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jft import tree
+from jft.models import core
+from jft.models.attention import attention, mask
+from jft.models.batch import Inputs
+from jft.models.core import Params, Scope
+
+Array = jax.Array
+Norm = Callable[[Array, Params], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One parameter before it is drawn: its shape, and ``constant`` everywhere or normal with deviation ``std``."""
+
+    shape: tuple[int, ...]
+    std: float = 0.0
+    constant: float = 0.0
+
+
+Leaves = Iterator[tuple[str, Leaf]]
+
+
+def draw(leaves: Mapping[str, Leaf], key: jax.Array, dtype: Any) -> dict:
+    """Parameters in ``dtype``: each leaf drawn in float32 from a key of its own path, so in any order, on any mesh."""
+
+    def one(path: str, leaf: Leaf) -> Array:
+        if leaf.std == 0.0:
+            return jnp.full(leaf.shape, leaf.constant, dtype)
+        return (leaf.std * jax.random.normal(tree.key_for(key, path), leaf.shape, jnp.float32)).astype(dtype)
+
+    return tree.unflatten({path: one(path, leaf) for path, leaf in leaves.items()})
+
+
+def linear(prefix: str, rows: int, columns: int, *, layers: int = 0, bias: bool = True, std: float = 0.0) -> Leaves:
+    """``w[in, out]`` (stacked if ``layers``) with deviation ``std``, by default ``1/sqrt(in)``; ``b`` zero."""
+    lead = (layers,) if layers else ()
+    yield f"{prefix}/w", Leaf((*lead, rows, columns), std or rows**-0.5)
+    if bias:
+        yield f"{prefix}/b", Leaf((*lead, columns))
+
+
+def norm(prefix: str, width: int, *, layers: int = 0, bias: bool = True) -> Leaves:
+    """``scale`` one and ``bias`` zero."""
+    lead = (layers,) if layers else ()
+    yield f"{prefix}/scale", Leaf((*lead, width), constant=1.0)
+    if bias:
+        yield f"{prefix}/bias", Leaf((*lead, width))
+
+
+def table(prefix: str, rows: int, width: int, std: float = 0.02) -> Leaves:
+    """An embedding table."""
+    yield f"{prefix}/table", Leaf((rows, width), std)
+
+
+def layer_leaves(prefix: str, layers: int, width: int, hidden: int, *, qkv_bias: bool = True) -> Leaves:
+    """A stack of blocks: attention, an MLP without gate, two layer norms."""
+    for name in ("q", "k", "v", "o"):
+        yield from linear(f"{prefix}/attn/{name}", width, width, layers=layers, bias=qkv_bias or name == "o")
+    yield from linear(f"{prefix}/mlp/up", width, hidden, layers=layers)
+    yield from linear(f"{prefix}/mlp/down", hidden, width, layers=layers)
+    yield from norm(f"{prefix}/attn_norm", width, layers=layers)
+    yield from norm(f"{prefix}/mlp_norm", width, layers=layers)
+
+
+def attend(
+    scope: Scope,
+    name: str,
+    x: Array,
+    params: Params,
+    visible: Array | None,
+    *,
+    heads: int,
+    scale: float | None = None,
+    bias: Array | None = None,
+    source: Array | None = None,
+) -> Array:
+    """Multi-head attention of ``x[B, T, D]`` over ``source[B, S, D]`` (itself by default), projected back to D.
+
+    ``scale`` defaults to ``1/sqrt(K)``; visible, bias: see :func:`jft.models.attention.attention`.
+    """
+    source = x if source is None else source
+
+    def project(part: str, h: Array) -> Array:
+        y = scope.dot(f"{name}/{part}", h, params[part])
+        return y.reshape(*y.shape[:-1], heads, -1)
+
+    q, k, v = project("q", x), project("k", source), project("v", source)
+    out = attention(q, k, v, visible, scale=q.shape[-1] ** -0.5 if scale is None else scale, bias=bias)
+    return scope.dot(f"{name}/o", out.reshape(*out.shape[:-2], -1), params["o"])
+
+
+def mlp(scope: Scope, name: str, x: Array, params: Params, activation: str) -> Array:
+    """``down(act(up(x)))``; with a gate, ``down(act(gate(x)) * up(x))``."""
+    act = core.ACTIVATIONS[activation]
+    up = scope.dot(f"{name}/up", x, params["up"])
+    inner = act(scope.dot(f"{name}/gate", x, params["gate"])) * up if "gate" in params else act(up)
+    return scope.dot(f"{name}/down", inner, params["down"])
+
+
+def add(scope: Scope, name: str, h: Array, block: Callable[[Array], Array], normed: Norm, scales: Params, post: bool):
+    """The residual step: ``h + block(norm(h))``, or ``norm(h + block(h))`` where the norm comes after (``post``)."""
+    if post:
+        return normed(h + scope.site(f"{name}/out", block(h)), scales)
+    return h + scope.site(f"{name}/out", block(normed(h, scales)))
+
+
+def stack(
+    scope: Scope,
+    prefix: str,
+    h: Array,
+    params: Params,
+    visible: Array | None,
+    *,
+    heads: int,
+    activation: str,
+    eps: float,
+    post: bool = False,
+) -> Array:
+    """``h[B, T, D]`` through stacked layer-norm blocks: pre-norm, or ``post``-norm as BERT."""
+
+    def normed(x: Array, scales: Params) -> Array:
+        return core.layer_norm(x, scales, eps)
+
+    def layer(scope: Scope, h: Array, p: Params, _: Any) -> Array:
+        h = scope.site(f"{prefix}/in", h)
+        attn, ffn = f"{prefix}/attn", f"{prefix}/mlp"
+        h = add(
+            scope,
+            attn,
+            h,
+            lambda x: attend(scope, attn, x, p["attn"], visible, heads=heads),
+            normed,
+            p["attn_norm"],
+            post,
+        )
+        return add(scope, ffn, h, lambda x: mlp(scope, ffn, x, p["mlp"], activation), normed, p["mlp_norm"], post)
+
+    return scope.layers(prefix, layer, h, params)
+
+
+def causal_mask(given: Inputs) -> Array:
+    """``[B, T, T]``: each token sees its own segment up to itself, in the order of the row."""
+    index = jnp.arange(given.tokens.shape[1], dtype=jnp.int32)[None]
+    return mask(index, index, given.segments, given.segments, causal=True)
+
+
+def check_sizes(config: Any, **positive: int) -> None:
+    """Refuse a width that the heads do not divide, an unknown activation, and sizes below one."""
+    for name, value in positive.items():
+        if value < 1:
+            raise ValueError(f"{type(config).__name__}: {name} is {value}; it must be at least 1")
+    if config.width % config.heads:
+        raise ValueError(f"{type(config).__name__}: width {config.width} is not a multiple of heads {config.heads}")
+    if config.activation not in core.ACTIVATIONS:
+        known = ", ".join(core.ACTIVATIONS)
+        raise ValueError(f"{type(config).__name__}: activation {config.activation!r} is unknown; choose from {known}")
+
+
+def finish(scope: Scope, outputs: Any) -> Any:
+    """What ``forward`` returns: the outputs, with what hooks read where there are hooks."""
+    return outputs if scope.hooks is None else (outputs, scope.reads)
+
+
+def check_length(length: int, limit: int, plain: bool) -> None:
+    """Refuse a row longer than the position table, unless positions restart inside it."""
+    if plain and length > limit:
+        raise ValueError(f"a sequence of {length} tokens is longer than the model's {limit} positions; truncate it")
