@@ -20,8 +20,8 @@
      "task": "sft", "max_length": 512}          # keys beside `mixture` hold for every part
 
 **source** (its settings are the arguments of the class): ``digits`` (:class:`~jft.data.digits.Digits`), ``stdlib``
-(:class:`~jft.data.stdlib.Stdlib`), ``jsonl``, ``csv`` (:class:`~jft.data.tables.Jsonl`,
-:class:`~jft.data.tables.Csv`), ``tfds`` (:class:`~jft.data.tfds.Tfds`), ``hf`` (:class:`~jft.data.huggingface.HuggingFace`), ``image_folder``
+(:class:`~jft.data.stdlib.Stdlib`), ``jsonl`` (:class:`~jft.data.tables.Jsonl`), ``csv`` (:class:`~jft.data.tables.Csv`),
+``tfds`` (:class:`~jft.data.tfds.Tfds`), ``hf`` (:class:`~jft.data.huggingface.HuggingFace`) and ``image_folder``
 (:class:`~jft.data.folders.ImageFolder`).
 
 **task** (likewise): ``classification`` (images; texts, where ``text`` is set or the records hold no image:

@@ -97,6 +97,7 @@ class _Component:
         own = _settings(made)
         self._refuse(settings, own)
         settings = {k: v for k, v in settings.items() if v is not None}
+        self.tokenizer = settings.get("tokenizer")
         self.weight = settings.get("weight", 1)
         if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not self.weight > 0:
             raise DataError(f"weight must be a positive number, got {self.weight!r}")
@@ -177,6 +178,13 @@ def _rows(components: list[_Component], tasks: list[Task], tokenizer: Tokenizer 
     return Rows(pack, length, tokenizer.pad if tokenizer is not None else 0)
 
 
+def _tokenizer(components: list[_Component], given: Any) -> Any:
+    named = {str(c.tokenizer): c.tokenizer for c in components if c.tokenizer is not None}
+    if len(named) > 1:
+        raise DataError(f"mixture: all parts must name one tokenizer, got {', '.join(sorted(named))}")
+    return next(iter(named.values()), given)
+
+
 def _process(index: int | None, count: int | None) -> Process:
     if index is None or count is None:
         import jax
@@ -212,7 +220,7 @@ def build(
     process = _process(process_index, process_count)
     reading = _reading({k: settings.pop(k) for k in _READING if k in settings})
     components = _components(settings)
-    spec = next((s for s in (settings.get("tokenizer"), tokenizer) if s is not None), None)
+    spec = _tokenizer(components, tokenizer)
     used = None
     if any(c.needs_tokenizer for c in components):
         texts = itertools.chain.from_iterable(c.texts() for c in components)

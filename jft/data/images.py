@@ -71,8 +71,9 @@ def _picture(image: Any, channels: int) -> Any:
 
 
 def _random_box(
-    width: int, height: int, settings: ImageSettings, rng: np.random.Generator
+    picture: tuple[int, int], settings: ImageSettings, rng: np.random.Generator
 ) -> tuple[float, float, float, float]:
+    width, height = picture
     low, high = math.log(settings.ratio[0]), math.log(settings.ratio[1])
     for _ in range(10):
         area = width * height * rng.uniform(*settings.area)
@@ -97,7 +98,7 @@ def preprocess(image: Any, settings: ImageSettings, rng: np.random.Generator | N
     picture = _picture(image, settings.channels)
     size = (settings.size, settings.size)
     if rng is not None and settings.crop == "random":
-        picture = picture.resize(size, Image.Resampling.BICUBIC, box=_random_box(*picture.size, settings, rng))
+        picture = picture.resize(size, Image.Resampling.BICUBIC, box=_random_box(picture.size, settings, rng))
     elif settings.resize == "squash":
         picture = picture.resize(size, Image.Resampling.BICUBIC)
     else:
@@ -112,4 +113,4 @@ def preprocess(image: Any, settings: ImageSettings, rng: np.random.Generator | N
     mean, deviation = NORMALISATIONS[settings.normalize]
     if settings.channels == 1:
         mean, deviation = (float(np.mean(mean)),), (float(np.mean(deviation)),)
-    return (pixels - np.float32(mean)) / np.float32(deviation)
+    return (pixels - np.asarray(mean, np.float32)) / np.asarray(deviation, np.float32)

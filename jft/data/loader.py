@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -133,6 +134,11 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
+def _close(batches: list) -> None:
+    while batches:
+        batches.pop().close()
+
+
 class LoaderIterator(Iterator[dict[str, np.ndarray]]):
     """Batches, and the position in them: ``get_state()`` (JSON bytes) before batch k, ``set_state`` to go on with batch k."""
 
@@ -141,10 +147,12 @@ class LoaderIterator(Iterator[dict[str, np.ndarray]]):
         self._open(0)
 
     def _open(self, position: int) -> None:
-        self._position, self._batches = position, iter(self.loader.dataset(position))
+        self._position, self._batches = position, [iter(self.loader.dataset(position))]
+        # Grain's threads must stop, and its iterators go, before the interpreter takes its modules apart.
+        self._closing = weakref.finalize(self, _close, self._batches)
 
     def __next__(self) -> dict[str, np.ndarray]:
-        batch = next(self._batches)
+        batch = next(self._batches[0])
         self._position += self.loader.batch_size
         return batch
 
@@ -152,7 +160,7 @@ class LoaderIterator(Iterator[dict[str, np.ndarray]]):
         """The position: for indexed pipelines the number of examples read, else Grain's state."""
         state: dict[str, Any] = {"layout": self.loader.layout(), "position": self._position}
         if not self.loader.indexed:
-            state["grain"] = self._batches.get_state()
+            state["grain"] = self._batches[0].get_state()
         return json.dumps(state, sort_keys=True, default=int).encode()
 
     def set_state(self, state: bytes | str) -> None:
@@ -174,9 +182,9 @@ class LoaderIterator(Iterator[dict[str, np.ndarray]]):
             self._open(position)
         else:
             self._open(0)
-            self._batches.set_state(_tuples(saved["grain"]))
+            self._batches[0].set_state(_tuples(saved["grain"]))
             self._position = position
 
     def close(self) -> None:
         """Stops read-ahead threads and worker processes."""
-        self._batches.close()
+        self._closing()

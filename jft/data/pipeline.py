@@ -17,6 +17,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from jft.data import packing
 from jft.data.errors import DataError
@@ -114,6 +115,8 @@ def _read(examples: Any, reading: Reading) -> Any:
     )
     if not reading.workers:
         return buffered
+    if not flags.FLAGS.is_parsed():  # Grain reads absl flags when it starts workers, also in a notebook or a test
+        flags.FLAGS.mark_as_parsed()
     return buffered.mp_prefetch(grain.MultiprocessingOptions(num_workers=reading.workers))
 
 

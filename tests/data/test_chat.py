@@ -1,0 +1,99 @@
+import pytest
+
+from jft.data.chat import ChatTemplate, check_messages
+from jft.data.errors import DataError
+from tests.data.chats import CHATML, INST, MARKED, TALK, THINKING
+
+SPECIALS = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def spoken(template, loss="responses", talk=TALK):
+    text, spans = ChatTemplate(template, SPECIALS).spans(talk, loss)
+    return [text[a:b] for a, b in spans]
+
+
+def test_spans_without_generation_marks():
+    assert spoken(CHATML) == ["Hello!<|im_end|>\n", "Four, naïvely.<|im_end|>\n"]
+    assert spoken(INST) == [" Hello!</s>", " Four, naïvely.</s>"]
+    assert spoken(CHATML, "last") == ["Four, naïvely.<|im_end|>\n"]
+
+
+def test_spans_with_generation_marks():
+    assert spoken(MARKED) == ["Hello!<|im_end|>", "Four, naïvely.<|im_end|>"]
+    assert spoken(MARKED, "last") == ["Four, naïvely.<|im_end|>"]
+    assert ChatTemplate(MARKED).render(TALK) == ChatTemplate(CHATML).render(TALK)
+
+
+def test_a_template_that_rewrites_history_is_refused_with_the_way_out():
+    with pytest.raises(DataError, match=r"rewrites text before message 1 .* loss: 'last'"):
+        spoken(THINKING)
+    assert spoken(THINKING, "last") == ["<think>\n\n</think>\n\nFour, naïvely.<|im_end|>\n"]
+
+
+def test_all_means_every_character():
+    text, spans = ChatTemplate(CHATML).spans(TALK, "all")
+    assert spans == [(0, len(text))]
+
+
+def test_refusals():
+    with pytest.raises(DataError, match="no assistant message"):
+        spoken(CHATML, talk=TALK[:1])
+    with pytest.raises(DataError, match="roles must alternate"):
+        spoken(INST, talk=[{"role": "system", "content": "x"}, *TALK])
+    with pytest.raises(DataError, match="does not parse: line 1"):
+        ChatTemplate("{% for %}")
+    with pytest.raises(DataError, match=r"set `date`"):
+        ChatTemplate("{{ strftime_now('%Y') }}").render(TALK)
+    assert ChatTemplate("{{ strftime_now('%d %b %Y') }}", date="2024-07-26").render(TALK) == "26 Jul 2024"
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "at least one"),
+        ("hello", "must be a list"),
+        (["hello"], "message 0 must be an object"),
+        ([{"role": "user"}], "content must be text, got None"),
+        ([{"role": "user", "content": "\ue1f0"}], "U\\+E1F0"),
+    ],
+)
+def test_wrong_messages(messages, message):
+    with pytest.raises(DataError, match=message):
+        check_messages(messages)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("template", [CHATML, INST, MARKED, THINKING])
+def test_renders_as_transformers(template, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from jft.data.tokenizer import byte_tokenizer
+
+    byte_tokenizer().with_template(template).save(tmp_path)
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = ChatTemplate(template, {"bos_token": "<bos>", "eos_token": "<eos>"})
+    for prompt in (False, True):
+        talk = TALK[:3] if prompt else TALK
+        assert ours.render(talk, prompt) == peer.apply_chat_template(talk, tokenize=False, add_generation_prompt=prompt)
+
+
+@pytest.mark.peers
+def test_marks_mask_as_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from jft.data.language import PromptResponse
+    from jft.data.tokenizer import byte_tokenizer, load
+
+    byte_tokenizer().with_template(MARKED).save(tmp_path)
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    theirs = peer.apply_chat_template(TALK, return_assistant_tokens_mask=True, return_dict=True)
+    from jft.data.source import Source
+
+    class One(Source):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return {"messages": TALK}
+
+    example = PromptResponse(One(), load(tmp_path), messages="messages").example(0, None)
+    assert example["tokens"].tolist() == list(theirs["input_ids"])
+    assert example["loss_mask"].astype(int).tolist() == list(theirs["assistant_masks"])
