@@ -7,7 +7,8 @@ CHATML = (
 )
 # Llama 2 and Mistral: no opening of the assistant's turn, roles checked.
 INST = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
     "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
     "{% else %}{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
 )

@@ -43,11 +43,15 @@ def test_every_epoch_is_a_new_permutation():
     assert keys[0] != keys[1]
 
 
+AUGMENTED = {**DIGITS, "image": {"size": 12, "crop": "random", "flip": True, "channels": 1, "area": (0.3, 1)}}
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("train", [True, False])
-def test_processes_together_give_the_batches_of_one(processes, train):
-    whole = take(make(train=train), 6)
-    parts = [take(make(process=p, processes=processes, train=train), 6) for p in range(processes)]
+@pytest.mark.parametrize("settings", [DIGITS, AUGMENTED, {"mixture": [AUGMENTED, {**AUGMENTED, "weight": 2}]}])
+def test_processes_together_give_the_batches_of_one(settings, processes, train):
+    whole = take(make(settings, train=train), 6)
+    parts = [take(make(settings, process=p, processes=processes, train=train), 6) for p in range(processes)]
     joined = [{k: np.concatenate([part[i][k] for part in parts]) for k in whole[0]} for i in range(6)]
     assert same(whole, joined)
 
@@ -59,7 +63,7 @@ PACKED = [{**TEXT, "pack": "concat"}, {**TEXT, "pack": "first_fit", "too_long": 
     "settings",
     [
         DIGITS,
-        {**DIGITS, "image": {"size": 12, "crop": "random", "flip": True, "channels": 1}},
+        AUGMENTED,
         {"mixture": [{**DIGITS, "weight": 3}, {**DIGITS, "rotate": 90}]},
         {**TEXT, "too_long": "truncate"},
         *PACKED,
@@ -150,6 +154,23 @@ def test_mixture_keeps_its_weights():
     assert 8 <= inverted <= 12
     everything = list(make(settings, train=False, batch_size=10))
     assert sum(int(b["valid"].sum()) for b in everything) == 100
+
+
+@pytest.mark.parametrize("pack", [False, "concat", "first_fit"])
+def test_left_out_records_cost_nothing(tmp_path, pack):
+    texts = [("word " * (i % 7)).strip() for i in range(70)]  # every seventh is empty, and has no target
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    settings = {"source": "jsonl", "files": str(tmp_path / "a.jsonl"), "task": "lm", "tokenizer": "bytes",
+                "max_length": 32, "pack": pack}  # fmt: skip
+    batches = iter(make(settings))
+    first = [next(batches) for _ in range(3)]
+    assert all((b["segments"] > 0).any(axis=1).all() for b in first)
+    state = batches.get_state()
+    rest = [next(batches) for _ in range(3)]
+    batches.set_state(state)
+    assert same(rest, [next(batches) for _ in range(3)])
+    counted = sum(float((b["tokens"] == 258).sum() if pack else b["valid"].sum()) for b in make(settings, train=False))
+    assert counted >= 60 if pack else counted == 60
 
 
 @pytest.mark.slow

@@ -12,6 +12,11 @@ def write(path, text):
     return str(path)
 
 
+def read_all(kind, file):
+    source = kind(file)
+    return [source[i] for i in range(len(source))]
+
+
 def test_jsonl_by_offset_over_files(tmp_path):
     write(tmp_path / "a.jsonl", '\ufeff{"x": 1}\n\n{"x": "zwei ü"}\r\n')
     write(tmp_path / "b.jsonl", '{"x": 3}')
@@ -43,8 +48,7 @@ def test_csv_with_quotes_and_line_breaks(tmp_path):
 )
 def test_bad_jsonl(tmp_path, text, message):
     with pytest.raises(data.DataError, match=message):
-        source = Jsonl(write(tmp_path / "a.jsonl", text))
-        [source[i] for i in range(len(source))]
+        read_all(Jsonl, write(tmp_path / "a.jsonl", text))
 
 
 def test_bytes_that_are_not_utf8(tmp_path):
@@ -64,8 +68,7 @@ def test_bytes_that_are_not_utf8(tmp_path):
 )
 def test_bad_csv(tmp_path, text, message):
     with pytest.raises(data.DataError, match=message):
-        source = Csv(write(tmp_path / "a.csv", text))
-        [source[i] for i in range(len(source))]
+        read_all(Csv, write(tmp_path / "a.csv", text))
 
 
 def test_csv_files_share_a_header(tmp_path):

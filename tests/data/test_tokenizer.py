@@ -84,7 +84,7 @@ def test_broken_directories(tmp_path):
     with pytest.raises(DataError, match=r"holds no tokenizer.json; write one with transformers"):
         load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(DataError, match="not a tokenizer.json"):
+    with pytest.raises(DataError, match=r"not a tokenizer\.json"):
         load(tmp_path)
     BYTES.save(tmp_path)
     (tmp_path / "config.json").write_text("{")
