@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from pathlib import Path
@@ -119,6 +120,8 @@ def _config(family: Family, description: dict, checkpoint: Checkpoint, classes: 
     saved = description.get(heads.KEY)
     if classes < 0:
         raise LoadError(f"classes is a number of classes, or 0 for none, not {classes}")
+    if classes or saved:
+        config = _without_output_head(family, config, checkpoint)
     if saved and classes in (0, saved["classes"]) and pool in (None, "auto", saved["pool"]):
         return Classifier(config, saved["classes"], saved["pool"], saved["dense"])
     if classes:
@@ -126,6 +129,15 @@ def _config(family: Family, description: dict, checkpoint: Checkpoint, classes: 
     if pool:
         raise LoadError(f"pool {pool!r} belongs to a classifier; give classes as well")
     return config
+
+
+def _without_output_head(family: Family, config: Any, checkpoint: Checkpoint) -> Any:
+    """A decoder saved as a classifier has no output head; tied, it wants none, and a classifier never asks for it."""
+    if getattr(config, "tied", True):
+        return config
+    source = family.table(config)["head/w"]
+    there = any(name in checkpoint for name in (source.name, *source.aliases))
+    return config if there else dataclasses.replace(config, tied=True)
 
 
 def _bind(checkpoint: Checkpoint, family: Family, config: Any, shapes: dict[str, Any]) -> dict[str, reader.Leaf]:

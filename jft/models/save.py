@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections import defaultdict
@@ -50,6 +51,8 @@ KEPT = (
     "label2id",
 )
 """Entries of ``config.json`` that say nothing about parameters and that generation and labels need."""
+
+_log = logging.getLogger(__name__)
 
 Part = tuple[str, Source, tuple[int, ...]]
 
@@ -124,7 +127,14 @@ def _checked(model: Model, params: Any) -> dict[str, Any]:
 def _table(family: Family, config: Any, flat: dict[str, Any]) -> dict[str, Source]:
     if not isinstance(config, Classifier):
         return family.table(config)
-    return family.table(config.backbone) | heads.table(family, config, [path for path in flat if heads.is_head(path)])
+    head = heads.table(family, config, [path for path in flat if heads.is_head(path)])
+    bias = head["classifier/b"].name
+    if bias == "score.bias":  # the heads that transformers puts on decoders have none; load draws it as zeros
+        if not np.any(_host(flat["classifier/b"], ())):
+            del head["classifier/b"]
+        else:
+            _log.warning("%r is saved, but transformers' class has no such bias and will leave it out", bias)
+    return family.table(config.backbone) | head
 
 
 def _tensors(table: dict[str, Source], flat: dict[str, Any], dtype: Any) -> list[writer.Tensor]:
@@ -205,7 +215,7 @@ def _describe_head(family: Family, config: Classifier, description: dict[str, An
     if len(description.get("id2label") or ()) != config.classes:
         head["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.classes)}
         head["label2id"] = {f"LABEL_{i}": i for i in range(config.classes)}
-    usual = (config.pool, config.dense) == getattr(config.backbone, "head_defaults", lambda: ("last", "none"))()
-    if family.classifier_architecture and usual:
-        head["architectures"] = [family.classifier_architecture]
+    architecture = heads.architecture(family, config)
+    if architecture is not None:
+        head["architectures"] = [architecture]
     return head

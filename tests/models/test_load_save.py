@@ -229,6 +229,8 @@ def test_classifiers(tmp_path, name):
     equal({k: v for k, v in wrapped.items() if k != "classifier"}, params)
     equal(jft.load(tmp_path / "a", classes=5, pool="mean", mesh=make_mesh())[1], wrapped)
     assert jnp.any(jft.load(tmp_path / "a", classes=5, seed=1)[1]["classifier"]["w"] != wrapped["classifier"]["w"])
+    jft.save(model, wrapped, tmp_path / "zero")
+    equal(jft.load(tmp_path / "zero")[1], wrapped)
     wrapped["classifier"]["b"] = jnp.arange(5, dtype=jnp.bfloat16)
     jft.save(model, wrapped, tmp_path / "b")
     for classes in (0, 5):

@@ -19,10 +19,11 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 CAUSAL = {
     "llama": ("Llama", SIZES),
     "qwen2": ("Qwen2", SIZES),
-    "gpt2": ("GPT2", {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "gpt2": ("GPT2", GPT2),
     "mixtral": ("Mixtral", SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt_neox": ("GPTNeoX", {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
 }
@@ -59,11 +60,15 @@ def test_causal_models(tmp_path, name):
     np.testing.assert_array_equal(run(again.eval(), input_ids=tokens).logits.numpy(), expected)
 
 
-@pytest.mark.parametrize("name", ["Bert", "Roberta", "DistilBert", "ViT"])
+@pytest.mark.parametrize("name", ["Bert", "Roberta", "DistilBert", "ViT", "Llama", "GPT2"])
 def test_classifiers(tmp_path, name):
     sizes = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"} | {"num_labels": 3}
     if name == "DistilBert":
         sizes = {"vocab_size": 96, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "num_labels": 3}
+    if name == "GPT2":
+        sizes = GPT2 | {"num_labels": 3, "bos_token_id": 1, "eos_token_id": 2}
+    if name in ("Llama", "GPT2"):
+        sizes |= {"pad_token_id": 0}
     if name == "ViT":
         sizes |= {"image_size": 16, "patch_size": 8}
         theirs = make(name, "ForImageClassification", sizes)

@@ -10,11 +10,16 @@ KEY = "jft_classifier"
 """Where ``config.json`` notes pool and dense of a classifier, which transformers has no names for."""
 
 
-def default_table(width: int, classes: int) -> dict[str, Source]:
-    """A linear head as most of transformers' classes name it."""
+CAUSAL = ("ForCausalLM", "LMHeadModel")
+
+
+def default_table(family: Family, config: Any) -> dict[str, Source]:
+    """A linear head as most of transformers' classes name it: ``score`` on a decoder, ``classifier`` on others."""
+    first, second = ("score", "classifier") if _causal(family, config.backbone) else ("classifier", "score")
+    width, classes = config.width, config.classes
     return {
-        "classifier/w": Source("classifier.weight", (classes, width), transposed, ("score.weight",)),
-        "classifier/b": Source("classifier.bias", (classes,), aliases=("score.bias",)),
+        "classifier/w": Source(f"{first}.weight", (classes, width), transposed, (f"{second}.weight",)),
+        "classifier/b": Source(f"{first}.bias", (classes,), aliases=(f"{second}.bias",)),
         "classifier/dense/w": Source("classifier.dense.weight", (width, width), transposed, ("pre_classifier.weight",)),
         "classifier/dense/b": Source("classifier.dense.bias", (width,), aliases=("pre_classifier.bias",)),
     }
@@ -23,8 +28,29 @@ def default_table(width: int, classes: int) -> dict[str, Source]:
 def table(family: Family, config: Any, paths: list[str]) -> dict[str, Source]:
     """The `Source` of each head path of a `Classifier` config: the family's own where it has one."""
     own = family.classifier(config.backbone, config.classes) if family.classifier else {}
-    known = default_table(config.width, config.classes) | own
+    known = default_table(family, config) | own
     return {path: known[path] for path in paths}
+
+
+def architecture(family: Family, config: Any) -> str | None:
+    """The transformers class whose sequence classification this `Classifier` is; None where there is none."""
+    defaults = getattr(config.backbone, "head_defaults", lambda: ("last", "none"))()
+    if (config.pool, config.dense) != defaults:
+        return None
+    if family.classifier_architecture is not None:
+        return family.classifier_architecture
+    causal = _causal(family, config.backbone)
+    return (
+        causal.removesuffix(next(c for c in CAUSAL if causal.endswith(c))) + "ForSequenceClassification"
+        if causal
+        else None
+    )
+
+
+def _causal(family: Family, backbone: Any) -> str | None:
+    """The causal language model class that a backbone is saved as, if it is one."""
+    found = family.to_hf(backbone).get("architectures") or [""]
+    return found[0] if found[0].endswith(CAUSAL) else None
 
 
 def is_head(path: str) -> bool:

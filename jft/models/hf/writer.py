@@ -21,7 +21,6 @@ import numpy as np
 
 from jft.models.hf.checkpoint import INDEX, NAMES, SINGLE
 
-
 ROWS = 32
 """Rows of a transposed matrix copied at a time: a cache line of each column, in two-byte types."""
 
