@@ -15,6 +15,7 @@ from jft.methods import Plan
 from jft.train import feed
 from jft.train.objectives import Objective, objective
 from jft.train.state import find_mesh
+from jft.train.step import apply_of
 
 
 def _sums(apply: Callable, which: Objective, plan: Plan | None, dtype: Any, params: Any, batch: Any) -> dict[str, Any]:
@@ -67,5 +68,4 @@ def evaluate(model: Any, params: Any, batches: Iterable, objective_: Any = "lm",
     default that of the parameters. Returns ``{"loss", "accuracy", "perplexity" (tokens), ...}``.
     """
     which = objective(objective_)
-    apply = getattr(model, "apply", model)
-    return mean(sums(apply, which), params, batches, which, mesh or find_mesh(params))
+    return mean(sums(apply_of(model), which), params, batches, which, mesh or find_mesh(params))

@@ -123,7 +123,7 @@ def finetune(
     chosen = find_optimizer(optimizer)
     stream = feed.Feed(data)
     which = infer(stream.peek()) if objective is None else find_objective(objective)
-    apply = getattr(model, "apply", model)
+    apply = step.apply_of(model)
     if dtype is None and hasattr(model, "execution"):
         dtype = model.execution.dtype
     mesh = find_mesh(params) if mesh is None else mesh

@@ -86,7 +86,7 @@ def _remedies(update: step.Step, batch: Any, model: Any, params: Any) -> Iterato
 
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     if hasattr(model, "with_") and model.execution.remat != "full":
-        changed = dataclasses.replace(recipe, apply=model.with_(remat="full").apply)
+        changed = dataclasses.replace(recipe, apply=step.Apply(model.with_(remat="full")))
         yield "model.remat='full'", total(changed, abstract)
     rows = feed.rows(batch)
     shards = 1 if layout.mesh is None else math.prod(layout.mesh.shape.get(a, 1) for a in ("data", "fsdp"))

@@ -23,6 +23,21 @@ Metrics = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
+class Apply:
+    """``model.apply`` as a value: of equal models equal, which Python's bound methods are not."""
+
+    model: Any
+
+    def __call__(self, params: Any, batch: Any) -> Any:
+        return self.model.apply(params, batch)
+
+
+def apply_of(model: Any) -> Callable[[Any, Any], Any]:
+    """``apply(params, batch)`` of a jft model, or of a callable, which is that already."""
+    return Apply(model) if hasattr(model, "apply") else model
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """What a step computes, apart from shapes and numbers that vary: equal recipes share compiled programs.
 
