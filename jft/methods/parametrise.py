@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jft import delta
-from jft.models.core import Runs, dot, take
+from jft.models.core import Runs, dot, grouped_dot, take
 
 Array = jax.Array
 
@@ -124,6 +124,10 @@ class LowRankWeight:
 
     def __jft_dot__(self, x: Array) -> Array:
         return dot(x, self.w) + self.scale * dot(dot(x, self.a), self.b)
+
+    def __jft_grouped_dot__(self, x: Array, sizes: Array) -> Array:
+        thin = grouped_dot(grouped_dot(x, self.a, sizes), self.b, sizes)
+        return grouped_dot(x, self.w, sizes) + self.scale * thin
 
     def __jft_take__(self, ids: Array) -> Array:
         rows = take(self.a, ids, self.a.dtype)

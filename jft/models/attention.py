@@ -38,7 +38,7 @@ def attention(
     v: Array,
     visible: Array | None,
     *,
-    scale: float,
+    scale: float | Array,
     softcap: float | None = None,
     bias: Array | None = None,
 ) -> Array:

@@ -39,7 +39,7 @@ def inputs(batch: Any, prefix: str = "") -> Inputs:
         return Inputs(tokens, jnp.ones((1, T), jnp.int32), jnp.arange(T, dtype=jnp.int32)[None], True)
     if positions is not None:
         positions = _integers(positions, prefix + "positions", tokens.shape)
-    if segments is None:
+    if segments is None and positions is not None:
         falls = jnp.pad(positions[:, 1:] <= positions[:, :-1], ((0, 0), (1, 0)))
         segments = 1 + jnp.cumsum(falls, axis=1, dtype=jnp.int32)
     segments = _integers(segments, prefix + "segments", tokens.shape)

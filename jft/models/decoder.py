@@ -107,7 +107,7 @@ class DecoderConfig:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter path and its shape."""
         D, V, K = self.width, self.vocab, self.head_size
-        out = {"embed/table": (V, D)}
+        out: dict[str, tuple[int, ...]] = {"embed/table": (V, D)}
         if self.rope is None:
             out["positions/table"] = (self.max_positions, D)
         for path, shape in self._layer_shapes(D, self.heads * K, self.kv_heads * K).items():

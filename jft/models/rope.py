@@ -86,7 +86,8 @@ class Rope:
         original = self.original_positions or max_positions
         if self.kind == "dynamic":
             length = jnp.maximum(_lengths(positions, segments), max_positions).astype(jnp.float32)[..., None]
-            growth = (self.factor * length / max_positions - (self.factor - 1)) ** (size / (size - 2))  # type: ignore[operator]
+            factor = self.factor or 1.0
+            growth = (factor * length / max_positions - (factor - 1)) ** (size / (size - 2))
             return jnp.asarray(plain, jnp.float32) * growth ** jnp.asarray(-exponents, jnp.float32)
         if self.kind == "longrope":
             for name, factors in (("short", self.short), ("long", self.long)):
@@ -94,18 +95,21 @@ class Rope:
                     raise ValueError(f"longrope's {name} factors are {len(factors)}, but {len(plain)} frequencies turn")
             short, long = (jnp.asarray(plain / np.asarray(f), jnp.float32) for f in (self.short, self.long))
             return jnp.where(_lengths(positions, segments)[..., None] > original, long, short)
-        static = {"default": lambda: plain, "linear": lambda: plain / self.factor}  # type: ignore[operator]
-        static |= {
-            "llama3": lambda: self._llama3(plain, original),
-            "yarn": lambda: self._yarn(plain, size, original, max_positions),
-        }
-        return jnp.asarray(static[self.kind](), jnp.float32)
+        if self.kind == "llama3":
+            plain = self._llama3(plain, original)
+        elif self.kind == "yarn":
+            plain = self._yarn(plain, size, original, max_positions)
+        return jnp.asarray(plain / self._linear, jnp.float32)
+
+    @property
+    def _linear(self) -> float:
+        return self.factor or 1.0 if self.kind == "linear" else 1.0
 
     def _llama3(self, plain: np.ndarray, original: int) -> np.ndarray:
         low, high = float(self.low_frequency or 1), float(self.high_frequency or 1)
         turns = original * plain / (2 * math.pi)
         keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-        return plain * (keep + (1 - keep) / self.factor)
+        return plain * (keep + (1 - keep) / (self.factor or 1.0))
 
     def _yarn(self, plain: np.ndarray, size: int, original: int, max_positions: int) -> np.ndarray:
         def dimension(turns: float) -> float:

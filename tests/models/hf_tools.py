@@ -26,6 +26,9 @@ def _tensor(tensors, source, layer, expert):
 def _gather(tensors, source, shape):
     """One leaf, stacked over layers and experts; and the names of the tensors it was read from."""
     names = []
+    places = {"layer": 0, "expert": 0}
+    if source.other is not None and not any(n.format(**places) in tensors for n in (source.name, *source.aliases)):
+        source = source.other
 
     def one(layer=None, expert=None):
         name, x = _tensor(tensors, source, layer, expert)
@@ -89,7 +92,8 @@ def grads(torch_model, family, config, dtype=None) -> dict:
 
 
 def worst(a, b) -> dict[str, float]:
-    """Per path: max |a - b| relative to max |b|."""
+    """Per path: max |a - b| relative to max |b|, or to 1e-4 of the largest leaf where b should be zero but for rounding."""
     a, b = tree.flatten(a), tree.flatten(b)
     assert set(a) == set(b)
-    return {p: float(np.abs(np.asarray(a[p]) - b[p]).max() / max(np.abs(b[p]).max(), 1e-12)) for p in a}
+    floor = 1e-4 * max(np.abs(x).max() for x in b.values())
+    return {p: float(np.abs(np.asarray(a[p]) - b[p]).max() / max(np.abs(b[p]).max(), floor)) for p in a}

@@ -54,11 +54,34 @@ def _table(config: DecoderConfig, modules: Mapping[str, str] = _MODULES) -> dict
     layer = {**modules, **_NORMS[config.norm_place]}
     names = {f"layers/{path}": f"layers.{{layer}}.{name}" for path, name in layer.items()}
     names |= {"embed": "embed_tokens", "final_norm": "norm", "head": "=lm_head"}
-    return common.sources(config, names, _PREFIXES)
+    table = common.sources(config, names, _PREFIXES)
+    return table | _with_fused(config, table) if config.experts else table
+
+
+def _with_fused(config: DecoderConfig, table: Mapping[str, Source]) -> dict[str, Source]:
+    """The experts' sources, which may also stand as transformers 5 holds them in memory: fused, gate above up."""
+    assert config.experts is not None
+    E, D, F = config.experts.count, config.width, config.experts.hidden
+    out = {}
+    for which, name, rows, start in (
+        ("gate", "gate_up_proj", (2 * F, D), 0),
+        ("up", "gate_up_proj", (2 * F, D), F),
+        ("down", "down_proj", (D, F), 0),
+    ):
+        path = f"layers/mlp/experts/{which}/w"
+        names = [f"{prefix}layers.{{layer}}.mlp.experts.{name}" for prefix in _PREFIXES]
+        view = functools.partial(_rows, start=start, stop=start + (F if which != "down" else D))
+        fused = Source(names[0], (E, *rows), view, tuple(names[1:]))
+        out[path] = dataclasses.replace(table[path], other=fused)
+    return out
 
 
 def _mixtral_table(config: DecoderConfig) -> dict[str, Source]:
-    return _table(config, {**_MODULES, **_MIXTRAL_MODULES})
+    """Mixtral names its experts w1, w3 and w2; the router stands under ``mlp`` where the experts are fused."""
+    table = _table(config, {**_MODULES, **_MIXTRAL_MODULES})
+    router = table["layers/mlp/router/w"]
+    newer = tuple(f"{prefix}layers.{{layer}}.mlp.gate.weight" for prefix in _PREFIXES)
+    return table | {"layers/mlp/router/w": dataclasses.replace(router, aliases=router.aliases + newer)}
 
 
 def _phi3_table(config: DecoderConfig) -> dict[str, Source]:
@@ -78,7 +101,7 @@ def _phi3_table(config: DecoderConfig) -> dict[str, Source]:
 
 
 def _rows(x: np.ndarray, start: int, stop: int) -> np.ndarray:
-    return x[start:stop].T
+    return np.swapaxes(x[..., start:stop, :], -1, -2)
 
 
 def _config(c: Mapping[str, Any], family: str, **fields: Any) -> DecoderConfig:
@@ -142,9 +165,9 @@ def _layer_windows(c: Mapping[str, Any], sliding: Callable[[int], bool]) -> tupl
 
 def _window_fields(config: DecoderConfig) -> dict[str, Any]:
     """``sliding_window`` and ``layer_types``; one window only, as ``config.json`` has no room for more."""
-    windows = config.windows or (None,) * config.layers
+    windows: Any = config.windows or (None,) * config.layers
     width = next((w for w in windows if w is not None), None)
-    types = ["full_attention" if w is None else "sliding_attention" for w in windows]  # type: ignore[union-attr]
+    types = ["full_attention" if w is None else "sliding_attention" for w in windows]
     return {"sliding_window": width, "layer_types": types}
 
 

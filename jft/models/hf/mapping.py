@@ -31,6 +31,8 @@ class Source:
     aliases: other names, in order of preference, under which checkpoints carry it.
     out: final reshape from the view's shape to the leaf's, where the view has more axes than the leaf (a convolution
         ``[p, p, C, D]`` to ``[p * p * C, D]``). It must keep C order, as saving undoes it by reshaping back.
+    other: the same leaf in another layout (experts fused into one tensor), read where ``name`` and its aliases are not
+        there. Saving never writes it.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Source:
     view: Callable[[np.ndarray], np.ndarray] = identity
     aliases: tuple[str, ...] = ()
     out: Callable[[np.ndarray], np.ndarray] | None = None
+    other: Source | None = None
 
 
 @dataclasses.dataclass(frozen=True)

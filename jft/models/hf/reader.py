@@ -68,6 +68,7 @@ def places(source: Source, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 
 def bind(checkpoint: Checkpoint, path: str, source: Source, shape: tuple[int, ...]) -> Leaf:
     """The leaf's tensors, checked: each there under its name or an alias, of the shape and a dtype that is wanted."""
+    source = _layout(checkpoint, source)
     names = {place: _find(checkpoint, path, source, place) for place in places(source, shape)}
     for name in names.values():
         entry = checkpoint.entries[name]
@@ -79,6 +80,15 @@ def bind(checkpoint: Checkpoint, path: str, source: Source, shape: tuple[int, ..
         if entry.dtype[:1] not in ("F", "B") or entry.dtype == "BOOL":
             raise LoadError(f"tensor {name!r} in {entry.file} has dtype {entry.dtype}, a weight must be floating point")
     return Leaf(path, source, shape, names)
+
+
+def _layout(checkpoint: Checkpoint, source: Source) -> Source:
+    """The layout of a leaf that the checkpoint uses: the usual one unless only another is there."""
+    other, place = source.other, (0,) * stacked_axes(source)
+    if other is None or any(tensor_name(t, place) in checkpoint for t in (source.name, *source.aliases)):
+        return source
+    first = (0,) * stacked_axes(other)
+    return other if any(tensor_name(t, first) in checkpoint for t in (other.name, *other.aliases)) else source
 
 
 def _find(checkpoint: Checkpoint, path: str, source: Source, place: tuple[int, ...]) -> str:
