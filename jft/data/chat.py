@@ -120,16 +120,25 @@ class ChatTemplate:
     def _turn(self, messages: Sequence[Message], turn: int, text: str, tools: Any) -> tuple[int, int]:
         before = self.render(messages[:turn], prompt=True, tools=tools)
         after = self.render(messages[: turn + 1], tools=tools) if turn + 1 < len(messages) else text
-        if not (after.startswith(before) and text.startswith(after)):
-            rewritten = before if not after.startswith(before) else after
-            at = next((i for i, (a, b) in enumerate(zip(rewritten, text, strict=False)) if a != b), 0)
+        marks = "chat_template: a template with {% generation %} marks"
+        if not after.startswith(before):
             raise DataError(
-                f"the chat template rewrites text before message {turn} once more follows (at character {at}:"
-                f" {shorten(rewritten[at : at + 30])} becomes {shorten(text[at : at + 30])}), so the responses cannot be"
-                " told apart. Ways out: loss: 'last' with one example per assistant turn; or chat_template: a template"
-                " with {% generation %} marks, or one that leaves earlier turns as they are"
+                f"the chat template opens an answer one way and writes it another ({_difference(before, after)}), so"
+                f" where message {turn} starts cannot be told. Ways out: {marks}, or one whose generation prompt is"
+                " what its answers start with"
+            )
+        if not text.startswith(after):
+            raise DataError(
+                f"the chat template rewrites message {turn} or what stands before it once more follows"
+                f" ({_difference(after, text)}), so the responses cannot be told apart. Ways out: loss: 'last' with one"
+                f" example per assistant turn; {marks}, or one that leaves earlier turns as they are"
             )
         return len(before), len(after)
+
+
+def _difference(first: str, second: str) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    return f"at character {at}: {shorten(first[at : at + 30])}, then {shorten(second[at : at + 30])}"
 
 
 def _unmark(marked: str) -> tuple[str, list[tuple[int, int]]]:

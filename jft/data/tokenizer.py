@@ -75,7 +75,7 @@ class Tokenizer:
         """Writes tokenizer.json and tokenizer_config.json, which :func:`load` and transformers read."""
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
-        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.specials}
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "built_as": self.name, **self.specials}
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         for name, text in (
@@ -236,6 +236,11 @@ def resolve(spec: Any, texts: Iterable[str], directory: str | os.PathLike | None
         return load(spec)
     kept = Path(directory) / "tokenizer.json" if directory is not None else None
     if kept is not None and kept.is_file():
+        was = _json(kept.parent / "tokenizer_config.json").get("built_as")
+        if was != spec:
+            raise DataError(
+                f"{kept} was built as {was!r}, the settings say {spec!r}; remove it, or use another directory"
+            )
         return load(kept.parent)
     if not spec[4:].isdigit():
         raise DataError(f"tokenizer {spec!r}: write 'bpe:VOCAB' with a number, as 'bpe:1024'")

@@ -25,9 +25,16 @@ def test_spans_with_generation_marks():
 
 
 def test_a_template_that_rewrites_history_is_refused_with_the_way_out():
-    with pytest.raises(DataError, match=r"rewrites text before message 1 .* loss: 'last'"):
+    with pytest.raises(DataError, match=r"rewrites message 1 .*'<think>.* loss: 'last'"):
         spoken(THINKING)
     assert spoken(THINKING, "last") == ["<think>\n\n</think>\n\nFour, naïvely.<|im_end|>\n"]
+
+
+def test_a_generation_prompt_that_answers_do_not_start_with_is_refused():
+    opened = CHATML.replace("assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif")
+    assert opened != CHATML
+    with pytest.raises(DataError, match=r"opens an answer one way .*generation prompt is"):
+        spoken(opened)
 
 
 def test_all_means_every_character():

@@ -62,6 +62,8 @@ def test_bpe_is_trained_once_and_kept(tmp_path):
     assert len(first.encode("the cat").ids) < 7
     assert first.decode(first.encode("a naïve 猫").ids) == "a naïve 猫"
     assert train_bpe(texts, 280).core.to_str() == first.core.to_str()
+    with pytest.raises(DataError, match="was built as 'bpe:280', the settings say 'bpe:300'"):
+        resolve("bpe:300", texts, tmp_path)
     kept = resolve("bpe:280", ["other text"], tmp_path)
     assert kept.encode("the cat sat").ids.tolist() == first.encode("the cat sat").ids.tolist()
 
@@ -90,3 +92,32 @@ def test_broken_directories(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(DataError, match=r"config.json: bad JSON"):
         load(tmp_path)
+
+
+@pytest.mark.peers
+def test_encodes_as_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    import tokenizers
+    from tokenizers import models, normalizers, pre_tokenizers, processors
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "sat", "##s", "na", "##ive"]
+    core = tokenizers.Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    core.normalizer, core.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    peer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+    )
+    peer.save_pretrained(tmp_path)
+    ours = load(tmp_path)
+    for pair in (None, "cats sat"):
+        theirs = peer("The naïve cat", pair, return_token_type_ids=True)
+        coded = ours.encode("The naïve cat", pair, special=True)
+        assert coded.ids.tolist() == theirs["input_ids"]
+        assert coded.types.tolist() == theirs["token_type_ids"]
+    assert (ours.pad_id, ours.vocab_size) == (peer.pad_token_id, len(peer))
