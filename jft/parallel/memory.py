@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -85,7 +86,10 @@ def plan(lowered: Any) -> MemoryEstimate:
     the ``temporaries``, a lower bound of the total.
     """
     try:
-        return estimate(lowered.compile())
+        with warnings.catch_warnings():
+            # JAX caches programs for a compile-only topology, but cannot read them back: it warns and compiles again.
+            warnings.filterwarnings("ignore", "Error reading persistent compilation cache", UserWarning)
+            return estimate(lowered.compile())
     except Exception as error:
         needed = re.search(r"(?:memory required for [\w ]+?|Used) \(?([\d.]+ ?[KMGT])", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:

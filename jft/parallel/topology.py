@@ -13,8 +13,8 @@ from jft.parallel.mesh import make_mesh
 def topology_mesh(topology: str, shape: Mapping[str, int] | None = None, **options: Any) -> Mesh:
     """A mesh over the chips of a TPU topology such as ``v5e:2x4`` (kind:grid), for compiling without a TPU.
 
-    ``jit(step, in_shardings=...).lower(shapes).compile()`` on it runs XLA's TPU compiler, Mosaic kernels included, from
-    the ``libtpu`` package; :func:`jft.parallel.estimate` then tells the memory per chip. Nothing can be executed.
+    ``jft.parallel.plan(jit(step, in_shardings=...).lower(shapes))`` on it runs XLA's TPU compiler, Mosaic kernels
+    included, from the ``libtpu`` package, and tells the memory per chip. Nothing can be executed.
     ``shape`` as for :func:`jft.parallel.make_mesh`; ``options`` go to ``get_topology_desc`` (``num_slices``...).
 
     Raises ``ValueError`` where libtpu is not installed or does not know the topology.

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -331,3 +332,30 @@ def test_sources_that_are_nothing(tmp_path):
         jft.load(tmp_path, rules=[("w$", ())])
     with pytest.raises(LoadError, match="give classes as well"):
         jft.load(tmp_path, pool="mean")
+
+
+def test_hub_ids_are_downloaded_without_pickles(tmp_path, monkeypatch):
+    directory = write(tmp_path / "cache", llama_tensors())
+    asked = {}
+
+    def snapshot_download(name, revision=None, **patterns):
+        asked.update(name=name, revision=revision, **patterns)
+        return str(directory)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    model, params = jft.load("org/model", revision="v1")
+    assert (asked["name"], asked["revision"]) == ("org/model", "v1")
+    assert not any("bin" in pattern for pattern in asked["allow_patterns"])
+    jft.save(model, params, tmp_path / "b", like="org/model")
+
+
+def test_the_hub_that_is_absent_or_away_is_named(monkeypatch):
+    def away(*arguments, **options):
+        raise OSError("no route to host\nmore")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=away))
+    with pytest.raises(LoadError, match=r"could not be fetched from the hub at revision 'v1': no route to host$"):
+        jft.load("org/model", revision="v1")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(LoadError, match=r"pip install 'jft\[hf\]'"):
+        jft.load("org/model")

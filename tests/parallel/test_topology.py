@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jft.parallel import MemoryBudgetError, check, device_budget, estimate, plan, topology_mesh
+from jft.parallel import MemoryBudgetError, check, device_budget, plan, topology_mesh
 
 pytestmark = pytest.mark.peers
 
@@ -21,7 +21,7 @@ def lowered(batch):
 
 def test_a_step_is_planned_for_chips_that_are_not_there():
     pytest.importorskip("libtpu")
-    found = estimate(lowered(32768).compile())
+    found = plan(lowered(32768))
     assert found.arguments == 1024 * 1024 * 2 // 4 + 32768 * 1024 * 2 // 2
     assert found.aliased == 1024 * 1024 * 2 // 4
     assert found.temporaries > 32768 * 1024 * 2 // 2
