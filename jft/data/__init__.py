@@ -31,7 +31,8 @@
 ``task`` says which labels the scans get: identity, parity, magnitude, prime, loops, thirds.
 
 **rows**: ``limit`` (so many, by a fixed seed), ``shots`` (so many a class), ``holdout: 0.1`` (without a fixed tenth) and
-``held_out: 0.1`` (that tenth: the "Val" sets of task arithmetic). **weight**: its share of a mixture, in examples.
+``held_out: 0.1`` (that tenth: the "Val" sets of task arithmetic). **weight**: its share of a training
+mixture, in examples; evaluation reads every part once, whatever its weight.
 
 **pack** (``lm``, ``sft``): ``"first_fit"``, ``"concat"``, or ``False``, the default: one example a row. **too_long**:
 ``"error"`` (the default for ``lm``, ``sft``, ``seq2seq``), ``"truncate"`` or ``"drop"``.

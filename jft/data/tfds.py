@@ -50,6 +50,7 @@ class Tfds(Source):
     name: ``"mnist"``, ``"glue/sst2"``, ``"cifar10:3.0.2"``; or directory: a prepared data set of any builder, local ones
     included. data_dir: where prepared sets live (TFDS's default otherwise). split: TFDS's split strings
     (``"train[:90%]"``). download: prepare the set where it is missing; False: refuse.
+    Prepare a set before a run of several processes: each would download it.
     Raises :class:`DataError` for an unknown set or split, one that is not prepared, or one whose files are not
     array_record (TFRecord has no random access).
     """
