@@ -113,13 +113,14 @@ class Metrics:
             return
         if not writes:
             return
-        lines = JsonLines(workdir / "metrics.jsonl", step)
-        self.rows = list(lines.rows)
-        self._sinks = [lines]
+        # The file last: what fails before leaves nothing open or cut.
         if tensorboard:
             self._sinks.append(TensorBoard(workdir, step))
         if wandb:
             self._sinks.append(WeightsAndBiases(workdir, wandb))
+        lines = JsonLines(workdir / "metrics.jsonl", step)
+        self.rows = list(lines.rows)
+        self._sinks.append(lines)
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         """Log ``values`` of ``split`` (train, eval) after ``step`` updates."""

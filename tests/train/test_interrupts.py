@@ -1,0 +1,99 @@
+"""Runs that are killed, in processes of their own, go on and end in the same parameters, bit for bit."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jft
+from jft.train.metrics import read
+from jft.train.preemption import EXIT_CODE
+
+STEPS = 900
+ROOT = Path(__file__).parents[2]
+
+
+def start(workdir, cache, steps=STEPS):
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-m", "tests.train.interrupted", str(workdir), str(steps)]
+    return subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def step_after(process, count):
+    """Read until ``count`` steps have been logged by this process; the step it stands at, None where it ended before."""
+    seen = 0
+    for line in process.stdout:
+        if found := re.match(r"train (\d+)/", line):
+            seen += 1
+            if seen == count:
+                return int(found[1])
+    return None
+
+
+def finish(process):
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-2000:]
+    return out
+
+
+def values(workdir):
+    return {p: np.asarray(d.value) for p, d in jft.TaskVector.load(workdir / "task_vector.safetensors").items()}
+
+
+def test_sigterm_saves_and_a_second_start_finishes(tmp_path):
+    whole = start(tmp_path / "whole", tmp_path / "cache", 40)
+    assert "heavy modules: []" in finish(whole)
+    process = start(tmp_path / "cut", tmp_path / "cache", 40)
+    assert step_after(process, 10)
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == EXIT_CODE, errors[-2000:]
+    stopped = int(re.search(r"stopped after step (\d+), saved", out)[1])
+    assert f"resumed after step {stopped}" in finish(start(tmp_path / "cut", tmp_path / "cache", 40))
+    expected, got = values(tmp_path / "whole"), values(tmp_path / "cut")
+    for path, value in expected.items():
+        np.testing.assert_array_equal(got[path], value)
+    losses = [[(r["step"], r["loss"]) for r in read(tmp_path / d / "metrics.jsonl")] for d in ("whole", "cut")]
+    assert losses[0] == losses[1], "each step is logged once, with the same loss"
+
+
+@pytest.mark.slow
+def test_twenty_interruptions(tmp_path):
+    """SIGTERM and kill -9 in turn at random steps, often in the middle of a save; then the run ends as if nothing was."""
+    finish(start(tmp_path / "whole", tmp_path / "cache"))
+    choose = random.Random(0)
+    interrupted = 0
+    while interrupted < 20:
+        process = start(tmp_path / "cut", tmp_path / "cache")
+        # A multiple of the checkpoint interval is where a save has just begun.
+        count = choose.choice([8, 14, 15, 21, choose.randint(8, 30)])
+        if step_after(process, count) is None:
+            raise AssertionError(f"the run ended after {interrupted} interruptions: {process.communicate()[1][-2000:]}")
+        time.sleep(choose.random() * 0.05)
+        process.send_signal(signal.SIGKILL if interrupted % 2 else signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode in (-signal.SIGKILL, EXIT_CODE), errors[-2000:]
+        interrupted += 1
+    finish(start(tmp_path / "cut", tmp_path / "cache"))
+    expected, got = values(tmp_path / "whole"), values(tmp_path / "cut")
+    assert expected.keys() == got.keys()
+    for path, value in expected.items():
+        np.testing.assert_array_equal(got[path], value)
+    rows = read(tmp_path / "cut" / "metrics.jsonl")
+    assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
+    left = [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()]
+    assert sorted(left, key=int) == [str(STEPS - 4), str(STEPS)], "two checkpoints stay, and nothing half-written"

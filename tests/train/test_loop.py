@@ -1,0 +1,227 @@
+"""The loop: what it refuses, what it saves, and that going on is the same as never having stopped."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+
+import jft
+from jft.parallel import MemoryBudgetError
+from jft.train import NonFiniteError
+from jft.train.checkpoints import Changed
+from jft.train.metrics import JsonLines, read
+from tests.train import tools
+
+QUIET = {"every": 1, "progress": False}
+
+
+def train(workdir=None, steps=12, model=tools.apply, params=None, data=None, **options):
+    options = {"log": QUIET, "optimizer": {"lr": 1e-2}} | options
+    params = tools.parameters() if params is None else params
+    return jft.finetune(model, params, data or tools.batches(), steps=steps, workdir=workdir, **options)
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+@pytest.mark.parametrize("method", ["full", {"name": "lora", "rank": 2}])
+def test_resuming_is_bit_for_bit(tmp_path, method):
+    whole = train(steps=12, method=method)
+    first = train(tmp_path, steps=7, method=method, checkpoint=3)
+    assert int(first.state.step) == 7
+    second = train(tmp_path, steps=12, method=method, checkpoint=5, log={"every": 1, "progress": False})
+    assert_equal(second.state, whole.state)
+    assert_equal(second.params, whole.params)
+    assert [(m["step"], m["loss"]) for m in second.metrics] == [(m["step"], m["loss"]) for m in whole.metrics]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoints", "metrics.jsonl", "task_vector.safetensors"]
+    again = train(tmp_path, steps=12, method=method, checkpoint=5)
+    assert_equal(again.params, whole.params)
+    with pytest.raises(ValueError, match="stands at step 12, beyond steps=7"):
+        train(tmp_path, steps=7, method=method)
+
+
+def test_the_result_and_its_manifest(tmp_path):
+    params = tools.parameters()
+    run = train(tmp_path, params=params, method="bitfit", eval_data=tools.batches(), seed=4)
+    assert set(run.task_vector.paths) == {"one/b", "two/b"}
+    np.testing.assert_allclose(run.params["one"]["b"], params["one"]["b"] + run.task_vector["one/b"].value, rtol=1e-6)
+    assert run.params["one"]["w"] is not None
+    loaded = jft.TaskVector.load(tmp_path / "task_vector.safetensors")
+    manifest = loaded.manifest
+    assert manifest["method"] == {"name": "bitfit", "options": {}}
+    assert (manifest["seed"], manifest["steps"]) == (4, 12)
+    assert manifest["optimizer"]["lr"] == 1e-2
+    assert {"versions", "base", "evaluation"} <= set(manifest)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), jft.apply(params, loaded), run.params)
+    rows = read(tmp_path / "metrics.jsonl")
+    assert rows[-1] == {"step": 12, "split": "eval", **run.evaluation}
+
+
+def test_checkpoints_hold_only_what_trains(tmp_path):
+    """The base is by reference: a checkpoint of two biases stays small beside a large frozen weight."""
+    params = tools.parameters()
+    params["one"]["unused"] = jax.random.normal(jax.random.key(0), (512, 1024))
+    train(tmp_path, params=params, method="bitfit", steps=2, checkpoint=2)
+    size = sum(p.stat().st_size for p in (tmp_path / "checkpoints").rglob("*") if p.is_file())
+    assert size < 100_000
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        ({"optimizer": {"lr": 2e-2}}, "optimizer.lr: 0.01 -> 0.02"),
+        ({"method": "bitfit"}, "method.name: 'full' -> 'bitfit'"),
+        ({"params": tools.parameters(9)}, "base: '"),
+        ({"data": tools.batches(size=4)}, r"batch.images: \[\[8, 8\], 'float32'\] -> \[\[4, 8\], 'float32'\]"),
+        ({"manifest": {"data": {"source": "b"}}}, "data.source: 'a' -> 'b'"),
+        ({"objective": {"name": "classification", "label_smoothing": 0.1}}, "objective.label_smoothing: 0.0 -> 0.1"),
+        ({"seed": 1}, "seed: 0 -> 1"),
+    ],
+)
+def test_another_run_is_refused(tmp_path, change, shown):
+    options = {"manifest": {"data": {"source": "a"}}}
+    train(tmp_path, steps=2, checkpoint=2, **options)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(Changed, match=shown):
+        train(tmp_path, steps=4, **(options | change))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before, "nothing is lost"
+
+
+def test_a_non_finite_loss_stops_the_run(tmp_path):
+    data = tools.batches(6)
+    data[4]["images"][0, 0] = np.inf
+    with pytest.raises(
+        NonFiniteError, match=r"loss of step 4 is not finite.*data position 4.*after step 4 is saved"
+    ) as error:
+        train(tmp_path, data=data, checkpoint=100)
+    assert (error.value.step, error.value.position) == (4, 4)
+    repaired = [*data[:4], data[0], data[5]]
+    resumed = train(tmp_path, data=repaired, steps=6)
+    assert_equal(resumed.state, train(data=repaired, steps=6).state)
+    with pytest.raises(NonFiniteError, match="no workdir"):
+        train(data=data)
+
+
+def test_an_empty_mask_is_refused_before_the_step():
+    data = tools.token_batches(3)
+    data[2]["loss_mask"][:] = 0
+    with pytest.raises(ValueError, match="batch for step 2 has total weight 0"):
+        train(model=tools.bigram, params=tools.bigram_parameters(), data=data)
+    with pytest.raises(ValueError, match="holds no batch"):
+        jft.finetune(tools.apply, tools.parameters(), (), steps=1)
+    with pytest.raises(ValueError, match="step 5: the data ended"):
+        train(data=iter(tools.batches(5)))
+
+
+def test_a_plain_iterator_is_drawn_forward_on_resume(tmp_path):
+    def endless():
+        while True:
+            yield from tools.batches()
+
+    train(tmp_path, steps=4, data=endless(), checkpoint=4)
+    resumed = train(tmp_path, steps=9, data=endless())
+    assert_equal(resumed.state, train(steps=9).state)
+
+
+def test_the_best_checkpoint_is_kept_and_returned(tmp_path):
+    """A learning rate that diverges: an early state is the best, stays, and is what the run ends with."""
+    options = {
+        "optimizer": {"name": "sgd", "lr": 3.0, "clip": 0.0},
+        "eval_data": tools.batches(seed=5),
+        "eval_every": 2,
+    }
+    run = train(tmp_path, steps=20, checkpoint={"every": 2, "keep": 1, "best": "loss"}, **options)
+    evaluations = {r["step"]: r["loss"] for r in run.metrics if r["split"] == "eval"}
+    best = min(evaluations, key=evaluations.get)
+    assert best < 20, "the test needs a run that gets worse"
+    assert int(run.state.step) == best
+    assert run.evaluation["loss"] == evaluations[best]
+    assert sorted(os.listdir(tmp_path / "checkpoints"), key=int) == [str(best), "20"]
+    with pytest.raises(ValueError, match="needs eval data"):
+        train(tmp_path / "b", checkpoint={"every": 2, "best": "loss"})
+
+
+def test_a_run_that_does_not_fit_names_remedies(monkeypatch):
+    from jft.models import DecoderConfig, Model
+
+    model = Model(DecoderConfig(vocab=64, width=64, layers=4, heads=4, hidden=256))
+    params = model.init(jax.random.key(0))
+    data = [{"tokens": np.zeros((16, 64), np.int32)}]
+    monkeypatch.setenv("JFT_DEVICE_MEMORY", "9MB")
+    with pytest.raises(MemoryBudgetError) as error:
+        train(model=model, params=params, data=data, steps=1)
+    message = str(error.value)
+    named = [
+        "model.remat='full' (",
+        "accumulate=2 (",
+        "accumulate=4 (",
+        "model.param_dtype='bfloat16' (",
+        "method='lora' with rank=8 (",
+    ]
+    assert sum(n in message for n in named) >= 3 or "any of these fits" in message, message
+    monkeypatch.setenv("JFT_DEVICE_MEMORY", "1GB")
+    train(model=model, params=params, data=data, steps=1)
+
+
+def test_resuming_on_another_mesh(tmp_path):
+    params = tools.parameters()
+    params["one"]["w"] = jax.random.normal(jax.random.key(0), (8, 4096)) * 0.1
+    params["one"]["b"] = params["one"]["b"][:1]
+    params["two"]["w"] = jax.random.normal(jax.random.key(1), (4096, 3)) * 0.01
+    train(tmp_path, params=params, steps=3, checkpoint=3, mesh=jft.parallel.make_mesh({"fsdp": 8}))
+    resumed = train(tmp_path, params=params, steps=6, mesh=jft.parallel.make_mesh({"data": 2, "fsdp": 4}))
+    whole = train(params=params, steps=6)
+    np.testing.assert_allclose(
+        [m["loss"] for m in resumed.metrics], [m["loss"] for m in whole.metrics], rtol=1e-5, atol=1e-6
+    )
+    assert "fsdp" in str(resumed.state.trained["one/w"].sharding.spec)
+
+
+def test_metrics_survive_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n{"step": 3, "lo')
+    sink = JsonLines(path, 1)
+    sink.write({"step": 2, "loss": float("nan")})
+    sink.close()
+    assert read(path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": "nan"}]
+    path.write_text('{"step"\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 1 is not JSON"):
+        read(path)
+
+
+def test_tensorboard_and_wandb(tmp_path):
+    pytest.importorskip("tensorboardX")
+    train(tmp_path, steps=2, log={**QUIET, "tensorboard": True})
+    assert any((tmp_path / "tensorboard").iterdir())
+    with pytest.raises(ValueError, match="wandb needs wandb: pip install"):
+        train(tmp_path / "b", steps=2, log={**QUIET, "wandb": "project"})
+    with pytest.raises(ValueError, match="need a workdir"):
+        train(steps=2, log={**QUIET, "tensorboard": True})
+
+
+def test_what_is_printed(tmp_path, capsys):
+    train(steps=2, method="bitfit", log=1)
+    out = capsys.readouterr().out
+    assert "one/w    8x16  float32" in out
+    assert "4 weights, 195 values; 19 train (9.74%)" in out
+    assert "step takes" in out
+    assert "train 2/2  loss" in out
+    train(steps=2, log=QUIET)
+    assert capsys.readouterr().out == ""
+
+
+def test_option_errors(tmp_path):
+    with pytest.raises(ValueError, match="Checkpointing has no option 'evry'; it has: every, keep, best"):
+        train(tmp_path, checkpoint={"evry": 1})
+    with pytest.raises(ValueError, match="checkpoint is given, but no workdir"):
+        train(checkpoint=1)
+    with pytest.raises(ValueError, match=r"log.every is 0"):
+        train(log={"every": 0})
+
+
+def test_task_vector_manifest_is_json(tmp_path):
+    run = train(tmp_path, manifest={"config": {"a": 1}})
+    assert json.loads(json.dumps(run.task_vector.manifest))["config"] == {"a": 1}
