@@ -22,11 +22,12 @@ _LATE = {
     "from_function": "jft.models.adapters",
     "from_linen": "jft.models.adapters",
     "from_nnx": "jft.models.adapters",
+    "zero_shot_head": "jft.models.clip",
 }
 
 if TYPE_CHECKING:
     from jft.models.adapters import from_equinox, from_function, from_linen, from_nnx
-    from jft.models.clip import ClipConfig
+    from jft.models.clip import ClipConfig, zero_shot_head
     from jft.models.decoder import DecoderConfig
     from jft.models.encoder import EncoderConfig
     from jft.models.seq2seq import T5Config
@@ -49,6 +50,7 @@ __all__ = [
     "from_nnx",
     "load",
     "save",
+    "zero_shot_head",
 ]
 
 

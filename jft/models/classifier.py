@@ -25,14 +25,13 @@ class Classifier:
     that are not padding (of the patches, for images); ``pooler`` tanh of a dense layer on the first token;
     ``embedding`` CLIP's normalised image embedding. dense: an activation puts ``classifier/dense`` and it before the
     linear layer, as RoBERTa (tanh) and DistilBERT (relu) have; ``none``. ``auto`` for either is what the family's own
-    sequence classification does. ``bias`` False: no ``classifier/b``. One sequence to a row: rows are not packed.
+    sequence classification does. One sequence to a row: rows are not packed.
     """
 
     backbone: Any
     classes: int
     pool: str = "auto"
     dense: str = "auto"
-    bias: bool = True
 
     def __post_init__(self) -> None:
         if self.classes < 1:
@@ -66,7 +65,7 @@ class Classifier:
 
     def init(self, key: jax.Array, dtype: Any = jnp.float32) -> dict:
         """The backbone's parameters, as it draws them from the same key, and ``classifier/w`` from ``N(0, 0.02^2)``."""
-        leaves = dict(blocks.linear("classifier", self.width, self.classes, bias=self.bias, std=0.02))
+        leaves = dict(blocks.linear("classifier", self.width, self.classes, std=0.02))
         if self.dense != "none":
             leaves |= dict(blocks.linear("classifier/dense", self.width, self.width))
         return {**self.backbone.init(key, dtype), **blocks.draw(leaves, key, dtype)}

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jft
 from jft import tree
 from jft.models.model import Model
 from tests.models import hf_tools
@@ -28,7 +29,9 @@ def shaken(torch_model, seed: int = 0, by: float = 0.2):
 def load(torch_model, family) -> Model:
     """The jft model of a torch model, as its checkpoint would be read."""
     raw = hf_tools.config_dict(torch_model) | {"architectures": [type(torch_model).__name__]}
-    names = frozenset(hf_tools.on_disk(torch_model, torch_model.state_dict()))
+    own = {x.data_ptr(): name for name, x in reversed(torch_model.state_dict().items())}  # tied copies are not saved
+    tensors = {name: x for name, x in torch_model.state_dict().items() if own[x.data_ptr()] == name}
+    names = frozenset(hf_tools.on_disk(torch_model, tensors))
     config = family.from_hf(raw)
     return Model(family.refine(config, names) if family.refine else config)
 
@@ -89,20 +92,15 @@ def unchanged_by_execution(model, params, batch) -> None:
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def write(params, family, config, directory) -> None:
-    """A checkpoint made from the family's table and ``to_hf`` alone."""
-    import json
+def round_trip(torch_model, auto, directory, **options):
+    """What transformers loads after jft has loaded the torch model's checkpoint and saved it again; jft's in between.
 
-    from safetensors.numpy import save_file
-
-    tensors: dict[str, np.ndarray] = {}
-    flat = tree.flatten(params)
-    for path, source in family.table(config).items():
-        leaf = np.asarray(flat[path])
-        stacked = "{layer}" in source.name
-        for i, x in enumerate(leaf if stacked else [leaf]):
-            tensor = tensors.setdefault(source.name.format(layer=i), np.zeros(source.shape, np.float32))
-            view = source.view(tensor)
-            view[...] = np.reshape(x, view.shape)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(family.to_hf(config)))
+    Returns ``(transformers' model, jft's model, its params)``; loading what was saved must give the same once more.
+    """
+    torch_model.save_pretrained(directory / "theirs")
+    model, params = jft.load(directory / "theirs", dtype="float32", **options)
+    jft.save(model, params, directory / "ours")
+    again, same = jft.load(directory / "ours", dtype="float32")
+    assert again.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+    return auto.from_pretrained(directory / "ours", attn_implementation="eager").eval(), model, params

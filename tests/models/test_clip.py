@@ -11,7 +11,7 @@ from jft.models.core import Hooks
 from jft.models.hf.vision import FAMILIES
 from jft.models.model import Model
 from jft.models.vision import VisionConfig
-from tests.models import hf_tools, parity
+from tests.models import parity
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.standard_normal((3, 8, 8, 3)).astype(np.float32)
@@ -85,16 +85,13 @@ def test_outputs_and_gradients_as_transformers(options, size):
 
 
 @pytest.mark.peers
-def test_saved_config_and_tensors_load_in_transformers(tmp_path):
+def test_checkpoints_are_read_and_saved_for_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
-    peer, family = torch_model(), FAMILIES["clip"]
-    model = parity.load(peer, family)
-    parity.write(hf_tools.from_torch(peer, family, model.config), family, model.config, tmp_path)
-    loaded = transformers.AutoModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    peer = torch_model()
+    loaded, _, _ = parity.round_trip(peer, transformers.AutoModel, tmp_path)
     x = dict(input_ids=torch.tensor(TOKENS), pixel_values=torch.tensor(IMAGES).permute(0, 3, 1, 2))
     assert torch.allclose(loaded(**x).logits_per_image, peer(**x).logits_per_image, atol=1e-5)
-    assert parity.load(loaded, family).config == model.config
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +101,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    return model.init(jax.random.key(0))
+    return jax.jit(model.init)(jax.random.key(0))
 
 
 def test_either_side_alone(model, params):
@@ -145,6 +142,7 @@ def test_zero_shot_head_refuses_other_models_and_shapes(model, params):
         zero_shot_head(model, params, np.ones((2, 3), int))
 
 
+@pytest.mark.slow
 def test_execution_forward_mode_and_hooks(model, params):
     batch = {"tokens": TOKENS, "images": IMAGES}
 

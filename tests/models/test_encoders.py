@@ -9,7 +9,7 @@ from jft.models.core import Hooks
 from jft.models.encoder import EncoderConfig
 from jft.models.hf.encoders import FAMILIES
 from jft.models.model import Model
-from tests.models import hf_tools, parity
+from tests.models import parity
 
 TINY = EncoderConfig(vocab=37, width=12, layers=3, heads=3, hidden=20, positions=16)
 TOKENS = np.random.default_rng(0).integers(3, 37, (2, 7))
@@ -76,20 +76,18 @@ def _with_pooler(torch_model, base, family, model, inputs, batch, theirs, attend
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
-def test_saved_config_and_tensors_load_in_transformers(kind, tmp_path):
-    """The table read backwards is a checkpoint that transformers opens, without the tensors of other tasks."""
+@pytest.mark.parametrize("kind", ["bert", "bert-mlm", "roberta", "distilbert-relu"])
+def test_checkpoints_are_read_and_saved_for_transformers(kind, tmp_path):
+    """With and without prefix, and with heads of other tasks, which are dropped."""
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
-    torch_model = parity.shaken(torch_models()[kind]())
-    family = FAMILIES[kind]
-    model = parity.load(torch_model, family)
-    params = hf_tools.from_torch(torch_model, family, model.config)
-    parity.write(params, family, model.config, tmp_path)
-    loaded = transformers.AutoModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    peer = parity.shaken(torch_models()[kind]())
+    loaded, model, params = parity.round_trip(peer, transformers.AutoModel, tmp_path)
+    base = getattr(peer, peer.base_model_prefix, peer)
     ids = torch.tensor(TOKENS)
-    assert torch.allclose(loaded(ids).last_hidden_state, torch_model(ids).last_hidden_state, atol=1e-6)
-    assert parity.load(loaded, family).config == model.config
+    expected = base(ids).last_hidden_state
+    assert torch.allclose(loaded(ids).last_hidden_state, expected, atol=1e-6)
+    np.testing.assert_allclose(model.apply(params, TOKENS), expected.detach(), atol=1e-5)
 
 
 def test_old_checkpoints_without_prefix_and_with_gamma_beta_are_read():
@@ -106,7 +104,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    return model.init(jax.random.key(0))
+    return jax.jit(model.init)(jax.random.key(0))
 
 
 def test_padding_changes_nothing(model, params):
@@ -129,6 +127,7 @@ def test_packed_rows_are_separate_sequences(model, params):
     np.testing.assert_allclose(out[:, 3:], model.apply(params, TOKENS[:, 3:]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_execution_does_not_change_outputs_or_gradients(model, params):
     parity.unchanged_by_execution(model, params, TOKENS)
 

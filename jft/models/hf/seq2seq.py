@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from jft.models.hf.fields import activation, activation_name
-from jft.models.hf.mapping import Family, Source, transposed
-from jft.models.hf.sources import Sources
+from jft.models.hf.mapping import Family, Source
+from jft.models.hf.sources import Sources, present
 from jft.models.seq2seq import T5Config
 
 
@@ -14,8 +14,8 @@ def _from_hf(raw: dict[str, Any]) -> T5Config:
     gated, _, name = raw.get("feed_forward_proj", "relu").rpartition("-")
     if gated not in ("", "gated"):
         raise ValueError(f"config.json: feed_forward_proj = {raw['feed_forward_proj']!r} is not supported")
-    # transformers turned "tie_word_embeddings: false" of v1.1 into "scale_decoder_outputs: false"; where the file has no
-    # head of its own all the same, the shared embedding is read in its place
+    # v1.1 said "tie_word_embeddings: false"; transformers reads that as "do not scale" and saves it under the other name.
+    # Whether there is a head of its own, the tensor names tell.
     scaled = raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings") is not False)
     return T5Config(
         vocab=raw.get("vocab_size", 32128),
@@ -38,11 +38,6 @@ def _from_hf(raw: dict[str, Any]) -> T5Config:
 
 
 def _to_hf(config: T5Config) -> dict[str, Any]:
-    if (config.tied and not config.scale_outputs) or (config.scale_outputs and not config.tied):
-        raise ValueError(
-            f"a T5 checkpoint scales outputs if and only if the head is tied; this model has tied={config.tied}, "
-            f"scale_outputs={config.scale_outputs}"
-        )
     gated = {"gelu_tanh": "gelu", "gelu": "gelu_python"} if config.gated else {}
     name = gated.get(config.activation, activation_name(config.activation))
     return {
@@ -58,7 +53,8 @@ def _to_hf(config: T5Config) -> dict[str, Any]:
         "relative_attention_num_buckets": config.buckets,
         "relative_attention_max_distance": config.max_distance,
         "feed_forward_proj": f"gated-{name}" if config.gated else name,
-        "tie_word_embeddings": config.tied,
+        "tie_word_embeddings": config.scale_outputs,
+        "scale_decoder_outputs": config.scale_outputs,
         "layer_norm_epsilon": config.eps,
         "decoder_start_token_id": config.start,
         "is_encoder_decoder": True,
@@ -89,7 +85,7 @@ def _table(config: T5Config) -> dict[str, Source]:
         relative = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias"
         out.table(f"{side}/relative", relative, config.buckets, config.heads)
     if not config.tied:
-        out.leaf("head/w", "lm_head.weight", (config.vocab, config.width), "shared.weight", view=transposed)
+        out.linear("head", "lm_head", config.width, config.vocab, bias=False)
     return out.table_of
 
 
@@ -109,8 +105,10 @@ FAMILIES = {
         _table,
         (
             r"lm_head\.weight",
-            r"(encoder|decoder)\.embed_tokens\.weight",
-            r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",  # never used
+            r"(transformer\.)?(encoder|decoder)\.embed_tokens\.weight",
+            r"(transformer\.)?decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",  # never used
+            r"classification_head\..*",
         ),
+        refine=present("lm_head.weight", "tied", absent=True),
     )
 }

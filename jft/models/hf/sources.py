@@ -55,10 +55,13 @@ class Sources:
             self.norm(f"{path}/{part}", f"{name}.{names[part]}", width)
 
 
-def present(suffix: str, field: str) -> Callable[[Any, frozenset[str]], Any]:
-    """A `Family.refine` that sets the config's ``field`` to whether a tensor whose name ends in ``suffix`` is there."""
+def present(suffix: str, field: str, absent: bool = False) -> Callable[[Any, frozenset[str]], Any]:
+    """A `Family.refine` that sets the config's ``field`` to whether a tensor whose name ends in ``suffix`` is there.
+
+    ``absent``: to whether it is not.
+    """
 
     def refine(config: Any, names: frozenset[str]) -> Any:
-        return dataclasses.replace(config, **{field: any(name.endswith(suffix) for name in names)})
+        return dataclasses.replace(config, **{field: any(name.endswith(suffix) for name in names) != absent})
 
     return refine
