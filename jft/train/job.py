@@ -91,7 +91,13 @@ def build_model(said: ModelConfig, seed: int = 0, mesh: Any = None, classes: Any
         count = len(classes)
     if said.source:
         model, params = models.load(
-            said.source, mesh, dtype=said.param_dtype, classes=count, pool=said.pool, seed=seed, **said.options
+            said.source,
+            mesh,
+            dtype=said.param_dtype,
+            classes=count,
+            pool=said.pool if count else None,
+            seed=seed,
+            **said.options,
         )
     else:
         model, params = _from_scratch(said, seed, mesh, count, tokenizer)

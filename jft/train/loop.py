@@ -240,8 +240,10 @@ def finetune(
     # What came of it.
     facts = {**said, **started, "steps": int(state.step), "evaluation": evaluation}
     vector = delta.TaskVector(plan.encode(params, kept, state.trained), {"base": base, **delta.describe(None, **facts)})
-    if workdir is not None and primary:
-        vector.save(workdir / "task_vector.safetensors")
+    if workdir is not None:
+        whole = jax.tree.map(_whole, vector)
+        if primary:
+            whole.save(workdir / "task_vector.safetensors")
     return Run(plan, state, metrics.rows, evaluation, vector, params, kept)
 
 
@@ -316,6 +318,15 @@ def _start(trained: Any, update: step.Step, seed: int) -> State:
         opt_state=update.start(trained),
         rng=jax.device_put(np.asarray(jax.random.key_data(jax.random.key(seed))), places.rng),
     )
+
+
+def _whole(x: Any) -> Any:
+    """An array that one process can write: one whose shards lie on several is gathered on the host."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+        return x
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def _stop(pending: _Pending, state: State, checkpoints: Any) -> None:

@@ -1,0 +1,151 @@
+"""Configs: what they refuse, and runs from a config alone."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import jft
+from jft.train import config as configs
+from jft.train import job
+
+VISION = {"image": 8, "patch": 4, "channels": 1, "width": 16, "layers": 2, "heads": 2, "hidden": 32}
+DECODER = {"width": 16, "layers": 2, "heads": 2, "hidden": 32}
+
+
+def digits():
+    config = configs.default()
+    config.steps, config.batch_size = 4, 16
+    config.model.arch, config.model.options, config.model.classes = "vision", VISION, -1
+    config.data = {"source": "digits", "task": "parity", "split": "train"}
+    config.eval_data = {"source": "digits", "task": "parity", "split": "test"}
+    config.log.progress = False
+    return config
+
+
+def test_defaults_are_locked_and_documented():
+    config = configs.default()
+    with pytest.raises((AttributeError, KeyError)):
+        config.step = 3
+    config.method.rank = 4
+    assert configs.check(config).method == {"name": "full", "rank": 4}
+    keys = {key: (value, doc) for key, value, doc in configs.documentation()}
+    assert keys["optimizer.lr"][0] == 1e-4
+    assert all(doc for _, doc in keys.values())
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"stepss": 1}, r"no key stepss; did you mean steps\?"),
+        ({"optimizer": {"learning_rate": 1}}, "no key optimizer.learning_rate"),
+        ({"optimizer": {"weigth_decay": 1}}, r"did you mean optimizer.weight_decay\?"),
+        ({"steps": "10"}, r"config.steps is '10' \(str\); it takes an integer"),
+        ({"steps": True}, r"config.steps is True \(bool\)"),
+        ({"optimizer": 3}, "config.optimizer is 3; it is a section with keys name, lr"),
+        ({"log": {"progress": "no"}}, r"config.log.progress is 'no' \(str\); it takes True or False"),
+        ({"data": []}, r"config.data is \[\] \(list\); it takes a section"),
+    ],
+)
+def test_config_errors(said, message):
+    with pytest.raises(ValueError, match=message):
+        configs.check(said)
+
+
+def test_types_that_fit():
+    said = configs.check(ConfigDict({"optimizer": {"lr": 1, "decay": ["w$"]}}))
+    assert said.optimizer.lr == 1.0
+    assert isinstance(said.optimizer.lr, float)
+    assert said.optimizer.decay == ("w$",)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.arch": "vison"}, r"arch 'vison' is unknown \(did you mean 'vision'"),
+        ({"model.arch": ""}, "needs one of source .* and arch"),
+        ({"model.dtype": "fp16"}, "model.dtype is 'fp16'; choose one of float32"),
+        ({"model.options": {**VISION, "widht": 3}}, "no option 'widht'; did you mean 'width'"),
+        ({"method": {"name": "lorra"}}, r"'lorra' is unknown \(did you mean 'lora'"),
+        ({"method": {"name": "lora", "rnk": 2}}, "no option 'rnk'"),
+        ({"data": {}}, "config.data is empty"),
+        ({"eval_data": {"source": "digits", "task": "identity", "split": "test"}}, "they must be the same, in order"),
+        ({"mesh.fsdp": 3}, "mesh data=1, fsdp=3, tensor=1 needs 3 devices"),
+    ],
+)
+def test_job_errors_leave_nothing_behind(tmp_path, change, message):
+    config = digits().to_dict()
+    for key, value in change.items():
+        *sections, last = key.split(".")
+        section = config
+        for name in sections:
+            section = section[name]
+        section[last] = value
+    with pytest.raises(ValueError, match=message):
+        job.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_from_a_config_on_eight_devices(tmp_path):
+    """The default mesh takes all devices; the same config resumes for more steps."""
+    config = digits()
+    config.method = {"name": "lora", "rank": 2, "also": "^classifier/"}
+    config.checkpoint.every = 4
+    first = job.run(config, tmp_path)
+    assert len(first.state.step.sharding.device_set) == 8
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["data"]["task"] == "parity"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "task_vector.safetensors",
+    ]
+    config.steps = 6
+    second = job.run(config, tmp_path)
+    assert int(second.state.step) == 6
+    assert second.task_vector.manifest["config"]["steps"] == 6
+    assert set(second.evaluation) == {"loss", "accuracy"}
+
+
+def test_a_saved_result_is_a_source_again(tmp_path):
+    """From scratch, saved as a Hugging Face directory, and fine-tuned from there with its own tokenizer."""
+    config = configs.default()
+    config.steps, config.batch_size, config.log.progress = 2, 8, False
+    config.model.arch, config.model.options = "decoder", DECODER
+    config.data = {
+        "source": "stdlib",
+        "kind": "docstrings",
+        "task": "lm",
+        "tokenizer": "bytes",
+        "max_length": 32,
+        "pack": "concat",
+    }
+    run = job.run(config, tmp_path / "one")
+    assert run.params["embed"]["table"].shape[0] == 264, "the tokenizer gives the vocabulary"
+    model, _ = job.build_model(
+        configs.check(config).model, tokenizer=jft.data.build(config.data, batch_size=8).tokenizer
+    )
+    jft.save(model, run.params, tmp_path / "model")
+    config.model.arch, config.model.options, config.model.source = "", {}, str(tmp_path / "model")
+    config.model.dtype = "bfloat16"
+    again = job.run(config, tmp_path / "two")
+    base = jax.tree.map(np.asarray, jft.load(tmp_path / "model", dtype="float32")[1])
+    jax.tree.map(np.testing.assert_array_equal, base, jax.tree.map(np.asarray, run.params))
+    assert again.task_vector.manifest["source"] == str(tmp_path / "model")
+
+
+@pytest.mark.slow
+def test_a_run_never_loads_heavy_libraries(tmp_path):
+    script = (
+        "import sys; from tests.train.test_job import digits; from jft.train import job\n"
+        f"job.run(digits(), {str(tmp_path)!r})\n"
+        "print(sorted({'torch', 'transformers', 'tensorflow'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().endswith("[]")
