@@ -13,7 +13,8 @@ import numpy as np
 from jft import parallel
 from jft.methods import Plan
 from jft.train import feed
-from jft.train.objectives import Objective, objective
+from jft.train.objectives import Objective
+from jft.train.objectives import objective as find_objective
 from jft.train.state import find_mesh
 from jft.train.step import apply_of
 
@@ -61,11 +62,11 @@ def mean(compute: Callable, params: Any, batches: Iterable, which: Objective, me
     return which.report({name: value / weight for name, value in totals.items()})
 
 
-def evaluate(model: Any, params: Any, batches: Iterable, objective_: Any = "lm", mesh: Any = None) -> dict[str, float]:
+def evaluate(model: Any, params: Any, batches: Iterable, objective: Any = "lm", mesh: Any = None) -> dict[str, float]:
     """Loss and metrics of plain ``params`` over ``batches``, each target counting once whatever the batch it stands in.
 
-    model: a jft model or any ``apply(params, batch)``. objective_: a name or an Objective. mesh: where the batches go;
+    model: a jft model or any ``apply(params, batch)``. objective: a name or an Objective. mesh: where the batches go;
     default that of the parameters. Returns ``{"loss", "accuracy", "perplexity" (tokens), ...}``.
     """
-    which = objective(objective_)
+    which = find_objective(objective)
     return mean(sums(apply_of(model), which), params, batches, which, mesh or find_mesh(params))

@@ -106,6 +106,7 @@ class Feed:
 
     def __init__(self, data: Any):
         self._iterator = _iterator(data)
+        self._own = self._iterator is not data
         self._ahead: tuple[Any, Any] | None = None
 
     def position(self) -> Any:
@@ -118,6 +119,11 @@ class Feed:
             return
         self._ahead = None
         self._iterator.set_state(decode(position))
+
+    def close(self) -> None:
+        """Stop read-ahead threads and workers of an iterator that was opened here."""
+        if self._own and hasattr(self._iterator, "close"):
+            self._iterator.close()
 
     def peek(self) -> Any:
         """The next batch, without taking it."""

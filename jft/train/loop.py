@@ -204,7 +204,7 @@ def finetune(
     pending: _Pending | None = None
     sound: Any = np.asarray(True)
     with contextlib.ExitStack() as stack:
-        for closing in (metrics, progress, *([checkpoints] if checkpoints else [])):
+        for closing in (metrics, progress, stream, *([checkpoints] if checkpoints else [])):
             stack.callback(closing.close)
         watch = stack.enter_context(Watch()) if checkpoints else None
         for n in range(begin, steps):

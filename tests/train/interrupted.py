@@ -1,7 +1,9 @@
-"""A tiny run in a process of its own, for tests that stop it: python -m tests.train.interrupted WORKDIR STEPS."""
+"""A tiny run in a process (or several) of its own, for tests that stop it: python -m tests.train.interrupted WORKDIR STEPS."""
 
 import sys
 import time
+
+import jax
 
 import jft
 from jft.train import Preempted
@@ -9,7 +11,7 @@ from tests.train import tools
 
 
 class Slow:
-    """Batches that come slowly enough to be interrupted between, from an iterator that tells its position as bytes."""
+    """This process's rows of batches that come slowly enough to be interrupted between; its position is bytes."""
 
     def __init__(self):
         self.batches, self.drawn = tools.batches(7), 0
@@ -20,16 +22,21 @@ class Slow:
     def __next__(self):
         time.sleep(0.005)
         self.drawn += 1
-        return self.batches[(self.drawn * 5) % 7]
+        batch, rows = self.batches[(self.drawn * 5) % 7], 8 // jax.process_count()
+        start = rows * jax.process_index()
+        return {k: x[start : start + rows] for k, x in batch.items()}
 
     def get_state(self):
-        return str(self.drawn).encode()
+        return f"{self.drawn} of process {jax.process_index()}".encode()
 
     def set_state(self, state):
-        self.drawn = int(state)
+        drawn, process = state.decode().split(" of process ")
+        assert int(process) == jax.process_index(), "each process gets its own position back"
+        self.drawn = int(drawn)
 
 
 def main(workdir: str, steps: str) -> None:
+    jft.parallel.start()
     try:
         jft.finetune(
             tools.apply, tools.parameters(), Slow(), steps=int(steps), workdir=workdir, seed=3,

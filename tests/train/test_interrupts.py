@@ -4,6 +4,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,13 +21,17 @@ STEPS = 900
 ROOT = Path(__file__).parents[2]
 
 
-def start(workdir, cache, steps=STEPS):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONPATH": str(ROOT),
-    }
+def start(workdir, cache, steps=STEPS, **more):
+    environment = (
+        os.environ
+        | more
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONPATH": str(ROOT),
+        }
+    )
     command = [sys.executable, "-m", "tests.train.interrupted", str(workdir), str(steps)]
     return subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -69,6 +74,31 @@ def test_sigterm_saves_and_a_second_start_finishes(tmp_path):
         np.testing.assert_array_equal(got[path], value)
     losses = [[(r["step"], r["loss"]) for r in read(tmp_path / d / "metrics.jsonl")] for d in ("whole", "cut")]
     assert losses[0] == losses[1], "each step is logged once, with the same loss"
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_step(tmp_path):
+    """SIGTERM to one of two: both save and stop together, and go on from there as one process would have done."""
+
+    def pair():
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            shared = {"JFT_COORDINATOR": f"localhost:{probe.getsockname()[1]}", "JFT_NUM_PROCESSES": "2"}
+        return [start(tmp_path / "two", tmp_path / "cache", 60, JFT_PROCESS_ID=str(i), **shared) for i in (0, 1)]
+
+    finish(start(tmp_path / "one", tmp_path / "cache", 60))
+    first, second = pair()
+    assert step_after(first, 10)
+    second.send_signal(signal.SIGTERM)
+    stopped = [
+        int(re.search(r"stopped after step (\d+), saved", p.communicate(timeout=120)[0])[1]) for p in (first, second)
+    ]
+    assert [first.returncode, second.returncode] == [EXIT_CODE, EXIT_CODE]
+    assert stopped[0] == stopped[1] < 60
+    outputs = [finish(p) for p in pair()]
+    assert f"resumed after step {stopped[0]}" in outputs[0]
+    losses = [[r["loss"] for r in read(tmp_path / d / "metrics.jsonl")] for d in ("one", "two")]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
 @pytest.mark.slow
