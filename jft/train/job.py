@@ -41,7 +41,7 @@ def run(config: Any, workdir: str | Path) -> Run:
     method = methods.method(**said.method)
     mesh = parallel.make_mesh(dataclasses.asdict(said.mesh))
     workdir = Path(workdir)
-    train, test = _data(said, workdir)
+    train, test = loaders(said, workdir)
     tokenizer = train.tokenizer
     model, params = build_model(said.model, said.seed, mesh if mesh.size > 1 else None, train.classes, tokenizer)
 
@@ -144,7 +144,7 @@ def _architecture(kind: Any, options: Mapping[str, Any], where: str) -> Any:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _data(said: Config, workdir: Path) -> tuple[Any, Any]:
+def loaders(said: Config, workdir: Path | None) -> tuple[Any, Any]:
     """The loaders for training and evaluation (None without), with the tokenizer and image size of the base."""
     tokenizer, image_size = None, said.model.options.get("image")
     if said.model.source:

@@ -1,0 +1,1 @@
+"""Studies of fine-tuned models: protocols over several tasks, figures, reports."""

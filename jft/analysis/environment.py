@@ -1,0 +1,48 @@
+"""What a report says about where it ran: versions, devices, commit."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that the numbers depend on."""
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in ("jft", "jax", "optax", "numpy", "scikit-learn")
+    }
+
+
+def devices() -> str:
+    """``"8 x TPU v5 lite (tpu)"``."""
+    import jax
+
+    found = jax.devices()
+    return f"{len(found)} x {found[0].device_kind} ({found[0].platform})"
+
+
+def commit() -> str | None:
+    """The commit of the checkout that jft runs from, marked where files differ from it; None outside a checkout."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        said = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.stdout.strip() or None
+
+
+def now() -> str:
+    """The time in UTC, to the minute."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,0 +1,48 @@
+"""Files that say a part of a study is whole: what was run, and what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+NAME = "outcome.json"
+
+
+def write_json(value: Any, path: Path) -> None:
+    """``value`` as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def plain(config: Any) -> Any:
+    """A config as JSON would give it back: what two runs are compared by."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        config = dataclasses.asdict(config)
+    return json.loads(json.dumps(config.to_dict() if hasattr(config, "to_dict") else config, default=str))
+
+
+def read(workdir: Path, config: Any) -> dict[str, Any] | None:
+    """What :func:`write` left in ``workdir``, or None. Raises ``ValueError`` where it is of another config."""
+    path = workdir / NAME
+    if not path.exists():
+        return None
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    now = plain(config)
+    if kept["config"] != now:
+        changed = ", ".join(sorted(k for k in {*now, *kept["config"]} if now.get(k) != kept["config"].get(k)))
+        raise ValueError(
+            f"{workdir} holds a finished run of another config (they differ in: {changed}); give another "
+            "workdir, or remove that folder to run it again"
+        )
+    return kept["outcome"]
+
+
+def write(workdir: Path, config: Any, outcome: dict[str, Any]) -> dict[str, Any]:
+    """Mark the run in ``workdir`` as whole. Returns ``outcome``."""
+    write_json({"config": plain(config), "outcome": outcome}, workdir / NAME)
+    return outcome

@@ -1,0 +1,153 @@
+"""``report.html`` from the results of one or more studies: one file, no scripts, nothing fetched."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jft.analysis import plots
+
+TEMPLATES = Path(__file__).parent / "templates"
+MISSING = "–"
+
+
+def percent(share: float | None) -> str:
+    """A share as percent with one decimal: ``0.934 -> '93.4'``."""
+    return MISSING if share is None else f"{100 * share:.1f}"
+
+
+def density(share: float | None) -> str:
+    """A share as percent to three significant digits: ``0.0123 -> '1.23 %'``."""
+    return MISSING if share is None else f"{_digits(100 * share)} %"
+
+
+def count(number: int | None) -> str:
+    """Thousands set apart by thin spaces: ``171264 -> '171 264'``."""
+    return MISSING if number is None else f"{number:,}".replace(",", "\u2009")
+
+
+def size(nbytes: float | None) -> str:
+    """Bytes in decimal units to three significant digits: ``689123 -> '689 kB'``."""
+    if nbytes is None:
+        return MISSING
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{_digits(nbytes) if unit != 'B' else int(nbytes)} {unit}"
+        nbytes /= 1000
+    return f"{_digits(nbytes)} TB"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as ``12.3 ms``, ``4.56 s`` or ``2 min 31 s``."""
+    if seconds is None:
+        return MISSING
+    if seconds < 1:
+        return f"{_digits(1000 * seconds)} ms"
+    if seconds < 60:
+        return f"{_digits(seconds)} s"
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"
+
+
+def _digits(number: float) -> str:
+    """Three significant digits, without exponent."""
+    if number == 0:
+        return "0"
+    decimals = max(0, 2 - len(str(int(abs(number)))) + 1) if abs(number) >= 1 else 3
+    return f"{number:.{decimals}f}" if abs(number) >= 0.0995 else f"{number:.2g}"
+
+
+def score(value: float | None, metric: str) -> str:
+    """A score in the format of its metric: accuracies in percent, everything else with three decimals."""
+    if value is None:
+        return MISSING
+    return percent(value) if metric == "accuracy" else f"{value:.3f}"
+
+
+def figures(study: Mapping[str, Any]) -> dict[str, Any]:
+    """``{name: figure}`` for one study; only those whose data it has."""
+    drawn = {}
+    label = {"accuracy": "test accuracy, %"}.get(study["metric"], "test " + study["metric"].replace("_", " "))
+    scale = 100 if study["metric"] == "accuracy" else 1
+    tasks = [{**task, "base": scale * task["base"]} for task in study["tasks"]]
+    runs = [{**run, "score": scale * run["score"]} for run in study["runs"]]
+    if any(run["curve"] for run in runs):
+        drawn["learning_curves"] = plots.learning_curves(runs)
+    if len(tasks) > 1:
+        drawn["scores"] = plots.scores(tasks, runs, label)
+    if study["addition"]:
+        drawn["addition"] = plots.coefficient_curves(study["addition"])
+    if study["negation"]:
+        drawn["negation"] = plots.negation_curves(study["negation"])
+    if study["cosine"]:
+        drawn["cosine"] = plots.cosine_maps(study["cosine"], [task["name"] for task in tasks])
+    if len(study["methods"]) > 1:
+        drawn["size"] = plots.size_against_score(
+            [{**row, "score": scale * row["score"]} for row in study["methods"]], "mean " + label
+        )
+    return drawn
+
+
+def _image(figure: Any) -> str:
+    """A figure as a data URI. As an image, so that the ids inside one SVG cannot meet those of another."""
+    return "data:image/svg+xml;base64," + base64.b64encode(plots.svg(figure).encode()).decode()
+
+
+def _cells(study: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    return {(run["task"], run["method"]): run for run in study["runs"]}
+
+
+def _best(study: Mapping[str, Any]) -> dict[str, float]:
+    """The best score on each task."""
+    choose = min if study["metric"] in LOWER_IS_BETTER else max
+    return {t["name"]: choose(r["score"] for r in study["runs"] if r["task"] == t["name"]) for t in study["tasks"]}
+
+
+LOWER_IS_BETTER = frozenset({"loss", "bits_per_byte", "perplexity"})
+
+
+def render(results: Mapping[str, Any], images: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+    """The page for ``results`` (as in ``results.json``); ``images`` are the figures by study, drawn here if not given."""
+    import jinja2
+
+    images = images or {study["name"]: figures(study) for study in results["studies"]}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"percent": percent, "density": density, "count": count, "size": size, "duration": duration}
+    views = [
+        {
+            **study,
+            "images": {name: _image(figure) for name, figure in images[study["name"]].items()},
+            "cells": _cells(study),
+            "best": _best(study),
+            "mean_base": sum(task["base"] for task in study["tasks"]) / len(study["tasks"]),
+            "heading": {"accuracy": "accuracy, %"}.get(study["metric"], study["metric"].replace("_", " ")),
+            "lower": study["metric"] in LOWER_IS_BETTER,
+        }
+        for study in results["studies"]
+    ]
+    return environment.get_template("report.html").render(
+        **{**results, "studies": views}, score=score, config_text=json.dumps(results["config"], indent=2)
+    )
+
+
+def write(results: Mapping[str, Any], workdir: Path) -> Path:
+    """``report.html`` and ``plots/*.png`` in ``workdir``; returns the report's path."""
+    images = {study["name"]: figures(study) for study in results["studies"]}
+    for study, drawn in images.items():
+        for name, figure in drawn.items():
+            plots.save(figure, workdir / "plots" / f"{study}_{name}.png")
+    path = workdir / "report.html"
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(render(results, images), encoding="utf-8")
+    beside.replace(path)
+    return path

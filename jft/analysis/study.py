@@ -1,0 +1,241 @@
+"""A study: one base, several tasks, several methods, and arithmetic with the task vectors that come out.
+
+A config holds ``studies``: by name, what :func:`study` describes. Each part that trains is a *partial* train config (the
+keys of ``jft.train.config``), laid over the defaults in this order: ``common``, the task, the method. So a config for eight
+CLIP data sets differs from the quickstart's in its values alone.
+
+In the workdir each run has ``STUDY/TASK/METHOD/`` with its metrics, task vector and ``outcome.json``; what is whole already
+is not run again. Beside them ``results.json``, CSV tables, ``plots/`` and ``report.html``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jft import delta
+from jft.analysis import arithmetic, environment, outcomes, records, report, settings, tables
+from jft.analysis.bases import Base, prepare
+from jft.analysis.tasks import Task, prepare_all
+
+Say = Callable[[str], None]
+HEADS = {
+    "probe": "Each task has a linear probe fitted on the base's features, then held fixed.",
+    "zero_shot": "Each task has CLIP's zero-shot classifier as its head, held fixed.",
+    "none": "",
+}
+METRICS = ("accuracy", "bits_per_byte", "perplexity", "loss")
+
+
+def study(**parts: Any) -> ConfigDict:
+    """One study, with defaults for what is not given.
+
+    title, note: of its section in the report. metric: accuracy, bits_per_byte, perplexity or loss.
+    base: either ``source`` (a directory or hub id), or ``train``, a partial train config to pretrain from. common: a
+    partial train config of all runs. tasks: ``{name: partial train config}``, and beside its keys ``test_data``, ``names``
+    and ``templates`` (for zero-shot heads). methods: ``{name: partial train config}``, at least ``method``.
+    splits: the ``split`` that ``data``, ``eval_data`` (validation) and ``test_data`` have where a task gives ``data`` alone.
+    head: ``kind`` probe (linear, fitted on the frozen base), zero_shot (CLIP) or none; ``penalty`` of the probe; ``examples``
+    it is fitted on at most (0: all); ``pad``: all heads have as many columns as the widest, so that steps compile once.
+    arithmetic: ``points`` of the coefficient grid on [0, ``largest``]; ``addition``, ``negation``: whether to; ``control``:
+    the task that negation must keep (empty: the mean of all others) and the share ``threshold`` of it.
+    """
+    config = ordered(
+        {
+            "title": "Study",
+            "note": "",
+            "metric": "accuracy",
+            "base": {"source": "", "description": "", "train": {}},
+            "common": {},
+            "tasks": {},
+            "methods": {},
+            "splits": {"data": "train", "eval_data": "validation", "test_data": "test"},
+            "head": {"kind": "probe", "penalty": 1.0, "examples": 0, "pad": True},
+            "arithmetic": {
+                "points": 21,
+                "largest": 1.0,
+                "addition": True,
+                "negation": True,
+                "control": "",
+                "threshold": 0.95,
+            },
+        }
+    )
+    for name, part in parts.items():
+        if name not in config:
+            raise ValueError(f"a study has no part {name!r}; it has: {', '.join(config)}")
+        config[name] = ordered({**config[name].to_dict(), **part}) if isinstance(config[name], ConfigDict) else part
+    return config
+
+
+def ordered(value: Any) -> Any:
+    """A ConfigDict of nested dicts that keeps the order they are written in: that of tasks and methods in every table."""
+    if not isinstance(value, Mapping):
+        return value
+    return ConfigDict({key: ordered(inner) for key, inner in value.items()}, sort_keys=False)
+
+
+def collection(title: str, summary: str = "", **studies: ConfigDict) -> ConfigDict:
+    """A config of several studies under one title: what ``get_config()`` of a study's file returns."""
+    return ConfigDict(
+        {"title": title, "summary": summary, "studies": ConfigDict(studies, sort_keys=False)}, sort_keys=False
+    )
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Refuse a config that could only fail later. Raises ``ValueError`` naming study, key and value."""
+    if not config.get("studies"):
+        raise ValueError(
+            "the config has no studies; build it with jft.analysis.study.collection(title, NAME=study(...))"
+        )
+    for name, one in config["studies"].items():
+        if one["metric"] not in METRICS:
+            raise ValueError(f"study {name!r}: metric {one['metric']!r} is unknown; choose one of {', '.join(METRICS)}")
+        if not one["tasks"] or not one["methods"]:
+            raise ValueError(f"study {name!r} has no {'methods' if one['tasks'] else 'tasks'}")
+        if bool(one["base"]["source"]) == bool(one["base"]["train"]):
+            raise ValueError(
+                f"study {name!r}: give base.source (a pretrained model) or base.train (how to pretrain one)"
+            )
+        control = one["arithmetic"]["control"]
+        if control and control not in one["tasks"]:
+            raise ValueError(f"study {name!r}: arithmetic.control {control!r} is not one of {', '.join(one['tasks'])}")
+        for task in one["tasks"]:
+            for method in one["methods"]:
+                settings.of_run(one, task, method)
+
+
+def run(config: ConfigDict, workdir: Path, command: str, say: Say = print) -> Path:
+    """All studies of ``config`` in ``workdir``. Returns the path of the report."""
+    since = time.perf_counter()
+    plain = records.plain(config)
+    check(plain)
+    workdir.mkdir(parents=True, exist_ok=True)
+    found = [_run(name, one, workdir / name, say) for name, one in plain["studies"].items()]
+    results = {
+        "title": plain["title"],
+        "summary": plain.get("summary", ""),
+        "created": environment.now(),
+        "seconds": time.perf_counter() - since,
+        "device": environment.devices(),
+        "commit": environment.commit(),
+        "versions": environment.versions(),
+        "command": command,
+        "config": plain,
+        "studies": found,
+    }
+    records.write_json(results, workdir / "results.json")
+    for one in found:
+        tables.write(one, workdir)
+    return report.write(results, workdir)
+
+
+def _run(name: str, config: Mapping[str, Any], workdir: Path, say: Say) -> dict[str, Any]:
+    """One study: its entry in ``results.json``."""
+    say(f"{name}: base")
+    base = prepare(config["base"], config["common"], workdir / "base")
+    tasks = prepare_all(config, base, workdir)
+    runs = []
+    for method in config["methods"]:
+        for task in tasks.values():
+            since = time.perf_counter()
+            outcome = outcomes.run(config, base, task, method, workdir / task.name / method)
+            runs.append(outcome)
+            say(
+                f"{name}: {task.name}, {method}: {report.score(task.base, config['metric'])} -> "
+                f"{report.score(outcome['score'], config['metric'])}  ({time.perf_counter() - since:.1f} s)"
+            )
+    added, negated, alike = _arithmetic(name, config, base, tasks, runs, workdir, say)
+    return {
+        "name": name,
+        "title": config["title"],
+        "note": config["note"],
+        "metric": config["metric"],
+        "head": HEADS[config["head"]["kind"]],
+        "base": base.facts,
+        "tasks": [task.facts for task in tasks.values()],
+        "methods": [_summary(method, config, runs) for method in config["methods"]],
+        "runs": runs,
+        "addition": added,
+        "negation": negated,
+        "negation_tasks": _by_task(negated),
+        "control": config["arithmetic"]["control"] or "the mean of the other tasks",
+        "control_threshold": config["arithmetic"]["threshold"],
+        "cosine": alike,
+    }
+
+
+def _arithmetic(
+    name: str,
+    config: Mapping[str, Any],
+    base: Base,
+    tasks: Mapping[str, Task],
+    runs: list[dict[str, Any]],
+    workdir: Path,
+    say: Say,
+) -> tuple[list, list, dict]:
+    """Addition, negation and cosines, the vectors of one method in memory at a time."""
+    options = config["arithmetic"]
+    if len(tasks) < 2:
+        return [], [], {}
+    grid = [round(float(c), 6) for c in np.linspace(0, options["largest"], options["points"])]
+    added, negated, alike = [], [], {}
+    for method in config["methods"]:
+        vectors = {t: delta.TaskVector.load(workdir / t / method / "task_vector.safetensors") for t in tasks}
+        alike[method] = arithmetic.cosines(vectors)
+        if config["metric"] != "accuracy":
+            continue
+
+        def score(task: str, split: str, params: Any) -> float:
+            return tasks[task].score(split, params)
+
+        if options["addition"]:
+            mine = {r["task"]: r for r in runs if r["method"] == method}
+            single = {
+                "validation": {t: mine[t]["validation"] for t in tasks},
+                "test": {t: mine[t]["score"] for t in tasks},
+            }
+            row = arithmetic.addition(base.params, vectors, single, score, grid)
+            added.append({"method": method, **row})
+            say(f"{name}: addition, {method}: {100 * row['absolute']:.1f} ({100 * row['normalised']:.1f} normalised)")
+        for task in tasks if options["negation"] else ():
+            if task == options["control"]:
+                continue
+            controls = [options["control"]] if options["control"] else [t for t in tasks if t != task]
+            row = arithmetic.negation(base.params, vectors[task], task, controls, score, grid, options["threshold"])
+            negated.append({"method": method, "task": task, **row})
+            say(f"{name}: negation, {method}: {task} {100 * row['base_target']:.1f} -> {100 * row['target']:.1f}")
+    return added, negated, alike
+
+
+def _summary(method: str, config: Mapping[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over tasks, for one method."""
+    mine = [run for run in runs if run["method"] == method]
+    keys = ("score", "trained", "density", "bytes", "step_seconds", "seconds")
+    means = {key: float(np.mean([run[key] for run in mine])) for key in keys}
+    options = dict(config["methods"][method].get("method", {}))
+    preset = options.pop("name", "full")
+    told = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    return {"name": method, "preset": f"{preset}({told})", **means, "trained": round(means["trained"])}
+
+
+def _by_task(negated: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Negation rows gathered by task, as the report's table has them."""
+    gathered: dict[str, dict[str, Any]] = {}
+    for row in negated:
+        task = gathered.setdefault(
+            row["task"],
+            {
+                "name": row["task"],
+                "base_target": row["base_target"],
+                "base_control": row["base_control"],
+                "methods": {},
+            },
+        )
+        task["methods"][row["method"]] = {key: row[key] for key in ("target", "control", "coefficient")}
+    return list(gathered.values())

@@ -1,0 +1,44 @@
+"""The tables of a study as CSV files: one for scores, one for addition, one for negation."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Rows = list[dict[str, Any]]
+OF_RUN = ("task", "method", "score", "validation", "trained", "density", "bytes", "norm", "step_seconds", "seconds")
+OF_NEGATION = ("task", "method", "coefficient", "base_target", "target", "base_control", "control")
+
+
+def rows(study: Mapping[str, Any]) -> dict[str, Rows]:
+    """``{table: rows}``, a table for each part that the study has."""
+    base = {task["name"]: task["base"] for task in study["tasks"]}
+    tables: dict[str, Rows] = {
+        "scores": [{key: run[key] for key in OF_RUN} | {"base": base[run["task"]]} for run in study["runs"]],
+        "addition": [
+            {"method": row["method"], "coefficient": row["coefficient"], "task": task, **values}
+            for row in study["addition"]
+            for task, values in (row["tasks"] | {"mean": {k: row[k] for k in ("absolute", "normalised")}}).items()
+        ],
+        "negation": [{key: row[key] for key in OF_NEGATION} for row in study["negation"]],
+    }
+    return {name: table for name, table in tables.items() if table}
+
+
+def write(study: Mapping[str, Any], workdir: Path) -> list[Path]:
+    """``STUDY_TABLE.csv`` files in ``workdir``, each whole or not at all."""
+    written = []
+    for name, table in rows(study).items():
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+        path = workdir / f"{study['name']}_{name}.csv"
+        beside = path.with_name(path.name + ".part")
+        beside.write_text(text.getvalue(), encoding="utf-8")
+        beside.replace(path)
+        written.append(path)
+    return written

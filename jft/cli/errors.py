@@ -1,0 +1,42 @@
+"""Wrong usage, told in one line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+
+class UsageError(ValueError):
+    """An unknown command, option or config key, or a value that cannot be read: exit code 2."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``" (did you mean 'train'?)"``, or nothing where no known word is near."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """``argparse`` whose errors are :class:`UsageError`, with the nearest name for an unknown option."""
+
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog.removeprefix('jft ')}: {message}; see `{self.prog} --help`")
+
+    def unknown(self, argument: str) -> NoReturn:
+        """Refuse ``argument``, which nothing has consumed."""
+        options = [o for action in self._actions for o in action.option_strings]
+        word = argument.split("=", maxsplit=1)[0]
+        what = "option" if word.startswith("-") else "argument"
+        self.error(f"unknown {what} {word!r}{nearest(word, options) if what == 'option' else ''}")
+
+    def strict(self, argv: Any) -> argparse.Namespace:
+        """Parse all of ``argv`` or refuse what is left."""
+        known, rest = self.parse_known_args(argv)
+        if rest:
+            self.unknown(rest[0])
+        return known

@@ -1,0 +1,31 @@
+"""Write a finished run as a Hugging Face directory: the base with the run's task vector added."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jft.cli import options, restored
+from jft.cli.errors import Parser, UsageError
+from jft.cli.train import may_add
+
+
+def main(argv: Sequence[str]) -> int:
+    """``jft export --workdir=RUN --out=DIR [--scale=1.0]``."""
+    parser = Parser(prog="jft export", description=__doc__)
+    parser.add_argument("--workdir", required=True, help="the run")
+    parser.add_argument("--out", required=True, help="the directory to write; it must not exist, or be empty")
+    given, config = options.parse(parser, argv, restored.config_of(parser, argv), may_add, "that of the run")
+    out = Path(given.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"--out {given.out!r} exists and is not an empty directory; give another")
+
+    from jft import models
+
+    restored.start()
+    run = restored.restore(config, Path(given.workdir))
+    models.save(run.model, run.params(), out, like=run.config.model.source or None)
+    if run.train.tokenizer is not None and not (out / "tokenizer.json").exists():
+        run.train.tokenizer.save(out)
+    print(f"wrote {out}")
+    return 0

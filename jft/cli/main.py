@@ -1,0 +1,83 @@
+"""The dispatcher behind ``jft``: finds the command, imports nothing but that, and turns user errors into one line."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jft.cli.errors import UsageError, nearest
+
+# What a user can cause and cure: bad values, missing files and extras, a full disk. All else is a bug: its traceback shows.
+USER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
+
+
+def commands() -> dict[str, str]:
+    """``{name: one line of help}``, read from the sources of this folder without importing any of them."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        module = ast.parse(path.read_text(encoding="utf-8"))
+        if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in module.body):
+            found[path.stem] = (ast.get_docstring(module) or "").split("\n", maxsplit=1)[0]
+    return found
+
+
+def usage() -> str:
+    """What ``jft --help`` prints."""
+    known = commands()
+    width = max(map(len, known))
+    lines = [
+        "jft: fine-tune pretrained models in JAX, and do arithmetic with what fine-tuning changed.",
+        "",
+        "usage: jft COMMAND [options]        jft COMMAND --help        (also: python -m jft COMMAND ...)",
+        "",
+        *(f"  {name:<{width}}  {summary}" for name, summary in known.items()),
+        "",
+        "JFT_TRACEBACK=1 shows the whole traceback of an error.",
+    ]
+    return "\n".join(lines)
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Run ``argv`` (without the program's name). Returns the exit code: 0, 1 for a failed run, 2 for wrong usage."""
+    name, *rest = argv or [""]
+    if name in ("", "-h", "--help", "help"):
+        print(usage())
+        return 0 if name else 2
+    if name in ("--version", "version"):
+        from jft import __version__
+
+        print(f"jft {__version__}")
+        return 0
+    known = commands()
+    if name not in known:
+        raise UsageError(f"unknown command {name!r}{nearest(name, known)}; `jft --help` lists all")
+    code = importlib.import_module(f"jft.cli.{name}").main(rest)
+    return int(code or 0)
+
+
+def call(argv: Sequence[str]) -> int:
+    """:func:`dispatch`, with user errors printed in one line on standard error."""
+    traceback = os.environ.get("JFT_TRACEBACK", "") not in ("", "0")
+    try:
+        return dispatch(argv)
+    except KeyboardInterrupt:
+        print("jft: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; what is left in the buffer must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except USER_ERRORS as error:
+        if traceback:
+            raise
+        print(f"jft: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(call(sys.argv[1:]))

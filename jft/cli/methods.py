@@ -1,0 +1,97 @@
+"""List the fine-tuning methods: paper, options, what each trains and stores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from jft.cli.errors import Parser, UsageError, nearest
+
+
+def _describe(entry: Any) -> dict[str, Any]:
+    """One preset as plain data. A preset whose options have no defaults is built only when they are given, so not here."""
+    from jft.methods import method
+
+    row = {
+        "name": entry.name,
+        "paper": entry.paper,
+        "summary": entry.summary.replace("``", ""),
+        "options": entry.options,
+    }
+    try:
+        built = method(entry.name)
+    except (TypeError, ValueError):
+        return {**row, "trains": "depends on its options", "stores": "depends on its options"}
+    return {**row, "trains": _trains(built), "stores": _stores(built.train)}
+
+
+def _trains(built: Any) -> str:
+    """Which weights, in words, from the method's selection."""
+    select = built.select
+    what = "matrices inside layers" if select.linear_only else "all weights"
+    if tuple(select.include) != ("",):
+        what += " matching " + " or ".join(select.include)
+    if select.exclude:
+        what += " but not " + " or ".join(select.exclude)
+    if select.layers is not None:
+        what += f" of layers {', '.join(map(str, select.layers))}"
+    return what
+
+
+def _stores(train: Any) -> str:
+    """How the change of one weight is kept, from its parametrisation."""
+    summary = (type(train).__doc__ or "").strip().split("\n")[0].split(". ")[0].rstrip(".").replace("``", "")
+    return f"{type(train).__name__}: {summary}"
+
+
+def _table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for header in ("method", "what it does", "options", "paper"):
+        table.add_column(header, overflow="fold", no_wrap=header == "method")
+    for row in rows:
+        table.add_row(row["name"], row["summary"], ", ".join(row["options"]), row["paper"])
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 150)
+    console.print(table, markup=False)
+
+
+def _card(row: dict[str, Any], doc: str) -> None:
+    print(f"{row['name']}: {row['summary']}\n")
+    body = doc.split("\n\n", maxsplit=1)
+    if len(body) == 2:
+        print(body[1] + "\n")
+    print(f"  paper    {row['paper']}")
+    print(f"  trains   {row['trains']}")
+    print(f"  stores   {row['stores']}")
+    for name, default in row["options"].items():
+        print(f"  option   {name} = {default!r}")
+    print("  always   also=PATTERNS (train these in place as well), freeze=PATTERNS (never train these)")
+
+
+def main(argv: Sequence[str]) -> int:
+    """``jft methods [NAME] [--json]``."""
+    parser = Parser(prog="jft methods", description=__doc__)
+    parser.add_argument("name", nargs="?", help="one method in full, instead of the table of all")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.strict(argv)
+
+    from jft.methods import entries
+
+    known = entries()
+    if options.name is not None and options.name not in known:
+        raise UsageError(f"unknown method {options.name!r}{nearest(options.name, known)}; `jft methods` lists all")
+    if options.name is not None:
+        import inspect
+
+        row = _describe(known[options.name])
+        doc = inspect.getdoc(known[options.name].build) or ""
+        print(json.dumps(row, default=str, indent=2)) if options.json else _card(row, doc)
+        return 0
+    rows = [_describe(entry) for entry in known.values()]
+    print(json.dumps(rows, default=str, indent=2)) if options.json else _table(rows)
+    return 0

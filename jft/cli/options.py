@@ -1,0 +1,151 @@
+"""Configs on the command line: ``--config=FILE.py[:ARG]`` and ``--config.key=value``.
+
+A config file is Python with ``get_config() -> ConfigDict`` (or ``get_config(arg)``, where ``:ARG`` is passed as it is).
+An override must name a key that is there, or one inside a part that its owner reads freely and checks itself
+(``method``: the preset's options; ``data``, ``eval_data``: the source's). Values are Python literals, else strings.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import runpy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jft.cli.errors import Parser, UsageError, nearest
+
+# Parts of a config whose keys are the options of whatever their `name` or `source` says.
+OPEN = frozenset({"method", "data", "eval_data", "options", "arch"})
+WORDS = {"true": True, "false": False, "none": None, "null": None}
+
+
+def load(spec: str) -> ConfigDict:
+    """The config that ``FILE.py`` or ``FILE.py:ARG`` describes, or the ``config.json`` that a run left.
+
+    Raises :class:`UsageError` for a missing file, a file without ``get_config``, or an argument it does not take.
+    """
+    path, colon, argument = spec.partition(":")
+    if not Path(path).is_file():
+        raise UsageError(f"config file {path!r} does not exist{_beside(path)}")
+    if path.endswith(".json"):
+        return ConfigDict(json.loads(Path(path).read_text(encoding="utf-8")))
+    get_config = runpy.run_path(path).get("get_config")
+    if get_config is None:
+        raise UsageError(f"config file {path!r} defines no get_config(); it must return an ml_collections ConfigDict")
+    takes = inspect.signature(get_config).parameters
+    if colon and not takes:
+        raise UsageError(f"config file {path!r} takes no argument, but {argument!r} was given after the colon")
+    config = get_config(argument) if colon else get_config()
+    if not isinstance(config, ConfigDict):
+        raise UsageError(f"get_config() of {path!r} returned {type(config).__name__}, not an ml_collections ConfigDict")
+    return config
+
+
+def _beside(path: str) -> str:
+    folder = Path(path).parent
+    return nearest(Path(path).name, [p.name for p in folder.glob("*.py")]) if folder.is_dir() else ""
+
+
+def value(text: str) -> Any:
+    """``text`` as a Python literal (``3``, ``1e-4``, ``(0, 1)``, ``None``), ``true``/``false``, or the string itself."""
+    if text.lower() in WORDS:
+        return WORDS[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, item in config.items():
+        keys.append(prefix + key)
+        if isinstance(item, Mapping | ConfigDict):
+            keys += _flat(item, f"{prefix}{key}.")
+    return keys
+
+
+def is_open(path: str) -> bool:
+    """Whether a key may be added at the dotted ``path``: it lies inside a part that its owner checks."""
+    return any(part in OPEN for part in path.split(".")[:-1])
+
+
+def override(config: ConfigDict, path: str, text: str, may_add: Callable[[str], bool] = is_open) -> None:
+    """Set the dotted ``path`` of ``config`` to ``value(text)``, in the type of the value that stands there.
+
+    Raises :class:`UsageError` for an unknown key (naming the nearest) or a value of another type.
+    """
+    *parents, last = path.split(".")
+    node: Any = config
+    known = any(path == p for p in _flat(config))
+    if not known and not may_add(path):
+        raise UsageError(f"unknown config key {path!r}{nearest(path, _flat(config))}")
+    for key in parents:
+        if not isinstance(node, ConfigDict):
+            raise UsageError(f"config key {path!r}: nothing can be set below a plain value")
+        if key not in node:
+            with node.unlocked():
+                node[key] = ConfigDict()
+        node = node[key]
+    old, new = node.get(last), value(text)
+    if isinstance(old, ConfigDict) and not isinstance(new, dict):
+        raise UsageError(f"config key {path!r} is a group of keys ({', '.join(old) or 'empty'}), not a value")
+    with node.unlocked(), node.ignore_type():
+        node[last] = _typed(path, old, new, text)
+
+
+def _typed(path: str, old: Any, new: Any, text: str) -> Any:
+    """``new`` in the type of ``old``: integers widen to floats, sequences to the kind that was there."""
+    if old is None or new is None:
+        return new
+    if isinstance(old, str):
+        return text
+    if isinstance(old, ConfigDict):
+        return ConfigDict(new)
+    if isinstance(old, float) and isinstance(new, int) and not isinstance(new, bool):
+        return float(new)
+    if isinstance(old, list | tuple):
+        return type(old)(new) if isinstance(new, list | tuple) else type(old)([new])
+    if type(old) is not type(new):
+        raise UsageError(f"config key {path!r} is {type(old).__name__} ({old!r}); {text!r} is not")
+    return new
+
+
+def parse(
+    parser: Parser,
+    argv: Sequence[str],
+    default: str | None = None,
+    may_add: Callable[[str], bool] = is_open,
+    what: str = "the one shipped with jft",
+) -> tuple[Any, ConfigDict]:
+    """``(options, config)``: the parser's own options, and the config with its overrides applied in order.
+
+    default: the config where none is given; ``what`` says which that is in the help.
+    """
+    parser.add_argument(
+        "--config", metavar="FILE.py[:ARG]", help=f"the config (default: {what})" if default else "the config"
+    )
+    parser.add_argument_group("overrides", "--config.KEY=VALUE sets one key of it, e.g. --config.optimizer.lr=3e-4")
+    options, rest = parser.parse_known_args(argv)
+    spec = options.config or default
+    if spec is None:
+        parser.error("--config=FILE.py is needed")
+    config, pairs = load(spec), []
+    words = iter(rest)
+    for word in words:
+        if not word.startswith("--config."):
+            parser.unknown(word)
+        key, equals, text = word.removeprefix("--config.").partition("=")
+        if not equals:
+            text = next(words, None)
+            if text is None:
+                raise UsageError(f"config key {key!r} is given no value; write --config.{key}=VALUE")
+        pairs.append((key, text))
+    for key, text in pairs:
+        override(config, key, text, may_add)
+    return options, config

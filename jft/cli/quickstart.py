@@ -1,0 +1,60 @@
+"""Run a study: base, tasks, methods, arithmetic, one report. Without --config a small one that needs no download.
+
+jft quickstart --workdir=DIR pretrains two small models (a vision transformer, a language model), fine-tunes them by
+several methods, adds and negates the task vectors, and writes DIR/report.html, results.json, CSV tables and plots. A config
+of your own (configs/clip_eight.py) runs through the same steps. What DIR holds already is not run again.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from jft.cli import options
+from jft.cli.errors import Parser
+
+
+def shipped(name: str) -> str:
+    """The path of a config that comes with jft, from a clone or from an installed package.
+
+    Raises ``ValueError`` where neither has it.
+    """
+    package = Path(__file__).parents[1]
+    places = [package / "configs" / name, package.parent / "configs" / name]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise ValueError(f"this installation has no {name}; give --config=FILE.py from a clone's configs/")
+    return str(found)
+
+
+def may_add(path: str) -> bool:
+    """Whether an override may add the dotted ``path``: a key of the train config where a study has a partial one."""
+    from jft.analysis.settings import OF_TASK
+    from jft.train import config
+
+    match path.split("."):
+        case ["studies", _, "common", *rest] | ["studies", _, "base", "train", *rest]:
+            own: tuple[str, ...] = ()
+        case ["studies", _, "tasks", _, *rest]:
+            own = OF_TASK
+        case ["studies", _, "methods", _, *rest]:
+            own = ()
+        case _:
+            return False
+    key = ".".join(rest)
+    known = {name for name, _, _ in config.documentation()}
+    return bool(rest) and (rest[0] in own or key in known or options.is_open(key))
+
+
+def main(argv: Sequence[str]) -> int:
+    """``jft quickstart [--workdir=DIR] [--config=FILE.py] [--config.KEY=VALUE]``."""
+    parser = Parser(prog="jft quickstart", description=__doc__)
+    parser.add_argument("--workdir", default="runs/quickstart", help="where everything goes (default: %(default)s)")
+    given, config = options.parse(parser, argv, shipped("quickstart.py"), may_add)
+
+    from jft.analysis import study
+
+    path = study.run(config, Path(given.workdir), shlex.join(["jft", "quickstart", *argv]))
+    print(f"report: {path}")
+    return 0

@@ -1,0 +1,71 @@
+"""A run taken up again from its workdir: config, model, base, and the parameters it ended with."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jft.cli.errors import Parser, UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """config: a :class:`jft.train.config.Config`. train, test: loaders; test is None where the config has no eval_data."""
+
+    config: Any
+    workdir: Path | None
+    model: Any
+    base: Any
+    train: Any
+    test: Any
+
+    def params(self) -> Any:
+        """What the run ended with: the base plus its task vector. Raises ``ValueError`` where there is none yet."""
+        from jft import delta
+
+        path = self.workdir / "task_vector.safetensors" if self.workdir else None
+        if path is None or not path.is_file():
+            raise ValueError(
+                f"{path or 'the run'} does not exist: the run is not finished; `jft train` goes on with it"
+            )
+        return delta.apply(self.base, delta.TaskVector.load(path))
+
+
+def restore(config: Any, workdir: Path | None) -> Restored:
+    """The run that ``config`` describes; ``workdir`` is where it ran, None to have its base alone."""
+    from jft import parallel
+    from jft.train import job
+    from jft.train.config import check
+
+    said = check(config)
+    if not said.data:
+        raise ValueError("config.data is empty; say at least data.source (see jft.data)")
+    mesh = parallel.make_mesh(dataclasses.asdict(said.mesh))
+    train, test = job.loaders(said, workdir)
+    placed = mesh if mesh.size > 1 else None
+    model, base = job.build_model(said.model, said.seed, placed, train.classes, train.tokenizer)
+    return Restored(said, workdir, model, base, train, test)
+
+
+def start() -> None:
+    """Join the other processes of a multi-host run; with ``JFT_MULTIHOST=1`` JAX finds them (TPU pods, SLURM)."""
+    from jft import parallel
+
+    parallel.start(cluster=os.environ.get("JFT_MULTIHOST", "") not in ("", "0"))
+
+
+def config_of(parser: Parser, argv: Sequence[str]) -> str | None:
+    """``config.json`` in the ``--workdir`` among ``argv``: the config of a run need not be given again.
+
+    Raises :class:`UsageError` for a workdir that does not exist.
+    """
+    workdir = parser.parse_known_args(argv)[0].workdir
+    if workdir is None:
+        return None
+    if not Path(workdir).is_dir():
+        raise UsageError(f"workdir {workdir!r} does not exist")
+    kept = Path(workdir) / "config.json"
+    return str(kept) if kept.is_file() else None

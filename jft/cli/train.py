@@ -1,0 +1,59 @@
+"""Fine-tune a model, or train one from scratch, as a config says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jft.cli import options, restored
+from jft.cli.errors import Parser
+
+EXAMPLES = """
+  jft train --config=configs/llm.py:qwen2.5-0.5b,lora --workdir=runs/qwen
+  jft train --config=configs/decoder_sft.py --workdir=runs/sft --config.model.source=DIR --config.optimizer.lr=3e-5
+
+The workdir gets config.json, metrics.jsonl, checkpoints/ and task_vector.safetensors; started again with the same workdir,
+a run goes on where it stopped. `--keys` lists every key of a config.
+"""
+
+
+def keys() -> str:
+    """Every key of a train config with its default and meaning."""
+    from jft.train.config import documentation
+
+    rows = [(key, repr(default), doc) for key, default, doc in documentation()]
+    width = max(len(key) for key, _, _ in rows)
+    return "\n".join(f"  --config.{key:<{width}}  {doc} (default {default})" for key, default, doc in rows)
+
+
+def may_add(path: str) -> bool:
+    """Whether an override may add the dotted ``path``: any key of the schema, and the options of open parts."""
+    from jft.train.config import documentation
+
+    return options.is_open(path) or path in {key for key, _, _ in documentation()}
+
+
+def main(argv: Sequence[str]) -> int:
+    """``jft train --config=FILE.py[:ARG] --workdir=DIR [--config.KEY=VALUE]``."""
+    parser = Parser(prog="jft train", description=__doc__, epilog=EXAMPLES)
+    parser.add_argument("--workdir", help="where the run goes (required)")
+    parser.add_argument("--keys", action="store_true", help="list every key of a config, its default and meaning")
+    if "--keys" in argv:
+        print(keys())
+        return 0
+    given, config = options.parse(parser, argv, may_add=may_add)
+    if not given.workdir:
+        parser.error("--workdir=DIR is needed")
+
+    from jft.train import Preempted, job
+    from jft.train.preemption import EXIT_CODE
+
+    restored.start()
+    try:
+        run = job.run(config, given.workdir)
+    except Preempted as stopped:
+        print(f"jft: {stopped}; the same command goes on from there")
+        return EXIT_CODE
+    last = run.metrics[-1] if run.metrics else {}
+    loss = f", {last['split']} loss {last['loss']:.4g}" if "loss" in last else ""
+    print(f"done: step {int(run.state.step)}{loss}; task vector in {given.workdir}/task_vector.safetensors")
+    return 0
