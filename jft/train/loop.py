@@ -230,7 +230,9 @@ def finetune(
             if checkpoints is not None and (saves or stops):
                 checkpoints.save(state, done, stream.position(), evaluation if evaluates else None)
             if stops:
-                raise Preempted(done, saved=True)
+                stopped = Preempted(done)
+                progress.say(str(stopped))
+                raise stopped
         if begin == steps and eval_data is not None:
             evaluation = run_evaluation(begin, eval_data)
         if checkpoints is not None and checkpoints.options.best:

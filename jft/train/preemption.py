@@ -16,13 +16,12 @@ class Preempted(SystemExit):
     step: updates made. Uncaught, the process exits with code 75.
     """
 
-    def __init__(self, step: int, saved: bool):
+    def __init__(self, step: int):
         super().__init__(EXIT_CODE)
-        self.step, self.saved = step, saved
+        self.step = step
 
     def __str__(self) -> str:
-        how = "saved; run the same again to go on" if self.saved else "not saved: there is no workdir"
-        return f"stopped after step {self.step}, {how}"
+        return f"stopped after step {self.step}, saved; run the same again to go on"
 
 
 class Watch:
