@@ -8,6 +8,7 @@ from typing import Any
 from jft.parallel.rendezvous import meet
 
 COORDINATOR, PROCESSES, PROCESS_ID = "JFT_COORDINATOR", "JFT_NUM_PROCESSES", "JFT_PROCESS_ID"
+CLUSTER = "JFT_MULTIHOST"
 LATE = "jft.parallel.start() must come before the first use of JAX in this process"
 
 
@@ -16,14 +17,15 @@ def start(
     processes: int | None = None,
     process_id: int | None = None,
     *,
-    cluster: bool = False,
+    cluster: bool | None = None,
     timeout: int = 300,
 ) -> bool:
     """Connect this process to the others; true if the run has several. Call it once, before any array is made.
 
     coordinator ``host:port`` (process 0 listens there), processes (how many) and process_id (0, 1, ...) come from the
     arguments, else from ``JFT_COORDINATOR``, ``JFT_NUM_PROCESSES`` and ``JFT_PROCESS_ID``. Where none is given, the run is
-    a single process, unless ``cluster=True`` asks JAX to find them itself (TPU pods, SLURM, Open MPI, Kubernetes).
+    a single process, unless ``cluster=True`` or ``JFT_MULTIHOST=1`` asks JAX to find them itself (TPU pods, SLURM, Open
+    MPI, Kubernetes).
     ``timeout``: seconds to wait for all processes; with ``cluster=True`` JAX ends the process when they are over.
 
     Raises ``ValueError`` where only some of the three are given or one makes no sense, ``RuntimeError`` where JAX was
@@ -39,7 +41,7 @@ def start(
         "process_id": process_id if process_id is not None else _integer(PROCESS_ID),
     }
     if all(value is None for value in given.values()):
-        if not cluster:
+        if not (os.environ.get(CLUSTER, "0") != "0" if cluster is None else cluster):
             return False
         _initialize(timeout)
         return jax.process_count() > 1

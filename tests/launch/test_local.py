@@ -30,6 +30,8 @@ def test_one_failure_stops_the_others_and_is_returned():
 
 
 def test_wrong_use_is_refused():
-    done = subprocess.run([sys.executable, str(SCRIPT), "--processes", "0", "--", "true"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--processes", "0", "--", "true"], capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "at least 1" in done.stderr

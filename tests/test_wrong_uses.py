@@ -1,0 +1,206 @@
+"""Wrong uses, each with the one error it must give: it names the thing, the value and the way out."""
+
+import dataclasses
+import json
+import struct
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jft
+from tests.models.checkpoints import LLAMA, llama_tensors, write
+
+W = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
+PARAMS = {"w": jnp.asarray(W)}
+BATCHES = [{"x": np.ones((8, 4), np.float32), "labels": np.arange(8) % 3}]
+TEXT = [{"tokens": np.ones((4, 6), np.int32), "loss_mask": np.zeros((4, 6), np.float32)}]
+CONFIG = {
+    "steps": 2,
+    "batch_size": 8,
+    "model": {
+        "arch": "vision",
+        "options": {"image": 8, "patch": 4, "channels": 1, "width": 8, "layers": 1, "heads": 2, "hidden": 8},
+        "classes": 10,
+    },
+    "data": {"source": "digits", "split": "train"},
+    "optimizer": {"name": "adamw", "lr": 1e-3},
+    "log": {"progress": False},
+}
+
+
+def model(params, batch):
+    return batch["x"] @ params["w"]
+
+
+def job(tmp_path, **changes):
+    """Run the small config with some of its keys changed; ``section__key=value`` reaches into a section."""
+    from jft.train import job
+
+    config = json.loads(json.dumps(CONFIG))
+    for name, value in changes.items():
+        *sections, key = name.split("__")
+        node = config
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[key] = value
+    return job.run(config, tmp_path / "run")
+
+
+def finetune(**options):
+    return jft.finetune(model, PARAMS, BATCHES, **({"steps": 1, "log": {"progress": False}} | options))
+
+
+def checkpoint(tmp_path, change=None, **description):
+    """Load a small checkpoint after ``change(directory)``."""
+    directory = write(tmp_path, llama_tensors(), LLAMA | description)
+    if change:
+        change(directory)
+    return jft.load(directory)
+
+
+def weights(directory):
+    return directory / "model.safetensors"
+
+
+def truncate(directory):
+    data = weights(directory).read_bytes()
+    weights(directory).write_bytes(data[: len(data) // 2])
+
+
+def garbage(directory):
+    weights(directory).write_bytes(struct.pack("<Q", 1 << 40) + b"x" * 64)
+
+
+def rewrite(**tensors):
+    """A change that adds tensors, or with None removes them."""
+
+    def change(directory):
+        from safetensors.numpy import load_file, save_file
+
+        held = load_file(weights(directory)) | {k.replace("__", "."): v for k, v in tensors.items()}
+        save_file({k: v for k, v in held.items() if v is not None}, weights(directory))
+
+    return change
+
+
+def lines(tmp_path, text, **options):
+    file = tmp_path / "data.jsonl"
+    file.write_text(text)
+    config = {"source": "jsonl", "files": str(file), "task": "sft", "tokenizer": "bytes", "max_length": 64, **options}
+    loader = jft.data.build({"prompt": "q", "response": "a"} | config, batch_size=1)
+    read = iter(loader)
+    return [next(read) for _ in range(max(2, text.count("\n")))]
+
+
+def resume(tmp_path, **changes):
+    common = {"checkpoint__every": 1}
+    job(tmp_path, **common)
+    job(tmp_path, **common, **({"steps": 3} | changes))
+
+
+def vector(params=PARAMS):
+    return jft.TaskVector.between(params, jax.tree.map(lambda x: x + 1, params))
+
+
+def cut_file(tmp_path):
+    vector().save(tmp_path / "tau.safetensors")
+    data = (tmp_path / "tau.safetensors").read_bytes()
+    (tmp_path / "tau.safetensors").write_bytes(data[:-5])
+    jft.TaskVector.load(tmp_path / "tau.safetensors")
+
+
+USES = {
+    # config
+    "an unknown key": (lambda t: job(t, optimizer__lrr=1), "no key optimizer.lrr; did you mean optimizer.lr?"),
+    "a value of the wrong type": (lambda t: job(t, steps="many"), "config.steps is 'many'.*takes an integer"),
+    "an unknown method": (lambda t: job(t, method__name="lorra"), "'lorra' is unknown.*did you mean 'lora'"),
+    "an unknown option of a method": (lambda t: job(t, method={"name": "lora", "rnk": 2}), "no option 'rnk'.*'rank'"),
+    "a pattern that matches nothing": (
+        lambda t: job(t, method={"name": "pattern", "include": "atn"}), "'atn' matches no weight.*nearest.*attn"),
+    "a layer that is not there": (
+        lambda t: job(t, method={"name": "last_k_layers", "k": 3}), "layer -3 does not exist: the model has 1 layer"),
+    "an unknown optimizer": (lambda t: job(t, optimizer__name="adamm"), "adamm.*adamw"),
+    "an unknown architecture": (lambda t: job(t, model__arch="visio"), "'visio' is unknown.*'vision'"),
+    "an unknown field of an architecture": (
+        lambda t: job(t, model__options__widht=8), "no option 'widht'; did you mean 'width'"),
+    "sizes that do not fit": (lambda t: job(t, model__options__patch=3), "8.*3|3.*8"),
+    "both a source and an architecture": (lambda t: job(t, model__source="x"), "one of source.*and arch"),
+    "an unknown dtype": (lambda t: job(t, model__dtype="float8"), "model.dtype is 'float8'; choose one of"),
+    "a mesh for other devices": (lambda t: job(t, mesh__fsdp=3), "3.*8"),
+    "an accumulation that does not divide": (lambda t: job(t, accumulate=3), "batch of 8 does not divide into accumulate=3"),
+    "no data": (lambda t: job(t, data={}), "config.data is empty"),
+    # data
+    "an unknown source": (lambda t: job(t, data__source="digit"), "'digit'.*'digits'"),
+    "an unknown key of a source": (lambda t: job(t, data__rotat=90), "rotat.*rotate"),
+    "an unknown split": (lambda t: job(t, data__split="trian"), "trian.*train"),
+    "other classes than the model's": (lambda t: job(t, data__task="parity", model__classes=1), "classes|labels"),
+    "a missing file": (
+        lambda t: jft.data.build({"source": "jsonl", "files": "no/such.jsonl", "task": "lm"}, batch_size=1), "no/such.jsonl"),
+    "a line that is not JSON": (lambda t: lines(t, '{"q": "1", "a": "2"}\n{"q": \n'), "data.jsonl.*line 2|data.jsonl:2"),
+    "a record without the field": (lambda t: lines(t, '{"q": "1"}\n'), "'a'"),
+    "an empty file": (lambda t: lines(t, ""), "data.jsonl.*empty|empty.*data.jsonl|no records"),
+    "a response with nothing to learn": (lambda t: lines(t, '{"q": "1", "a": 5}\n'), "data.jsonl"),
+    "a loss mask without a target": (
+        lambda t: jft.finetune(
+            lambda p, b: jnp.zeros((*b["tokens"].shape, 3)) + p["w"].sum(), PARAMS, TEXT, steps=1, objective="lm"),
+        "weight 0|no target|loss_mask"),
+    # training
+    "a loss that is not finite": (
+        lambda t: jft.finetune(
+            lambda p, b: model(p, b) * jnp.nan, PARAMS, BATCHES, steps=1, log={"progress": False}), "not finite"),
+    "an unknown objective": (lambda t: finetune(objective="lmm"), "'lmm'.*lm"),
+    "a checkpoint of another method": (
+        lambda t: resume(t, method={"name": "lora", "rank": 1}), "method"),
+    "a checkpoint of another batch size": (lambda t: resume(t, batch_size=16), "8.*16|batch"),
+    "a checkpoint of another base": (lambda t: resume(t, seed=1), "base|seed"),
+    "a model too large for the device": (
+        lambda t: job(t, batch_size=512), "the step needs .* but a device has .*accumulate=4"),
+    # weights
+    "a directory that is not there": (lambda t: jft.load(t / "nothing"), "nothing"),
+    "a directory without config.json": (lambda t: checkpoint(t, lambda d: (d / "config.json").unlink()), "config.json"),
+    "an unknown model type": (lambda t: checkpoint(t, model_type="lama"), "'lama'.*llama"),
+    "an unsupported feature": (
+        lambda t: checkpoint(t, rope_scaling={"rope_type": "spiral", "factor": 2.0}), "spiral"),
+    "a truncated file": (lambda t: checkpoint(t, truncate), "model.safetensors.*truncated|bytes"),
+    "a corrupt header": (lambda t: checkpoint(t, garbage), "model.safetensors"),
+    "a missing tensor": (
+        lambda t: checkpoint(t, rewrite(model__norm__weight=None)), "model.norm.weight"),
+    "a tensor of another shape": (
+        lambda t: checkpoint(t, rewrite(model__norm__weight=np.ones(5, np.float32))), "model.norm.weight.*5"),
+    "a tensor that belongs nowhere": (
+        lambda t: checkpoint(t, rewrite(model__extra__weight=np.ones(5, np.float32))), "model.extra.weight"),
+    # task vectors
+    "a task vector on another base": (
+        lambda t: jft.apply({"w": PARAMS["w"] + 1}, vector()), "fingerprint"),
+    "task vectors of two bases": (
+        lambda t: vector() + vector({"w": PARAMS["w"] * 2}), "base|fingerprint"),
+    "checkpoints of two structures": (
+        lambda t: jft.TaskVector.between(PARAMS, {"v": PARAMS["w"]}), "w"),
+    "a truncated task vector": (cut_file, "tau.safetensors"),
+    "weights of another number": (
+        lambda t: jft.merge.task_arithmetic([vector(), vector()], weights=[1.0]), "1.*2|2.*1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", USES)
+def test_wrong_use(name, tmp_path, monkeypatch):
+    use, message = USES[name]
+    if "too large" in name:
+        monkeypatch.setenv("JFT_DEVICE_MEMORY", "200000")
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        use(tmp_path)
+    text = str(caught.value)
+    assert len(text) < 2000
+    assert not list(Path(tmp_path).rglob("*.tmp")), "a half-written file was left"
+
+
+def test_the_list_is_long_enough():
+    assert len(USES) >= 25
+
+
+def test_the_small_config_is_right_in_itself(tmp_path):
+    run = job(tmp_path)
+    assert dataclasses.is_dataclass(run) and run.state.step == 2
