@@ -28,7 +28,8 @@ TABLES = re.compile(r"(?:^|/)(?:table|embedding|cls|head/w)$|embed", re.IGNORECA
 class Optimizer:
     """An optimizer by name, with its schedule.
 
-    name: adamw, adam (without decay), sgd, lion, adafactor or muon (matrices only; the rest by AdamW).
+    name: adamw, adam (without decay), sgd, lion, adafactor or muon (matrices, each layer's by itself, scaled by
+    sqrt(max(1, out / in)); tables, biases and norms by AdamW with Nesterov momentum; Jordan et al. 2024).
     lr: the peak learning rate. weight_decay: decoupled and toward zero for every optimizer:
     ``value -= lr * weight_decay * value`` for the values that train; for LoRA these are the factors, so the *weight* is pulled
     to the base. decay: patterns of paths that decay; none: everything but biases and norms.
