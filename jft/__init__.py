@@ -33,7 +33,15 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from jft import analysis, data, delta, merge, methods, models, parallel, train, tree
+    import jft.analysis as analysis
+    import jft.data as data
+    import jft.delta as delta
+    import jft.merge as merge
+    import jft.methods as methods
+    import jft.models as models
+    import jft.parallel as parallel
+    import jft.train as train
+    import jft.tree as tree
     from jft.delta import TaskVector, apply, revert
     from jft.methods import method
     from jft.models import Model, load, save

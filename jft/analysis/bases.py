@@ -16,7 +16,7 @@ import numpy as np
 from jft import data, parallel, tree
 from jft.analysis import records, settings
 from jft.models.classifier import Classifier
-from jft.models.load import fetch
+from jft.models.loading import fetch
 from jft.models.model import Model
 from jft.train import job
 from jft.train.config import check

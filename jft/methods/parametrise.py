@@ -21,7 +21,7 @@ Array = jax.Array
 
 
 class Parametrisation(Protocol):
-    """What :class:`jft.methods.method.Plan` asks of each weight that trains."""
+    """What :class:`jft.methods.plan.Plan` asks of each weight that trains."""
 
     def init(self, key: Array, w: Array) -> tuple[Any, Any]:
         """``(kept, trained)`` for the base weight ``w``; together they must give ``w`` back exactly."""
@@ -134,8 +134,8 @@ class LowRankWeight:
         return take(self.w, ids, self.a.dtype) + self.scale * dot(rows, self.b)
 
     def __jft_transpose__(self) -> LowRankWeight:
-        swap = [jnp.swapaxes(x, -1, -2) for x in (self.w, self.b, self.a)]
-        return LowRankWeight(*swap, self.scale)
+        w, a, b = (jnp.swapaxes(x, -1, -2) for x in (self.w, self.b, self.a))
+        return LowRankWeight(w, a, b, self.scale)
 
 
 @dataclasses.dataclass(frozen=True)

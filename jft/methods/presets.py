@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jft.methods.method import Method, Select
+from jft.methods.plan import Method, Select
 from jft.methods.parametrise import InPlace, LowRank
 from jft.methods.registry import register
 

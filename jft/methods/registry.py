@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jft.methods.method import Method
+from jft.methods.plan import Method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Entry:
 
     @property
     def summary(self) -> str:
-        return inspect.getdoc(self.build).split("\n\n")[0].replace("\n", " ")
+        return (inspect.getdoc(self.build) or "").split("\n\n")[0].replace("\n", " ")
 
     @property
     def options(self) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from jft.models.classifier import Classifier
 from jft.models.core import Execution, Hooks
 from jft.models.hf.checkpoint import LoadError
-from jft.models.load import load
+from jft.models.loading import load
 from jft.models.model import Model
-from jft.models.save import save
+from jft.models.saving import save
 
 _LATE = {
     "ClipConfig": "jft.models.clip",

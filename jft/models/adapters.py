@@ -52,7 +52,7 @@ def from_nnx(module: Any, inputs: Inputs = _whole) -> tuple[Apply, Any]:
     """
     from flax import nnx
 
-    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    graph, params, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]  # "..." is the filter for the rest
     return _Nnx(graph, rest, inputs), nnx.to_pure_dict(params)
 
 

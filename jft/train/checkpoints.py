@@ -41,6 +41,9 @@ class Checkpointing:
             raise ValueError(f"checkpoint.every is {self.every} and keep {self.keep}; they are at least 0 and 1")
 
 
+SHOWN = 8  # differences named in an error
+
+
 class Changed(ValueError):
     """The run in the workdir is another one: the same name, but not the same base, method, optimizer or data."""
 
@@ -56,7 +59,11 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> No
     old, new = _dotted(saved), _dotted(json.loads(json.dumps(now)))
     keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k, "nothing") != new.get(k, "nothing")]
     if keys:
-        changes = "\n".join(f"  {k}: {old.get(k, 'nothing')!r} -> {new.get(k, 'nothing')!r}" for k in keys)
+        # What trains follows from the rest, leaf by leaf: shown last, and not to the last leaf.
+        keys.sort(key=lambda k: k.startswith("trained."))
+        lines = [f"  {k}: {old.get(k, 'nothing')!r} -> {new.get(k, 'nothing')!r}" for k in keys[:SHOWN]]
+        lines += [f"  and {len(keys) - SHOWN} more"] if len(keys) > SHOWN else []
+        changes = "\n".join(lines)
         raise Changed(
             f"the checkpoints in {where} are of another run, so going on from them would be wrong:\n{changes}\n"
             "undo the change, or give another workdir"

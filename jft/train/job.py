@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jft import data, methods, models, parallel, tree
-from jft.models.load import fetch
+from jft.models.loading import fetch
 from jft.train.config import Config, ModelConfig, check
 from jft.train.loop import Run, finetune
 
@@ -38,6 +38,7 @@ def run(config: Any, workdir: str | Path) -> Run:
     said = check(config)
     if not said.data:
         raise ValueError("config.data is empty; say at least data.source (see jft.data)")
+    _one_base(said.model)
     method = methods.method(**said.method)
     mesh = parallel.make_mesh(dataclasses.asdict(said.mesh))
     workdir = Path(workdir)
@@ -82,8 +83,7 @@ def build_model(said: ModelConfig, seed: int = 0, mesh: Any = None, classes: Any
     for name in ("dtype", "param_dtype"):
         if getattr(said, name) not in DTYPES:
             raise ValueError(f"config.model.{name} is {getattr(said, name)!r}; choose one of {', '.join(DTYPES)}")
-    if bool(said.source) == bool(said.arch):
-        raise ValueError("config.model needs one of source (pretrained) and arch (random weights), not both or neither")
+    _one_base(said)
     count = said.classes
     if count < 0:
         if not classes:
@@ -103,6 +103,11 @@ def build_model(said: ModelConfig, seed: int = 0, mesh: Any = None, classes: Any
         model, params = _from_scratch(said, seed, mesh, count, tokenizer)
     _check_vocabulary(params, tokenizer)
     return model.with_(dtype=jnp.dtype(said.dtype), remat=said.remat), params
+
+
+def _one_base(said: ModelConfig) -> None:
+    if bool(said.source) == bool(said.arch):
+        raise ValueError("config.model needs one of source (pretrained) and arch (random weights), not both or neither")
 
 
 def _from_scratch(said: ModelConfig, seed: int, mesh: Any, classes: int, tokenizer: Any) -> Any:

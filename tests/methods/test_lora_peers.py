@@ -1,5 +1,7 @@
 """LoRA against peft on the same weights: outputs, gradients, merged weights."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,9 @@ import jft
 
 pytestmark = [
     pytest.mark.peers,
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # peft reads it, transformers renamed it
+    pytest.mark.filterwarnings(
+        "ignore:.*is_gradient_checkpointing.*:FutureWarning"
+    ),  # peft reads it, transformers renamed it
 ]
 
 RANK, ALPHA = 4, 8
@@ -83,14 +87,14 @@ def test_outputs_and_gradients(pair):
     np.testing.assert_allclose(logits, expected.detach().numpy(), atol=1e-5)
     for path, leaf in stacked(theirs, lambda x: x.grad.numpy()).items():
         for part, want in leaf.items():
-            np.testing.assert_allclose(grads[path][part], want, atol=1e-5 * max(1.0, float(jnp.abs(want).max())), err_msg=path)
+            np.testing.assert_allclose(
+                grads[path][part], want, atol=1e-5 * max(1.0, float(jnp.abs(want).max())), err_msg=path
+            )
     assert all(p.grad is None for n, p in theirs.named_parameters() if "lora" not in n)
 
 
 def test_merged_weights(pair):
-    import copy
-
-    torch, theirs, _, params, plan, kept, trained = pair
+    _, theirs, _, params, plan, kept, trained = pair
     merged = plan.merged(params, kept, trained)
     full = dict(copy.deepcopy(theirs).merge_and_unload().named_parameters())
     for target, name in TARGETS.items():
@@ -98,5 +102,6 @@ def test_merged_weights(pair):
         block = merged["layers"]["attn" if target in "qkvo" else "mlp"][target]["w"]
         np.testing.assert_allclose(block, want, atol=1e-5)
     encoded = plan.encode(params, kept, trained)
-    want = full["model.layers.1.self_attn.q_proj.weight"].detach().numpy().T - np.asarray(params["layers"]["attn"]["q"]["w"][1])
+    tuned, base = full["model.layers.1.self_attn.q_proj.weight"], params["layers"]["attn"]["q"]["w"][1]
+    want = tuned.detach().numpy().T - np.asarray(base)
     np.testing.assert_allclose(encoded["layers/attn/q/w"].dense()[1], want, atol=1e-5)

@@ -162,7 +162,8 @@ class Plan:
 
     def init(self, key: jax.Array, params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """``(kept, trained)``, both by path. Trained values are copies, safe to donate; kept ones are ``params``' own."""
-        kept, trained = {}, {}
+        kept: dict[str, Any] = {}
+        trained: dict[str, Any] = {}
         for path, w in tree.flatten(params).items():
             how = self.leaves.get(path)
             kept[path], trained[path] = (w, None) if how is None else how.init(tree.key_for(key, path), w)
@@ -199,7 +200,8 @@ class Plan:
 
     def specs(self, specs: Mapping[str, PartitionSpec], params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Shardings of :meth:`init`'s result, from those of the weights by path."""
-        kept, trained = {}, {}
+        kept: dict[str, Any] = {}
+        trained: dict[str, Any] = {}
         for path, w in tree.flatten(params).items():
             how = self.leaves.get(path)
             kept[path], trained[path] = (specs[path], None) if how is None else how.specs(specs[path], w)

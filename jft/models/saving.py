@@ -19,7 +19,7 @@ from jft.models.classifier import Classifier
 from jft.models.hf import heads, reader, registry, writer
 from jft.models.hf.checkpoint import NAMES, read_json
 from jft.models.hf.mapping import Family, Source
-from jft.models.load import fetch
+from jft.models.loading import fetch
 from jft.models.model import Model
 
 COMPANIONS = (
