@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jft.methods.plan import Method, Select
 from jft.methods.parametrise import InPlace, LowRank
+from jft.methods.plan import Method, Select
 from jft.methods.registry import register
 
 
