@@ -46,7 +46,7 @@ def attention(
 
     q ``[B, T, H, K]``, k and v ``[B, S, G, K]`` with H a multiple of G; ``visible`` bool ``[B, T, S]`` or None; bias
     ``[H, T, S]`` or None. Scores and softmax are float32; ``softcap`` c replaces a score s by ``c tanh(s / c)``.
-    A query that sees nothing (padding) gets zeros. Returns ``[B, T, H, K]``.
+    A query that sees nothing (padding) gets the mean of all values: finite, and read by nobody. Returns ``[B, T, H, K]``.
     """
     B, T, H, K = q.shape
     G = k.shape[2]
@@ -58,10 +58,7 @@ def attention(
     if bias is not None:
         scores = scores + bias.astype(precise).reshape(1, G, H // G, *bias.shape[1:])
     if visible is not None:
-        seen = visible[:, None, None]
-        scores = jnp.where(seen, scores, jnp.finfo(precise).min)
+        scores = jnp.where(visible[:, None, None], scores, jnp.finfo(precise).min)
     weights = jax.nn.softmax(scores, axis=-1)
-    if visible is not None:
-        weights = jnp.where(seen, weights, 0.0)
     out = jnp.einsum("bghts,bsgk->btghk", weights.astype(v.dtype), v, preferred_element_type=precise)
     return out.reshape(B, T, H, K).astype(v.dtype)
