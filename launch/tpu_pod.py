@@ -1,12 +1,13 @@
 """Start the same command on every host of a TPU pod slice.
 
     python launch/tpu_pod.py --name my-slice --zone us-central2-b -- \\
-        jft train --config=configs/llm.py:llama3-8b,lora --workdir=gs://BUCKET/run
+        jft train --config=configs/llm.py:llama3-8b,lora --workdir=/mnt/shared/run
 
 Copies the tracked files of this clone to every worker, makes one virtual environment there (only again when
 pyproject.toml has changed), and runs the command on all workers at once with JFT_MULTIHOST=1, so that the processes find
 each other through the TPU's own metadata. Needs the gcloud command and ssh access to the slice. Every step is a gcloud
-call that --dry-run prints instead. The workdir must be one that all hosts share (a bucket).
+call that --dry-run prints instead. The workdir must be a directory that all hosts share: NFS, or a bucket
+mounted with gcsfuse.
 
 --retries N starts the command again when it fails, after a preemption or a maintenance event: jft resumes from its last
 whole checkpoint.

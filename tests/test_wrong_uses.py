@@ -46,7 +46,7 @@ def job(tmp_path, **changes):
         for section in sections:
             node = node.setdefault(section, {})
         node[key] = value
-    return job.run(config, tmp_path / "run")
+    return job.run(config, f"{tmp_path}/run")
 
 
 def finetune(**options):
@@ -131,6 +131,7 @@ USES = {
     "an unknown dtype": (lambda t: job(t, model__dtype="float8"), "model.dtype is 'float8'; choose one of"),
     "a mesh for other devices": (lambda t: job(t, mesh__fsdp=3), "3.*8"),
     "an accumulation that does not divide": (lambda t: job(t, accumulate=3), "batch of 8 does not divide into accumulate=3"),
+    "a workdir that is a URL": (lambda t: job("gs://bucket"), "gs://bucket/run is a URL"),
     "no data": (lambda t: job(t, data={}), "config.data is empty"),
     # data
     "an unknown source": (lambda t: job(t, data__source="digit"), "'digit'.*'digits'"),

@@ -41,7 +41,7 @@ def run(config: Any, workdir: str | Path) -> Run:
     _one_base(said.model)
     method = methods.method(**said.method)
     mesh = parallel.make_mesh(dataclasses.asdict(said.mesh))
-    workdir = Path(workdir)
+    workdir = _directory(workdir)
     train, test = loaders(said, workdir)
     tokenizer = train.tokenizer
     model, params = build_model(said.model, said.seed, mesh if mesh.size > 1 else None, train.classes, tokenizer)
@@ -103,6 +103,13 @@ def build_model(said: ModelConfig, seed: int = 0, mesh: Any = None, classes: Any
         model, params = _from_scratch(said, seed, mesh, count, tokenizer)
     _check_vocabulary(params, tokenizer)
     return model.with_(dtype=jnp.dtype(said.dtype), remat=said.remat), params
+
+
+def _directory(workdir: str | Path) -> Path:
+    """A path all processes can write to; checkpoints are renamed and metrics appended, which object stores cannot do."""
+    if "://" in str(workdir):
+        raise ValueError(f"workdir {workdir} is a URL; give a directory, for a bucket one where it is mounted (gcsfuse)")
+    return Path(workdir)
 
 
 def _one_base(said: ModelConfig) -> None:
