@@ -1,7 +1,7 @@
 """Start the same command on every host of a TPU pod slice.
 
     python launch/tpu_pod.py --name my-slice --zone us-central2-b -- \\
-        jft train --config=configs/llm.py:llama3-8b,lora --workdir=/mnt/shared/run
+        jft train --config=configs/llm.py:llama-3.1-8b,lora --workdir=/mnt/shared/run
 
 Copies the tracked files of this clone to every worker, makes one virtual environment there (only again when
 pyproject.toml has changed), and runs the command on all workers at once with JFT_MULTIHOST=1, so that the processes find
