@@ -108,7 +108,9 @@ def build_model(said: ModelConfig, seed: int = 0, mesh: Any = None, classes: Any
 def _directory(workdir: str | Path) -> Path:
     """A path all processes can write to; checkpoints are renamed and metrics appended, which object stores cannot do."""
     if "://" in str(workdir):
-        raise ValueError(f"workdir {workdir} is a URL; give a directory, for a bucket one where it is mounted (gcsfuse)")
+        raise ValueError(
+            f"workdir {workdir} is a URL; give a directory, for a bucket one where it is mounted (gcsfuse)"
+        )
     return Path(workdir)
 
 
