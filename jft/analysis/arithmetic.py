@@ -77,7 +77,7 @@ def negation(
         base, vector, functools.partial(score, target, "validation"), control, grid, threshold
     )
     after = delta.apply(base, vector, scale=-found.best, check=False)
-    row = {
+    row: dict[str, Any] = {
         "coefficient": found.best,
         "target": score(target, "test", after),
         "control": control(after, "test"),

@@ -52,12 +52,15 @@ def linear_probe(x: np.ndarray, labels: np.ndarray, classes: int, penalty: float
     into w and b. Raises ``ValueError`` where a class has no example or a label is out of range.
     """
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
     found = np.unique(labels)
     if len(found) != classes or found[0] < 0 or found[-1] >= classes:
         raise ValueError(f"a probe of {classes} classes needs examples of each; the labels are {found.tolist()}")
     mean, deviation = x.mean(axis=0), x.std(axis=0) + 1e-6
-    fitted = LogisticRegression(C=1 / penalty, max_iter=10_000).fit((x - mean) / deviation, labels)
+    # Each iteration is a small product: more threads than one spend their time waiting for each other.
+    with threadpool_limits(1):
+        fitted = LogisticRegression(C=1 / penalty, max_iter=10_000).fit((x - mean) / deviation, labels)
     w, b = fitted.coef_.T, fitted.intercept_
     if classes == 2:  # one column of log-odds: shared out between the two classes
         w, b = np.concatenate([-w, w], axis=1) / 2, np.concatenate([-b, b]) / 2

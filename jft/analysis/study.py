@@ -40,8 +40,9 @@ def study(**parts: Any) -> ConfigDict:
     partial train config of all runs. tasks: ``{name: partial train config}``, and beside its keys ``test_data``, ``names``
     and ``templates`` (for zero-shot heads). methods: ``{name: partial train config}``, at least ``method``.
     splits: the ``split`` that ``data``, ``eval_data`` (validation) and ``test_data`` have where a task gives ``data`` alone.
-    head: ``kind`` probe (linear, fitted on the frozen base), zero_shot (CLIP) or none; ``penalty`` of the probe; ``examples``
-    it is fitted on at most (0: all); ``pad``: all heads have as many columns as the widest, so that steps compile once.
+    head: ``kind`` probe (linear, fitted on the frozen base), zero_shot (CLIP) or none; ``pool``: what it reads, as in
+    ``model.pool``; ``penalty`` of the probe; ``examples`` it is fitted on at most (0: all); ``pad``: all heads
+    have as many columns as the widest, so that steps compile once.
     arithmetic: ``points`` of the coefficient grid on [0, ``largest``]; ``addition``, ``negation``: whether to; ``control``:
     the task that negation must keep (empty: the mean of all others) and the share ``threshold`` of it.
     """
@@ -55,7 +56,7 @@ def study(**parts: Any) -> ConfigDict:
             "tasks": {},
             "methods": {},
             "splits": {"data": "train", "eval_data": "validation", "test_data": "test"},
-            "head": {"kind": "probe", "penalty": 1.0, "examples": 0, "pad": True},
+            "head": {"kind": "probe", "pool": "auto", "penalty": 1.0, "examples": 0, "pad": True},
             "arithmetic": {
                 "points": 21,
                 "largest": 1.0,

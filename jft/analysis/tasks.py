@@ -115,15 +115,15 @@ def _head(config: Mapping[str, Any], base: Base, name: str, loaders: Mapping[str
 
         templates = task.get("templates") or ("a photo of a {}.",)
         return heads.zero_shot(base.model, base.params, resolve(base.tokenizer, ()), names, templates)
-    model = _classifier(base.model, len(names))
+    model = _classifier(base.model, len(names), options["pool"])
     x, labels = heads.features(model, base.params, loaders["train"], options["examples"])
     return heads.linear_probe(x, labels, len(names), options["penalty"])
 
 
 @functools.cache
-def _classifier(backbone: Model, classes: int) -> Model:
+def _classifier(backbone: Model, classes: int, pool: str) -> Model:
     """The same object for equal arguments: bound methods compare by it, and equal ones share compiled steps."""
-    return Model(Classifier(backbone.config, classes), backbone.execution)
+    return Model(Classifier(backbone.config, classes, pool), backbone.execution)
 
 
 def _task(
@@ -133,7 +133,7 @@ def _task(
     if head is not None:
         write_params({"classifier": head}, workdir / name / "head.safetensors")
         head = jax.tree.map(jnp.asarray, head)
-        model = _classifier(base.model, head["b"].shape[0])
+        model = _classifier(base.model, head["b"].shape[0], config["head"]["pool"])
     which = objective(settings.of_run(config, name).objective or ("lm" if head is None else "classification"))
     classes = loaders["train"].classes
     task = Task(

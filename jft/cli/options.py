@@ -70,12 +70,12 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> list[str]:
     return keys
 
 
-def is_open(path: str) -> bool:
+def is_open(path: str, config: Any = None) -> bool:
     """Whether a key may be added at the dotted ``path``: it lies inside a part that its owner checks."""
     return any(part in OPEN for part in path.split(".")[:-1])
 
 
-def override(config: ConfigDict, path: str, text: str, may_add: Callable[[str], bool] = is_open) -> None:
+def override(config: ConfigDict, path: str, text: str, may_add: Callable[[str, Any], bool] = is_open) -> None:
     """Set the dotted ``path`` of ``config`` to ``value(text)``, in the type of the value that stands there.
 
     Raises :class:`UsageError` for an unknown key (naming the nearest) or a value of another type.
@@ -83,7 +83,7 @@ def override(config: ConfigDict, path: str, text: str, may_add: Callable[[str], 
     *parents, last = path.split(".")
     node: Any = config
     known = any(path == p for p in _flat(config))
-    if not known and not may_add(path):
+    if not known and not may_add(path, config):
         raise UsageError(f"unknown config key {path!r}{nearest(path, _flat(config))}")
     for key in parents:
         if not isinstance(node, ConfigDict):
@@ -120,7 +120,7 @@ def parse(
     parser: Parser,
     argv: Sequence[str],
     default: str | None = None,
-    may_add: Callable[[str], bool] = is_open,
+    may_add: Callable[[str, Any], bool] = is_open,
     what: str = "the one shipped with jft",
 ) -> tuple[Any, ConfigDict]:
     """``(options, config)``: the parser's own options, and the config with its overrides applied in order.
@@ -142,8 +142,8 @@ def parse(
             parser.unknown(word)
         key, equals, text = word.removeprefix("--config.").partition("=")
         if not equals:
-            text = next(words, None)
-            if text is None:
+            text = next(words, "")
+            if not text:
                 raise UsageError(f"config key {key!r} is given no value; write --config.{key}=VALUE")
         pairs.append((key, text))
     for key, text in pairs:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jft.cli import options
 from jft.cli.errors import Parser
@@ -28,23 +29,27 @@ def shipped(name: str) -> str:
     return str(found)
 
 
-def may_add(path: str) -> bool:
-    """Whether an override may add the dotted ``path``: a key of the train config where a study has a partial one."""
+def may_add(path: str, given: Any) -> bool:
+    """Whether an override may add the dotted ``path`` to the config ``given``.
+
+    It may where a study has a partial train config and the key is of that; not a new study, task or method.
+    """
     from jft.analysis.settings import OF_TASK
     from jft.train import config
 
+    own: tuple[str, ...]
     match path.split("."):
-        case ["studies", _, "common", *rest] | ["studies", _, "base", "train", *rest]:
-            own: tuple[str, ...] = ()
-        case ["studies", _, "tasks", _, *rest]:
-            own = OF_TASK
-        case ["studies", _, "methods", _, *rest]:
-            own = ()
+        case ["studies", name, "common", *rest] | ["studies", name, "base", "train", *rest]:
+            own, there = (), name in given.studies
+        case ["studies", name, "tasks", task, *rest]:
+            own, there = OF_TASK, name in given.studies and task in given.studies[name].tasks
+        case ["studies", name, "methods", method, *rest]:
+            own, there = (), name in given.studies and method in given.studies[name].methods
         case _:
             return False
     key = ".".join(rest)
     known = {name for name, _, _ in config.documentation()}
-    return bool(rest) and (rest[0] in own or key in known or options.is_open(key))
+    return there and bool(rest) and (rest[0] in own or key in known or options.is_open(key))
 
 
 def main(argv: Sequence[str]) -> int:

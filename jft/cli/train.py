@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from jft.cli import options, restored
 from jft.cli.errors import Parser
@@ -25,7 +26,7 @@ def keys() -> str:
     return "\n".join(f"  --config.{key:<{width}}  {doc} (default {default})" for key, default, doc in rows)
 
 
-def may_add(path: str) -> bool:
+def may_add(path: str, config: Any = None) -> bool:
     """Whether an override may add the dotted ``path``: any key of the schema, and the options of open parts."""
     from jft.train.config import documentation
 

@@ -1,0 +1,49 @@
+"""Every config that is shipped passes the check of what it is for."""
+
+from pathlib import Path
+
+import pytest
+
+from jft import methods
+from jft.analysis import study
+from jft.cli import options
+from jft.train import Optimizer, optimizer
+from jft.train.config import check
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+STUDIES = ("quickstart", "clip_eight")
+RUNS = (
+    "decoder_sft",
+    "encoder_classification",
+    "llm",
+    *(f"llm:{m},{how}" for m in ("qwen3-8b", "gemma-2-2b") for how in ("full", "lora")),
+)
+
+
+def spec(name: str) -> str:
+    file, colon, argument = name.partition(":")
+    return f"{CONFIGS / file}.py{colon}{argument}"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_runs(name):
+    said = check(options.load(spec(name)))
+    methods.method(**said.method)
+    assert isinstance(optimizer(vars(said.optimizer)), Optimizer)
+    assert said.data["source"]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_studies(name):
+    study.check(options.load(spec(name)).to_dict())
+
+
+def test_no_config_is_left_out():
+    named = {name.partition(":")[0] for name in (*STUDIES, *RUNS)}
+    found = {path.stem for path in CONFIGS.glob("*.py")}
+    assert {stem for stem in found if not stem.startswith("quickstart_")} == named
+
+
+def test_a_wrong_name_is_refused():
+    with pytest.raises(ValueError, match="'qwen9' is not one of"):
+        options.load(spec("llm:qwen9"))

@@ -1,0 +1,69 @@
+"""A run from the command line to a directory that jft loads again."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import jft
+from jft.cli import main
+
+CONFIG = """
+from jft.train.config import default
+
+def get_config():
+    config = default()
+    config.model.arch, config.model.classes = "vision", -1
+    config.model.options = dict(image=8, patch=4, channels=1, width=16, layers=1, heads=2, hidden=32)
+    config.data = dict(source="digits", split="train")
+    config.eval_data = dict(source="digits", split="test")
+    config.steps, config.batch_size, config.log.progress = 4, 16, False
+    config.log.every = 1
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "config.py").write_text(CONFIG)
+    run = folder / "run"
+    argv = ["train", f"--config={folder / 'config.py'}", f"--workdir={run}", "--config.method.name=lora"]
+    assert main.call([*argv, "--config.method.rank=2", "--config.optimizer.lr", "1e-2"]) == 0
+    return run
+
+
+def test_train_writes_a_task_vector(workdir):
+    vector = jft.TaskVector.load(workdir / "task_vector.safetensors")
+    assert all(path.startswith("layers/") for path in vector.paths)
+    assert json.loads((workdir / "config.json").read_text())["method"] == {"name": "lora", "rank": 2}
+
+
+def test_eval_of_run_and_base(workdir, capsys):
+    assert main.call(["eval", f"--workdir={workdir}", "--json"]) == 0
+    tuned = json.loads(capsys.readouterr().out)
+    assert main.call(["eval", f"--workdir={workdir}", "--base", "--json"]) == 0
+    base = json.loads(capsys.readouterr().out)
+    logged = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert tuned["loss"] == pytest.approx(logged[-1]["loss"], rel=1e-5)
+    assert tuned["loss"] != base["loss"]
+
+
+def test_export_is_base_plus_task_vector(workdir, tmp_path, capsys):
+    out = tmp_path / "hf"
+    assert main.call(["export", f"--workdir={workdir}", f"--out={out}"]) == 0
+    model, params = jft.load(out, dtype="float32")
+    images = np.random.default_rng(0).normal(size=(4, 8, 8, 1)).astype(np.float32)
+    logits = model.apply(params, {"images": images})
+    assert logits.shape == (4, 10)
+    assert bool(jax.numpy.isfinite(logits).all())
+    assert main.call(["export", f"--workdir={workdir}", f"--out={out}"]) == 2
+    assert "not an empty directory" in capsys.readouterr().err
+
+
+def test_plot(workdir, capsys):
+    assert main.call(["plot", f"--workdir={workdir}"]) == 0
+    assert (workdir / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    assert main.call(["plot", f"--workdir={workdir}", "--metrics=train/lss"]) == 1
+    assert "train/loss" in capsys.readouterr().err
