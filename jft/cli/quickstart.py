@@ -8,6 +8,7 @@ of your own (configs/clip_eight.py) runs through the same steps. What DIR holds 
 from __future__ import annotations
 
 import shlex
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from jft.cli.errors import Parser
 
 
 def shipped(name: str) -> str:
-    """The path of a config that comes with jft, from a clone or from an installed package.
+    """The path of a config that comes with jft: the clone's ``configs/``, or where a wheel puts them.
 
     Raises ``ValueError`` where neither has it.
     """
-    package = Path(__file__).parents[1]
-    places = [package / "configs" / name, package.parent / "configs" / name]
+    clone = Path(__file__).parents[2]
+    places = [clone / "configs" / name, Path(sysconfig.get_path("data")) / "share" / "jft" / "configs" / name]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise ValueError(f"this installation has no {name}; give --config=FILE.py from a clone's configs/")
