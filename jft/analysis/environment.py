@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -17,11 +18,12 @@ def versions() -> dict[str, str]:
 
 
 def devices() -> str:
-    """``"8 x TPU v5 lite (tpu)"``."""
+    """``"8 x TPU v5 lite"``, or ``"1 x CPU with 2 cores"``."""
     import jax
 
     found = jax.devices()
-    return f"{len(found)} x {found[0].device_kind} ({found[0].platform})"
+    cpu = found[0].platform == "cpu"
+    return f"{len(found)} x " + (f"CPU with {os.cpu_count()} cores" if cpu else found[0].device_kind)
 
 
 def commit() -> str | None:

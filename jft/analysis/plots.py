@@ -213,7 +213,7 @@ def cosine_maps(cosine: Mapping[str, Sequence[Sequence[float]]], tasks: Sequence
             axis.text(
                 j,
                 i,
-                f"{values[i, j]:.2f}".replace("-", "−"),
+                f"{round(float(values[i, j]), 2) + 0.0:.2f}".replace("-", "−"),
                 ha="center",
                 va="center",
                 fontsize=7.5 if len(tasks) <= 8 else 5,
@@ -231,6 +231,15 @@ def cosine_maps(cosine: Mapping[str, Sequence[Sequence[float]]], tasks: Sequence
     return figure
 
 
+def _bytes(nbytes: float) -> str:
+    """A tick of an axis of sizes: ``20 kB``."""
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 999:
+            return f"{nbytes:g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:g} GB"
+
+
 @_styled
 def size_against_score(methods: Sequence[Mapping[str, Any]], label: str) -> Any:
     """Mean score over tasks against mean bytes of a task vector on disk (log axis), a point for each method."""
@@ -241,9 +250,14 @@ def size_against_score(methods: Sequence[Mapping[str, Any]], label: str) -> Any:
         axis.annotate(
             row["name"], (row["bytes"], row["score"]), xytext=(8, 0), textcoords="offset points", va="center", color=INK
         )
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda nbytes, _: _bytes(nbytes)))
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.margins(x=0.25, y=0.2)
-    axis.set_xlabel("task vector on disk, bytes")
+    axis.set_xlabel("task vector on disk")
     axis.set_ylabel(label)
     return figure
 

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--workdir", help="the run; without it, the base of --config is evaluated")
     parser.add_argument("--base", action="store_true", help="evaluate the base that the run started from")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    given, config = options.parse(parser, argv, restored.config_of(parser, argv), may_add, "that of the run")
+    given, config = options.parse(parser, argv, restored.config_of(argv), may_add, "that of the run")
 
     restored.start()
     run = restored.restore(config, Path(given.workdir) if given.workdir else None)

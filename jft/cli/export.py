@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="jft export", description=__doc__)
     parser.add_argument("--workdir", required=True, help="the run")
     parser.add_argument("--out", required=True, help="the directory to write; it must not exist, or be empty")
-    given, config = options.parse(parser, argv, restored.config_of(parser, argv), may_add, "that of the run")
+    given, config = options.parse(parser, argv, restored.config_of(argv), may_add, "that of the run")
     out = Path(given.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {given.out!r} exists and is not an empty directory; give another")

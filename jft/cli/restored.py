@@ -57,12 +57,14 @@ def start() -> None:
     parallel.start(cluster=os.environ.get("JFT_MULTIHOST", "") not in ("", "0"))
 
 
-def config_of(parser: Parser, argv: Sequence[str]) -> str | None:
+def config_of(argv: Sequence[str]) -> str | None:
     """``config.json`` in the ``--workdir`` among ``argv``: the config of a run need not be given again.
 
     Raises :class:`UsageError` for a workdir that does not exist.
     """
-    workdir = parser.parse_known_args(argv)[0].workdir
+    early = Parser(add_help=False)
+    early.add_argument("--workdir")
+    workdir = early.parse_known_args(argv)[0].workdir
     if workdir is None:
         return None
     if not Path(workdir).is_dir():
