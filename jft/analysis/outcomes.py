@@ -69,7 +69,8 @@ def _measured(
 ) -> dict[str, Any]:
     """The entry of ``runs`` in ``results.json``."""
     rows = [row for row in finished.metrics if row["split"] == "train"]
-    speeds = [row["steps_per_s"] for row in rows[1:] or rows]
+    # The first row has the compilation in it; one that follows another at once has no step to tell of.
+    speeds = [row["steps_per_s"] for row in rows[1:] if row["steps_per_s"] > 0]
     backbone = {key: value for key, value in finished.params.items() if task.head is None or key != "classifier"}
     thinned = rows[:: -(-len(rows) // POINTS)]
     return {
@@ -81,7 +82,7 @@ def _measured(
         "density": vector.nnz / tree.count(base.params),
         "bytes": path.stat().st_size,
         "norm": float(vector.norm()),
-        "step_seconds": 1 / float(np.median(speeds)),
+        "step_seconds": 1 / float(np.median(speeds)) if speeds else None,
         "seconds": time.perf_counter() - since,
         "curve": [{"step": row["step"], "loss": row["loss"]} for row in thinned],
     }

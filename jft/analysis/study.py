@@ -217,8 +217,10 @@ def _arithmetic(
 def _summary(method: str, config: Mapping[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over tasks, for one method."""
     mine = [run for run in runs if run["method"] == method]
-    keys = ("score", "trained", "density", "bytes", "step_seconds", "seconds")
-    means = {key: float(np.mean([run[key] for run in mine])) for key in keys}
+    means: dict[str, Any] = {}
+    for key in ("score", "trained", "density", "bytes", "step_seconds", "seconds"):
+        known = [run[key] for run in mine if run[key] is not None]
+        means[key] = float(np.mean(known)) if known else None
     options = dict(config["methods"][method].get("method", {}))
     preset = options.pop("name", "full")
     told = ", ".join(f"{key}={value!r}" for key, value in options.items())
