@@ -4,7 +4,7 @@
 
 The published recipe: the image encoder trains, zero-shot text heads stay frozen; AdamW, learning rate 1e-5, weight decay
 0.1, batches of 128, gradients clipped at 1, cosine after 500 warm-up steps; a tenth of each training split is held out to
-choose the coefficient. The authors' epochs (4 for SVHN to 76 for DTD) come to about 2000 steps each; all have 2000 here.
+choose the coefficient. The authors' epochs (4 for SVHN to 76 for DTD) come to about 2000 steps for each data set.
 Data come from TFDS (Cars and RESISC45 need a manual download, as TFDS says) and, for GTSRB, from the hub (`jft[hf]`).
 
 What to compare with, ViT-B/32, mean test accuracy over the eight (FusionBench, docs/modelpool/clip_vit.md): pretrained
@@ -17,25 +17,27 @@ from ml_collections import ConfigDict
 
 from jft.analysis.study import collection, study
 
-# name -> (TFDS data set, training split, test split, prompt). EuroSAT and RESISC45 have one split there: its last fifth is
-# the test split here. SUN397 is the first of its ten official partitions.
+BATCH = 128
+# name -> (TFDS data set, training split, its examples, published epochs, test split, prompt). EuroSAT and RESISC45 have one
+# split there: its last fifth is the test split here. SUN397 is the first of its ten official partitions.
 DATASETS = {
-    "SUN397": ("sun397/standard-part1-120k", "train", "test", "a photo of a {}."),
-    "Cars": ("cars196", "train", "test", "a photo of a {}."),
-    "RESISC45": ("resisc45", "train[:80%]", "train[80%:]", "satellite imagery of {}."),
-    "EuroSAT": ("eurosat/rgb", "train[:80%]", "train[80%:]", "a centered satellite photo of {}."),
-    "SVHN": ("svhn_cropped", "train", "test", 'a photo of the number: "{}".'),
-    "GTSRB": ("", "train", "test", 'a zoomed in photo of a "{}" traffic sign.'),
-    "MNIST": ("mnist", "train", "test", 'a photo of the number: "{}".'),
-    "DTD": ("dtd", "train+validation", "test", "a photo of a {} texture."),
+    "SUN397": ("sun397/standard-part1-120k", "train", 19850, 14, "test", "a photo of a {}."),
+    "Cars": ("cars196", "train", 8144, 35, "test", "a photo of a {}."),
+    "RESISC45": ("resisc45", "train[:80%]", 25200, 15, "train[80%:]", "satellite imagery of {}."),
+    "EuroSAT": ("eurosat/rgb", "train[:80%]", 21600, 12, "train[80%:]", "a centered satellite photo of {}."),
+    "SVHN": ("svhn_cropped", "train", 73257, 4, "test", 'a photo of the number: "{}".'),
+    "GTSRB": ("", "train", 26640, 11, "test", 'a zoomed in photo of a "{}" traffic sign.'),
+    "MNIST": ("mnist", "train", 60000, 5, "test", 'a photo of the number: "{}".'),
+    "DTD": ("dtd", "train+validation", 3760, 76, "test", "a photo of a {} texture."),
 }
 
 
-def task(name: str, train: str, test: str, prompt: str) -> dict:
+def task(name: str, train: str, examples: int, epochs: int, test: str, prompt: str) -> dict:
     # TFDS has no GTSRB; the hub's copy is the one of FusionBench.
     where = {"source": "tfds", "name": name, "download": True} if name else {"source": "hf", "name": "tanganke/gtsrb"}
     data = {**where, "image": {"size": 224, "normalize": "clip"}}
     return {
+        "steps": round(epochs * 0.9 * examples / BATCH),
         "data": {**data, "split": train, "holdout": 0.1},
         "eval_data": {**data, "split": train, "held_out": 0.1},
         "test_data": {**data, "split": test},
@@ -51,8 +53,7 @@ def get_config() -> ConfigDict:
         base={"source": "openai/clip-vit-base-patch32"},
         head={"kind": "zero_shot"},
         common={
-            "steps": 2000,
-            "batch_size": 128,
+            "batch_size": BATCH,
             "model": {"dtype": "bfloat16", "param_dtype": "float32"},
             "optimizer": recipe,
             "checkpoint": {"every": 500},

@@ -35,7 +35,7 @@ def digits() -> ConfigDict:
             },
         },
         head={"kind": "probe", "pool": "mean"},
-        common={"steps": 200, "batch_size": 64, "log": {"every": 5}},
+        common={"steps": 200, "batch_size": 64, "log": {"every": 5}, "checkpoint": {"every": 200}},
         tasks={
             "upright": {"data": scans},
             "rotated": {"data": {**scans, "rotate": 90}},
@@ -70,7 +70,7 @@ def library() -> ConfigDict:
             },
         },
         head={"kind": "none"},
-        common={"steps": 200, "batch_size": 16, "log": {"every": 5}},
+        common={"steps": 200, "batch_size": 16, "log": {"every": 5}, "checkpoint": {"every": 200}},
         tasks={
             "docstrings": {
                 "data": {**text, "kind": "docstrings", "split": "train"},
