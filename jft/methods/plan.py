@@ -35,6 +35,8 @@ class Select:
     def paths(self, shapes: Mapping[str, Any], linear: tuple[str, ...]) -> list[str]:
         """The selected paths among ``shapes``; ``linear`` are those that count as matrices inside layers."""
         candidates = list(linear) if self.linear_only else list(shapes)
+        if not candidates:
+            raise ValueError("this method trains matrices inside layers, and the model has none; train it in place")
         chosen = tree.matching(candidates, self.include)
         excluded = tree.matcher(self.exclude)
         return [p for p in chosen if not (self.exclude and excluded(p))]
@@ -76,7 +78,7 @@ class Method:
         integers = [p for p in leaves if not jnp.issubdtype(shapes[p].dtype, jnp.floating)]
         for path in integers:
             leaves.pop(path)
-        if not leaves:
+        if all(isinstance(how, InPlaceLayers) and not any(how.trains) for how in leaves.values()):
             raise ValueError(
                 f"method {self.name!r} selects no weight: include={self.select.include}, freeze={self.freeze}"
             )

@@ -7,7 +7,7 @@ the weight before each call. A module that takes something other than the whole 
     apply, params = from_nnx(module, inputs=lambda batch: (batch["images"],))
     run = jft.finetune(apply, params, data, method="lora", objective="classification")
 
-Adapters of equal modules compare equal, so a compiled step is reused.
+Adapters of equal modules that hold the same state compare equal, so a compiled step is reused.
 """
 
 from __future__ import annotations
@@ -56,15 +56,26 @@ def from_nnx(module: Any, inputs: Inputs = _whole) -> tuple[Apply, Any]:
     return _Nnx(graph, rest, inputs), nnx.to_pure_dict(params)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Linen:
     module: Any
     inputs: Inputs
-    others: Any = dataclasses.field(compare=False)
+    others: Any
     options: tuple[tuple[str, Any], ...]
 
     def __call__(self, params: Any, batch: Any) -> Any:
         return self.module.apply({"params": params, **self.others}, *self.inputs(batch), **dict(self.options))
+
+    def __hash__(self) -> int:
+        return hash((self.module, self.inputs, self.options))
+
+    def __eq__(self, other: object) -> bool:
+        # The other collections are constants of a compiled step: one made for other statistics must not be reused.
+        if not isinstance(other, _Linen):
+            return False
+        (mine, here), (theirs, there) = jax.tree.flatten(self.others), jax.tree.flatten(other.others)
+        same = (self.module, self.inputs, self.options, here) == (other.module, other.inputs, other.options, there)
+        return same and all(a is b for a, b in zip(mine, theirs, strict=True))
 
 
 def from_linen(module: Any, variables: Any, inputs: Inputs = _whole, **options: Any) -> tuple[Apply, Any]:

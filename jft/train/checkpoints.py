@@ -125,6 +125,8 @@ class Checkpoints:
         """
         if any(c.step == step for c in self._checkpointer.checkpoints):
             return
+        if metrics and self.options.best and self.options.best not in metrics:
+            raise ValueError(f"checkpoint.best is {self.options.best!r}, but evaluation gives {', '.join(metrics)}")
         run = {"identity": self.identity, "positions": _gather(position)}
         self._checkpointer.save_checkpointables_async(
             step,

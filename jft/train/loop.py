@@ -121,6 +121,7 @@ def finetune(
     logging = _options(Logging, log)
     method = _method(method)
     chosen = find_optimizer(optimizer)
+    said = _said(manifest)
     stream = feed.Feed(data)
     which = infer(stream.peek()) if objective is None else find_objective(objective)
     apply = step.apply_of(model)
@@ -142,7 +143,7 @@ def finetune(
     params = jax.device_put(params, layout.params)
 
     # The state: from the newest checkpoint, or from the start.
-    base, said = delta.describe_base(params), dict(manifest or {})
+    base = delta.describe_base(params)
     started = _identity(method, chosen, which, shapes.state, first, dtype, seed)
     identity = {"base": base["fingerprint"], "data": said.get("data"), **started}
     workdir = None if workdir is None else Path(workdir)
@@ -268,6 +269,15 @@ def _method(value: str | Mapping | Method) -> Method:
     return methods.method(**value) if isinstance(value, Mapping) else value
 
 
+def _said(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the caller says of the run; what no task vector could hold is refused now, not after training."""
+    said = delta.manifest.check(manifest or {})
+    for key in ("base", "operation"):
+        if key in said:
+            raise ValueError(f"manifest entry {key!r} is written by finetune itself; choose another name")
+    return said
+
+
 def _identity(
     method: Method, chosen: Any, which: Any, state: State, batch: Any, dtype: Any, seed: int
 ) -> dict[str, Any]:
@@ -279,7 +289,7 @@ def _identity(
     return {
         "method": {"name": method.name, "options": _json(method.options)},
         "optimizer": _json(optimizer),
-        "objective": {"name": type(which).__name__, **_json(dataclasses.asdict(which))},
+        "objective": {"name": type(which).__name__, **_json(getattr(which, "__dict__", {}))},
         "batch": {p: [list(x.shape), np.dtype(x.dtype).name] for p, x in tree.flatten(batch).items()},
         "trained": {p: [list(x.shape), np.dtype(x.dtype).name] for p, x in tree.flatten(state.trained).items()},
         "dtype": None if dtype is None else np.dtype(dtype).name,
@@ -301,10 +311,10 @@ def _checkpoints(workdir: Path | None, options: Any, eval_data: Any, eval_every:
     from jft.train.checkpoints import Checkpointing, Checkpoints
 
     options = _options(Checkpointing, options)
-    if options.best and (eval_data is None or not eval_every or options.every % eval_every):
+    if options.best and (eval_data is None or not eval_every or not options.every or options.every % eval_every):
         raise ValueError(
-            f"checkpoint.best={options.best!r} needs eval data, and checkpoint.every ({options.every}) to be a multiple of "
-            f"eval_every ({eval_every}), so that every checkpoint has been evaluated"
+            f"checkpoint.best={options.best!r} needs eval data, and checkpoint.every ({options.every}) to be a positive "
+            f"multiple of eval_every ({eval_every}), so that every checkpoint has been evaluated"
         )
     workdir.mkdir(parents=True, exist_ok=True)
     return Checkpoints(workdir / "checkpoints", options, identity)

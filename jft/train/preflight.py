@@ -47,7 +47,7 @@ def global_shapes(batch: Any) -> Any:
 
 def _beside(params: Any, layout: Layout, kept: Any) -> int:
     """Bytes on each device of base weights that the step itself does not take, but that stay for the task vector."""
-    taken = {path.split("/0")[0] for path in tree.flatten(kept)}
+    taken = {path for path, held in kept.items() if jax.tree.leaves(held)}
     places = tree.flatten(layout.params)
     total = 0
     for path, x in tree.flatten(params).items():
@@ -99,9 +99,17 @@ def _remedies(update: step.Step, batch: Any, model: Any, params: Any) -> Iterato
             lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype), abstract
         )
         yield "model.param_dtype='bfloat16'", total(recipe, halved)
-    if recipe.plan.method.name != "lora":
-        plan = methods.method("lora", rank=8).plan(abstract, model)
+    plan = None if recipe.plan.method.name == "lora" else _low_rank(abstract, model)
+    if plan is not None:
         yield "method='lora' with rank=8", total(dataclasses.replace(recipe, plan=plan), abstract)
+
+
+def _low_rank(params: Any, model: Any) -> Plan | None:
+    """The plan of a small LoRA; None for a model that has no matrices for it."""
+    try:
+        return methods.method("lora", rank=8).plan(params, model)
+    except ValueError:
+        return None
 
 
 def work(update: step.Step, batch: Any, params: Any) -> Work:

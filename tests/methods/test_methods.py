@@ -184,6 +184,14 @@ def test_wrong_use_is_refused(name, options, message):
         plan_of(name, **options)
 
 
+def test_layers_of_weights_outside_layers_are_refused():
+    """Else everything would be frozen, and the run would end with the base."""
+    method = jft.methods.Method(jft.methods.Select(include=("^head",), layers=(-1,)), jft.methods.InPlace())
+    model = toy.model()
+    with pytest.raises(ValueError, match="selects no weight"):
+        method.plan(model.init(KEY), model)
+
+
 def test_every_preset_documents_itself():
     for entry in jft.methods.entries().values():
         assert entry.summary and entry.paper

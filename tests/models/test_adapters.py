@@ -95,6 +95,39 @@ def test_plans_train_them(framework, options):
     assert changed == set(trained)
 
 
+@pytest.mark.parametrize("framework", BUILDERS)
+@pytest.mark.parametrize("method", ["full", {"name": "lora", "rank": 2}])
+def test_finetune_from_the_module_to_its_task_vector(framework, method):
+    apply, params, _ = BUILDERS[framework]()
+    batch = BATCH | {"labels": np.arange(6, dtype=np.int32) % 3}
+    options = {"optimizer": {"lr": 3e-2}, "log": {"every": 1, "progress": False}}
+    run = jft.finetune(apply, params, [batch], steps=12, method=method, **options)
+    losses = [row["loss"] for row in run.metrics]
+    assert losses[-1] < 0.95 * losses[0]
+    applied = jft.apply(params, run.task_vector)
+    assert jax.tree.structure(applied) == jax.tree.structure(run.params) == jax.tree.structure(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), applied, run.params)
+    assert set(run.task_vector.paths) == set(run.plan.leaves)
+    assert all(float(delta.norm()) > 0 for _, delta in run.task_vector.items())
+    np.testing.assert_allclose(apply(applied, batch), apply(run.params, batch), rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_is_not_reused_for_other_statistics():
+    """Two checkpoints of one linen module differ in what is held beside the parameters: each is run with its own."""
+    variables = Linen().init(jax.random.key(0), BATCH["x"], deterministic=True)
+    moved = variables | {"batch_stats": jax.tree.map(lambda x: x + 5.0, variables["batch_stats"])}
+    batch = BATCH | {"labels": np.arange(6, dtype=np.int32) % 3}
+    log = {"every": 1, "progress": False}
+    for held in (variables, moved):
+        apply, params = adapters.from_linen(Linen(), held, X, deterministic=True)
+        loss = -jnp.mean(jax.nn.log_softmax(apply(params, batch))[jnp.arange(6), batch["labels"]])
+        assert jft.finetune(apply, params, [batch], steps=1, log=log).metrics[0]["loss"] == pytest.approx(float(loss))
+        assert jft.train.evaluate(apply, params, [batch], "classification")["loss"] == pytest.approx(float(loss))
+    same = [adapters.from_linen(Linen(), held, X, deterministic=True)[0] for held in (variables, variables, moved)]
+    assert same[0] == same[1] != same[2]
+    assert hash(same[0]) == hash(same[1])
+
+
 def test_linen_variables_without_params_are_refused():
     with pytest.raises(ValueError, match="no 'params' collection"):
         adapters.from_linen(Linen(), {"batch_stats": {}}, X)

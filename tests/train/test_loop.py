@@ -6,6 +6,7 @@ import re
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import jft
@@ -143,6 +144,10 @@ def test_the_best_checkpoint_is_kept_and_returned(tmp_path):
     assert sorted(os.listdir(tmp_path / "checkpoints"), key=int) == [str(best), "20"]
     with pytest.raises(ValueError, match="needs eval data"):
         train(tmp_path / "b", checkpoint={"every": 2, "best": "loss"})
+    with pytest.raises(ValueError, match=r"checkpoint.every \(0\) to be a positive multiple"):
+        train(tmp_path / "b", checkpoint={"best": "loss"}, **options)
+    with pytest.raises(ValueError, match=r"checkpoint.best is 'acc', but evaluation gives accuracy, loss"):
+        train(tmp_path / "b", checkpoint={"every": 2, "best": "acc"}, **options)
 
 
 def test_a_run_that_does_not_fit_names_remedies(monkeypatch):
@@ -161,6 +166,50 @@ def test_a_run_that_does_not_fit_names_remedies(monkeypatch):
         assert remedies.count("MiB)") == 3
     monkeypatch.setenv("JFT_DEVICE_MEMORY", "1GB")
     train(model=model, params=params, data=data, steps=1)
+
+
+def test_a_model_without_matrices_that_does_not_fit_says_so(monkeypatch):
+    """LoRA is no remedy for it, which must not hide that the memory does not suffice."""
+    monkeypatch.setenv("JFT_DEVICE_MEMORY", "10")
+    with pytest.raises(MemoryBudgetError, match="the step needs"):
+        train(model=lambda p, batch: batch["images"] * p["scale"], params={"scale": np.ones(8, np.float32)})
+
+
+def test_frozen_weights_are_counted_once_whatever_their_names():
+    from jft.train import preflight
+    from jft.train.state import lay_out
+
+    params = {"layers": [{"w": np.zeros((64, 64), np.float32)}, {"w": np.zeros((64, 64), np.float32)}]}
+    plan = jft.method("lora", rank=1).plan(params)
+    shapes = preflight.shapes(plan, optax.sgd(1.0), params, 0)
+    assert preflight._beside(params, lay_out(params, plan, shapes.kept, shapes.state, None), shapes.kept) == 0
+
+
+def test_what_the_task_vector_cannot_hold_is_refused_before_training():
+    drawn = []
+    data = (drawn.append(batch) or batch for batch in tools.batches())
+    for manifest, shown in (({"where": os}, "'where' cannot be written as JSON"), ({"base": "x"}, "'base'")):
+        with pytest.raises(ValueError, match=shown):
+            train(data=data, manifest=manifest)
+    assert not drawn
+
+
+def test_an_objective_need_not_be_a_dataclass():
+    class Energy:
+        splits = True
+
+        def weight(self, batch, xp=np):
+            return xp.sum(xp.ones(batch["images"].shape[0], "float32"))
+
+        def loss(self, outputs, batch):
+            return (outputs**2).sum(), self.weight(batch), {}
+
+        def report(self, means):
+            return means
+
+    run = train(objective=Energy(), steps=8, data=tools.batches(1))
+    assert run.metrics[-1]["loss"] < run.metrics[0]["loss"]
+    assert run.task_vector.manifest["objective"] == {"name": "Energy"}
 
 
 def test_resuming_on_another_mesh(tmp_path):
