@@ -95,8 +95,10 @@ def override(config: ConfigDict, path: str, text: str, may_add: Callable[[str, A
     old, new = node.get(last), value(text)
     if isinstance(old, ConfigDict) and not isinstance(new, dict):
         raise UsageError(f"config key {path!r} is a group of keys ({', '.join(old) or 'empty'}), not a value")
+    # The owner of an open part may take one or many: classes are a number or names, files a pattern or a list.
+    many = isinstance(new, list | tuple | dict) and not isinstance(old, list | tuple | ConfigDict)
     with node.unlocked(), node.ignore_type():
-        node[last] = _typed(path, old, new, text)
+        node[last] = new if many and is_open(path) else _typed(path, old, new, text)
 
 
 def _typed(path: str, old: Any, new: Any, text: str) -> Any:

@@ -11,6 +11,7 @@ from jft.cli.errors import UsageError
 def config():
     return ConfigDict(
         {"steps": 10, "name": "a", "lr": 0.1, "flag": True, "shape": (1, 2), "none": None, "method": {"name": "full"}}
+        | {"data": {"classes": 2, "files": "a.csv"}}
     )
 
 
@@ -27,6 +28,9 @@ def config():
         ("none", "x", "x"),
         ("method.rank", "4", 4),
         ("method.name", "lora", "lora"),
+        ("data.classes", '("no", "yes")', ("no", "yes")),
+        ("data.files", "('b.csv', 'c.csv')", ("b.csv", "c.csv")),
+        ("data.files", "3", "3"),
     ],
 )
 def test_override(config, path, text, value):
@@ -46,6 +50,8 @@ def test_override(config, path, text, value):
         ("steps", "1.5", "is int"),
         ("flag", "1", "is bool"),
         ("method", "lora", "is a group of keys"),
+        ("data.classes", "two", "is int"),
+        ("steps", "(1, 2)", "is int"),
         ("steps.x", "1", "unknown config key"),
     ],
 )
