@@ -27,9 +27,18 @@ def path_of(keys: tuple) -> str:
 
 
 def flatten(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """``{path: leaf}`` in tree order. ``None`` leaves are absent, as everywhere in JAX."""
+    """``{path: leaf}`` in tree order. ``None`` leaves are absent, as everywhere in JAX.
+
+    Raises ``ValueError`` where two leaves have one path, as ``{"a/b": x, "a": {"b": y}}``.
+    """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    return {path_of(keys): leaf for keys, leaf in leaves}
+    flat: dict[str, Any] = {}
+    for keys, leaf in leaves:
+        path = path_of(keys)
+        if path in flat:
+            raise ValueError(f"two leaves have the path {path!r}; rename a key that holds {SEPARATOR!r}")
+        flat[path] = leaf
+    return flat
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict:

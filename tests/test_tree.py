@@ -24,6 +24,11 @@ def test_unflatten_refuses_a_path_through_a_leaf():
         tree.unflatten({"a": 1, "a/b": 2})
 
 
+def test_two_leaves_of_one_path_are_refused():
+    with pytest.raises(ValueError, match="two leaves have the path 'a/b'"):
+        tree.flatten({"a/b": np.zeros(1), "a": {"b": np.ones(1)}})
+
+
 def test_like_keeps_containers_that_are_not_dicts():
     given_tree = [np.zeros(2), (np.ones(1),)]
     out = tree.like(given_tree, {p: x + 1 for p, x in tree.flatten(given_tree).items()})

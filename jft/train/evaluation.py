@@ -48,11 +48,12 @@ def sums(apply: Callable, which: Objective, plan: Plan | None = None, dtype: Any
 def mean(compute: Callable, params: Any, batches: Iterable, which: Objective, mesh: Any = None, limit: int = 0) -> dict:
     """``sum of sums / sum of weights`` over ``batches`` (the first ``limit``, 0 for all), added in float64 on the host.
 
-    Raises ``ValueError`` where there is no batch or nothing in them counts.
+    Raises ``ValueError`` where there is no batch, nothing in them counts, or the objective refuses one.
     """
     totals: dict[str, float] = {}
     for batch in itertools.islice(batches, limit) if limit else batches:
         batch = feed.host(batch)
+        which.weight(batch, np)  # refuses on the host what the loss would take without a word
         batch = parallel.put_batch(batch, mesh) if mesh is not None else batch
         for name, value in jax.device_get(compute(params, batch)).items():
             totals[name] = totals.get(name, 0.0) + float(np.float64(value))

@@ -141,7 +141,10 @@ class Feed:
             batch = self.peek()
         except ValueError as error:
             raise ValueError(f"step {step}: {error}") from None
-        weight = float(objective.weight(batch, np))
+        try:
+            weight = float(objective.weight(batch, np))
+        except ValueError as error:
+            raise ValueError(f"the batch for step {step} (data position {self.position()}): {error}") from None
         # Of several processes one may hold only padding; the step itself then sees whether all do.
         if weight == 0 and jax.process_count() == 1:
             raise ValueError(
@@ -173,4 +176,4 @@ def positions(batch: Any) -> int:
 
 def rows(batch: Any) -> int:
     """Examples of a host batch: its leading axis."""
-    return jax.tree.leaves(batch)[0].shape[0]
+    return next((x.shape[0] for x in jax.tree.leaves(batch) if x.ndim), 0)

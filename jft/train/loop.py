@@ -122,6 +122,8 @@ def finetune(
     method = _method(method)
     chosen = find_optimizer(optimizer)
     said = _said(manifest)
+    if 0 < eval_every < steps and not eval_batches and hasattr(eval_data, "__next__"):
+        raise ValueError("eval_data is an iterator, which ends with the first evaluation; give a list or a loader")
     stream = feed.Feed(data)
     which = infer(stream.peek()) if objective is None else find_objective(objective)
     apply = step.apply_of(model)

@@ -176,7 +176,14 @@ class Classification:
     splits: ClassVar[bool] = True
 
     def weight(self, batch: Batch, xp: Any = jnp) -> Any:
-        return xp.sum(_examples(batch, "labels", xp))
+        weights = _examples(batch, "labels", xp)
+        if xp is not jnp:  # on the host: indexing would take -1 for the last class
+            below = batch["labels"][(batch["labels"] < 0) & (weights > 0)]
+            if below.size:
+                raise ValueError(
+                    f"label {below[0]} is no class; examples without a label (-1 in many test splits) cannot be used here"
+                )
+        return xp.sum(weights)
 
     def loss(self, outputs: Any, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
         labels, weights = _field(batch, "labels"), _examples(batch, "labels", jnp)

@@ -64,9 +64,14 @@ class Recipe:
 
 
 def _split(batch: Any, parts: int, mesh: Any) -> Any:
-    """Leaves ``[B, ...]`` as ``[parts, B / parts, ...]``, every ``parts``-th row together: rows stay on their device."""
+    """Leaves ``[B, ...]`` as ``[parts, B / parts, ...]``, every ``parts``-th row together: rows stay on their device.
+
+    Scalars go to every part.
+    """
 
     def split(x: Any) -> Any:
+        if x.ndim == 0:
+            return jnp.broadcast_to(x, (parts,))
         if x.shape[0] % parts:
             raise ValueError(f"a batch of {x.shape[0]} does not divide into accumulate={parts} microbatches")
         x = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)

@@ -194,6 +194,13 @@ def test_what_the_task_vector_cannot_hold_is_refused_before_training():
     assert not drawn
 
 
+def test_evaluation_data_that_ends_is_refused_before_training():
+    once = iter(tools.batches(1))
+    with pytest.raises(ValueError, match="eval_data is an iterator"):
+        train(eval_data=once, eval_every=4)
+    assert train(eval_data=once).evaluation["loss"] > 0
+
+
 def test_an_objective_need_not_be_a_dataclass():
     class Energy:
         splits = True

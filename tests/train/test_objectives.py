@@ -47,6 +47,19 @@ def test_rows_that_fill_up_do_not_count():
     np.testing.assert_allclose([loss, weight, sums["accuracy"]], [np.log(1 + np.exp(-1)), 1, 1], rtol=1e-5)
 
 
+def test_examples_without_a_label_are_refused():
+    """Indexing would take -1 for the last class, and train it."""
+    batch = tools.batches(1)[0]
+    batch["labels"] = np.where(np.arange(8) < 7, batch["labels"], -1)
+    for refuse in (
+        lambda: jft.train.evaluate(tools.apply, tools.parameters(), [batch], "classification"),
+        lambda: jft.finetune(tools.apply, tools.parameters(), [batch], steps=1, log={"progress": False}),
+    ):
+        with pytest.raises(ValueError, match="label -1 is no class"):
+            refuse()
+    jft.train.evaluate(tools.apply, tools.parameters(), [batch | {"valid": batch["labels"] >= 0}], "classification")
+
+
 def test_label_smoothing():
     logits, labels = np.random.default_rng(0).normal(size=(4, 3)), np.array([0, 2, 1, 1])
     targets = 0.9 * np.eye(3)[labels] + 0.1 / 3

@@ -48,6 +48,18 @@ def test_any_accumulation_gives_the_same_gradient(parts):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), split, whole)
 
 
+def test_scalars_of_a_batch_go_to_every_microbatch():
+    def apply(params, batch):
+        return tools.apply(params, batch) * batch["boost"]
+
+    batch = {**tools.batches(1)[0], "boost": np.float32(2.0)}
+    one, two = (
+        jft.finetune(apply, tools.parameters(), [batch], steps=2, accumulate=parts, log={"progress": False}).params
+        for parts in (1, 2)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, two)
+
+
 def test_accumulation_must_divide_the_batch():
     params = tools.parameters()
     update, state, kept = prepare(recipe_of(tools.apply, params, accumulate=3), params)
