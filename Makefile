@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKDIR ?= runs/quickstart
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --durations=8
+SMOKE := tests/test_tree.py tests/methods tests/delta tests/merge tests/parallel tests/train tests/cli tests/models/test_adapters.py
 
 .PHONY: help install quickstart test test-peers test-newest lint format clean
 
@@ -39,7 +40,7 @@ test-peers: $(VENV)/.peers  ## The comparisons with torch, transformers, peft an
 	$(PYTEST) -m peers
 
 test-newest: $(VENV)/.test  ## A smoke subset, for another interpreter: make test-newest PYTHON=python3.13 VENV=.venv-newest
-	$(PYTEST) -m "not peers and not slow"
+	$(PYTEST) -m "not peers and not slow" $(SMOKE)
 
 lint: $(VENV)/.test  ## Format check, lint and types.
 	$(BIN)/ruff format --check .
