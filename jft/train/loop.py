@@ -109,7 +109,8 @@ def finetune(
     mesh: default that of the parameters, else one device (all, with several processes). eval_data is gone through every
     ``eval_every`` steps (0: at the end), its first ``eval_batches`` (0: all). accumulate: microbatches per batch; the
     gradient is the same for any.
-    dtype: of trained values in the forward pass (masters stay float32); default the model's execution dtype.
+    dtype: of trained values in the forward pass (masters stay float32); default the model's execution dtype, or that of
+    ``params`` where they have one.
     workdir: where metrics, checkpoints and the task vector go; a run found there is taken up where it stood.
     checkpoint, log: see :class:`Checkpointing` and :class:`Logging` (an object, a dict, or a number for ``every``).
     manifest: said of the run in its checkpoints and task vector; what stands under ``data`` must not change on resuming.
@@ -127,8 +128,7 @@ def finetune(
     stream = feed.Feed(data)
     which = infer(stream.peek()) if objective is None else find_objective(objective)
     apply = step.apply_of(model)
-    if dtype is None and hasattr(model, "execution"):
-        dtype = model.execution.dtype
+    dtype = step.dtype_of(model, params) if dtype is None else dtype
     mesh = find_mesh(params) if mesh is None else mesh
     mesh = parallel.make_mesh() if mesh is None and jax.process_count() > 1 else mesh
     plan = method.plan(params, model)

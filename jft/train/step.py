@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -35,6 +36,14 @@ class Apply:
 def apply_of(model: Any) -> Callable[[Any, Any], Any]:
     """``apply(params, batch)`` of a jft model, or of a callable, which is that already."""
     return Apply(model) if hasattr(model, "apply") else model
+
+
+def dtype_of(model: Any, params: Any) -> Any:
+    """What trained values are cast to: a jft model's execution dtype; else the one that all weights have, or None."""
+    if hasattr(model, "execution"):
+        return model.execution.dtype
+    found = {np.dtype(x.dtype) for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)}
+    return found.pop() if len(found) == 1 else None
 
 
 @dataclasses.dataclass(frozen=True)

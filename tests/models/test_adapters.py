@@ -112,6 +112,24 @@ def test_finetune_from_the_module_to_its_task_vector(framework, method):
     np.testing.assert_allclose(apply(applied, batch), apply(run.params, batch), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["full", {"name": "pattern", "include": "weight"}])
+def test_a_module_in_bfloat16_sees_its_weights_in_bfloat16(method):
+    """Masters are float32; a convolution would refuse them beside bfloat16 activations."""
+
+    class Convolution(equinox.Module):
+        conv: equinox.nn.Conv1d
+
+        def __call__(self, x):
+            return self.conv(x[None].astype(jnp.bfloat16)).mean(-1)
+
+    conv = equinox.nn.Conv1d(1, 3, 2, key=jax.random.key(0), dtype=jnp.bfloat16)
+    apply, params = adapters.from_equinox(Convolution(conv), X)
+    batch = BATCH | {"labels": np.arange(6, dtype=np.int32) % 3}
+    run = jft.finetune(apply, params, [batch], steps=2, method=method, log={"progress": False})
+    assert {x.dtype for x in jax.tree.leaves(run.state.trained)} == {np.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(run.params)} == {np.dtype(jnp.bfloat16)}
+
+
 def test_a_step_is_not_reused_for_other_statistics():
     """Two checkpoints of one linen module differ in what is held beside the parameters: each is run with its own."""
     variables = Linen().init(jax.random.key(0), BATCH["x"], deterministic=True)
