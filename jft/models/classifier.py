@@ -54,6 +54,11 @@ class Classifier:
             raise ValueError(f"dense {self.dense!r} is unknown; choose from auto, none, {', '.join(core.ACTIVATIONS)}")
 
     @property
+    def longest(self) -> int | None:
+        """Tokens of a sequence that the backbone has positions for; None where it sets no end, or reads none."""
+        return getattr(self.backbone, "longest", None)
+
+    @property
     def family(self) -> str:
         """That of the backbone."""
         return self.backbone.family

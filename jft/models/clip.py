@@ -91,6 +91,11 @@ class ClipConfig:
     projection: int = 512
     family: str = "clip"
 
+    @property
+    def longest(self) -> int:
+        """Tokens of a text that have a position."""
+        return self.text.positions
+
     def init(self, key: jax.Array, dtype: Any = jnp.float32) -> dict:
         """Random parameters; ``logit_scale`` starts at ``log(1 / 0.07)``."""
         return blocks.draw(dict(self._leaves()), key, dtype)

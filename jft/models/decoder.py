@@ -188,6 +188,11 @@ class DecoderConfig:
         head = {"w": transpose(params["embed"]["table"])} if self.tied else params["head"]
         return _softcap(scope.dot("head", h, head), self.logit_softcap)
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens of a sequence that have a position; None with rotary ones, which have no end."""
+        return None if self.rope is not None else self.max_positions
+
     def _embed(self, scope: Scope, params: Params, given: Inputs) -> Array:
         dtype = scope.execution.dtype
         h = take(params["embed"]["table"], given.tokens, dtype)

@@ -65,10 +65,15 @@ class EncoderConfig:
         scope = Scope(execution, hooks)
         return blocks.finish(scope, self.hidden_states(scope, params, batch))
 
+    @property
+    def longest(self) -> int:
+        """Tokens of a sequence that have a position."""
+        return self.positions - self.position_offset
+
     def hidden_states(self, scope: Scope, params: Params, batch: Any) -> Array:
         """Last hidden states ``[B, T, D]``. Raises ValueError for a batch that does not fit the model."""
         given = inputs(batch)
-        blocks.check_length(given.tokens.shape[1], self.positions - self.position_offset, given.plain)
+        blocks.check_length(given.tokens.shape[1], self.longest, given.plain)
         dtype = scope.execution.dtype
         h = core.take(params["embed"]["table"], given.tokens, dtype)
         h = h + core.take(params["positions"]["table"], given.positions + self.position_offset, dtype)

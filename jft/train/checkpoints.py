@@ -54,8 +54,8 @@ def _dotted(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.removesuffix("."): value}
 
 
-def compare(saved: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
-    """Refuse to resume where the identities differ, showing each difference as ``key: old -> new``."""
+def compare(saved: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+    """Refuse with :class:`Changed` where the identities differ: ``what``, and each difference as ``key: old -> new``."""
     old, new = _dotted(saved), _dotted(json.loads(json.dumps(now)))
     keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k, "nothing") != new.get(k, "nothing")]
     if keys:
@@ -65,7 +65,7 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> No
         lines += [f"  and {len(keys) - SHOWN} more"] if len(keys) > SHOWN else []
         changes = "\n".join(lines)
         raise Changed(
-            f"the checkpoints in {where} are of another run, so going on from them would be wrong:\n{changes}\n"
+            f"{what} of another run, so going on in this workdir would be wrong:\n{changes}\n"
             "undo the change, or give another workdir"
         )
 
@@ -142,7 +142,7 @@ class Checkpoints:
         """
         step = self.latest if step is None else step
         run = self._checkpointer.load_checkpointables(step, {"run": None})["run"]
-        compare(run["identity"], self.identity, self.directory)
+        compare(run["identity"], self.identity, f"the checkpoints in {self.directory} are")
         positions = run["positions"]
         # One global position, the same on every process, holds for any number of them; the data checks the rest.
         if all(p == positions[0] for p in positions):

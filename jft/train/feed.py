@@ -25,6 +25,25 @@ def host(batch: Any) -> Any:
     return jax.tree.map(convert, batch)
 
 
+def check(batch: Any, model: Any, mesh: Any) -> None:
+    """Refuse rows longer than the model has positions (the last one would stand for all beyond), and a batch that does
+    not divide over the mesh. batch: of this process, arrays or shapes.
+    """
+    longest = getattr(getattr(model, "config", None), "longest", None)
+    length = batch["tokens"].shape[1] if isinstance(batch, Mapping) and "tokens" in batch else 0
+    if longest is not None and length > longest:
+        raise ValueError(
+            f"rows of {length} tokens, but the model has {longest} positions; set data.max_length to at most that"
+        )
+    parts = 1 if mesh is None else mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+    count = rows(batch) * jax.process_count()
+    if count % parts:
+        raise ValueError(
+            f"a batch of {count} does not divide over the {parts} devices of the mesh's data and fsdp; "
+            f"set batch_size to a multiple of {parts}, or make the mesh smaller"
+        )
+
+
 def put(batch: Any, layout: Layout) -> Any:
     """Host batch to devices: rows over the mesh, or all of it on the one device."""
     if layout.mesh is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import os
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 
 from jft import data, methods, models, parallel, tree
 from jft.models.loading import fetch
+from jft.train import feed
 from jft.train.config import Config, ModelConfig, check
 from jft.train.loop import Run, finetune
 
@@ -45,9 +45,8 @@ def run(config: Any, workdir: str | Path) -> Run:
     train, test = loaders(said, workdir)
     tokenizer = train.tokenizer
     model, params = build_model(said.model, said.seed, mesh if mesh.size > 1 else None, train.classes, tokenizer)
-
-    if jax.process_index() == 0:
-        _write(workdir, dataclasses.asdict(said))
+    if test is not None:
+        feed.check(test.sample(), model, None)
     return finetune(
         model,
         params,
@@ -187,10 +186,3 @@ def _check_vocabulary(params: Any, tokenizer: Any) -> None:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, but {path} has {rows} rows; use the model's own tokenizer"
             )
-
-
-def _write(workdir: Path, said: dict[str, Any]) -> None:
-    workdir.mkdir(parents=True, exist_ok=True)
-    written = workdir / "config.json.tmp"
-    written.write_text(json.dumps(said, indent=2, default=str) + "\n")
-    os.replace(written, workdir / "config.json")

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -113,7 +114,8 @@ def finetune(
     ``params`` where they have one.
     workdir: where metrics, checkpoints and the task vector go; a run found there is taken up where it stood.
     checkpoint, log: see :class:`Checkpointing` and :class:`Logging` (an object, a dict, or a number for ``every``).
-    manifest: said of the run in its checkpoints and task vector; what stands under ``data`` must not change on resuming.
+    manifest: said of the run in its checkpoints and task vector; what stands under ``data`` must not change on resuming,
+    what stands under ``config`` goes to ``config.json`` once the run may start.
 
     Raises :class:`NonFiniteError` with the last good state saved, :class:`Preempted` when asked to stop,
     :class:`jft.parallel.MemoryBudgetError` where it would not fit, ``Changed`` where the workdir holds another run.
@@ -131,6 +133,7 @@ def finetune(
     dtype = step.dtype_of(model, params) if dtype is None else dtype
     mesh = find_mesh(params) if mesh is None else mesh
     mesh = parallel.make_mesh() if mesh is None and jax.process_count() > 1 else mesh
+    feed.check(stream.peek(), model, mesh)
     plan = method.plan(params, model)
 
     # How it lies on the devices, and whether it fits, before anything is allocated.
@@ -162,11 +165,15 @@ def finetune(
         state, position = checkpoints.restore(abstract(shapes.state, layout.state))
         stream.seek(position)
     else:
+        _keep(workdir, identity)
         state = _start(trained, update, seed)
     del trained
 
     # What the user sees.
     primary = jax.process_index() == 0
+    if workdir is not None and primary and "config" in said:
+        # Not before: a start that was refused leaves the config of the run that is there.
+        _write(workdir / "config.json", said["config"])
     metrics = Metrics(workdir, begin, logging.tensorboard, logging.wandb, primary)
     progress = Progress(steps, begin, logging.progress and primary)
     work = preflight.work(update, first, params)
@@ -212,7 +219,16 @@ def finetune(
         watch = stack.enter_context(Watch()) if checkpoints else None
         for n in range(begin, steps):
             position = stream.position()
-            batch = stream.next(n, which)
+            try:
+                batch = stream.next(n, which)
+            except ValueError as error:
+                if pending is not None:
+                    log_train(pending)
+                # One process cannot save alone, and the others do not know of its data.
+                if checkpoints is None or jax.process_count() > 1:
+                    raise
+                checkpoints.save(state, n, position)
+                raise ValueError(f"{error}; the state after step {n} is saved in {checkpoints.directory}") from error
             rate = chosen.rate(n, steps)
             state, out = update(state, kept, feed.put(batch, layout), np.asarray(rate, np.float32), sound)
             sound = out["sound"]
@@ -320,6 +336,27 @@ def _checkpoints(workdir: Path | None, options: Any, eval_data: Any, eval_every:
         )
     workdir.mkdir(parents=True, exist_ok=True)
     return Checkpoints(workdir / "checkpoints", options, identity)
+
+
+def _keep(workdir: Path | None, identity: Mapping[str, Any]) -> None:
+    """Refuse to start where another run has left its result, which this one would write over."""
+    path = None if workdir is None else workdir / "task_vector.safetensors"
+    if path is None or not path.is_file():
+        return
+    from jft.delta import file
+    from jft.train.checkpoints import compare
+
+    left = file.inspect(path).manifest
+    before = {key: left.get(key) for key in identity} | {"base": left.get("base", {}).get("fingerprint")}
+    if "narrowed" in left:  # of part of its base: the whole one is not known
+        before["base"] = identity["base"]
+    compare(before, identity, f"{path} is")
+
+
+def _write(path: Path, value: Any) -> None:
+    written = path.with_suffix(".json.tmp")
+    written.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    os.replace(written, path)
 
 
 def _start(trained: Any, update: step.Step, seed: int) -> State:

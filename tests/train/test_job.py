@@ -139,6 +139,60 @@ def test_a_saved_result_is_a_source_again(tmp_path):
     assert again.task_vector.manifest["source"] == str(tmp_path / "model")
 
 
+@pytest.mark.parametrize("every", [0, 2])
+def test_a_refused_start_leaves_the_run_that_is_there(tmp_path, every):
+    """A start that is refused changes nothing: neither checkpoints, config, metrics nor the task vector are lost."""
+    config = digits()
+    config.steps, config.checkpoint.every = 2, every
+    job.run(config, tmp_path)
+    names = ("config.json", "metrics.jsonl", "task_vector.safetensors")
+    before = [(tmp_path / name).read_bytes() for name in names]
+    config.method = {"name": "lora", "rank": 2}
+    with pytest.raises(ValueError, match=r"of another run(.|\n)*method.name: 'full' -> 'lora'"):
+        job.run(config, tmp_path)
+    assert [(tmp_path / name).read_bytes() for name in names] == before
+
+
+def test_rows_longer_than_the_models_positions_are_refused(tmp_path):
+    """Positions beyond the table would all read its last row."""
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"text": "word " * 40, "label": 0}) + "\n")
+    data = {"source": "jsonl", "files": str(file), "task": "classification", "text": "text", "label": "label"}
+    config = digits()
+    config.model.arch, config.model.options = "encoder", {**DECODER, "vocab": 300, "positions": 16}
+    config.data = data | {"classes": 2, "tokenizer": "bytes", "max_length": 16}
+    config.eval_data = {k: v for k, v in config.data.items() if k != "tokenizer"} | {"max_length": 17}
+    with pytest.raises(ValueError, match=r"rows of 17 tokens, but the model has 16 positions; set data.max_length"):
+        job.run(config, tmp_path / "run")
+    config.data.max_length, config.eval_data.max_length = 17, 16
+    with pytest.raises(ValueError, match="rows of 17 tokens"):
+        job.run(config, tmp_path / "run")
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tmp_path):
+    config = digits()
+    config.batch_size = 12
+    with pytest.raises(ValueError, match=r"a batch of 12 does not divide over the 8 devices .* multiple of 8"):
+        job.run(config, tmp_path)
+
+
+def test_a_bad_record_ends_the_run_with_its_state_saved(tmp_path):
+    """The file is repaired and the same run goes on."""
+    file = tmp_path / "data.jsonl"
+    lines = [json.dumps({"text": f"{i}", "label": i % 2}) for i in range(32)]
+    file.write_text("\n".join([*lines, json.dumps({"text": "x", "label": 7}), *lines]) + "\n")
+    config = digits()
+    config.model.arch, config.model.options = "encoder", {**DECODER, "vocab": 300, "positions": 16}
+    config.data = {"source": "jsonl", "files": str(file), "task": "classification", "text": "text", "label": "label"}
+    config.data = config.data.to_dict() | {"classes": 2, "tokenizer": "bytes", "max_length": 16}
+    config.eval_data, config.steps, config.batch_size = {}, 20, 8
+    with pytest.raises(ValueError, match=r"data.jsonl:33: .*is 7.*; the state after step \d+ is saved in") as caught:
+        job.run(config, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / str(caught.value).split("after step ")[1].split()[0]).is_dir()
+    file.write_text("\n".join([*lines, json.dumps({"text": "x", "label": 1}), *lines]) + "\n")
+    assert int(job.run(config, tmp_path / "run").state.step) == 20
+
+
 @pytest.mark.slow
 def test_a_run_never_loads_heavy_libraries(tmp_path):
     script = (
