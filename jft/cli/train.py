@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         run = job.run(config, given.workdir)
     except Preempted as stopped:
-        print(f"jft: {stopped}; the same command goes on from there")
+        print(f"jft: {stopped}")
         return EXIT_CODE
     last = run.metrics[-1] if run.metrics else {}
     loss = f", {last['split']} loss {last['loss']:.4g}" if "loss" in last else ""
