@@ -152,6 +152,7 @@ USES = {
     "a loss that is not finite": (
         lambda t: jft.finetune(
             lambda p, b: model(p, b) * jnp.nan, PARAMS, BATCHES, steps=1, log={"progress": False}), "not finite"),
+    "no steps": (lambda t: finetune(steps=0), "steps is 0; it must be at least 1"),
     "an unknown objective": (lambda t: finetune(objective="lmm"), "'lmm'.*lm"),
     "a checkpoint of another method": (
         lambda t: resume(t, method={"name": "lora", "rank": 1}), "method"),

@@ -136,6 +136,9 @@ class TaskVector:
     def __len__(self) -> int:
         return len(self.deltas)
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.deltas)
+
     def __contains__(self, path: str) -> bool:
         return path in self.deltas
 

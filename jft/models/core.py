@@ -27,7 +27,10 @@ def dot(x: Array, w: Any) -> Array:
     """``x[..., in] @ w[in, out]`` in the dtype of ``x``, accumulated in float32; ``w`` an array or a structured weight."""
     if hasattr(w, "__jft_dot__"):
         return w.__jft_dot__(x)
-    return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=_accumulator(x.dtype)).astype(x.dtype)
+    # Rows in one axis: with two, XLA's CPU backend copies a transposed dy before the weight's gradient (2x slower).
+    rows = x.reshape(-1, x.shape[-1]) if x.ndim > 2 and w.ndim == 2 else x
+    y = jnp.matmul(rows, w.astype(x.dtype), preferred_element_type=_accumulator(x.dtype)).astype(x.dtype)
+    return y.reshape(*x.shape[:-1], w.shape[-1]) if rows is not x else y
 
 
 def take(w: Any, ids: Array, dtype: Any) -> Array:

@@ -121,6 +121,9 @@ def finetune(
     :class:`jft.parallel.MemoryBudgetError` where it would not fit, ``Changed`` where the workdir holds another run.
     """
     # What to do.
+    for name, value, least in (("steps", steps, 1), ("eval_every", eval_every, 0), ("eval_batches", eval_batches, 0)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
     logging = _options(Logging, log)
     method = _method(method)
     chosen = find_optimizer(optimizer)
@@ -184,6 +187,8 @@ def finetune(
     progress.say(f"method {overview.describe(plan)}; step takes {memory}; FLOPs by {work.source}")
     if tokenizer is not None and hasattr(which, "weights"):
         progress.say("first example, targets in brackets: " + overview.example(stream.peek(), which, tokenizer))
+    if "classifier/w" in plan.paths and "classifier/w" not in plan.leaves:
+        progress.say("the classifier stays as it is, which suits a fixed head; also='^classifier/' trains it")
     if begin:
         progress.say(f"resumed after step {begin}")
 

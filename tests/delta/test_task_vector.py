@@ -284,3 +284,10 @@ def test_public_names():
     assert jft.TaskVector is TaskVector
     assert jft.apply is apply
     assert jft.revert is revert
+
+
+def test_iterates_over_paths():
+    base = {"b": jnp.zeros(2), "a": jnp.zeros(3)}
+    tau = jft.TaskVector.between(base, jax.tree.map(lambda x: x + 1, base))
+    assert sorted(tau) == ["a", "b"]
+    assert all(tau[path].shape == base[path].shape for path in tau)
