@@ -18,7 +18,7 @@ import numpy as np
 from jft import delta, methods, parallel, tree
 from jft.methods import Method, Plan
 from jft.train import evaluation as evaluations
-from jft.train import feed, overview, preflight, step
+from jft.train import feed, identity, overview, preflight, step
 from jft.train.metrics import Metrics
 from jft.train.objectives import Objective, infer
 from jft.train.objectives import objective as find_objective
@@ -127,7 +127,7 @@ def finetune(
     logging = _options(Logging, log)
     method = _method(method)
     chosen = find_optimizer(optimizer)
-    said = _said(manifest)
+    said = identity.said_of_run(manifest)
     if 0 < eval_every < steps and not eval_batches and hasattr(eval_data, "__next__"):
         raise ValueError("eval_data is an iterator, which ends with the first evaluation; give a list or a loader")
     stream = feed.Feed(data)
@@ -152,10 +152,10 @@ def finetune(
 
     # The state: from the newest checkpoint, or from the start.
     base = delta.describe_base(params)
-    started = _identity(method, chosen, which, shapes.state, first, dtype, seed)
-    identity = {"base": base["fingerprint"], "data": said.get("data"), **started}
+    started = identity.of_run(method, chosen, which, shapes.state, first, dtype, seed)
+    itself = {"base": base["fingerprint"], "data": said.get("data"), **started}
     workdir = None if workdir is None else Path(workdir)
-    checkpoints = _checkpoints(workdir, checkpoint, eval_data, eval_every, identity)
+    checkpoints = _checkpoints(workdir, checkpoint, eval_data, eval_every, itself)
     key = jax.random.key(seed)
     kept, trained = plan.init(key, params)
     kept = jax.device_put(kept, layout.kept)
@@ -168,7 +168,7 @@ def finetune(
         state, position = checkpoints.restore(abstract(shapes.state, layout.state))
         stream.seek(position)
     else:
-        _keep(workdir, identity)
+        identity.keep(workdir, itself)
         state = _start(trained, update, seed)
     del trained
 
@@ -270,6 +270,8 @@ def finetune(
         whole = jax.tree.map(_whole, vector)
         if primary:
             whole.save(workdir / "task_vector.safetensors")
+    if watch is not None:
+        watch.pass_on()
     return Run(plan, state, metrics.rows, evaluation, vector, params, kept)
 
 
@@ -292,39 +294,6 @@ def _method(value: str | Mapping | Method) -> Method:
     return methods.method(**value) if isinstance(value, Mapping) else value
 
 
-def _said(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the caller says of the run; what no task vector could hold is refused now, not after training."""
-    said = delta.manifest.check(manifest or {})
-    for key in ("base", "operation"):
-        if key in said:
-            raise ValueError(f"manifest entry {key!r} is written by finetune itself; choose another name")
-    return said
-
-
-def _identity(
-    method: Method, chosen: Any, which: Any, state: State, batch: Any, dtype: Any, seed: int
-) -> dict[str, Any]:
-    """What a run is, as JSON: a run may only go on from checkpoints that say the same."""
-    if isinstance(chosen, Given):
-        optimizer: Any = {"name": "optax", "state": sorted(tree.flatten(state.opt_state))}
-    else:
-        optimizer = dataclasses.asdict(chosen)
-    return {
-        "method": {"name": method.name, "options": _json(method.options)},
-        "optimizer": _json(optimizer),
-        "objective": {"name": type(which).__name__, **_json(getattr(which, "__dict__", {}))},
-        "batch": {p: [list(x.shape), np.dtype(x.dtype).name] for p, x in tree.flatten(batch).items()},
-        "trained": {p: [list(x.shape), np.dtype(x.dtype).name] for p, x in tree.flatten(state.trained).items()},
-        "dtype": None if dtype is None else np.dtype(dtype).name,
-        "seed": seed,
-    }
-
-
-def _json(value: Any) -> Any:
-    """``value`` as JSON would give it back; what it cannot hold by its ``repr``."""
-    return json.loads(json.dumps(value, default=repr))
-
-
 def _checkpoints(workdir: Path | None, options: Any, eval_data: Any, eval_every: int, identity: Any) -> Any:
     """The checkpoints of a run that has a workdir; the module that knows Orbax is loaded for them alone."""
     if workdir is None:
@@ -341,21 +310,6 @@ def _checkpoints(workdir: Path | None, options: Any, eval_data: Any, eval_every:
         )
     workdir.mkdir(parents=True, exist_ok=True)
     return Checkpoints(workdir / "checkpoints", options, identity)
-
-
-def _keep(workdir: Path | None, identity: Mapping[str, Any]) -> None:
-    """Refuse to start where another run has left its result, which this one would write over."""
-    path = None if workdir is None else workdir / "task_vector.safetensors"
-    if path is None or not path.is_file():
-        return
-    from jft.delta import file
-    from jft.train.checkpoints import compare
-
-    left = file.inspect(path).manifest
-    before = {key: left.get(key) for key in identity} | {"base": left.get("base", {}).get("fingerprint")}
-    if "narrowed" in left:  # of part of its base: the whole one is not known
-        before["base"] = identity["base"]
-    compare(before, identity, f"{path} is")
 
 
 def _write(path: Path, value: Any) -> None:

@@ -48,6 +48,12 @@ class Watch:
         if self._asked.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._asked.set()
+        self._number = number
+
+    def pass_on(self) -> None:
+        """Deliver once more a signal that came too late to stop anything, now that the run is whole and saved."""
+        if self._asked.is_set():
+            signal.raise_signal(self._number)
 
     def reached(self, step: int) -> bool:
         """Whether to stop after ``step``; the same answer on every process."""

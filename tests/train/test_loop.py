@@ -278,3 +278,14 @@ def test_option_errors(tmp_path):
 def test_task_vector_manifest_is_json(tmp_path):
     run = train(tmp_path, manifest={"config": {"a": 1}})
     assert json.loads(json.dumps(run.task_vector.manifest))["config"] == {"a": 1}
+
+
+def test_a_signal_in_the_last_step_is_passed_on_once_the_run_is_saved(tmp_path, monkeypatch):
+    import signal
+
+    from jft.train import preemption
+
+    monkeypatch.setattr(preemption.Watch, "reached", lambda self, step: self._note(signal.SIGINT, None) or True)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, steps=1)
+    assert (tmp_path / "task_vector.safetensors").is_file()

@@ -1,0 +1,62 @@
+"""What a run is: the facts that its checkpoints and task vector carry, and that must be the same to go on from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jft import delta, tree
+from jft.methods import Method
+from jft.train.optimizers import Given
+from jft.train.state import State
+
+
+def said_of_run(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the caller says of the run; what no task vector could hold is refused now, not after training."""
+    said = delta.manifest.check(manifest or {})
+    for key in ("base", "operation"):
+        if key in said:
+            raise ValueError(f"manifest entry {key!r} is written by finetune itself; choose another name")
+    return said
+
+
+def of_run(method: Method, chosen: Any, which: Any, state: State, batch: Any, dtype: Any, seed: int) -> dict[str, Any]:
+    """What a run is, as JSON: a run may only go on from checkpoints that say the same."""
+    if isinstance(chosen, Given):
+        optimizer: Any = {"name": "optax", "state": sorted(tree.flatten(state.opt_state))}
+    else:
+        optimizer = dataclasses.asdict(chosen)
+    return {
+        "method": {"name": method.name, "options": _json(method.options)},
+        "optimizer": _json(optimizer),
+        "objective": {"name": type(which).__name__, **_json(getattr(which, "__dict__", {}))},
+        "batch": {p: [list(x.shape), np.dtype(x.dtype).name] for p, x in tree.flatten(batch).items()},
+        "trained": {p: [list(x.shape), np.dtype(x.dtype).name] for p, x in tree.flatten(state.trained).items()},
+        "dtype": None if dtype is None else np.dtype(dtype).name,
+        "seed": seed,
+    }
+
+
+def _json(value: Any) -> Any:
+    """``value`` as JSON would give it back; what it cannot hold by its ``repr``."""
+    return json.loads(json.dumps(value, default=repr))
+
+
+def keep(workdir: Path | None, itself: Mapping[str, Any]) -> None:
+    """Refuse to start where another run has left its result, which this one would write over."""
+    path = None if workdir is None else workdir / "task_vector.safetensors"
+    if path is None or not path.is_file():
+        return
+    from jft.delta import file
+    from jft.train.checkpoints import compare
+
+    left = file.inspect(path).manifest
+    before = {key: left.get(key) for key in itself} | {"base": left.get("base", {}).get("fingerprint")}
+    if "narrowed" in left:  # of part of its base: the whole one is not known
+        before["base"] = itself["base"]
+    compare(before, itself, f"{path} is")
