@@ -196,7 +196,8 @@ def test_wrong_use(name, tmp_path, monkeypatch):
         use(tmp_path)
     text = str(caught.value)
     assert len(text) < 2000
-    assert not list(Path(tmp_path).rglob("*.tmp")), "a half-written file was left"
+    left = [p.name for p in Path(tmp_path).rglob(".*")]
+    assert not left, f"half-written files were left: {left}"
 
 
 def test_the_list_is_long_enough():

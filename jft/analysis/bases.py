@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jft import data, parallel, tree
+from jft import data, files, parallel, tree
 from jft.analysis import records, settings
 from jft.models.classifier import Classifier
 from jft.models.loading import fetch
@@ -100,10 +99,9 @@ def write_params(params: Any, path: Path) -> None:
     """Parameters by path in one safetensors file, whole or not at all."""
     from safetensors.numpy import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    save_file({p: np.ascontiguousarray(x) for p, x in tree.flatten(jax.device_get(params)).items()}, beside)
-    os.replace(beside, path)
+    flat = tree.flatten(jax.device_get(params))
+    with files.whole(path) as beside:
+        save_file({p: np.ascontiguousarray(x) for p, x in flat.items()}, beside)
 
 
 def read_params(path: Path) -> Any:

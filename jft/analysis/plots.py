@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from jft import files
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 INK, FAINT, GRID = "#222222", "#767676", "#E4E4E4"
@@ -280,10 +282,8 @@ def metric_curves(series: Mapping[str, Mapping[str, tuple[Sequence[float], Seque
 @_styled
 def save(figure: Any, path: Path) -> None:
     """Write a figure as the PNG ``path``, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    figure.savefig(beside, format="png", dpi=150)
-    beside.replace(path)
+    with files.whole(path) as beside:
+        figure.savefig(beside, format="png", dpi=150)
 
 
 @_styled

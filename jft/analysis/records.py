@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from jft import files
 
 NAME = "outcome.json"
 
 
 def write_json(value: Any, path: Path) -> None:
     """``value`` as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(beside, path)
+    files.write_text(path, json.dumps(value, indent=1))
 
 
 def plain(config: Any) -> Any:

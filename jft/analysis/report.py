@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jft import files
 from jft.analysis import plots
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -147,7 +148,5 @@ def write(results: Mapping[str, Any], workdir: Path) -> Path:
         for name, figure in drawn.items():
             plots.save(figure, workdir / "plots" / f"{study}_{name}.png")
     path = workdir / "report.html"
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(render(results, images), encoding="utf-8")
-    beside.replace(path)
+    files.write_text(path, render(results, images))
     return path

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jft import files
+
 Rows = list[dict[str, Any]]
 OF_RUN = ("task", "method", "score", "validation", "trained", "density", "bytes", "norm", "step_seconds", "seconds")
 OF_NEGATION = ("task", "method", "coefficient", "base_target", "target", "base_control", "control")
@@ -37,8 +39,6 @@ def write(study: Mapping[str, Any], workdir: Path) -> list[Path]:
         writer.writeheader()
         writer.writerows(table)
         path = workdir / f"{study['name']}_{name}.csv"
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(text.getvalue(), encoding="utf-8")
-        beside.replace(path)
+        files.write_text(path, text.getvalue())
         written.append(path)
     return written

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-from collections.abc import Iterable
 from typing import Any, NoReturn
+
+from jft.names import nearest
 
 
 class UsageError(ValueError):
     """An unknown command, option or config key, or a value that cannot be read: exit code 2."""
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """``" (did you mean 'train'?)"``, or nothing where no known word is near."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 class Parser(argparse.ArgumentParser):

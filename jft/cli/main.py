@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jft.cli.errors import UsageError, nearest
+from jft.cli.errors import UsageError
+from jft.names import nearest
 
 # What a user can cause and cure: bad values, missing files and extras, a full disk. All else is a bug: its traceback shows.
 USER_ERRORS = (ValueError, OSError, ModuleNotFoundError)

@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from jft.cli.errors import Parser, UsageError, nearest
+from jft.cli.errors import Parser, UsageError
+from jft.names import nearest
 
 
 def _describe(entry: Any) -> dict[str, Any]:

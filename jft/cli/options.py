@@ -17,7 +17,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jft.cli.errors import Parser, UsageError, nearest
+from jft.cli.errors import Parser, UsageError
+from jft.names import nearest
 
 # Parts of a config whose keys are the options of whatever their `name` or `source` says.
 OPEN = frozenset({"method", "data", "eval_data", "options", "arch"})

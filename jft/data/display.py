@@ -16,7 +16,8 @@ def _pieces(ids: np.ndarray, mask: np.ndarray) -> list[tuple[bool, np.ndarray]]:
     return [(bool(mask[run[0]]), ids[run]) for run in np.split(np.arange(len(ids)), borders) if len(run)]
 
 
-def _text(tokenizer: Tokenizer, ids: np.ndarray, mask: np.ndarray, markup: bool) -> str:
+def marked(tokenizer: Tokenizer, ids: np.ndarray, mask: np.ndarray, markup: bool = False) -> str:
+    """``ids`` decoded, those where ``mask`` is set in ⟦ ⟧ (in Rich green with ``markup``)."""
     opening, closing = ("[bold green]", "[/bold green]") if markup else ("⟦", "⟧")
     written = ""
     for target, run in _pieces(ids, mask):
@@ -39,7 +40,7 @@ def _sequence(batch: Mapping[str, Any], row: int, tokenizer: Tokenizer, markup: 
     lines = [head + (f", {int(mask.sum())} targets" if masked else "")]
     for segment in range(1, int(segments.max(initial=0)) + 1):
         inside = segments == segment
-        lines.append(_text(tokenizer, ids[inside], mask[inside], markup))
+        lines.append(marked(tokenizer, ids[inside], mask[inside], markup))
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jft import files
 from jft.data.errors import DataError
 
 # Ids 256.. of the "bytes" tokenizer, and the specials of a trained BPE; the turn markers serve PLAIN_CHAT.
@@ -74,7 +75,6 @@ class Tokenizer:
     def save(self, directory: str | os.PathLike) -> None:
         """Writes tokenizer.json and tokenizer_config.json, which :func:`load` and transformers read."""
         target = Path(directory)
-        target.mkdir(parents=True, exist_ok=True)
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "built_as": self.name, **self.specials}
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
@@ -82,9 +82,7 @@ class Tokenizer:
             ("tokenizer.json", self.core.to_str()),
             ("tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False)),
         ):
-            beside = target / f".{name}.{os.getpid()}"
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, target / name)
+            files.write_text(target / name, text)
 
 
 def _json(file: Path) -> dict:

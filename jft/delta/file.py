@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from jft import files
 from jft.delta.encoding import Encoding, kinds
 from jft.delta.manifest import Manifest
 from jft.delta.task_vector import TaskVector
@@ -178,19 +178,5 @@ def _host(x: Any) -> np.ndarray:
 
 
 def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with files.whole(path) as beside:
         safetensors.numpy.save_file(tensors, beside, metadata)
-        os.chmod(beside, 0o666 & ~_umask())
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

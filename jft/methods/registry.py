@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from jft.methods.plan import Method
+from jft.names import nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +58,13 @@ def method(name: str, *, also: Sequence[str] | str = (), freeze: Sequence[str] |
     Raises ``ValueError`` for an unknown name or option, with the nearest known one.
     """
     if name not in _ENTRIES:
-        raise ValueError(f"method {name!r} is unknown{_nearest(name, _ENTRIES)}; `jft methods` lists them all")
+        raise ValueError(f"method {name!r} is unknown{nearest(name, _ENTRIES)}; `jft methods` lists them all")
     entry = _ENTRIES[name]
     for option in options:
         if option not in entry.options:
             known = ", ".join(entry.options) or "none"
             raise ValueError(
-                f"method {name!r} has no option {option!r}{_nearest(option, entry.options)}; it has: {known}"
+                f"method {name!r} has no option {option!r}{nearest(option, entry.options)}; it has: {known}"
             )
     built = entry.build(**options)
     said = {k: v for k, v in {"also": _patterns(also), "freeze": _patterns(freeze)}.items() if v}
@@ -79,8 +79,3 @@ def method(name: str, *, also: Sequence[str] | str = (), freeze: Sequence[str] |
 
 def _patterns(value: Sequence[str] | str) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
-
-
-def _nearest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jft import data, methods, models, parallel, tree
 from jft.models.loading import fetch
+from jft.names import nearest
 from jft.train import feed
 from jft.train.config import Config, ModelConfig, check
 from jft.train.loop import Run, finetune
@@ -120,8 +121,7 @@ def _one_base(said: ModelConfig) -> None:
 
 def _from_scratch(said: ModelConfig, seed: int, mesh: Any, classes: int, tokenizer: Any) -> Any:
     if said.arch not in ARCHITECTURES:
-        near = difflib.get_close_matches(said.arch, ARCHITECTURES, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = nearest(said.arch, ARCHITECTURES)
         raise ValueError(f"config.model.arch {said.arch!r} is unknown{hint}; choose one of {', '.join(ARCHITECTURES)}")
     options = dict(said.options)
     kind = getattr(models, ARCHITECTURES[said.arch])

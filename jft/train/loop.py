@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jft import delta, methods, parallel, tree
+from jft import delta, files, methods, parallel, tree
 from jft.methods import Method, Plan
 from jft.train import evaluation as evaluations
 from jft.train import feed, identity, overview, preflight, step
@@ -176,7 +175,7 @@ def finetune(
     primary = jax.process_index() == 0
     if workdir is not None and primary and "config" in said:
         # Not before: a start that was refused leaves the config of the run that is there.
-        _write(workdir / "config.json", said["config"])
+        files.write_text(workdir / "config.json", json.dumps(said["config"], indent=2, default=str) + "\n")
     metrics = Metrics(workdir, begin, logging.tensorboard, logging.wandb, primary)
     progress = Progress(steps, begin, logging.progress and primary)
     work = preflight.work(update, first, params)
@@ -310,12 +309,6 @@ def _checkpoints(workdir: Path | None, options: Any, eval_data: Any, eval_every:
         )
     workdir.mkdir(parents=True, exist_ok=True)
     return Checkpoints(workdir / "checkpoints", options, identity)
-
-
-def _write(path: Path, value: Any) -> None:
-    written = path.with_suffix(".json.tmp")
-    written.write_text(json.dumps(value, indent=2, default=str) + "\n")
-    os.replace(written, path)
 
 
 def _start(trained: Any, update: step.Step, seed: int) -> State:

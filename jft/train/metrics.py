@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, Protocol
+
+from jft import files
 
 
 class Sink(Protocol):
@@ -30,9 +31,7 @@ class JsonLines:
 
     def __init__(self, path: Path, step: int = 0):
         self.rows: list[dict] = [row for row in read(path) if row["step"] <= step] if step and path.exists() else []
-        written = path.with_suffix(".tmp")
-        written.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        os.replace(written, path)
+        files.write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = path.open("a")
 
     def write(self, row: dict[str, Any]) -> None:

@@ -7,13 +7,14 @@ sharding change nothing: a token counts the same wherever it stands.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+
+from jft.names import nearest
 
 Array = jax.Array
 Batch = Any
@@ -258,8 +259,7 @@ def objective(which: Any) -> Any:
     options = dict(which)
     name = options.pop("name", None)
     if name not in objectives:
-        near = difflib.get_close_matches(str(name), objectives, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = nearest(name, objectives)
         raise ValueError(f"objective {name!r} is unknown{hint}; choose one of {', '.join(objectives)}")
     known = [f.name for f in dataclasses.fields(objectives[name])]
     for option in options:

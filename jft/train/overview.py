@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jft import tree
+from jft.data.display import marked
 from jft.methods import Plan
 
 
@@ -74,7 +75,7 @@ def text(table: list[Row]) -> str:
 
 
 def example(batch: Any, objective: Any, tokenizer: Any, limit: int = 400) -> str:
-    """The first row of a host batch decoded, up to ``limit`` tokens, with what the loss is over in [brackets]."""
+    """The first row of a host batch decoded, up to ``limit`` tokens, with what the loss is over in ⟦brackets⟧."""
     if not isinstance(batch, Mapping):
         batch = {"tokens": batch}
     decoder = "decoder_" if "decoder_tokens" in batch else ""
@@ -83,14 +84,7 @@ def example(batch: Any, objective: Any, tokenizer: Any, limit: int = 400) -> str
     # Weights stand where the prediction is made, one before the token that is predicted.
     counts = np.roll(objective.weights(batch, np)[0], 1) > 0
     end = int(np.flatnonzero(segments > 0).max(initial=-1)) + 1
-    tokens, counts = tokens[:end][:limit], counts[:end][:limit]
-    cuts = np.flatnonzero(np.diff(counts.astype(np.int8))) + 1
-    parts = []
-    for ids, flag in zip(np.split(tokens, cuts), np.split(counts, cuts), strict=True):
-        if len(ids):
-            decoded = tokenizer.decode([int(i) for i in ids])
-            parts.append(f"[{decoded}]" if flag[0] else decoded)
-    return "".join(parts)
+    return marked(tokenizer, tokens[:end][:limit], counts[:end][:limit])
 
 
 def describe(plan: Plan) -> str:
