@@ -9,9 +9,14 @@ from jft.names import nearest
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "folder" / "x.txt"
     files.write_text(path, "old")
-    with pytest.raises(OSError, match="full"), files.whole(path) as beside:
-        beside.write_text("half")
-        raise OSError("the disk is full")
+
+    def fill():
+        with files.whole(path) as beside:
+            beside.write_text("half")
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        fill()
     assert path.read_text() == "old"
     assert [p.name for p in path.parent.iterdir()] == ["x.txt"]
 
