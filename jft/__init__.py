@@ -18,6 +18,7 @@ _PUBLIC = {
     "TaskVector": ("jft.delta", "TaskVector"),
     "apply": ("jft.delta", "apply"),
     "revert": ("jft.delta", "revert"),
+    "linearize": ("jft.tangent", "linearize"),
     "method": ("jft.methods", "method"),
     "finetune": ("jft.train", "finetune"),
     "merge": ("jft.merge", None),
@@ -26,6 +27,7 @@ _PUBLIC = {
     "delta": ("jft.delta", None),
     "methods": ("jft.methods", None),
     "parallel": ("jft.parallel", None),
+    "tangent": ("jft.tangent", None),
     "train": ("jft.train", None),
     "tree": ("jft.tree", None),
     "analysis": ("jft.analysis", None),
@@ -40,11 +42,13 @@ if TYPE_CHECKING:
     import jft.methods as methods
     import jft.models as models
     import jft.parallel as parallel
+    import jft.tangent as tangent
     import jft.train as train
     import jft.tree as tree
     from jft.delta import TaskVector, apply, revert
     from jft.methods import method
     from jft.models import Model, load, save
+    from jft.tangent import linearize
     from jft.train import finetune
 
 

@@ -77,25 +77,27 @@ class Cost:
 
 
 class Candidate:
-    """A method on the setting's model: its compiled step, and, to be timed, what it holds."""
+    """A method on the setting's model: its compiled step, and, to be timed (with ``params``), what it holds."""
 
-    def __init__(self, setting: Setting, name: str, options: Mapping[str, Any], mesh: Any):
+    def __init__(self, setting: Setting, name: str, options: Mapping[str, Any], mesh: Any, params: Any = None):
         execution = Execution(dtype=jnp.dtype(setting.dtype), remat=setting.remat, unroll=setting.unroll)  # type: ignore[arg-type]
         model = Model(MODELS[setting.model](), execution)
-        self.setting, self.model = setting, model
         method = methods.method(name, **options)
-        if method.select.score is not None:
-            # Which parts are selected changes no cost; looking for them would.
+        if method.select.score is not None and not hasattr(method.select.score, "share"):
+            # Which parts are selected changes no cost; looking for them would. A score that chooses by itself draws, too.
             method = dataclasses.replace(method, select=dataclasses.replace(method.select, score=scores.Random()))
         self.shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.dtype(setting.dtype)))
         plan = method.plan(self.shapes, model)
         self.recipe = step.Recipe(
             step.apply_of(model, mesh), plan, objective("lm"), optimizer(OPTIMIZER).unscheduled(), dtype=execution.dtype
         )
-        self.mesh = mesh
-        self.grids = selection.grids(plan, self.shapes, mesh)
-        chosen = selecting.expected(plan, tree.flatten(self.shapes), self.grids)
-        self.update = setup.compile_step(self.recipe, self.shapes, chosen, mesh)
+        grids = selection.grids(plan, self.shapes, mesh)
+        if params is None:
+            self.chosen = selecting.expected(plan, tree.flatten(self.shapes), grids)
+        else:
+            probe = _Drawing(plan.selects, tree.flatten(params), jax.random.key(1), model, plan.structured)
+            self.chosen = selecting.choose(plan, probe, grids) if plan.selects else {}  # type: ignore[arg-type]
+        self.update = setup.compile_step(self.recipe, self.shapes, self.chosen, mesh)
         self.batch = {"tokens": jax.ShapeDtypeStruct((setting.batch, setting.tokens), np.int32)}
 
     def cost(self, label: str) -> Cost:
@@ -116,13 +118,8 @@ class Candidate:
 
     def ready(self, params: Any) -> Callable[[Any], None]:
         """A function that makes one step and waits for it."""
-        plan = self.recipe.plan
-        chosen: Mapping[str, Any] = {}
-        if plan.selects:
-            probe = _Drawing(plan.selects, tree.flatten(params), jax.random.key(1), plan.structured)
-            chosen = selecting.choose(plan, probe, self.grids)  # type: ignore[arg-type]
-        update = setup.compile_step(self.recipe, params, chosen, self.mesh)
-        held = setup.hold(update, params, chosen, seed=0)
+        update = self.update
+        held = setup.hold(update, params, self.chosen, seed=0)
 
         def run(batch: Any) -> None:
             nonlocal held
@@ -139,6 +136,7 @@ class _Drawing:
     paths: tuple[str, ...]
     params: Mapping[str, Any]
     key: Any
+    model: Model
     structured: bool
 
     def lead(self, path: str) -> int:
@@ -155,11 +153,12 @@ def measure(
     found: dict[str, Cost] = {}
     ready = []
     params = None
+    if setting.steps:
+        model = Model(MODELS[setting.model](), Execution(dtype=jnp.dtype(setting.dtype)))
+        params = model.init(jax.random.key(0), jnp.dtype(setting.dtype))
     for name, options in which:
         label = " ".join([name, *(f"{k}={v}" for k, v in options.items())])
-        candidate = Candidate(setting, name, options, mesh)
-        if params is None and setting.steps:
-            params = candidate.model.init(jax.random.key(0), jnp.dtype(setting.dtype))
+        candidate = Candidate(setting, name, options, mesh, params)
         found[label] = candidate.cost(label)
         say(f"{label}: compiled")
         if setting.steps:

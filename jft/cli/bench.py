@@ -12,7 +12,9 @@ from typing import Any
 
 from jft.cli.errors import Parser, UsageError
 
-METHODS = ("full", "lora:rank=16", "block_sparse:density=0.05", "lift:rank=4", "s2ft", "bitfit")
+METHODS = (
+    "full", "lora:rank=16", "block_sparse:density=0.05,block=(64,64)", "super_tuning:sparsity=0.99", "lift:rank=4", "s2ft",
+)  # fmt: skip
 
 
 def _method(text: str) -> tuple[str, dict[str, Any]]:

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jft import delta
-from jft.methods.parametrise import LowRank, LowRankWeight, Parametrisation
+from jft.methods.parametrise import LowRank, Parametrisation
+from jft.models.low_rank import LowRankWeight
+from jft.tangent.lean import Lean
 
 Array = jax.Array
 
@@ -100,6 +102,21 @@ class WithLowRank(Parametrisation):
 
     def anchored(self) -> WithLowRank:
         return dataclasses.replace(self, first=self.first.anchored())
+
+    def linearized(self) -> WithLowRank:
+        return dataclasses.replace(self, first=self.first.linearized())
+
+    def lean(self, kept: Any, trained: Any, structured: bool, key: Array | None = None) -> Lean:
+        first = self.first.lean(kept, trained["own"], structured, key)
+        a, b = trained["low_rank"]["a"], trained["low_rank"]["b"]
+
+        def bind(values: Any) -> Any:
+            w = first.bind(values["own"])
+            return (
+                LowRankWeight(w, a, values["b"], self.low_rank.scale) if structured else self._added(w, a, values["b"])
+            )
+
+        return Lean(bind, {"own": first.point, "b": jnp.zeros_like(b)}, {"own": first.direction, "b": b})
 
     def placed(self, lead: int) -> WithLowRank:
         return dataclasses.replace(self, first=self.first.placed(lead))

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from jft import delta
 from jft.methods.parametrise import Parametrisation
 from jft.models.core import Runs
+from jft.tangent.lean import Lean
 
 Array = jax.Array
 
@@ -96,6 +97,23 @@ class SomeLayers(Parametrisation):
 
     def anchored(self) -> SomeLayers:
         return dataclasses.replace(self, how=self.how.anchored())
+
+    def linearized(self) -> SomeLayers:
+        return dataclasses.replace(self, how=self.how.linearized())
+
+    def lean(self, kept: Any, trained: Any, structured: bool, key: Array | None = None) -> Lean:
+        values, leans = iter(trained), []
+        for i, (k, trains) in enumerate(zip(kept, self.trains, strict=True)):
+            own = None if key is None else jax.random.fold_in(key, i)
+            leans.append(self.how.lean(k, next(values), structured, own) if trains else None)
+
+        def bind(values: Any) -> Any:
+            given = iter(values)
+            parts = tuple(k if lean is None else lean.bind(next(given)) for k, lean in zip(kept, leans, strict=True))
+            return Runs(parts, self.sizes) if structured else jnp.concatenate(parts)
+
+        moving = [lean for lean in leans if lean is not None]
+        return Lean(bind, tuple(lean.point for lean in moving), tuple(lean.direction for lean in moving))
 
     def placed(self, lead: int) -> SomeLayers:
         return dataclasses.replace(self, how=self.how.placed(lead))

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jft import delta, tree
-from jft.models.core import Runs, dot, grouped_dot, take, transpose
+from jft.models.core import Runs
+from jft.models.low_rank import LowRankWeight
 from jft.select.units import Unit
+from jft.tangent.lean import Lean, Thin, Whole
 
 Array = jax.Array
 
@@ -83,6 +85,20 @@ class Parametrisation:
     def anchored(self) -> Parametrisation:
         """The same, keeping what :meth:`change` needs."""
         return self
+
+    def linearized(self) -> Parametrisation:
+        """The same where the forward pass is linearized: ``w`` stays the base, and only the change beside it moves."""
+        if type(self).base is Parametrisation.base:
+            raise ValueError(
+                f"{type(self).__name__} keeps no base to linearize the model at; train it with forward='standard'"
+            )
+        return self
+
+    def lean(self, kept: Any, trained: Any, structured: bool, key: Array | None = None) -> Lean:
+        """The base weight and the change as the direction of its derivative, of a :meth:`linearized` parametrisation."""
+        base = self.base(kept)
+        moved = self.bind(kept, trained, False, key).astype(jnp.float32) - base.astype(jnp.float32)
+        return Whole(moved).lean(base, structured)
 
     # What follows lets a run change from one selection to another: see jft.methods.renewal.
 
@@ -161,6 +177,9 @@ class InPlace(Parametrisation):
     def anchored(self) -> InPlace:
         return InPlace(anchor=True)
 
+    def linearized(self) -> Shift:
+        return Shift()
+
     def encode(self, base: Array, kept: Any, trained: Array) -> delta.Encoding:
         return delta.Dense(trained.astype(jnp.float32) - base.astype(jnp.float32))
 
@@ -178,6 +197,29 @@ class InPlace(Parametrisation):
 
     def specs(self, spec: PartitionSpec, w: Any, at: Any = None) -> tuple[Any, Any]:
         return spec if self.anchor else None, spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Shift(Parametrisation):
+    """``w + trained``: the change itself trains, in float32 and from zero; ``w`` stays the base."""
+
+    def init(self, key: Array, w: Array, at: Array | None = None) -> tuple[Any, Any]:
+        return w, jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32))
+
+    def bind(self, kept: Array, trained: Array, structured: bool, key: Array | None = None) -> Array:
+        return (kept.astype(jnp.promote_types(kept.dtype, jnp.float32)) + trained).astype(kept.dtype)
+
+    def base(self, kept: Array) -> Array:
+        return kept
+
+    def lean(self, kept: Array, trained: Array, structured: bool, key: Array | None = None) -> Lean:
+        return Whole(trained).lean(kept, structured)
+
+    def encode(self, base: Array, kept: Any, trained: Array) -> delta.Encoding:
+        return delta.Dense(trained.astype(jnp.float32))
+
+    def specs(self, spec: PartitionSpec, w: Any, at: Any = None) -> tuple[Any, Any]:
+        return spec, spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,38 +282,14 @@ class InPlaceLayers(Parametrisation):
     def anchored(self) -> InPlaceLayers:
         return dataclasses.replace(self, anchor=True)
 
+    def linearized(self) -> Parametrisation:
+        from jft.methods.layers import SomeLayers
+
+        return SomeLayers(Shift(), self.sizes, self.trains)
+
     def specs(self, spec: PartitionSpec, w: Any, at: Any = None) -> tuple[Any, Any]:
         kept, trained = tuple(spec for t in self.trains if not t), tuple(spec for t in self.trains if t)
         return (kept, trained) if self.anchor else kept, trained
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LowRankWeight:
-    """The structured weight ``w + scale * a @ b``, never formed: ``dot`` costs two thin products more than ``x @ w``.
-
-    w: an array, or a structured weight itself.
-    """
-
-    w: Any
-    a: Array
-    b: Array
-    scale: float = dataclasses.field(metadata={"static": True})
-
-    def __jft_dot__(self, x: Array) -> Array:
-        return dot(x, self.w) + self.scale * dot(dot(x, self.a), self.b)
-
-    def __jft_grouped_dot__(self, x: Array, sizes: Array) -> Array:
-        thin = grouped_dot(grouped_dot(x, self.a, sizes), self.b, sizes)
-        return grouped_dot(x, self.w, sizes) + self.scale * thin
-
-    def __jft_take__(self, ids: Array) -> Array:
-        rows = take(self.a, ids, self.a.dtype)
-        return take(self.w, ids, self.a.dtype) + self.scale * dot(rows, self.b)
-
-    def __jft_transpose__(self) -> LowRankWeight:
-        a, b = (jnp.swapaxes(x, -1, -2) for x in (self.b, self.a))
-        return LowRankWeight(transpose(self.w), a, b, self.scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,6 +329,12 @@ class LowRank(Parametrisation):
 
         return WithLowRank(InPlace().at(unit), self)
 
+    def linearized(self) -> LowRank:
+        return self
+
+    def lean(self, kept: Array, trained: Any, structured: bool, key: Array | None = None) -> Lean:
+        return Thin(trained["a"], self.scale * trained["b"]).lean(kept, structured)
+
     def encode(self, base: Array, kept: Any, trained: Any) -> delta.Encoding:
         return delta.LowRank(trained["a"].astype(jnp.float32), self.scale * trained["b"].astype(jnp.float32))
 
@@ -320,3 +344,34 @@ class LowRank(Parametrisation):
     def specs(self, spec: PartitionSpec, w: Any, at: Any = None) -> tuple[Any, Any]:
         *lead, rows, columns = padded(spec, len(w.shape))
         return spec, {"a": PartitionSpec(*lead, rows, None), "b": PartitionSpec(*lead, None, columns)}
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRankFixed(LowRank):
+    """:class:`LowRank` whose factor ``a`` stays as it was drawn, so that the weight is linear in ``b``, which trains.
+
+    Also what is left of the derivative in both factors where ``b`` is zero. Kept ``{"w", "a"}``, trained ``{"b"}``.
+    """
+
+    def init(self, key: Array, w: Array, at: Array | None = None) -> tuple[Any, Any]:
+        kept, both = super().init(key, w, at)
+        return {"w": kept, "a": both["a"]}, {"b": both["b"]}
+
+    def bind(self, kept: Any, trained: Any, structured: bool, key: Array | None = None) -> Any:
+        return super().bind(kept["w"], {"a": kept["a"], **trained}, structured, key)
+
+    def at(self, unit: Unit) -> Parametrisation:
+        return Parametrisation.at(self, unit)
+
+    def lean(self, kept: Any, trained: Any, structured: bool, key: Array | None = None) -> Lean:
+        return super().lean(kept["w"], {"a": kept["a"], **trained}, structured, key)
+
+    def encode(self, base: Array, kept: Any, trained: Any) -> delta.Encoding:
+        return super().encode(base, kept["w"], {"a": kept["a"], **trained})
+
+    def scales(self, trained: Any) -> Any:
+        return {"b": self.rate * self.b_rate}
+
+    def specs(self, spec: PartitionSpec, w: Any, at: Any = None) -> tuple[Any, Any]:
+        kept, both = super().specs(spec, w, at)
+        return {"w": kept, "a": both["a"]}, {"b": both["b"]}

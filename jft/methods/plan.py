@@ -6,21 +6,19 @@ import dataclasses
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jft import delta, tree
+from jft import delta, tangent, tree
 from jft.methods import cuts
 from jft.methods.layers import SomeLayers
 from jft.methods.parametrise import InPlace, InPlaceLayers, LowRank, Parametrisation
+from jft.models.core import STRUCTURED
 from jft.select.probe import lead
 from jft.select.units import Entry, How, Unit
-
-# Leaves that models multiply by or look up, and so may be structured weights; others are read as plain arrays.
-STRUCTURED = ("w", "table")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +76,10 @@ class Method:
     (:mod:`jft.methods.schedules`). decide: ``decide(probe) -> {path: layers}``, for methods that find from the base and
     the data, once, which whole layers or matrices train; None for layers means the whole leaf. name and options say where
     it came from and go into every manifest.
+
+    forward: ``standard``, the model at the changed weights; or ``linearized``, ``f(theta0) + J(theta0) tau``: the weights
+    stay the base, and outputs are linear in their change tau (:mod:`jft.tangent`). until: the site up to which a
+    linearized model is linear (``features``: the encoder; the head comes after); None for all of it.
     """
 
     select: Select
@@ -88,8 +90,22 @@ class Method:
     rule: Any = None
     schedule: Any = None
     decide: Any = None
+    forward: Literal["standard", "linearized"] = "standard"
+    until: str | None = None
     name: str = "custom"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse a forward pass that is not known, or that the rest does not go with."""
+        if self.forward not in ("standard", "linearized"):
+            raise ValueError(f"forward {self.forward!r} is unknown; it is standard or linearized")
+        if self.forward == "standard" and self.until is not None:
+            raise ValueError(f"until={self.until!r} says how much of the model is linearized; add forward='linearized'")
+        if self.forward == "linearized" and self.schedule is not None:
+            raise ValueError(
+                f"method {self.name!r} selects anew during the run and leaves what trained before in the weights, which "
+                "would move the base that the model is linearized at; use forward='standard'"
+            )
 
     def plan(self, params: Any, model: Any = None) -> Plan:
         """What this method does to ``params`` (arrays or shapes): a parametrisation for each weight that trains."""
@@ -124,6 +140,8 @@ class Method:
             )
         _check(leaves, shapes, self.name)
         ordered = {p: leaves[p].placed(lead(p, len(shapes[p].shape), stacked)) for p in shapes if p in leaves}
+        if self.forward == "linearized":
+            ordered = {p: how.linearized() for p, how in ordered.items()}
         plan = Plan(self, ordered, tuple(shapes), jax.tree.structure(params), structured=stacked)
         return plan.anchored() if self.penalties or self.rule else plan
 
@@ -134,7 +152,7 @@ class Method:
 
     def __hash__(self) -> int:
         parts = (self.select, self.train, self.also, self.freeze, self.penalties, self.rule, self.schedule, self.decide)
-        return hash((self.name, *parts))
+        return hash((self.name, self.forward, self.until, *parts))
 
 
 def _parts(
@@ -184,7 +202,7 @@ class Plan:
     structured: bool
 
     def __hash__(self) -> int:
-        return hash((tuple(self.leaves.items()), self.paths, self.structured))
+        return hash((tuple(self.leaves.items()), self.paths, self.structured, self.method.forward, self.method.until))
 
     @property
     def selects(self) -> tuple[str, ...]:
@@ -238,12 +256,42 @@ class Plan:
             if how is None:
                 bound.append(kept[path])
                 continue
-            noise = tree.key_for(key, path) if key is not None and how.random else None
-            structured = self.structured and path.rsplit("/", 1)[-1] in STRUCTURED
             values = trained.get(path, ())
             values = values if how.exact else tree.cast(values, dtype)
-            bound.append(how.bind(kept[path], values, structured or _cut(how, self.structured), noise))
+            bound.append(how.bind(kept[path], values, self._takes_structured(path), self._noise(path, key)))
         return jax.tree.unflatten(self.structure, bound)
+
+    def _takes_structured(self, path: str) -> bool:
+        """Whether the model takes a structured weight at ``path``."""
+        leaf = self.structured and path.rsplit("/", 1)[-1] in STRUCTURED
+        return leaf or _cut(self.leaves[path], self.structured)
+
+    def _noise(self, path: str, key: jax.Array | None) -> jax.Array | None:
+        return tree.key_for(key, path) if key is not None and self.leaves[path].random else None
+
+    def outputs(
+        self,
+        apply: Any,
+        kept: Mapping[str, Any],
+        trained: Mapping[str, Any],
+        batch: Any,
+        dtype: Any = None,
+        key: jax.Array | None = None,
+    ) -> Any:
+        """What the model gives for ``batch``, by the method's forward pass; differentiable in ``trained``, as :meth:`bind`."""
+        if self.method.forward == "standard":
+            return apply(self.bind(kept, trained, dtype, key), batch)
+        leans = {
+            p: self.leaves[p].lean(kept[p], values, self._takes_structured(p), self._noise(p, key))
+            for p, values in trained.items()
+        }
+
+        def build(weights: Mapping[str, Any]) -> Any:
+            return jax.tree.unflatten(self.structure, [weights[p] if p in weights else kept[p] for p in self.paths])
+
+        until = self.method.until
+        after = None if until is None else self.bind(kept, trained, dtype, key)
+        return tangent.forward(apply, build, leans, batch, until, after)
 
     def base(self, kept: Mapping[str, Any]) -> Any:
         """The parameters before training, where everything that trains keeps them."""

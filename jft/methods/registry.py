@@ -52,8 +52,16 @@ def entries() -> dict[str, Entry]:
     return dict(sorted(_ENTRIES.items()))
 
 
-def method(name: str, *, also: Sequence[str] | str = (), freeze: Sequence[str] | str = (), **options: Any) -> Method:
-    """The preset ``name`` with ``options``. ``also`` and ``freeze`` (patterns) go with every preset: see :class:`Method`.
+def method(
+    name: str,
+    *,
+    also: Sequence[str] | str = (),
+    freeze: Sequence[str] | str = (),
+    forward: Any = None,
+    until: str | None = None,
+    **options: Any,
+) -> Method:
+    """The preset ``name`` with ``options``. ``also``, ``freeze``, ``forward``, ``until`` go with all: see :class:`Method`.
 
     Raises ``ValueError`` for an unknown name or option, with the nearest known one.
     """
@@ -67,12 +75,15 @@ def method(name: str, *, also: Sequence[str] | str = (), freeze: Sequence[str] |
                 f"method {name!r} has no option {option!r}{nearest(option, entry.options)}; it has: {known}"
             )
     built = entry.build(**options)
-    said = {k: v for k, v in {"also": patterns(also), "freeze": patterns(freeze)}.items() if v}
+    general = {"also": patterns(also), "freeze": patterns(freeze), "forward": forward, "until": until}
+    said = {k: v for k, v in general.items() if v}
     return dataclasses.replace(
         built,
         name=name,
         also=built.also + patterns(also),
         freeze=built.freeze + patterns(freeze),
+        forward=forward or built.forward,
+        until=until or built.until,
         options={**entry.options, **options, **said},
     )
 

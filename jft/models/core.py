@@ -35,6 +35,16 @@ def dot(x: Array, w: Any) -> Array:
     return y.reshape(*x.shape[:-1], w.shape[-1]) if rows is not x else y
 
 
+# Leaves that models multiply by or look up, and so may be structured weights; others are read as plain arrays.
+STRUCTURED = ("w", "table")
+
+
+def takes_structured(apply: Any, path: str) -> bool:
+    """Whether a structured weight may stand at ``path`` of the parameters of ``apply``: a jft model's, or one of any kind."""
+    model = getattr(apply, "__self__", getattr(apply, "model", apply))
+    return hasattr(model, "linear_paths") and path.rsplit("/", 1)[-1] in STRUCTURED
+
+
 def take(w: Any, ids: Array, dtype: Any) -> Array:
     """Rows ``ids`` of an embedding table ``w[rows, D]``, in ``dtype``."""
     if hasattr(w, "__jft_take__"):

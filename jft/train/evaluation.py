@@ -20,10 +20,8 @@ from jft.train.step import apply_of
 
 
 def _sums(apply: Callable, which: Objective, plan: Plan | None, dtype: Any, params: Any, batch: Any) -> dict[str, Any]:
-    if plan is not None:
-        kept, trained = params
-        params = plan.bind(kept, trained, dtype)
-    loss, weight, sums = which.loss(apply(params, batch), batch)
+    outputs = apply(params, batch) if plan is None else plan.outputs(apply, params[0], params[1], batch, dtype)
+    loss, weight, sums = which.loss(outputs, batch)
     return {"loss": loss, **sums, "weight": weight}
 
 

@@ -30,9 +30,9 @@ class Apply:
     model: Any
     mesh: Any = None
 
-    def __call__(self, params: Any, batch: Any) -> Any:
+    def __call__(self, params: Any, batch: Any, **hooks: Any) -> Any:
         with parallel.tracing(self.mesh):
-            return self.model.apply(params, batch) if hasattr(self.model, "apply") else self.model(params, batch)
+            return (self.model.apply if hasattr(self.model, "apply") else self.model)(params, batch, **hooks)
 
 
 def apply_of(model: Any, mesh: Any = None) -> Callable[[Any, Any], Any]:
@@ -119,12 +119,15 @@ def gradients(
 
 
 def _data_gradients(
-    recipe: Recipe, kept: Any, trained: Any, batch: Any, mesh: Any, key: jax.Array | None
+    recipe: Recipe, kept: Any, trained: Any, batch: Any, mesh: Any, key: jax.Array | None, base: Any = None
 ) -> tuple[Any, jax.Array, dict, Any]:
+    """As :func:`gradients`. base: parameters whose outputs the objective is given beside those of the model."""
     weight = recipe.objective.weight(batch)
 
     def loss(trained: Any, batch: Any) -> tuple[jax.Array, dict]:
-        outputs = recipe.apply(recipe.plan.bind(kept, trained, recipe.dtype, key), batch)
+        outputs = recipe.plan.outputs(recipe.apply, kept, trained, batch, recipe.dtype, key)
+        if base is not None:
+            outputs = outputs, jax.lax.stop_gradient(recipe.apply(base, batch))
         total, _, sums = recipe.objective.loss(outputs, batch)
         return total / weight, {k: v / weight for k, v in sums.items()}
 
@@ -145,14 +148,8 @@ def _data_gradients(
 
 def _toward_base(recipe: Recipe, kept: Any, trained: Any, batch: Any, mesh: Any, key: jax.Array | None) -> Any:
     """The gradient of the cross entropy to what the base itself predicts."""
-    base = recipe.plan.base(kept)
-    apply, given = recipe.apply, recipe.objective
-
-    def beside(params: Any, batch: Any) -> tuple[Any, Any]:
-        return apply(params, batch), jax.lax.stop_gradient(apply(base, batch))
-
-    toward = dataclasses.replace(recipe, apply=beside, objective=TowardBase(given))
-    return _data_gradients(toward, kept, trained, batch, mesh, key)[0]
+    toward = dataclasses.replace(recipe, objective=TowardBase(recipe.objective))
+    return _data_gradients(toward, kept, trained, batch, mesh, key, recipe.plan.base(kept))[0]
 
 
 def step(

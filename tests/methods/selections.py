@@ -3,7 +3,7 @@
 import numpy as np
 
 from jft.kernels import slices
-from jft.methods.sparse import Blocks, Entries, Slices
+from jft.models.sparse import Blocks, Entries, Slices
 
 LAYOUTS = {
     "entries": Entries(),

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jft.methods.diagonal import BlockDiagonal
-from jft.methods.parametrise import LowRankWeight
 from jft.models import core
+from jft.models.low_rank import LowRankWeight
 from tests.methods import leaf
 
 KEY = jax.random.key(2)

@@ -9,8 +9,8 @@ import pytest
 
 from jft import delta
 from jft.methods.gates import Gates, HardConcrete, Taps
-from jft.methods.parametrise import LowRankWeight
 from jft.models import core
+from jft.models.low_rank import LowRankWeight
 from tests.methods import leaf
 
 KEY = jax.random.key(4)

@@ -180,9 +180,9 @@ def test_other_units_beside_a_low_rank_change(unit):
 def test_tied_heads_pass_a_selection_beside_a_low_rank_change_through():
     """The transposed weight of an output head that is the embedding table."""
     from jft.kernels import slices
-    from jft.methods.parametrise import LowRankWeight
-    from jft.methods.sparse import SelectedWeight, Slices
     from jft.models.core import dot, transpose
+    from jft.models.low_rank import LowRankWeight
+    from jft.models.sparse import SelectedWeight, Slices
 
     r = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(r.normal(size=shape), jnp.float32)

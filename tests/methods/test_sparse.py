@@ -11,8 +11,8 @@ import pytest
 from jft import delta, tree
 from jft.kernels import slices
 from jft.methods import InPlace, Method, Plan, Select, Selected
-from jft.methods.sparse import Blocks, Entries, SelectedWeight, Slices, tap
 from jft.models import core
+from jft.models.sparse import Blocks, Entries, SelectedWeight, Slices, tap
 from tests.methods import selections, toy
 
 UP, DOWN = "layers/up/w", "layers/down/w"

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from jft import tree
-from jft.methods.parametrise import LowRankWeight
 from jft.models import core
 from jft.models.core import Execution, Hooks, Scope
 from jft.models.decoder import DecoderConfig
+from jft.models.low_rank import LowRankWeight
 from jft.models.model import Model
 from jft.models.moe import Experts, moe
 from jft.models.rope import Rope
