@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jft.select.budget import Globally
-from jft.select.probe import lead
+from jft.select.probe import Probe, lead
 from jft.select.threshold import top_each
 
 Array = jax.Array
@@ -39,6 +39,10 @@ class Rule:
 
     def init(self, trained: Values) -> Any:
         """The memory before the first step; None for a rule without."""
+        return None
+
+    def measure(self, plan: Any, probe: Probe, memory: Any) -> Any:
+        """The memory of a run that starts, from what the base and the first batches say; None for that of :meth:`init`."""
         return None
 
     def gradient(self, plan: Any, kept: Values, trained: Values, gradient: Values, memory: Any) -> tuple[Any, Any]:

@@ -50,7 +50,7 @@ class SoftMask(Rule):
         return {p: jax.tree.map(lambda x, u=u: _ones(x, u[1]), trained[p]) for p, u in found.items() if u}
 
     def measure(self, plan: Any, probe: Probe, memory: Any) -> Any:
-        """The memory of a run that starts: what the base says of its units."""
+        """What the base says of its units."""
         found = agreement.importance(probe, self.batches, self.dropout)
         out = {}
         for path in memory:

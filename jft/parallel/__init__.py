@@ -1,7 +1,7 @@
 """Meshes, sharding rules, multi-host start, and how much memory a compiled step takes."""
 
 from jft.parallel.memory import MemoryBudgetError, MemoryEstimate, check, device_budget, estimate, plan
-from jft.parallel.mesh import batch_sharding, make_mesh, put_batch, replicated, tracing
+from jft.parallel.mesh import batch_sharding, batch_shards, make_mesh, microbatches, put_batch, replicated, tracing
 from jft.parallel.rules import RULES, dividing, shardings, shards, specs
 from jft.parallel.start import start
 from jft.parallel.topology import topology_mesh
@@ -11,11 +11,13 @@ __all__ = [
     "MemoryBudgetError",
     "MemoryEstimate",
     "batch_sharding",
+    "batch_shards",
     "check",
     "device_budget",
     "dividing",
     "estimate",
     "make_mesh",
+    "microbatches",
     "plan",
     "put_batch",
     "replicated",

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -64,6 +65,31 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec())
 
 
+def batch_shards(mesh: Mesh | None) -> int:
+    """Into how many parts the rows of a batch fall; one without a mesh."""
+    return 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+
+
+def microbatches(batch: Any, parts: int, mesh: Mesh | None = None) -> Any:
+    """Leaves ``[B, ...]`` as ``[parts, B / parts, ...]``, every ``parts``-th row together: rows stay on their device.
+
+    Scalars go to every part. Raises ``ValueError`` where the rows do not divide.
+    """
+
+    def split(x: Any) -> Any:
+        if x.ndim == 0:
+            return jnp.broadcast_to(x, (parts,))
+        if x.shape[0] % parts:
+            raise ValueError(f"a batch of {x.shape[0]} does not divide into accumulate={parts} microbatches")
+        x = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+        if mesh is None:
+            return x
+        spec = PartitionSpec(None, *batch_sharding(mesh).spec)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(split, batch)
+
+
 def put_batch(batch: Any, mesh: Mesh | None = None) -> Any:
     """Global arrays ``[B, ...]`` from the rows ``[B / processes, ...]`` that this process holds (a pytree of numpy).
 
@@ -92,7 +118,7 @@ def put_batch(batch: Any, mesh: Mesh | None = None) -> Any:
 
 def _local_shards(mesh: Mesh) -> int:
     """Into how many distinct row blocks the batch falls on this process's devices."""
-    total = math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.shape)
+    total = batch_shards(mesh)
     blocks = batch_sharding(mesh).addressable_devices_indices_map((total,))
     return len({index[0].indices(total) for index in blocks.values() if index is not None})
 

@@ -22,7 +22,6 @@ from jft.models.core import Hooks, dot
 from jft.select import probe
 from jft.train import feed
 from jft.train.objectives import Objective
-from jft.train.step import _split
 
 Array = jax.Array
 Weights = dict[str, Array]
@@ -108,7 +107,7 @@ def _backward(how: Each, mesh: Any, saved: Any, dy: Array) -> tuple[Array, Array
     x, w = saved
     dx = jax.vjp(lambda x: dot(x, w), x)[1](dy)[0]
     rows, inner = (z.reshape(z.shape[0], -1, z.shape[-1]) for z in (x, dy))
-    together = math.gcd(len(rows), _shards(mesh))
+    together = math.gcd(len(rows), parallel.batch_shards(mesh))
 
     def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
         g = jnp.einsum("bti,bto->bio", *part, preferred_element_type=jnp.float32)
@@ -120,16 +119,11 @@ def _backward(how: Each, mesh: Any, saved: Any, dy: Array) -> tuple[Array, Array
         total = jax.lax.with_sharding_constraint(
             total, NamedSharding(mesh, PartitionSpec(*parallel.batch_sharding(mesh).spec))
         )
-    total = jax.lax.scan(add, total, _split((rows, inner), len(rows) // together, mesh))[0]
+    total = jax.lax.scan(add, total, parallel.microbatches((rows, inner), len(rows) // together, mesh))[0]
     return dx, jnp.sum(total, axis=0).astype(w.dtype)
 
 
 _dot.defvjp(_forward, _backward)
-
-
-def _shards(mesh: Any) -> int:
-    """How many parts a batch is in."""
-    return 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in ("data", "fsdp"))
 
 
 def tapped(model: Any, setting: Setting, rest: Weights, chosen: Weights, batch: Any) -> tuple[str, ...]:
@@ -189,7 +183,7 @@ def _over_parts(setting: Setting, one: Callable[..., Weights], total: Weights, e
 
     if parts == 1:
         return add(total, each)[0]
-    return jax.lax.scan(add, total, _split(each, parts, setting.mesh))[0]
+    return jax.lax.scan(add, total, parallel.microbatches(each, parts, setting.mesh))[0]
 
 
 class _Rows:

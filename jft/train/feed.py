@@ -37,7 +37,7 @@ def check(batch: Any, model: Any, mesh: Any) -> None:
         raise ValueError(
             f"rows of {length} tokens, but the model has {longest} positions; set data.max_length to at most that"
         )
-    parts = 1 if mesh is None else mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+    parts = parallel.batch_shards(mesh)
     count = rows(batch) * jax.process_count()
     if count % parts:
         raise ValueError(

@@ -359,13 +359,14 @@ def _described(params: Any, found: Sequence[Member]) -> list[dict[str, Any]]:
 
 def _measured(update: stacked.Fleet, held: Holdings, looks: Any, params: Any, found: Sequence[Member]) -> Holdings:
     """What is held, with what each member's rule finds out about the base before the first step."""
-    plan = update.recipe.plan
-    measure = getattr(plan.method.rule, "measure", None)
-    if measure is None:
+    plan, rule = update.recipe.plan, update.recipe.plan.method.rule
+    if rule is None:
         return held
-    memories = [measure(plan, looks[i](m.whole(params)), update.member(held, i)[0].memory) for i, m in enumerate(found)]
-    memory = jax.tree.map(lambda *x: np.stack([np.asarray(y) for y in x]), *memories)
-    placed = jax.device_put(memory, update.layout.state.memory)
+    memory = held.state.memory
+    each = [rule.measure(plan, looks[i](m.whole(params)), stacked.taken(memory, i)) for i, m in enumerate(found)]
+    if each[0] is None:
+        return held
+    placed = jax.device_put(jax.tree.map(lambda *x: stacked.joint(x), *each), update.layout.state.memory)
     return dataclasses.replace(held, state=dataclasses.replace(held.state, memory=placed))
 
 

@@ -77,7 +77,7 @@ def _remedies(update: step.Step, batch: Any, model: Any, params: Any) -> Iterato
         changed = dataclasses.replace(recipe, apply=step.apply_of(model.with_(remat="full"), layout.mesh))
         yield "model.remat='full'", total(changed, abstract)
     rows = feed.rows(batch)
-    shards = 1 if layout.mesh is None else math.prod(layout.mesh.shape.get(a, 1) for a in ("data", "fsdp"))
+    shards = parallel.batch_shards(layout.mesh)
     for times in (2, 4):
         parts = recipe.accumulate * times
         if recipe.objective.splits and rows % parts == 0 and (rows // parts) % shards == 0:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import math
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from jft.train import feed
 from jft.train.examples import Each, Setting, squares, tapped
 from jft.train.objectives import Objective
 from jft.train.state import find_mesh
-from jft.train.step import _split, apply_of, dtype_of
+from jft.train.step import apply_of, dtype_of
 
 Array = jax.Array
 Weights = dict[str, Array]
@@ -37,7 +36,7 @@ def _gradient(setting: Setting, rest: Weights, chosen: Weights, batch: Any) -> W
 
     if setting.accumulate == 1:
         return one(batch)
-    parts = _split(batch, setting.accumulate, setting.mesh)
+    parts = parallel.microbatches(batch, setting.accumulate, setting.mesh)
     zeros = {p: jnp.zeros(w.shape, jnp.float32) for p, w in chosen.items()}
     add = lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None)
     return jax.lax.scan(add, setting.laid(zeros), parts)[0]
@@ -130,7 +129,6 @@ class LoopProbe:
         self.paths = tuple(p for p in self.params if p in wanted)
         self._check(wanted)
         self.key = jax.random.key(seed)
-        shards = 1 if self.mesh is None else math.prod(self.mesh.shape.get(a, 1) for a in ("data", "fsdp"))
         self._setting = Setting(
             apply_of(model, self.mesh),
             objective,
@@ -140,7 +138,7 @@ class LoopProbe:
             () if self.mesh is None else tuple((p, self.params[p].sharding) for p in self.paths),
             dtype_of(model, params) if dtype is None else dtype,
             accumulate,
-            chunk or shards,
+            chunk or parallel.batch_shards(self.mesh),
         )
 
     def _check(self, paths: Any) -> None:

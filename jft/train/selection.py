@@ -62,11 +62,11 @@ def begin(plan: Plan, probe: Probe, cells: Mapping[str, tuple[int, int]]) -> dic
 
 def measured(update: step.Step, held: Holdings, look: Any, params: Any) -> Holdings:
     """What a run holds, with what its rule finds out about the base before the first step; ``look(params)`` is a probe."""
-    plan = update.recipe.plan
-    measure = getattr(plan.method.rule, "measure", None)
-    if measure is None:
+    plan, rule = update.recipe.plan, update.recipe.plan.method.rule
+    found = rule.measure(plan, look(params), held.state.memory) if rule else None
+    if found is None:
         return held
-    memory = jax.device_put(measure(plan, look(params), held.state.memory), update.layout.state.memory)
+    memory = jax.device_put(found, update.layout.state.memory)
     return dataclasses.replace(held, state=dataclasses.replace(held.state, memory=memory))
 
 

@@ -11,11 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jft import parallel, tree
 from jft.methods import Plan
-from jft.parallel import batch_sharding
 from jft.train.objectives import Objective, TowardBase
 from jft.train.optimizers import Given, Optimizer
 from jft.train.state import Holdings, Layout, State, abstract
@@ -82,26 +80,6 @@ class Recipe:
         return self.optimizer.transform(decays, aged=self.plan.method.schedule is not None)
 
 
-def _split(batch: Any, parts: int, mesh: Any) -> Any:
-    """Leaves ``[B, ...]`` as ``[parts, B / parts, ...]``, every ``parts``-th row together: rows stay on their device.
-
-    Scalars go to every part.
-    """
-
-    def split(x: Any) -> Any:
-        if x.ndim == 0:
-            return jnp.broadcast_to(x, (parts,))
-        if x.shape[0] % parts:
-            raise ValueError(f"a batch of {x.shape[0]} does not divide into accumulate={parts} microbatches")
-        x = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
-        if mesh is None:
-            return x
-        spec = PartitionSpec(None, *batch_sharding(mesh).spec)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-    return jax.tree.map(split, batch)
-
-
 def gradients(
     recipe: Recipe, kept: Any, trained: Any, batch: Any, mesh: Any = None, key: jax.Array | None = None
 ) -> tuple[Any, jax.Array, dict, Any]:
@@ -135,7 +113,7 @@ def _data_gradients(
     if recipe.accumulate == 1:
         (value, means), gradient = one(trained, batch)
         return gradient, value, means, weight
-    parts = _split(batch, recipe.accumulate, mesh)
+    parts = parallel.microbatches(batch, recipe.accumulate, mesh)
 
     def add(carry: Any, part: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, carry, one(trained, part)), None
