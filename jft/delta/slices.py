@@ -109,8 +109,13 @@ class Slices(Slicing):
         return (self.shape[-1 if self.axis == -2 else -2],)
 
     @property
+    def view(self) -> tuple[int, ...]:
+        # A single matrix as a stack of one: with an index before the slice, columns come first in what is indexed.
+        return (1, *self.shape) if len(self.shape) == 2 else self.shape
+
+    @property
     def at(self) -> tuple:
-        *matrix, index = unravel(self.indices, (*self.shape[:-2], self.shape[self.axis]))
+        *matrix, index = unravel(self.indices, (*self.view[:-2], self.shape[self.axis]))
         return (*matrix, index) if self.axis == -2 else (*matrix, slice(None), index)
 
     def coordinates(self) -> tuple[Array, Array, Array]:

@@ -79,6 +79,8 @@ class Classifier:
         """Logits ``[B, classes]``; with hooks, also what they read."""
         scope = Scope(execution, hooks)
         h = self.pooled(scope, params, batch)
+        # CLIP's features are those before they are normalised, and have this name there.
+        h = h if self.pool == "embedding" else scope.site("features", h)
         if self.dense != "none":
             h = scope.dot("classifier/dense", h, params["classifier"]["dense"])
             h = core.ACTIVATIONS[self.dense](h)

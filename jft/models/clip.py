@@ -128,14 +128,14 @@ class ClipConfig:
     def image_embedding(self, scope: Scope, params: Params, batch: Any) -> Array:
         """``[B, P]``: the class token, projected, of length one."""
         h = self.vision.hidden_states(scope, params["vision"], batch, "vision/")[:, 0]
-        return unit(scope.dot("vision_projection", h, params["vision_projection"]))
+        return unit(scope.site("features", scope.dot("vision_projection", h, params["vision_projection"])))
 
     def text_embedding(self, scope: Scope, params: Params, batch: Any) -> Array:
         """``[B, P]``: the end-of-text token, projected, of length one."""
         h = self.text.hidden_states(scope, params["text"], batch, "text/")
         end = self.text.end(inputs(batch).tokens)
         h = jnp.take_along_axis(h, end[:, None, None], axis=1)[:, 0]
-        return unit(scope.dot("text_projection", h, params["text_projection"]))
+        return unit(scope.site("text/features", scope.dot("text_projection", h, params["text_projection"])))
 
     def head_defaults(self) -> tuple[str, str]:
         """Pooling and dense layer of a classifier: the normalised image embedding itself."""

@@ -310,3 +310,18 @@ def test_every_encoding_is_exported():
     import jft.delta
 
     assert all(issubclass(getattr(jft.delta, cls.__name__), Encoding) for cls in kinds().values())
+
+
+@pytest.mark.parametrize("axis", [-2, -1])
+def test_slices_of_a_single_matrix(axis):
+    w = jnp.arange(24.0).reshape(4, 6)
+    values = 1 + jnp.arange(2.0 * w.shape[-3 - axis]).reshape(2, -1)
+    x = Slices(jnp.array([3, 1]), values, (4, 6), axis)
+    expected = np.zeros((4, 6))
+    for i, index in enumerate((3, 1)):
+        expected[(index, slice(None)) if axis == -2 else (slice(None), index)] = values[i]
+    np.testing.assert_array_equal(x.dense(), expected)
+    np.testing.assert_array_equal(x.apply_to(w), w + expected)
+    np.testing.assert_array_equal(x.apply_to(w.astype(jnp.bfloat16)), (w + expected).astype(jnp.bfloat16))
+    np.testing.assert_allclose(x.dot(Dense(w)), np.sum(expected * np.asarray(w)), rtol=1e-6)
+    np.testing.assert_array_equal(Slices.of(Dense(jnp.asarray(expected)), axis).dense(), expected)

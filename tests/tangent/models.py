@@ -1,0 +1,53 @@
+"""Small models of every family, in any dtype, with a batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jft.models import Classifier, ClipConfig, DecoderConfig, EncoderConfig, Execution, Model, VisionConfig
+from jft.models.clip import TextConfig
+
+TOKENS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]], np.int32)
+
+
+def images(dtype):
+    return np.random.default_rng(5).standard_normal((2, 8, 8, 1)).astype(np.float32).astype(dtype)
+
+
+def _configs():
+    vision = VisionConfig(image=8, patch=4, channels=1, width=8, layers=2, heads=2, hidden=12)
+    tower = VisionConfig(
+        image=8, patch=4, channels=1, width=8, layers=1, heads=2, hidden=12, patch_bias=False, embed_norm=True
+    )
+    text = TextConfig(vocab=11, width=8, layers=1, heads=2, hidden=12, positions=6, eos=9)
+    return {
+        "decoder": DecoderConfig(vocab=11, width=8, layers=2, heads=2, kv_heads=1, hidden=12, tied=True),
+        "encoder": EncoderConfig(vocab=11, width=8, layers=2, heads=2, hidden=12, positions=6),
+        "vision": Classifier(vision, classes=3, pool="mean"),
+        "clip": ClipConfig(vision=tower, text=text, projection=4),
+        "clip_classifier": Classifier(ClipConfig(vision=tower, text=text, projection=4), classes=3),
+    }
+
+
+NAMES = tuple(_configs())
+
+
+def model(name, dtype=jnp.float32, **execution):
+    """``(model, params, batch)``; parameters shaken, so that no term is near zero."""
+    made = Model(_configs()[name], Execution(dtype=jnp.dtype(dtype), **execution))
+    params = jax.tree.map(jnp.add, made.init(jax.random.key(0)), draw(made.abstract(), 1, 0.3))
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    batch = {}
+    if name in ("decoder", "encoder", "clip"):
+        batch["tokens"] = TOKENS
+    if name not in ("decoder", "encoder"):
+        batch["images"] = images(dtype)
+    return made, params, batch
+
+
+def draw(params, seed, scale=0.1):
+    """A random tree like ``params``: the same values in any dtype, which are those of float32."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: jnp.asarray((scale * rng.standard_normal(x.shape)).astype(np.float32), x.dtype), params
+    )
