@@ -118,6 +118,9 @@ class Sparsified(Parametrisation):
         gram = jnp.einsum("...or,...os->...rs", trained["a"], trained["a"])
         return self.identity * jnp.sum(jnp.mean(jnp.square(gram - jnp.eye(self.rank)), axis=(-1, -2)))
 
+    def matrices(self, trained: dict[str, Array]) -> dict[str, Any]:
+        return {name: x if name in ("a", "b") else None for name, x in super().matrices(trained).items()}
+
     def specs(self, spec: PartitionSpec, w: Any, at: Any = None) -> tuple[Any, Any]:
         *lead, _, width = padded(spec, len(w.shape))
         vector = PartitionSpec(*lead, width)

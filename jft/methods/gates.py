@@ -118,6 +118,9 @@ class HardConcrete(Parametrisation):
     def scales(self, trained: dict[str, Array]) -> dict[str, float]:
         return {name: 1.0 if name == "delta" else self.alpha_rate for name in trained}
 
+    def matrices(self, trained: dict[str, Array]) -> dict[str, Any]:
+        return {name: None if name == "group" else x for name, x in super().matrices(trained).items()}
+
     def specs(self, spec: PartitionSpec, w: Any, at: Any = None) -> tuple[Any, Any]:
         trained = {"delta": spec, "alpha": spec}
         if self.group:
@@ -178,6 +181,9 @@ class Taps(Parametrisation):
             return delta.Dense(values)
         index = np.flatnonzero(active.reshape(active.shape[0], -1).any(axis=1))
         return delta.Rows(jnp.asarray(index, jnp.int32), values[index], base.shape)
+
+    def matrices(self, trained: dict[str, Array]) -> dict[str, Any]:
+        return {**super().matrices(trained), "score": None}
 
     def specs(self, spec: PartitionSpec, w: Any, at: Any = None) -> tuple[Any, Any]:
         lead = padded(spec, len(w.shape))[: leading(w, self.lead)]
@@ -303,6 +309,9 @@ class Gates(Parametrisation):
             return self.weight * sum((jnp.sum(p) for p in likely.values()), jnp.float32(0))
         away = [jnp.abs(jnp.mean(p, axis=-1) - self.open) for p in likely.values()]
         return self.weight * jnp.sum(sum(away)) / len(away)
+
+    def matrices(self, trained: dict[str, Array]) -> dict[str, None]:
+        return dict.fromkeys(trained)
 
     def specs(self, spec: PartitionSpec, w: Any, at: Any = None) -> tuple[Any, Any]:
         *lead, inputs, outputs = padded(spec, len(w.shape))

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jft import delta
+from jft.methods.around import Composed
 from jft.methods.parametrise import Parametrisation
 from jft.models.core import Runs
 from jft.tangent.lean import Lean
@@ -20,26 +21,17 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class SomeLayers(Parametrisation):
-    """``how``, in some layers of the leaf ``w[L, ...]``, which is cut into :class:`jft.models.core.Runs`.
+class SomeLayers(Composed):
+    """``first``, in some layers of the leaf ``w[L, ...]``, which is cut into :class:`jft.models.core.Runs`.
 
     sizes: lengths of consecutive runs that sum to L. trains: which of them train. Kept and trained are tuples over runs
     (trained: over those that train). Scores, gates and factors exist for these layers alone. For in-place training use
     :class:`jft.methods.parametrise.InPlaceLayers`.
     """
 
-    how: Parametrisation
+    first: Parametrisation
     sizes: tuple[int, ...]
     trains: tuple[bool, ...]
-
-    @property
-    def random(self) -> bool:  # type: ignore[override]
-        return self.how.random
-
-    @property
-    def exact(self) -> bool:  # type: ignore[override]
-        """Whether :meth:`bind` needs float32 masters."""
-        return self.how.exact
 
     def _pieces(self, w: Any) -> list[Any]:
         starts = np.cumsum((0, *self.sizes))
@@ -51,7 +43,7 @@ class SomeLayers(Parametrisation):
     def init(self, key: Array, w: Array, at: Array | None = None) -> tuple[Any, Any]:
         kept, trained = [], []
         for i, (piece, trains) in enumerate(zip(self._pieces(w), self.trains, strict=True)):
-            own = self.how.init(jax.random.fold_in(key, i), piece) if trains else (piece, None)
+            own = self.first.init(jax.random.fold_in(key, i), piece) if trains else (piece, None)
             kept.append(own[0])
             trained += [own[1]] if trains else []
         return tuple(kept), tuple(trained)
@@ -60,18 +52,18 @@ class SomeLayers(Parametrisation):
         values, parts = iter(trained), []
         for i, (k, trains) in enumerate(zip(kept, self.trains, strict=True)):
             own = None if key is None else jax.random.fold_in(key, i)
-            parts.append(self.how.bind(k, next(values), structured, own) if trains else k)
+            parts.append(self.first.bind(k, next(values), structured, own) if trains else k)
         return Runs(tuple(parts), self.sizes) if structured else jnp.concatenate(parts)
 
     def merged(self, kept: Any, trained: Any) -> Array:
         values = iter(trained)
         both = zip(kept, self.trains, strict=True)
-        return jnp.concatenate([self.how.merged(k, next(values)) if trains else k for k, trains in both])
+        return jnp.concatenate([self.first.merged(k, next(values)) if trains else k for k, trains in both])
 
     def encode(self, base: Array, kept: Any, trained: Any) -> delta.Encoding:
         pieces = self._pieces(base)
         own = zip(self._active(pieces), self._active(kept), trained, strict=True)
-        return self._stacked(pieces, [self.how.encode(*parts) for parts in own], tuple(base.shape))
+        return self._stacked(pieces, [self.first.encode(*parts) for parts in own], tuple(base.shape))
 
     def _stacked(self, pieces: list[Array], parts: list[delta.Encoding], shape: tuple[int, ...]) -> delta.Encoding:
         """Changes of some runs as that of the whole leaf, in their own encoding where that holds one layer after another."""
@@ -86,26 +78,20 @@ class SomeLayers(Parametrisation):
 
     def commit(self, kept: Any, trained: Any) -> Any:
         values = iter(trained)
-        return tuple(self.how.commit(k, next(values)) if t else k for k, t in zip(kept, self.trains, strict=True))
+        return tuple(self.first.commit(k, next(values)) if t else k for k, t in zip(kept, self.trains, strict=True))
 
     def change(self, kept: Any, trained: Any) -> Any:
-        return tuple(self.how.change(k, t) for k, t in zip(self._active(kept), trained, strict=True))
+        return tuple(self.first.change(k, t) for k, t in zip(self._active(kept), trained, strict=True))
 
     def penalty(self, kept: Any, trained: Any) -> Array | None:
-        own = [self.how.penalty(k, t) for k, t in zip(self._active(kept), trained, strict=True)]
+        own = [self.first.penalty(k, t) for k, t in zip(self._active(kept), trained, strict=True)]
         return sum((x for x in own if x is not None), jnp.float32(0)) if any(x is not None for x in own) else None
-
-    def anchored(self) -> SomeLayers:
-        return dataclasses.replace(self, how=self.how.anchored())
-
-    def linearized(self) -> SomeLayers:
-        return dataclasses.replace(self, how=self.how.linearized())
 
     def lean(self, kept: Any, trained: Any, structured: bool, key: Array | None = None) -> Lean:
         values, leans = iter(trained), []
         for i, (k, trains) in enumerate(zip(kept, self.trains, strict=True)):
             own = None if key is None else jax.random.fold_in(key, i)
-            leans.append(self.how.lean(k, next(values), structured, own) if trains else None)
+            leans.append(self.first.lean(k, next(values), structured, own) if trains else None)
 
         def bind(values: Any) -> Any:
             given = iter(values)
@@ -115,20 +101,20 @@ class SomeLayers(Parametrisation):
         moving = [lean for lean in leans if lean is not None]
         return Lean(bind, tuple(lean.point for lean in moving), tuple(lean.direction for lean in moving))
 
-    def placed(self, lead: int) -> SomeLayers:
-        return dataclasses.replace(self, how=self.how.placed(lead))
-
     def decays(self, trained: Any) -> Any:
-        return tuple(self.how.decays(t) for t in trained)
+        return tuple(self.first.decays(t) for t in trained)
+
+    def matrices(self, trained: Any) -> Any:
+        return tuple(self.first.matrices(t) for t in trained)
 
     def scales(self, trained: Any) -> Any:
-        return tuple(self.how.scales(t) for t in trained)
+        return tuple(self.first.scales(t) for t in trained)
 
     def specs(self, spec: PartitionSpec, w: Any, at: Any = None) -> tuple[Any, Any]:
         kept, trained = [], []
         for size, trains in zip(self.sizes, self.trains, strict=True):
             piece = jax.ShapeDtypeStruct((size, *w.shape[1:]), w.dtype)
-            own = self.how.specs(spec, piece) if trains else (spec, None)
+            own = self.first.specs(spec, piece) if trains else (spec, None)
             kept.append(own[0])
             trained += [own[1]] if trains else []
         return tuple(kept), tuple(trained)

@@ -23,6 +23,14 @@ from jft.tangent.lean import Lean, Thin, Whole
 Array = jax.Array
 
 
+@dataclasses.dataclass(frozen=True)
+class Matrices:
+    """Which axes of an array, counted from its end, are inputs and outputs of the matrices that its other axes stack."""
+
+    inputs: tuple[int, ...] = (-2,)
+    outputs: tuple[int, ...] = (-1,)
+
+
 class Parametrisation:
     """How one weight trains. Subclasses are frozen dataclasses; the defaults here suit what is deterministic and dense.
 
@@ -133,6 +141,10 @@ class Parametrisation:
     def decays(self, trained: Any) -> Any:
         """Which leaves of ``trained`` weight decay is for, a bool each: values and factors, no scores or gates."""
         return jax.tree.map(lambda _: True, trained)
+
+    def matrices(self, trained: Any) -> Any:
+        """For each leaf of ``trained`` the :class:`Matrices` it stacks, which an optimizer may take as such; None for none."""
+        return jax.tree.map(lambda x: Matrices() if x.ndim > 1 else None, trained)
 
     def scales(self, trained: Any) -> Any:
         """Learning-rate multipliers, a float for each leaf of ``trained``."""

@@ -332,6 +332,10 @@ class Plan:
         found = {p: self.leaves[p].decays(t) for p, t in trained.items()}
         return {p: jax.tree.map(lambda d: d and p in paths, x) for p, x in found.items()}  # noqa: B023
 
+    def matrices(self, trained: Mapping[str, Any]) -> dict[str, Any]:
+        """For each leaf of ``trained`` the matrices it stacks, if any (:class:`jft.methods.parametrise.Matrices`)."""
+        return {p: self.leaves[p].matrices(t) for p, t in trained.items()}
+
     def penalty(self, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> jax.Array | None:
         """What the method adds to the loss, once per batch; None where that is nothing."""
         own = [self.leaves[p].penalty(kept[p], t) for p, t in trained.items()]

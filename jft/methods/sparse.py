@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jft import delta
 from jft.delta.numeric import host
 from jft.kernels import slices
-from jft.methods.parametrise import Parametrisation, master, padded
+from jft.methods.parametrise import Matrices, Parametrisation, master, padded
 from jft.models.sparse import Blocks, Entries, Layout, SelectedWeight, Slices, tap
 from jft.select.units import Block, Unit
 from jft.tangent.lean import Lean
@@ -30,6 +30,13 @@ def layout_of(unit: Unit) -> Layout:
     if unit.parts is None:
         raise ValueError(f"{unit} selects whole weights; this selection is of parts inside them")
     return Entries() if unit.parts == "entries" else Slices(slices.ROWS if unit.parts == "rows" else slices.COLUMNS)
+
+
+def _matrices(layout: Layout) -> Matrices | None:
+    """The matrices that values laid out so are: rows, and columns, of all cells are one."""
+    if isinstance(layout, Slices):
+        return Matrices((-3, -2), (-1,)) if layout.axis == slices.ROWS else Matrices((-3,), (-2, -1))
+    return None if isinstance(layout, Entries) else Matrices()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +103,10 @@ class Selected(Parametrisation):
     def values(self, kept: Any, w: Array) -> delta.Encoding:
         at, values = (host(x) for x in (kept["at"], self.layout.gather(w, kept["at"])))
         return delta.Entries.of(self.layout.encode(at, values, tuple(w.shape)))
+
+    def matrices(self, trained: Array) -> Any:
+        """Each block is one, and so are the rows, or columns, that train of one matrix together; single entries are none."""
+        return jax.tree.map(lambda _: _matrices(self.layout), trained)
 
     def specs(self, spec: PartitionSpec, w: Any, at: Any = None) -> tuple[Any, Any]:
         places, values = self.layout.spec(padded(spec, len(w.shape)), at)

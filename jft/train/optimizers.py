@@ -7,6 +7,7 @@ and lengths compiles once. Any ``optax.GradientTransformation`` (which carries i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -17,8 +18,10 @@ import jax.numpy as jnp
 import optax
 
 from jft import tree
+from jft.methods.parametrise import Matrices, Parametrisation
 
 Decays = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+Stacks = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 SCHEDULES = ("constant", "linear", "cosine")
 NAMES = ("adamw", "adam", "sgd", "lion", "adafactor", "muon")
 # What decays by default is neither a bias nor a norm, whether jft or another library named it.
@@ -31,7 +34,9 @@ class Optimizer:
     """An optimizer by name, with its schedule.
 
     name: adamw, adam (without decay), sgd, lion, adafactor or muon (matrices, each layer's by itself, scaled by
-    sqrt(max(1, out / in)); tables, biases and norms by AdamW with Nesterov momentum; Jordan et al. 2024).
+    sqrt(max(1, out / in)); tables, biases and norms by AdamW with Nesterov momentum; Jordan et al. 2024). Where parts of
+    weights train, a matrix is each block, or what trains of one weight's rows, or columns, together, by its own shape;
+    single entries, gates and scores of channels are none.
     lr: the peak learning rate. weight_decay: decoupled and toward zero for every optimizer:
     ``value -= lr * weight_decay * value`` for the values that train; for LoRA these are the factors, so the *weight* is pulled
     to the base. decay: patterns of paths that decay; none: everything but biases and norms.
@@ -99,20 +104,24 @@ class Optimizer:
             return frozenset(tree.matching(shapes, self.decay, "optimizer.decay"))
         return frozenset(p for p, x in shapes.items() if len(x.shape) > 1 and not UNDECAYED.search(p))
 
-    def transform(self, decays: Decays | None = None, aged: bool = False) -> optax.GradientTransformationExtraArgs:
+    def transform(
+        self, decays: Decays | None = None, matrices: Stacks | None = None, aged: bool = False
+    ) -> optax.GradientTransformationExtraArgs:
         """Gradient to update, sign flipped, for a learning rate of 1. Trees are ``{path: pytree}``.
 
-        decays: ``decays(values)`` says of each leaf whether it is under weight decay; None for all.
+        decays: ``decays(values)`` says of each leaf whether it is under weight decay; None for all. matrices:
+        ``matrices(values)`` says of each leaf what matrices it stacks (:meth:`jft.methods.Plan.matrices`); by default the
+        last two axes are one.
         aged: Adam corrects the bias of each value's moments by the steps that this value has been trained for.
         """
         parts = [optax.clip_by_global_norm(self.clip)] if self.clip else []
-        parts.append(self._direction(aged))
+        parts.append(self._direction(matrices or Parametrisation().matrices, aged))
         if self.weight_decay:
             to_zero = optax.add_decayed_weights(self.weight_decay, mask=decays)
             parts.append(_decay_to_base(self.weight_decay, decays) if self.to_base else to_zero)
         return optax.chain(*parts, optax.scale(-1.0))
 
-    def _direction(self, aged: bool) -> optax.GradientTransformation:
+    def _direction(self, matrices: Stacks, aged: bool) -> optax.GradientTransformation:
         if self.name in ("adam", "adamw"):
             if aged:
                 return scale_by_aged_adam(self.b1, self.b2, self.eps)
@@ -124,10 +133,11 @@ class Optimizer:
         if self.name == "adafactor":
             # Its own chain ends in a sign flip; ours follows, so undo it.
             return optax.chain(optax.adafactor(learning_rate=None), optax.scale(-1.0))
-        matrices = optax.contrib.muon(
-            1.0, beta=self.momentum, adam_b1=self.b1, adam_b2=self.b2, muon_weight_dimension_numbers=_matrix_axes
+        axes = functools.partial(_matrix_axes, matrices)
+        muon = optax.contrib.muon(
+            1.0, beta=self.momentum, adam_b1=self.b1, adam_b2=self.b2, muon_weight_dimension_numbers=axes
         )
-        return optax.chain(matrices, optax.scale(-1.0))
+        return optax.chain(muon, optax.scale(-1.0))
 
 
 class AgedAdamState(NamedTuple):
@@ -172,15 +182,16 @@ def _decay_to_base(weight: float, decays: Decays | None) -> optax.GradientTransf
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
-def _matrix_axes(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Which leaves muon treats as matrices: stacked ones too, each layer by itself; no embeddings, norms or biases."""
+def _matrix_axes(matrices: Stacks, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Which axes muon takes as matrices, None for a leaf without: no embeddings, norms or biases."""
 
-    def axes(path: str, x: Any) -> Any:
-        if x.ndim < 2 or UNDECAYED.search(path) or TABLES.search(path):
+    def axes(path: str, stacked: Matrices | None) -> Any:
+        if stacked is None or UNDECAYED.search(path) or TABLES.search(path):
             return None
-        return optax.contrib.MuonDimensionNumbers(reduction_axis=x.ndim - 2, output_axis=x.ndim - 1)
+        return optax.contrib.MuonDimensionNumbers(stacked.inputs, stacked.outputs)
 
-    return {p: jax.tree.map(lambda leaf: axes(p, leaf), x) for p, x in values.items()}  # noqa: B023
+    found = matrices(values).items()
+    return {p: jax.tree.map(functools.partial(axes, p), x, is_leaf=lambda y: y is None) for p, x in found}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,7 +77,7 @@ class Recipe:
         if isinstance(self.optimizer, Given):
             return optax.with_extra_args_support(self.optimizer.given)
         decays = functools.partial(self.plan.decays, paths=self.decayed)
-        return self.optimizer.transform(decays, aged=self.plan.method.schedule is not None)
+        return self.optimizer.transform(decays, self.plan.matrices, aged=self.plan.method.schedule is not None)
 
 
 def gradients(

@@ -10,6 +10,9 @@ import pytest
 
 import jft
 from jft import tree
+from jft.methods import Selected
+from jft.methods.gates import Gates
+from jft.models.sparse import Blocks, Entries, Slices
 from jft.train import setup, step
 from jft.train.objectives import Classification, Contrastive, LanguageModel
 from jft.train.optimizers import Given, Optimizer
@@ -209,6 +212,44 @@ def test_muon_treats_each_layer_as_a_matrix():
     first = 0.9 * 0.1 / (1 - 0.9**2) + 1
     for path in ("embed/table", "layers/q/b"):
         np.testing.assert_allclose(updates[path], -first * np.sign(values[path]), rtol=1e-4)
+
+
+def test_muon_of_parts_of_weights():
+    """Each block is a matrix, and so are all rows, or columns, of a weight, whatever cells they lie in; entries are none."""
+    r = np.random.default_rng(0)
+    hows = {"entries/w": Entries(), "blocks/w": Blocks(4, 2), "rows/w": Slices(-2), "columns/w": Slices(-1)}
+    hows = {p: Selected(layout) for p, layout in hows.items()} | {"gates/w": Gates()}
+    shapes = {
+        "entries/w": (3, 2, 2, 8),  # [L, g, g, k]
+        "blocks/w": (3, 2, 1, 5, 4, 2),  # [L, g, g, n, b, c]
+        "rows/w": (3, 2, 3, 8),  # [L, g, r, O]
+        "columns/w": (3, 8, 2, 3),  # [L, I, g, r]
+    }
+    values = {p: jnp.asarray(r.normal(size=shape), jnp.float32) for p, shape in shapes.items()}
+    values["gates/w"] = {name: jnp.asarray(r.normal(size=(3, 8)), jnp.float32) for name in ("rows", "columns")}
+    matrices = lambda trained: {p: hows[p].matrices(t) for p, t in trained.items()}
+    muon = Optimizer("muon", clip=0.0)
+    transform = muon.transform(matrices=matrices)
+    updates, _ = transform.update(values, transform.init(values), values)
+    first = 0.9 * 0.1 / (1 - 0.9**2) + 1
+    for path in ("entries/w", "gates/w"):
+        for x, g in zip(jax.tree.leaves(updates[path]), jax.tree.leaves(values[path]), strict=True):
+            np.testing.assert_allclose(x, -first * np.sign(g), rtol=1e-4)
+    whole = {"blocks/w": (30, 4, 2), "rows/w": (3, 6, 8), "columns/w": (3, 8, 6)}
+    plain = {p: values[p].reshape(shape) for p, shape in whole.items()}
+    transform = muon.transform()
+    expected, _ = transform.update(plain, transform.init(plain), plain)
+    for path, x in expected.items():
+        np.testing.assert_allclose(updates[path].reshape(x.shape), x, atol=1e-5)
+
+
+def test_muon_of_low_rank_and_entries_that_come_later():
+    method = {"name": "rosa", "rank": 2, "density": 0.2, "warmup": 2}
+    run = jft.finetune(
+        tools.apply, tools.parameters(), tools.batches(), steps=20, method=method,
+        optimizer={"name": "muon", "lr": 0.02}, log={"every": 1, "progress": False},
+    )  # fmt: skip
+    assert run.metrics[-1]["loss"] < 0.9 * run.metrics[0]["loss"]
 
 
 def test_any_optax_transformation():
