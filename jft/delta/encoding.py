@@ -144,6 +144,20 @@ class Encoding(abc.ABC):
                 return inner(values, b.take(rows, columns))
         return self.dot_dense(other.dense())
 
+    # An encoding may also hold values themselves, those of a weight where it stores any, and not a change of them.
+
+    def written(self, w: Array) -> Array:
+        """``w`` with these values in place of its own, in its dtype."""
+        return self.dense().astype(w.dtype)
+
+    def minus(self, base: Array) -> Encoding:
+        """The change from ``base`` to these values, float32."""
+        return Dense(self.dense() - wide(base))
+
+    def under(self, above: Encoding) -> Encoding:
+        """These values and those of ``above``, which count where both store some. Not under ``jit``."""
+        return above if isinstance(above, Dense) else Dense(above.written(self.dense()))
+
     def __add__(self, other: Encoding) -> Encoding:
         """The sum in the closest common encoding; dense once that takes no more memory."""
         if not isinstance(other, Encoding):

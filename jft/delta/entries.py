@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.delta import elias_fano
-from jft.delta.encoding import Encoding, Sum, entry_index
+from jft.delta.encoding import Dense, Encoding, Sum, entry_index
 from jft.delta.numeric import host, inner, visible
 from jft.delta.registry import register, rule
-from jft.delta.sparse import Sparse, find, pick, row_major, united
+from jft.delta.sparse import Sparse, find, overlaid, pick, row_major, united
 
 Array = jax.Array
 
@@ -101,6 +101,14 @@ class Entries(Sparse):
 
     def take(self, rows: Array, columns: Array) -> Array:
         return pick(jnp.asarray(self.values), find(rows, columns, self.rows, self.columns))
+
+    def under(self, above: Encoding) -> Encoding:
+        if isinstance(above, Dense):
+            return above
+        above = Entries.of(above)
+        keys, values = overlaid(self.keys(), above.keys(), self.values, above.values)
+        rows, columns = _split(keys, self.shape)
+        return self._with(rows=rows, columns=columns, values=values)
 
     def keys(self) -> np.ndarray:
         """``row * columns + column`` of every entry, int64, in this process's memory."""

@@ -8,11 +8,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jft.delta.encoding import entry_index
+from jft.delta.encoding import Encoding, entry_index
 from jft.delta.low_rank import LowRank
-from jft.delta.numeric import inner, matmul
+from jft.delta.numeric import host, inner, matmul
 from jft.delta.registry import register, rule
 from jft.delta.slices import Slicing, matched, union
+from jft.delta.sparse import overlaid
 
 Array = jax.Array
 
@@ -54,6 +55,12 @@ class Rows(Slicing):
         rows = indices[:, None, None] * height + jnp.arange(height, dtype=jnp.int32)[:, None]
         spread = lambda x: jnp.broadcast_to(x, (len(indices), height, width)).reshape(-1)
         return spread(rows), spread(jnp.arange(width, dtype=jnp.int32)), values.reshape(-1)
+
+    def under(self, above: Encoding) -> Encoding:
+        if not isinstance(above, Rows):
+            return super().under(above)
+        indices, values = overlaid(host(self.indices), host(above.indices), self.values, above.values)
+        return self._with(indices=jnp.asarray(indices), values=values)
 
     def locate(self, rows: Array, columns: Array) -> tuple[Array, ...]:
         return entry_index(self.shape, rows, columns)

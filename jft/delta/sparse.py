@@ -62,6 +62,18 @@ class Sparse(Encoding):
         new = (wide(view[self.at]) + delta).astype(w.dtype)
         return view.at[self.at].set(new, unique_indices=True).reshape(self.shape)
 
+    def written(self, w: Array) -> Array:
+        values = self.values.astype(w.dtype)
+        return w.reshape(self.view).at[self.at].set(values, unique_indices=True).reshape(self.shape)
+
+    def minus(self, base: Array) -> Any:
+        return self._with(values=wide(self.values) - wide(base.reshape(self.view)[self.at]))
+
+    def under(self, above: Encoding) -> Encoding:
+        from jft.delta.entries import Entries  # itself one of these
+
+        return Entries.of(self).under(above)
+
     def dot_dense(self, value: Array) -> Array:
         return inner(self.values, jnp.asarray(value).reshape(self.view)[self.at])
 
@@ -138,3 +150,11 @@ def united(x: np.ndarray, y: np.ndarray, of_x: Array, of_y: Array) -> tuple[np.n
     for keys, own in ((x, of_x), (y, of_y)):
         values = values.at[np.searchsorted(union, keys)].add(own, unique_indices=True)
     return union, values
+
+
+def overlaid(x: np.ndarray, y: np.ndarray, of_x: Array, of_y: Array) -> tuple[np.ndarray, Array]:
+    """The sorted union of two sets of int keys, and the values that belong to each; ``of_y`` where it is in both."""
+    alone = np.flatnonzero(~np.isin(x, y))
+    keys = np.concatenate([x[alone], y])
+    order = np.argsort(keys)
+    return keys[order], jnp.concatenate([of_x[alone], of_y])[order]

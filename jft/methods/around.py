@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from jft import delta
 from jft.methods.parametrise import Parametrisation
-from jft.select.units import Unit
+from jft.select.unit import Unit
 
 Array = jax.Array
 

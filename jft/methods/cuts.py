@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jft.methods.layers import SomeLayers
-from jft.methods.parametrise import InPlace, InPlaceLayers, Parametrisation
+from jft.methods.layers import InPlaceLayers, SomeLayers
+from jft.methods.parametrise import InPlace, Parametrisation
 
 LAYER_IN_PATH = re.compile(r"(?:^|/)(?:layers?|blocks?|h)(?:/|_)(\d+)(?:/|$)")
 

@@ -1,4 +1,4 @@
-"""Any parametrisation, in some of the stacked layers only."""
+"""Training in some of the stacked layers only: in place, or by any other parametrisation."""
 
 from __future__ import annotations
 
@@ -13,11 +13,86 @@ from jax.sharding import PartitionSpec
 
 from jft import delta
 from jft.methods.around import Composed
-from jft.methods.parametrise import Parametrisation
+from jft.methods.parametrise import Parametrisation, Shift, master
 from jft.models.core import Runs
 from jft.tangent.lean import Lean
 
 Array = jax.Array
+
+
+def _pieces(w: Any, sizes: tuple[int, ...]) -> list[Any]:
+    """``w`` cut along its first axis into runs of these lengths."""
+    return [w[a:b] for a, b in itertools.pairwise(np.cumsum((0, *sizes)))]
+
+
+@dataclasses.dataclass(frozen=True)
+class InPlaceLayers(Parametrisation):
+    """In place, but only in some of the stacked layers: the leaf ``w[L, ...]`` is cut into :class:`Runs`.
+
+    sizes: lengths of consecutive runs that sum to L. trains: which of them train. The trained leaf is a tuple of their
+    arrays, and scans of frozen runs below the first trained one have no backward pass at all.
+    """
+
+    sizes: tuple[int, ...]
+    trains: tuple[bool, ...]
+    anchor: bool = False
+
+    def init(self, key: Array, w: Array, at: Array | None = None) -> tuple[Any, Any]:
+        pieces = list(zip(_pieces(w, self.sizes), self.trains, strict=True))
+        kept = tuple(p for p, t in pieces if not t)
+        trained = tuple(master(p) for p, t in pieces if t)
+        return (kept, tuple(p for p, t in pieces if t)) if self.anchor else kept, trained
+
+    def bind(self, kept: Any, trained: Any, structured: bool, key: Array | None = None) -> Any:
+        kept, trained = iter(kept[0] if self.anchor else kept), iter(trained)
+        parts = tuple(next(trained) if t else next(kept) for t in self.trains)
+        return Runs(parts, self.sizes) if structured else jnp.concatenate(parts)
+
+    def encode(self, base: Array, kept: Any, trained: Any) -> delta.Encoding:
+        changed = [p for p, t in zip(_pieces(base, self.sizes), self.trains, strict=True) if t]
+        values = [n.astype(jnp.float32) - o.astype(jnp.float32) for n, o in zip(trained, changed, strict=True)]
+        if not values:
+            return delta.Rows(jnp.zeros((0,), jnp.int32), jnp.zeros((0, *base.shape[1:]), jnp.float32), base.shape)
+        return delta.Rows(self._index(), jnp.concatenate(values), base.shape)
+
+    def _index(self) -> Array:
+        """The layers that train."""
+        return jnp.asarray(np.flatnonzero(np.repeat(self.trains, self.sizes)), jnp.int32)
+
+    def spread(self, kept: Any, values: Any, fill: Array) -> Array:
+        values = iter(values)
+        return jnp.concatenate(
+            [next(values) if t else p for p, t in zip(_pieces(fill, self.sizes), self.trains, strict=True)]
+        )
+
+    def collect(self, kept: Any, dense: Array) -> Any:
+        return tuple(p for p, t in zip(_pieces(dense, self.sizes), self.trains, strict=True) if t)
+
+    def rebased(self, kept: Any, base: Array) -> Any:
+        return (kept[0], self.collect(kept, base)) if self.anchor else kept
+
+    def values(self, kept: Any, w: Array) -> delta.Encoding:
+        index = self._index()
+        return delta.Rows(index, w[index], tuple(w.shape))
+
+    def resting(self, values: delta.Encoding) -> delta.Encoding:
+        if not isinstance(values, delta.Rows):
+            return values
+        still = np.flatnonzero(~np.isin(values.indices, self._index()))
+        return delta.Rows(values.indices[still], values.values[still], values.shape)
+
+    def change(self, kept: Any, trained: Any) -> Any:
+        return jax.tree.map(lambda now, then: now - then.astype(now.dtype), trained, kept[1])
+
+    def anchored(self) -> InPlaceLayers:
+        return dataclasses.replace(self, anchor=True)
+
+    def linearized(self) -> Parametrisation:
+        return SomeLayers(Shift(), self.sizes, self.trains)
+
+    def specs(self, spec: PartitionSpec, w: Any, at: Any = None) -> tuple[Any, Any]:
+        kept, trained = tuple(spec for t in self.trains if not t), tuple(spec for t in self.trains if t)
+        return (kept, trained) if self.anchor else kept, trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,23 +101,19 @@ class SomeLayers(Composed):
 
     sizes: lengths of consecutive runs that sum to L. trains: which of them train. Kept and trained are tuples over runs
     (trained: over those that train). Scores, gates and factors exist for these layers alone. For in-place training use
-    :class:`jft.methods.parametrise.InPlaceLayers`.
+    :class:`InPlaceLayers`.
     """
 
     first: Parametrisation
     sizes: tuple[int, ...]
     trains: tuple[bool, ...]
 
-    def _pieces(self, w: Any) -> list[Any]:
-        starts = np.cumsum((0, *self.sizes))
-        return [w[a:b] for a, b in itertools.pairwise(starts)]
-
     def _active(self, kept: Any) -> list[Any]:
         return [k for k, t in zip(kept, self.trains, strict=True) if t]
 
     def init(self, key: Array, w: Array, at: Array | None = None) -> tuple[Any, Any]:
         kept, trained = [], []
-        for i, (piece, trains) in enumerate(zip(self._pieces(w), self.trains, strict=True)):
+        for i, (piece, trains) in enumerate(zip(_pieces(w, self.sizes), self.trains, strict=True)):
             own = self.first.init(jax.random.fold_in(key, i), piece) if trains else (piece, None)
             kept.append(own[0])
             trained += [own[1]] if trains else []
@@ -61,7 +132,7 @@ class SomeLayers(Composed):
         return jnp.concatenate([self.first.merged(k, next(values)) if trains else k for k, trains in both])
 
     def encode(self, base: Array, kept: Any, trained: Any) -> delta.Encoding:
-        pieces = self._pieces(base)
+        pieces = _pieces(base, self.sizes)
         own = zip(self._active(pieces), self._active(kept), trained, strict=True)
         return self._stacked(pieces, [self.first.encode(*parts) for parts in own], tuple(base.shape))
 

@@ -15,9 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jft import delta, tree
-from jft.models.core import Runs
 from jft.models.low_rank import LowRankWeight
-from jft.select.units import Unit
+from jft.select.unit import Unit
 from jft.tangent.lean import Lean, Thin, Whole
 
 Array = jax.Array
@@ -134,6 +133,10 @@ class Parametrisation:
         """The values of ``w`` where this trains, in the encoding of the change."""
         raise ValueError(f"{type(self).__name__} cannot change what it selects during a run")
 
+    def resting(self, values: delta.Encoding) -> delta.Encoding | None:
+        """Of such values, noted before, those that do not train here as a whole weight or layer; None for none."""
+        return values
+
     def placed(self, lead: int) -> Parametrisation:
         """The same for a weight whose first ``lead`` axes only stack matrices or vectors: layers, experts."""
         return self
@@ -207,6 +210,9 @@ class InPlace(Parametrisation):
     def values(self, kept: Any, w: Array) -> delta.Encoding:
         return delta.Dense(jnp.array(w, copy=True))  # w may be the trained values, which the next step takes over
 
+    def resting(self, values: delta.Encoding) -> None:
+        return None
+
     def specs(self, spec: PartitionSpec, w: Any, at: Any = None) -> tuple[Any, Any]:
         return spec if self.anchor else None, spec
 
@@ -232,76 +238,6 @@ class Shift(Parametrisation):
 
     def specs(self, spec: PartitionSpec, w: Any, at: Any = None) -> tuple[Any, Any]:
         return spec, spec
-
-
-@dataclasses.dataclass(frozen=True)
-class InPlaceLayers(Parametrisation):
-    """In place, but only in some of the stacked layers: the leaf ``w[L, ...]`` is cut into :class:`Runs`.
-
-    sizes: lengths of consecutive runs that sum to L. trains: which of them train. The trained leaf is a tuple of their
-    arrays, and scans of frozen runs below the first trained one have no backward pass at all.
-    """
-
-    sizes: tuple[int, ...]
-    trains: tuple[bool, ...]
-    anchor: bool = False
-
-    def _pieces(self, w: Array) -> list[Array]:
-        starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
-        return [w[s : s + n] for s, n in zip(starts, self.sizes, strict=True)]
-
-    def init(self, key: Array, w: Array, at: Array | None = None) -> tuple[Any, Any]:
-        pieces = list(zip(self._pieces(w), self.trains, strict=True))
-        kept = tuple(p for p, t in pieces if not t)
-        trained = tuple(master(p) for p, t in pieces if t)
-        return (kept, tuple(p for p, t in pieces if t)) if self.anchor else kept, trained
-
-    def bind(self, kept: Any, trained: Any, structured: bool, key: Array | None = None) -> Any:
-        kept, trained = iter(kept[0] if self.anchor else kept), iter(trained)
-        parts = tuple(next(trained) if t else next(kept) for t in self.trains)
-        return Runs(parts, self.sizes) if structured else jnp.concatenate(parts)
-
-    def encode(self, base: Array, kept: Any, trained: Any) -> delta.Encoding:
-        changed = [p for p, t in zip(self._pieces(base), self.trains, strict=True) if t]
-        values = [n.astype(jnp.float32) - o.astype(jnp.float32) for n, o in zip(trained, changed, strict=True)]
-        if not values:
-            return delta.Rows(jnp.zeros((0,), jnp.int32), jnp.zeros((0, *base.shape[1:]), jnp.float32), base.shape)
-        return delta.Rows(self._index(), jnp.concatenate(values), base.shape)
-
-    def _index(self) -> Array:
-        """The layers that train."""
-        starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
-        index = [i for s, n, t in zip(starts, self.sizes, self.trains, strict=True) if t for i in range(s, s + n)]
-        return jnp.asarray(index, jnp.int32)
-
-    def spread(self, kept: Any, values: Any, fill: Array) -> Array:
-        values = iter(values)
-        return jnp.concatenate([next(values) if t else p for p, t in zip(self._pieces(fill), self.trains, strict=True)])
-
-    def collect(self, kept: Any, dense: Array) -> Any:
-        return tuple(p for p, t in zip(self._pieces(dense), self.trains, strict=True) if t)
-
-    def rebased(self, kept: Any, base: Array) -> Any:
-        return (kept[0], self.collect(kept, base)) if self.anchor else kept
-
-    def values(self, kept: Any, w: Array) -> delta.Encoding:
-        index = self._index()
-        return delta.Rows(index, w[index], tuple(w.shape))
-
-    def change(self, kept: Any, trained: Any) -> Any:
-        return jax.tree.map(lambda now, then: now - then.astype(now.dtype), trained, kept[1])
-
-    def anchored(self) -> InPlaceLayers:
-        return dataclasses.replace(self, anchor=True)
-
-    def linearized(self) -> Parametrisation:
-        from jft.methods.layers import SomeLayers
-
-        return SomeLayers(Shift(), self.sizes, self.trains)
-
-    def specs(self, spec: PartitionSpec, w: Any, at: Any = None) -> tuple[Any, Any]:
-        kept, trained = tuple(spec for t in self.trains if not t), tuple(spec for t in self.trains if t)
-        return (kept, trained) if self.anchor else kept, trained
 
 
 @dataclasses.dataclass(frozen=True)

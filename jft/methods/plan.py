@@ -14,11 +14,12 @@ from jax.sharding import PartitionSpec
 
 from jft import delta, tangent, tree
 from jft.methods import cuts
-from jft.methods.layers import SomeLayers
-from jft.methods.parametrise import InPlace, InPlaceLayers, LowRank, Parametrisation
+from jft.methods.layers import InPlaceLayers, SomeLayers
+from jft.methods.parametrise import InPlace, LowRank, Parametrisation
 from jft.models.core import STRUCTURED
 from jft.select.probe import lead
-from jft.select.units import Entry, How, Unit
+from jft.select.unit import How, Unit
+from jft.select.units import Entry
 
 
 @dataclasses.dataclass(frozen=True)

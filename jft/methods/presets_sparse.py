@@ -11,6 +11,7 @@ from jft.methods.plan import Method, Select
 from jft.methods.registry import patterns, register
 from jft.methods.schedules import DropAndGrow, Refresh, StillSmall
 from jft.select import budget, scores, units
+from jft.select.unit import How
 
 Names = Sequence[str] | str
 SCORES: dict[str, scores.Score] = {
@@ -26,7 +27,7 @@ def block_sparse(
     density: float = 0.05,
     block: tuple[int, int] = (128, 128),
     score: scores.Score | str = "gradient",
-    pool: units.How = "l2",
+    pool: How = "l2",
     scope: Literal["matrix", "layer", "global"] = "matrix",
     include: Names = ("",),
     exclude: Names = (),

@@ -11,6 +11,7 @@ from jft.methods.registry import patterns, register
 from jft.methods.schedules import Refresh
 from jft.select import budget, memory, scores, structured, units
 from jft.select.heads import rolled
+from jft.select.unit import How
 
 Names = Sequence[str] | str
 CHOSEN = budget.Beyond(0.0)
@@ -61,7 +62,7 @@ def smt(
     mlp: float = 0.0084,
     block: tuple[int, int] = (256, 256),
     batches: int = 100,
-    pool: units.How = "abs_mean",
+    pool: How = "abs_mean",
     exclude: Names = (),
 ) -> Method:
     """Train the blocks of the matrices inside layers whose gradient, summed over 100 batches, is largest.

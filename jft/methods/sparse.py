@@ -17,7 +17,8 @@ from jft.delta.numeric import host
 from jft.kernels import slices
 from jft.methods.parametrise import Matrices, Parametrisation, master, padded
 from jft.models.sparse import Blocks, Entries, Layout, SelectedWeight, Slices, tap
-from jft.select.units import Block, Unit
+from jft.select.unit import Unit
+from jft.select.units import Block
 from jft.tangent.lean import Lean
 
 Array = jax.Array

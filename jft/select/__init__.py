@@ -2,7 +2,8 @@
 
 from jft.select.budget import Everything, Flops, Globally, PerLayer, PerLeaf, PerMatrix, choose, plan_flops
 from jft.select.threshold import top, top_each, top_together
-from jft.select.units import Block, Channel, Column, Entry, Expert, Head, Layer, Matrix, Name, Row, Unit, spread
+from jft.select.unit import Unit
+from jft.select.units import Block, Channel, Column, Entry, Expert, Head, Layer, Matrix, Name, Row, spread
 
 __all__ = [
     "Block",

@@ -46,6 +46,19 @@ def test_products_of_sparse_deltas_densify_nothing(first, second, no_dense):
     jax.eval_shape(lambda x, y: y.dot(x), x, y)
 
 
+@pytest.mark.parametrize(
+    ("below", "above"), [*itertools.product(("rows", "no_rows", "entries", "blocks", "dense"), repeat=2)]
+)
+def test_values_under_values_are_written_as_one_after_the_other(below, above):
+    x, y = make(below, 1).astype("bfloat16"), make(above, 2).astype("bfloat16")
+    w = jnp.asarray(np.random.default_rng(3).normal(size=SHAPE), "bfloat16")
+    both = x.under(y)
+    np.testing.assert_array_equal(both.written(w), y.written(x.written(w)))
+    np.testing.assert_allclose(both.minus(w).add_to(w.astype(jnp.float32)), both.written(w), atol=1e-6)
+    kinds_of = {type(x), type(y)}
+    assert type(both) is (Dense if Dense in kinds_of else Rows if kinds_of == {Rows} else Entries)
+
+
 def test_sums_of_sparse_deltas_stay_sparse(no_dense):
     for kind in SPARSE:
         x, y = (make(kind, seed, (16, 24, 20)) for seed in (1, 2))

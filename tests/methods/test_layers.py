@@ -10,9 +10,9 @@ import pytest
 from jft import delta, tree
 from jft.methods.beside import WithLowRank
 from jft.methods.gates import Gates, HardConcrete, Taps
-from jft.methods.layers import SomeLayers
+from jft.methods.layers import InPlaceLayers, SomeLayers
 from jft.methods.masks import Masked
-from jft.methods.parametrise import InPlace, InPlaceLayers, LowRank
+from jft.methods.parametrise import InPlace, LowRank
 from jft.methods.plan import Method, Select
 from tests.methods import leaf, toy
 
