@@ -19,18 +19,20 @@ from jft.delta import TaskVector
 POINTS = 400  # of a learning curve that are kept
 
 
-def run(study: Mapping[str, Any], base: Base, task: Task, method: str, workdir: Path) -> dict[str, Any]:
-    """Fine-tune ``task`` by ``method`` in ``workdir``, or take what is whole there.
+def run(
+    study: Mapping[str, Any], base: Base, task: Task, method: str, seed: int | None, workdir: Path
+) -> dict[str, Any]:
+    """Fine-tune ``task`` by ``method`` with ``seed`` (None: the config's) in ``workdir``, or take what is whole there.
 
     The task vector that is kept speaks of the backbone alone, so that it applies to the base of every task.
     """
     from jft.train import finetune
 
-    config = settings.of_run(study, task.name, method)
+    config = settings.of_run(study, task.name, method, seed)
     compared = {**records.plain(config), "base": base.fingerprint, "metric": study["metric"], "head": study["head"]}
     done = records.read(workdir, compared)
     if done is not None:
-        return done
+        return {"seed": config.seed, **done}
     since = time.perf_counter()
     chosen = dict(config.method)
     if task.head is not None:
@@ -61,11 +63,11 @@ def run(study: Mapping[str, Any], base: Base, task: Task, method: str, workdir: 
     vector = finished.task_vector if task.head is None else finished.task_vector.exclude("^classifier/")
     path = workdir / "task_vector.safetensors"
     vector.save(path)
-    return records.write(workdir, compared, _measured(task, method, base, finished, vector, path, since))
+    return records.write(workdir, compared, _measured(task, method, config.seed, base, finished, vector, path, since))
 
 
 def _measured(
-    task: Task, method: str, base: Base, finished: Any, vector: TaskVector, path: Path, since: float
+    task: Task, method: str, seed: int, base: Base, finished: Any, vector: TaskVector, path: Path, since: float
 ) -> dict[str, Any]:
     """The entry of ``runs`` in ``results.json``."""
     rows = [row for row in finished.metrics if row["split"] == "train"]
@@ -76,6 +78,7 @@ def _measured(
     return {
         "task": task.name,
         "method": method,
+        "seed": seed,
         "score": task.score("test", backbone),
         "validation": task.score("validation", backbone),
         "trained": tree.count(finished.state.trained),

@@ -122,7 +122,7 @@ def learning_curves(runs: Sequence[Mapping[str, Any]], label: str = "training lo
 
 @_styled
 def scores(tasks: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]], label: str) -> Any:
-    """A dot for each task and method, and a bar where the base stands."""
+    """A dot for each task and method, its ``error`` as a line through it, and a bar where the base stands."""
     names = [task["name"] for task in tasks]
     methods = looks(dict.fromkeys(run["method"] for run in runs))
     figure, (axis,) = _panels(1, 1, 0.36 * len(names) + 0.9)
@@ -134,9 +134,10 @@ def scores(tasks: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]
     offsets = np.linspace(-0.18, 0.18, len(methods)) if len(methods) > 1 else [0.0]
     for offset, (method, look) in zip(offsets, methods.items(), strict=True):
         mine = [run for run in runs if run["method"] == method]
-        axis.plot(
+        axis.errorbar(
             [r["score"] for r in mine],
             [names.index(r["task"]) + offset for r in mine],
+            xerr=[r["error"] or 0 for r in mine],
             linestyle="none",
             markersize=6,
             label=method,
@@ -244,11 +245,13 @@ def _bytes(nbytes: float) -> str:
 
 @_styled
 def size_against_score(methods: Sequence[Mapping[str, Any]], label: str) -> Any:
-    """Mean score over tasks against mean bytes of a task vector on disk (log axis), a point for each method."""
+    """Mean score over tasks, with its ``error``, against mean bytes of a task vector on disk (log axis), by method."""
     drawn = looks(row["name"] for row in methods)
     figure, (axis,) = _panels(1, 1, 2.6)
     for row in methods:
-        axis.plot(row["bytes"], row["score"], linestyle="none", markersize=8, **drawn[row["name"]])
+        axis.errorbar(
+            row["bytes"], row["score"], row["error"] or 0, linestyle="none", markersize=8, **drawn[row["name"]]
+        )
         axis.annotate(
             row["name"], (row["bytes"], row["score"]), xytext=(8, 0), textcoords="offset points", va="center", color=INK
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jft import files
-from jft.analysis import plots
+from jft.analysis import plots, seeds
 
 TEMPLATES = Path(__file__).parent / "templates"
 MISSING = "–"
@@ -69,13 +69,18 @@ def score(value: float | None, metric: str) -> str:
     return percent(value) if metric == "accuracy" else f"{value:.3f}"
 
 
+def deviation(error: float | None, metric: str) -> str:
+    """A standard error in the format of its metric's scores: ``0.0041 -> '± 0.4'``; nothing for None."""
+    return "" if error is None else f"±\u2009{score(error, metric)}"
+
+
 def figures(study: Mapping[str, Any]) -> dict[str, Any]:
     """``{name: figure}`` for one study; only those whose data it has."""
     drawn = {}
     label = {"accuracy": "test accuracy, %"}.get(study["metric"], "test " + study["metric"].replace("_", " "))
     scale = 100 if study["metric"] == "accuracy" else 1
     tasks = [{**task, "base": scale * task["base"]} for task in study["tasks"]]
-    runs = [{**run, "score": scale * run["score"]} for run in study["runs"]]
+    runs = [_scaled(run, scale) for run in seeds.cells(study["runs"])]
     if any(run["curve"] for run in runs):
         drawn["learning_curves"] = plots.learning_curves(runs)
     if len(tasks) > 1:
@@ -87,10 +92,14 @@ def figures(study: Mapping[str, Any]) -> dict[str, Any]:
     if study["cosine"]:
         drawn["cosine"] = plots.cosine_maps(study["cosine"], [task["name"] for task in tasks])
     if len(study["methods"]) > 1:
-        drawn["size"] = plots.size_against_score(
-            [{**row, "score": scale * row["score"]} for row in study["methods"]], "mean " + label
-        )
+        drawn["size"] = plots.size_against_score([_scaled(row, scale) for row in study["methods"]], "mean " + label)
     return drawn
+
+
+def _scaled(row: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """A row with its score, and the score's standard error, in other units."""
+    error = row["error"]
+    return {**row, "score": scale * row["score"], "error": None if error is None else scale * error}
 
 
 def _image(figure: Any) -> str:
@@ -99,13 +108,15 @@ def _image(figure: Any) -> str:
 
 
 def _cells(study: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
-    return {(run["task"], run["method"]): run for run in study["runs"]}
+    return {(cell["task"], cell["method"]): cell for cell in seeds.cells(study["runs"])}
 
 
-def _best(study: Mapping[str, Any]) -> dict[str, float]:
+def _best(study: Mapping[str, Any], cells: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, float]:
     """The best score on each task."""
     choose = min if study["metric"] in LOWER_IS_BETTER else max
-    return {t["name"]: choose(r["score"] for r in study["runs"] if r["task"] == t["name"]) for t in study["tasks"]}
+    return {
+        task["name"]: choose(c["score"] for (t, _), c in cells.items() if t == task["name"]) for task in study["tasks"]
+    }
 
 
 LOWER_IS_BETTER = frozenset({"loss", "bits_per_byte", "perplexity"})
@@ -124,21 +135,27 @@ def render(results: Mapping[str, Any], images: Mapping[str, Mapping[str, Any]] |
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"percent": percent, "density": density, "count": count, "size": size, "duration": duration}
-    views = [
-        {
-            **study,
-            "images": {name: _image(figure) for name, figure in images[study["name"]].items()},
-            "cells": _cells(study),
-            "best": _best(study),
-            "mean_base": sum(task["base"] for task in study["tasks"]) / len(study["tasks"]),
-            "heading": {"accuracy": "accuracy, %"}.get(study["metric"], study["metric"].replace("_", " ")),
-            "lower": study["metric"] in LOWER_IS_BETTER,
-        }
-        for study in results["studies"]
-    ]
+    views = [_view(study, images[study["name"]]) for study in results["studies"]]
     return environment.get_template("report.html").render(
-        **{**results, "studies": views}, score=score, config_text=json.dumps(results["config"], indent=2)
+        **{**results, "studies": views},
+        score=score,
+        deviation=deviation,
+        config_text=json.dumps(results["config"], indent=2),
     )
+
+
+def _view(study: Mapping[str, Any], images: Mapping[str, Any]) -> dict[str, Any]:
+    """A study with what the page shows of it beside."""
+    cells = _cells(study)
+    return {
+        **study,
+        "images": {name: _image(figure) for name, figure in images.items()},
+        "cells": cells,
+        "best": _best(study, cells),
+        "mean_base": sum(task["base"] for task in study["tasks"]) / len(study["tasks"]),
+        "heading": {"accuracy": "accuracy, %"}.get(study["metric"], study["metric"].replace("_", " ")),
+        "lower": study["metric"] in LOWER_IS_BETTER,
+    }
 
 
 def write(results: Mapping[str, Any], workdir: Path) -> Path:

@@ -33,10 +33,14 @@ def _renamed(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
     return any(key in below and key in above and below[key] != above[key] for key in ("name", "source"))
 
 
-def of_run(study: Mapping[str, Any], task: str, method: str | None = None) -> Config:
-    """The train config of a run: defaults, ``common``, the task, the method. Raises ``ValueError`` for unknown keys."""
+def of_run(study: Mapping[str, Any], task: str, method: str | None = None, seed: int | None = None) -> Config:
+    """The train config of a run: defaults, ``common``, the task, the method, the seed.
+
+    Raises ``ValueError`` for unknown keys.
+    """
     own = {key: value for key, value in study["tasks"][task].items() if key not in OF_TASK}
-    partial = overlay(QUIET, study["common"], own, study["methods"][method] if method else {})
+    seeded = {} if seed is None else {"seed": seed}
+    partial = overlay(QUIET, study["common"], own, study["methods"][method] if method else {}, seeded)
     parts = data_parts(study, task)
     return check(partial | {"data": parts["data"], "eval_data": parts["eval_data"]})
 

@@ -4,12 +4,14 @@ A config holds ``studies``: by name, what :func:`study` describes. Each part tha
 keys of ``jft.train.config``), laid over the defaults in this order: ``common``, the task, the method. So a config for eight
 CLIP data sets differs from the quickstart's in its values alone.
 
-In the workdir each run has ``STUDY/TASK/METHOD/`` with its metrics, task vector and ``outcome.json``; what is whole already
-is not run again. Beside them ``results.json``, CSV tables, ``plots/`` and ``report.html``.
+In the workdir each run has ``STUDY/TASK/METHOD/`` with its metrics, task vector and ``outcome.json``, or ``seed_N/`` in there
+where a study has seeds; what is whole already is not run again. Beside them ``results.json``, CSV tables, ``plots/`` and
+``report.html``.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jft import delta
-from jft.analysis import arithmetic, environment, outcomes, records, report, settings, tables
+from jft.analysis import arithmetic, environment, outcomes, records, report, seeds, settings, tables
 from jft.analysis.bases import Base, prepare
 from jft.analysis.tasks import Task, prepare_all
 
@@ -39,6 +41,9 @@ def study(**parts: Any) -> ConfigDict:
     base: either ``source`` (a directory or hub id), or ``train``, a partial train config to pretrain from. common: a
     partial train config of all runs. tasks: ``{name: partial train config}``, and beside its keys ``test_data``, ``names``
     and ``templates`` (for zero-shot heads). methods: ``{name: partial train config}``, at least ``method``.
+    seeds: each run is made once with each, which changes the order of its data and what its method draws, and scores are
+    means with their standard error; base, heads and test data are the same for all, and arithmetic is that of the first
+    seed. Empty: one run each, with ``common.seed``.
     splits: the ``split`` that ``data``, ``eval_data`` (validation) and ``test_data`` have where a task gives ``data`` alone.
     head: ``kind`` probe (linear, fitted on the frozen base), zero_shot (CLIP) or none; ``pool``: what it reads, as in
     ``model.pool``; ``penalty`` of the probe; ``examples`` it is fitted on at most (0: all); ``pad``: all heads
@@ -55,6 +60,7 @@ def study(**parts: Any) -> ConfigDict:
             "common": {},
             "tasks": {},
             "methods": {},
+            "seeds": (),
             "splits": {"data": "train", "eval_data": "validation", "test_data": "test"},
             "head": {"kind": "probe", "pool": "auto", "penalty": 1.0, "examples": 0, "pad": True},
             "arithmetic": {
@@ -106,6 +112,7 @@ def check(config: Mapping[str, Any]) -> None:
         control = one["arithmetic"]["control"]
         if control and control not in one["tasks"]:
             raise ValueError(f"study {name!r}: arithmetic.control {control!r} is not one of {', '.join(one['tasks'])}")
+        seeds.check(name, one["seeds"])
         for task in one["tasks"]:
             for method in one["methods"]:
                 settings.of_run(one, task, method)
@@ -143,12 +150,13 @@ def _run(name: str, config: Mapping[str, Any], workdir: Path, say: Say) -> dict[
     tasks = prepare_all(config, base, workdir)
     runs = []
     for method in config["methods"]:
-        for task in tasks.values():
+        for task, seed in itertools.product(tasks.values(), config["seeds"] or (None,)):
             since = time.perf_counter()
-            outcome = outcomes.run(config, base, task, method, workdir / task.name / method)
+            outcome = outcomes.run(config, base, task, method, seed, seeds.folder(workdir, task.name, method, seed))
             runs.append(outcome)
+            told = "" if seed is None else f", seed {seed}"
             say(
-                f"{name}: {task.name}, {method}: {report.score(task.base, config['metric'])} -> "
+                f"{name}: {task.name}, {method}{told}: {report.score(task.base, config['metric'])} -> "
                 f"{report.score(outcome['score'], config['metric'])}  ({time.perf_counter() - since:.1f} s)"
             )
     added, negated, alike = _arithmetic(name, config, base, tasks, runs, workdir, say)
@@ -160,6 +168,7 @@ def _run(name: str, config: Mapping[str, Any], workdir: Path, say: Say) -> dict[
         "head": HEADS[config["head"]["kind"]],
         "base": base.facts,
         "tasks": [task.facts for task in tasks.values()],
+        "seeds": list(config["seeds"]),
         "methods": [_summary(method, config, runs) for method in config["methods"]],
         "runs": runs,
         "addition": added,
@@ -180,14 +189,15 @@ def _arithmetic(
     workdir: Path,
     say: Say,
 ) -> tuple[list, list, dict]:
-    """Addition, negation and cosines, the vectors of one method in memory at a time."""
-    options = config["arithmetic"]
+    """Addition, negation and cosines of the first seed's runs, the vectors of one method in memory at a time."""
+    options, seed = config["arithmetic"], next(iter(config["seeds"]), None)
     if len(tasks) < 2:
         return [], [], {}
     grid = [round(float(c), 6) for c in np.linspace(0, options["largest"], options["points"])]
     added, negated, alike = [], [], {}
     for method in config["methods"]:
-        loaded = {t: delta.TaskVector.load(workdir / t / method / "task_vector.safetensors") for t in tasks}
+        files = {t: seeds.folder(workdir, t, method, seed) / "task_vector.safetensors" for t in tasks}
+        loaded = {t: delta.TaskVector.load(file) for t, file in files.items()}
         # Masks are changes of this base; sums of them are sums of what they change.
         vectors = {t: vector.resolve(base.params) for t, vector in loaded.items()}
         alike[method] = arithmetic.cosines(vectors)
@@ -198,7 +208,7 @@ def _arithmetic(
             return tasks[task].score(split, params)
 
         if options["addition"]:
-            mine = {r["task"]: r for r in runs if r["method"] == method}
+            mine = {r["task"]: r for r in reversed(runs) if r["method"] == method}  # the first of each task
             single = {
                 "validation": {t: mine[t]["validation"] for t in tasks},
                 "test": {t: mine[t]["score"] for t in tasks},
@@ -217,16 +227,14 @@ def _arithmetic(
 
 
 def _summary(method: str, config: Mapping[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over tasks, for one method."""
+    """Means over tasks and seeds, for one method, and the standard error over seeds of its mean score."""
     mine = [run for run in runs if run["method"] == method]
-    means: dict[str, Any] = {}
-    for key in ("score", "trained", "density", "bytes", "step_seconds", "seconds"):
-        known = [run[key] for run in mine if run[key] is not None]
-        means[key] = float(np.mean(known)) if known else None
+    means = seeds.means(mine, ("score", "trained", "density", "bytes", "step_seconds", "seconds"))
     options = dict(config["methods"][method].get("method", {}))
     preset = options.pop("name", "full")
     told = ", ".join(f"{key}={value!r}" for key, value in options.items())
-    return {"name": method, "preset": f"{preset}({told})", **means, "trained": round(means["trained"])}
+    error = seeds.error_of_mean(mine)
+    return {"name": method, "preset": f"{preset}({told})", **means, "error": error, "trained": round(means["trained"])}
 
 
 def _by_task(negated: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The tables of a study as CSV files: one for scores, one for addition, one for negation."""
+"""The tables of a study as CSV files: one for scores, their means over seeds, addition and negation."""
 
 from __future__ import annotations
 
@@ -9,17 +9,33 @@ from pathlib import Path
 from typing import Any
 
 from jft import files
+from jft.analysis import seeds
 
 Rows = list[dict[str, Any]]
-OF_RUN = ("task", "method", "score", "validation", "trained", "density", "bytes", "norm", "step_seconds", "seconds")
+OF_RUN = (
+    "task",
+    "method",
+    "seed",
+    "score",
+    "validation",
+    "trained",
+    "density",
+    "bytes",
+    "norm",
+    "step_seconds",
+    "seconds",
+)
+OF_MEANS = ("task", "method", "seeds", "score", "error", "validation", "trained", "density", "bytes")
 OF_NEGATION = ("task", "method", "coefficient", "base_target", "target", "base_control", "control")
 
 
 def rows(study: Mapping[str, Any]) -> dict[str, Rows]:
     """``{table: rows}``, a table for each part that the study has."""
     base = {task["name"]: task["base"] for task in study["tasks"]}
+    cells = seeds.cells(study["runs"])
     tables: dict[str, Rows] = {
         "scores": [{key: run[key] for key in OF_RUN} | {"base": base[run["task"]]} for run in study["runs"]],
+        "means": [{key: cell[key] for key in OF_MEANS} for cell in cells if cell["seeds"] > 1],
         "addition": [
             {"method": row["method"], "coefficient": row["coefficient"], "task": task, **values}
             for row in study["addition"]

@@ -19,6 +19,7 @@ SMALL = [
     "--config.studies.library.common.steps=3",
     "--config.studies.library.common.log.every=1",
     "--config.studies.library.base.train.model.options.layers=1",
+    "--config.studies.library.seeds=(1,2)",
     "--config.studies.library.tasks.docstrings.test_data.limit=5",
     "--config.studies.library.tasks.docstrings.eval_data.limit=5",
 ]
@@ -53,6 +54,23 @@ def test_everything_is_written(workdir):
     with (workdir / "digits_scores.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 36
     assert "data:image/svg+xml" in (workdir / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_for_each_seed(workdir):
+    library = json.loads((workdir / "results.json").read_text())["studies"][1]
+    assert [(run["method"], run["seed"]) for run in library["runs"]] == [
+        ("full", 1),
+        ("full", 2),
+        ("lora", 1),
+        ("lora", 2),
+    ]
+    one, other = (
+        jft.TaskVector.load(workdir / "library" / "docstrings" / "full" / f"seed_{seed}" / "task_vector.safetensors")
+        for seed in (1, 2)
+    )
+    assert one.cosine(other) < 0.999, "other data"
+    assert all(method["error"] > 0 for method in library["methods"])
 
 
 @pytest.mark.slow

@@ -1,0 +1,74 @@
+"""Runs that differ in nothing but their seed: where each lies, and their means with standard errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Run = Mapping[str, Any]
+MEASURED = ("score", "validation", "trained", "density", "bytes", "norm", "step_seconds", "seconds")
+
+
+def check(study: str, seeds: Sequence[Any]) -> None:
+    """Refuse seeds that are no different non-negative whole numbers. Raises ``ValueError``."""
+    whole = all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds)
+    if not whole or len(set(seeds)) != len(seeds):
+        raise ValueError(f"study {study!r}: seeds are {list(seeds)}; give different whole numbers from 0 on, or none")
+
+
+def folder(workdir: Path, task: str, method: str, seed: int | None) -> Path:
+    """Where a run lies in a study's ``workdir``; ``seed`` is None in a study without seeds."""
+    run = workdir / task / method
+    return run if seed is None else run / f"seed_{seed}"
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Standard error of the mean: ``sqrt(sum((x - mean)^2) / (n - 1) / n)``. None for fewer than two values."""
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def means(runs: Sequence[Run], keys: Sequence[str] = MEASURED) -> dict[str, Any]:
+    """The mean of each of ``keys`` over the runs that have it; None where none has."""
+    known = {key: [run[key] for run in runs if run[key] is not None] for key in keys}
+    return {key: float(np.mean(values)) if values else None for key, values in known.items()}
+
+
+def error_of_mean(runs: Sequence[Run]) -> float | None:
+    """Standard error over seeds of the mean score over tasks, for the runs of one method."""
+    by_seed: dict[int, list[float]] = {}
+    for run in runs:
+        by_seed.setdefault(run["seed"], []).append(run["score"])
+    return standard_error([float(np.mean(scores)) for scores in by_seed.values()])
+
+
+def cells(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One row for each task and method, in the order of ``runs``: means over seeds, ``error`` of the score, ``seeds``.
+
+    ``curve`` is the mean loss of the seeds at each step that all of them have.
+    """
+    found: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        found.setdefault((run["task"], run["method"]), []).append(run)
+    return [
+        {
+            "task": task,
+            "method": method,
+            "seeds": len(same),
+            **means(same),
+            "error": standard_error([run["score"] for run in same]),
+            "curve": _curve([run["curve"] for run in same]),
+        }
+        for (task, method), same in found.items()
+    ]
+
+
+def _curve(curves: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
+    at: dict[float, list[float]] = {}
+    for curve in curves:
+        for point in curve:
+            at.setdefault(point["step"], []).append(point["loss"])
+    return [{"step": s, "loss": float(np.mean(x))} for s, x in sorted(at.items()) if len(x) == len(curves)]
