@@ -92,10 +92,11 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--steps", type=int, default=0, help="steps to time, each method in turn; 0 compiles only")
     parser.add_argument("--topology", default="", help="compile for TPU chips that are not here: v5e:4x4, v5p:2x2x2")
-    parser.add_argument("--mesh", type=_mesh, default=(), help="fsdp=8,tensor=2")
+    parser.add_argument("--mesh", default="", help="fsdp=8,tensor=2")
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = vars(parser.strict(argv))
     what = [_method(text) for text in given.pop("methods")]
+    given["mesh"] = _mesh(given["mesh"])
     as_json = given.pop("json")
     given.pop("what")
 
