@@ -1,10 +1,12 @@
 """Training: one loop for every method, from a base to a task vector."""
 
+from jft.train.asked import Logging
 from jft.train.evaluation import evaluate
-from jft.train.loop import Logging, NonFiniteError, Run, finetune
+from jft.train.loop import finetune
 from jft.train.objectives import Objective, objective, objectives
 from jft.train.optimizers import Optimizer, optimizer
 from jft.train.preemption import Preempted
+from jft.train.run import NonFiniteError, Run
 from jft.train.state import State
 
 __all__ = [

@@ -10,91 +10,47 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jft import delta, files, parallel, tree
+from jft import delta, parallel, tree
 from jft.train import evaluation as evaluations
 from jft.train import feed, identity, members, overview, preflight, selection, stacked, step
-from jft.train.loop import Logging, NonFiniteError, Run, checkpoints_of, options_of, whole_array
+from jft.train.asked import Asked
 from jft.train.members import Member
 from jft.train.metrics import Metrics
-from jft.train.objectives import infer
-from jft.train.objectives import objective as find_objective
 from jft.train.optimizers import Given
 from jft.train.preemption import Preempted, Watch
 from jft.train.progress import Meter, Progress
-from jft.train.state import Holdings, find_mesh
+from jft.train.run import NonFiniteError, Pending, Run, keep
+from jft.train.state import Holdings
 from jft.train.streams import Streams
 
 
-@dataclasses.dataclass(frozen=True)
-class _Pending:
-    """A step given to the devices whose metrics nobody has looked at."""
-
-    step: int
-    metrics: Any
-    rates: np.ndarray
-    position: Any
-
-
-def finetune(
-    model: Any,
-    params: Any,
-    data: Iterable | None,
-    fleet: Sequence[Mapping[str, Any]],
-    *,
-    steps: int,
-    method: Any,
-    optimizer: Any,
-    objective: Any,
-    mesh: Any,
-    eval_data: Iterable | None,
-    eval_every: int,
-    eval_batches: int,
-    accumulate: int,
-    dtype: Any,
-    seed: int,
-    workdir: Path | None,
-    checkpoint: Any,
-    log: Any,
-    tokenizer: Any,
-    manifest: Mapping[str, Any] | None,
-) -> list[Run]:
-    """The runs of :func:`jft.finetune` with ``fleet``, in its order; arguments are those of finetune.
+def train(asked: Asked) -> list[Run]:
+    """The runs of :func:`jft.finetune` with ``fleet``, in its order.
 
     A member whose loss is not finite stays at its last good state, and its :attr:`Run.error` says so; the others go on.
     """
     # What to do, and what each member has of its own.
-    logging = options_of(Logging, log)
-    if logging.wandb:
+    model, params, steps, workdir = asked.model, asked.params, asked.steps, asked.workdir
+    if asked.log.wandb:
         raise ValueError("log.wandb follows one run, not a fleet; use log.tensorboard")
-    if workdir is not None and options_of(_checkpointing(), checkpoint).best:
-        raise ValueError(
-            "checkpoint.best: members are best at steps of their own, and a fleet has one checkpoint; leave it out"
-        )
-    shared = {"data": data, "eval_data": eval_data, "seed": seed, "optimizer": optimizer, "method": method}
-    found = members.members(fleet, {**shared, "manifest": manifest, "workdir": workdir}, params)
+    found = members.members(asked)
     for member in found:
         if member.data is None:
             raise ValueError(f"member {member.name!r} of the fleet has no data, and finetune was given none for all")
-        if 0 < eval_every < steps and not eval_batches and hasattr(member.eval_data, "__next__"):
-            raise ValueError("eval_data is an iterator, which ends with the first evaluation; give a list or a loader")
+        asked.check_evaluation(member.eval_data)
     streams = Streams(found)
     head = streams.feeds[0].peek()
-    which = infer(head) if objective is None else find_objective(objective)
+    asked = asked.filled(head)
+    which, mesh, dtype = asked.objective, asked.mesh, asked.dtype
     apply = step.apply_of(model)
-    dtype = step.dtype_of(model, params) if dtype is None else dtype
-    mesh = find_mesh(params) if mesh is None else mesh
-    mesh = parallel.make_mesh() if mesh is None and jax.process_count() > 1 else mesh
-    feed.check(head, model, mesh)
     first = preflight.global_shapes(head)
 
     # What trains: of all members the same, but for what they select.
@@ -102,13 +58,13 @@ def finetune(
     plans = [m.method.plan(m.whole(params), model) for m in found]
     chosen = found[0].optimizer
     decayed = chosen.decayed(tree.flatten(params))
-    recipe = step.Recipe(apply, plans[0], which, chosen.unscheduled(), accumulate, dtype, decayed)
+    recipe = step.Recipe(apply, plans[0], which, chosen.unscheduled(), asked.accumulate, dtype, decayed)
 
     def look(index: int, params: Any) -> Any:
         member = found[index]
         own = dataclasses.replace(recipe, plan=plans[index])
         stream = streams.feed(index)
-        rest = member.seed, member.optimizer, member.eval_data, eval_batches
+        rest = member.seed, member.optimizer, member.eval_data, asked.eval_batches
         return selection.probe_of(own, model, params, stream, mesh, *rest)
 
     decided = before.decided
@@ -144,12 +100,8 @@ def finetune(
         for m, base, facts in zip(found, bases, started, strict=True)
     ]
     whole = {"fleet": {m.name: said for m, said in zip(found, itself, strict=True)}}
-    checkpoints = checkpoints_of(workdir, checkpoint, None, eval_every, whole, decided)
-    begin = checkpoints.latest or 0 if checkpoints else 0
-    if begin > steps:
-        raise ValueError(
-            f"the fleet in {workdir} stands at step {begin}, beyond steps={steps}; ask for at least that many"
-        )
+    checkpoints = asked.checkpoints(whole, decided)
+    begin = asked.begin(checkpoints)
     overlays, seeds = [m.params for m in found], [m.seed for m in found]
     if begin and checkpoints:
         state, position = checkpoints.restore(update.holdings.state)
@@ -167,11 +119,9 @@ def finetune(
     for member in found:
         if member.workdir is not None and primary:
             member.workdir.mkdir(parents=True, exist_ok=True)
-            if "config" in member.said:
-                text = json.dumps(member.said["config"], indent=2, default=str) + "\n"
-                files.write_text(member.workdir / "config.json", text)
-    sinks = [Metrics(m.workdir, begin, logging.tensorboard and m.workdir is not None, "", primary) for m in found]
-    progress = Progress(steps, begin, logging.progress and primary)
+        identity.keep_config(member.workdir, member.said)
+    sinks = [Metrics(m.workdir, begin, asked.log.tensorboard and m.workdir is not None, "", primary) for m in found]
+    progress = Progress(steps, begin, asked.log.progress and primary)
     work = _work(update, batch, params)
     meter = Meter(work)
     trained = update.member(held, 0)[0].trained
@@ -180,8 +130,8 @@ def finetune(
         f"{len(found)} members ({', '.join(m.name for m in found)}), each by method {overview.describe(plans[0])}; "
         f"step takes {memory}; FLOPs by {work.source}"
     )
-    if tokenizer is not None and hasattr(which, "weights"):
-        progress.say("first example, targets in brackets: " + overview.example(head, which, tokenizer))
+    if asked.tokenizer is not None and hasattr(which, "weights"):
+        progress.say("first example, targets in brackets: " + overview.example(head, which, asked.tokenizer))
     if begin:
         progress.say(f"resumed after step {begin}")
 
@@ -193,16 +143,18 @@ def finetune(
             f"member {found[i].name!r} stopped at step {last}, in a part before this", last, None
         )
 
-    def log_train(pending: _Pending) -> None:
+    def log_train(pending: Pending) -> None:
         """Metrics of a step that was given to the devices before; members whose loss is not finite are said to stop."""
         good = np.asarray(pending.metrics["sound"])
         fresh = [i for i in np.flatnonzero(~good).tolist() if errors[i] is None]
-        logs = pending.step % logging.every == 0 or pending.step == steps
+        logs = pending.step % asked.log.every == 0 or pending.step == steps
         if not fresh and not logs:
             return
         values = {k: np.asarray(v, np.float64) for k, v in jax.device_get(pending.metrics).items() if k != "sound"}
         for i in fresh:
-            errors[i] = _error(found[i].name, {k: v[i] for k, v in values.items()}, pending, streams.of[i])
+            done, position = pending.step - 1, pending.position[streams.of[i]]
+            then, whose = f"it stays at the state after step {done}", f"member {found[i].name!r}: "
+            errors[i] = NonFiniteError.of({k: v[i] for k, v in values.items()}, done, position, then, whose)
             progress.say(str(errors[i]))
         if all(errors):
             _end(errors, held, checkpoints, pending)
@@ -211,14 +163,14 @@ def finetune(
         rates = meter.read()
         for i, sink in enumerate(sinks):
             if errors[i] is None:
-                lr = {} if isinstance(chosen, Given) else {"lr": float(pending.rates[i])}
+                lr = {} if isinstance(chosen, Given) else {"lr": float(pending.rate[i])}
                 sink.write(pending.step, "train", {k: float(v[i]) for k, v in values.items()} | lr | rates)
         alive = [i for i, error in enumerate(errors) if error is None]
         progress.show(pending.step, "train", {k: float(v[alive].mean()) for k, v in values.items()} | rates)
 
     def run_evaluation(done: int) -> list[dict[str, float]]:
         since = time.perf_counter()
-        results = _evaluated(update, held, found, (apply, which, dtype), one, mesh, eval_batches)
+        results = _evaluated(update, held, found, (apply, which, dtype), mesh, asked.eval_batches)
         meter.pause(time.perf_counter() - since)
         for member, sink, result in zip(found, sinks, results, strict=True):
             if result:
@@ -229,7 +181,7 @@ def finetune(
     # The loop, as for one run: metrics are fetched one step late.
     evaluation: list[dict[str, float]] = [{} for _ in found]
     evaluates_at_all = any(m.eval_data is not None for m in found)
-    pending: _Pending | None = None
+    pending: Pending | None = None
     with contextlib.ExitStack() as stack:
         for closing in (*sinks, progress, streams, *([checkpoints] if checkpoints else [])):
             stack.callback(closing.close)
@@ -252,9 +204,9 @@ def finetune(
             progress.advance(n + 1)
             if pending is not None:
                 log_train(pending)
-            pending, done = _Pending(n + 1, out, rates, position), n + 1
+            pending, done = Pending(n + 1, out, rates, position), n + 1
 
-            evaluates = evaluates_at_all and (done == steps or (eval_every and done % eval_every == 0))
+            evaluates = evaluates_at_all and asked.evaluates(done)
             saves = checkpoints is not None and checkpoints.due(done, steps)
             stops = watch is not None and watch.reached(done) and done < steps
             if evaluates or saves or stops or done == steps:
@@ -280,10 +232,7 @@ def finetune(
         facts = {**member.said, **started[i], "steps": int(state.step), "evaluation": evaluation[i], **stop}
         encoded = plans[i].encode(base, kept, state.trained)
         vector = delta.TaskVector(encoded, {"base": bases[i], **delta.describe(None, **facts)})
-        if member.workdir is not None:
-            local = jax.tree.map(whole_array, vector)
-            if primary:
-                local.save(member.workdir / "task_vector.safetensors")
+        keep(vector, member.workdir)
         runs.append(Run(plans[i], state, sinks[i].rows, evaluation[i], vector, base, kept, errors[i]))
     if watch is not None:
         watch.pass_on()
@@ -345,12 +294,6 @@ def _work(update: stacked.Fleet, batch: Any, params: Any) -> Any:
     return dataclasses.replace(work, flops=work.flops * update.axes.members)
 
 
-def _checkpointing() -> type:
-    from jft.train.checkpoints import Checkpointing
-
-    return Checkpointing
-
-
 def _described(params: Any, found: Sequence[Member]) -> list[dict[str, Any]]:
     """The base of each member, as manifests name it; the shared one is read once."""
     shared = delta.describe_base(params)
@@ -371,7 +314,7 @@ def _measured(update: stacked.Fleet, held: Holdings, looks: Any, params: Any, fo
 
 
 def _evaluated(
-    update: stacked.Fleet, held: Holdings, found: Sequence[Member], how: Any, one: Any, mesh: Any, limit: int
+    update: stacked.Fleet, held: Holdings, found: Sequence[Member], how: Any, mesh: Any, limit: int
 ) -> list[dict[str, float]]:
     """Each member on its own evaluation data, by one compiled function; nothing for one without."""
     apply, which, dtype = how
@@ -386,19 +329,7 @@ def _evaluated(
     return results
 
 
-def _error(name: str, values: Mapping[str, float], pending: _Pending, stream: int) -> NonFiniteError:
-    done = pending.step - 1
-    what = "has total weight 0 on all processes" if values["weight"] == 0 else "is not finite"
-    position = pending.position[stream]
-    return NonFiniteError(
-        f"member {name!r}: the loss of step {done} {what}: loss {values['loss']:g}, grad_norm {values['grad_norm']:g}, data "
-        f"position {position}; it stays at the state after step {done}. Look at that batch, lower its learning rate, or clip",
-        done,
-        position,
-    )
-
-
-def _end(errors: Sequence[NonFiniteError | None], held: Holdings, checkpoints: Any, pending: _Pending) -> None:
+def _end(errors: Sequence[NonFiniteError | None], held: Holdings, checkpoints: Any, pending: Pending) -> None:
     """End a fleet of which no member is left."""
     saved = "; no workdir, so no state was saved"
     done = pending.step - 1

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from jft import delta, tree
+from jft import delta, files, tree
 from jft.methods import Method
 from jft.train.optimizers import Given
 from jft.train.state import State
@@ -51,6 +52,13 @@ def _json(value: Any) -> Any:
         return f"{value.__module__}.{name}" if name else repr(value)
 
     return json.loads(json.dumps(value, default=said))
+
+
+def keep_config(workdir: Path | None, said: Mapping[str, Any]) -> None:
+    """Write what the caller says of the run under ``config`` to its ``config.json``, if it has a folder."""
+    if workdir is not None and "config" in said and jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        files.write_text(workdir / "config.json", json.dumps(said["config"], indent=2, default=str) + "\n")
 
 
 def keep(workdir: Path | None, itself: Mapping[str, Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,76 +13,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from jft import delta, files, methods, parallel, tree
-from jft.methods import Method, Plan
+from jft import delta, tree
+from jft.methods import Method
 from jft.train import evaluation as evaluations
 from jft.train import feed, identity, overview, preflight, selection, settling, setup, step
+from jft.train import fleet as fleets
+from jft.train.asked import Asked, find_method
 from jft.train.metrics import Metrics
-from jft.train.objectives import Objective, infer
-from jft.train.objectives import objective as find_objective
+from jft.train.objectives import Objective
 from jft.train.optimizers import Given
 from jft.train.optimizers import optimizer as find_optimizer
 from jft.train.preemption import Preempted, Watch
 from jft.train.progress import Meter, Progress
-from jft.train.state import Holdings, State, find_mesh
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pending:
-    """A step given to the devices whose metrics nobody has looked at: updates made with it, and its batch's position."""
-
-    step: int
-    metrics: Any
-    rate: float
-    position: Any
-
-
-class NonFiniteError(ValueError):
-    """The loss or gradient was not finite. step: of the update that was not made; position: of its batch in the data."""
-
-    def __init__(self, message: str, step: int, position: Any):
-        super().__init__(message)
-        self.step, self.position = step, position
-
-
-@dataclasses.dataclass(frozen=True)
-class Logging:
-    """What is logged. every: steps between rows. progress: show the run on stdout. tensorboard; wandb: a project's name."""
-
-    every: int = 10
-    progress: bool = True
-    tensorboard: bool = False
-    wandb: str = ""
-
-    def __post_init__(self):
-        if self.every < 1:
-            raise ValueError(f"log.every is {self.every}; it must be at least 1")
-
-
-@dataclasses.dataclass
-class Run:
-    """A finished run. metrics: all rows, ``{"step", "split", ...}``; evaluation: that of the state it ended with.
-
-    error: of a member of a fleet whose loss was not finite, and that ended before the others.
-    """
-
-    plan: Plan
-    state: State
-    metrics: list[dict]
-    evaluation: dict[str, float]
-    task_vector: delta.TaskVector
-    _base: Any
-    _kept: Any
-    error: NonFiniteError | None = None
-
-    @functools.cached_property
-    def params(self) -> Any:
-        """The fine-tuned parameters, plain, in the dtypes of the base."""
-        return self.merged(self._base)
-
-    def merged(self, like: Any) -> Any:
-        """The fine-tuned parameters in the dtypes of ``like``, arrays or shapes."""
-        return self.plan.merged(like, self._kept, self.state.trained)
+from jft.train.run import NonFiniteError, Pending, Run, keep
+from jft.train.state import Holdings, State
 
 
 def finetune(
@@ -135,61 +78,31 @@ def finetune(
     Raises :class:`NonFiniteError` with the last good state saved, :class:`Preempted` when asked to stop,
     :class:`jft.parallel.MemoryBudgetError` where it would not fit, ``Changed`` where the workdir holds another run.
     """
-    # What to do.
-    for name, value, least in (("steps", steps, 1), ("eval_every", eval_every, 0), ("eval_batches", eval_batches, 0)):
-        if value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
-    if fleet is not None:
-        from jft.train import fleet as fleets
+    asked = Asked(**locals())  # nothing else is local yet
+    return _train(asked) if fleet is None else fleets.train(asked)  # type: ignore[return-value]  # a list, of a fleet
 
-        runs = fleets.finetune(
-            model,
-            params,
-            data,
-            fleet,
-            steps=steps,
-            method=method,
-            optimizer=optimizer,
-            objective=objective,
-            mesh=mesh,
-            eval_data=eval_data,
-            eval_every=eval_every,
-            eval_batches=eval_batches,
-            accumulate=accumulate,
-            dtype=dtype,
-            seed=seed,
-            workdir=None if workdir is None else Path(workdir),
-            checkpoint=checkpoint,
-            log=log,
-            tokenizer=tokenizer,
-            manifest=manifest,
-        )
-        return runs  # type: ignore[return-value]  # only who passes a fleet gets a list
-    logging = options_of(Logging, log)
-    method = _method(method)
-    chosen = find_optimizer(optimizer)
-    said = identity.said_of_run(manifest)
-    if 0 < eval_every < steps and not eval_batches and hasattr(eval_data, "__next__"):
-        raise ValueError("eval_data is an iterator, which ends with the first evaluation; give a list or a loader")
-    if data is None:
+
+def _train(asked: Asked) -> Run:
+    # What to do.
+    model, params, steps, seed, workdir = asked.model, asked.params, asked.steps, asked.seed, asked.workdir
+    method = find_method(asked.method)
+    chosen = find_optimizer(asked.optimizer)
+    said = identity.said_of_run(asked.manifest)
+    asked.check_evaluation(asked.eval_data)
+    if asked.data is None:
         raise ValueError("data is None; only a fleet whose members have their own needs none")
-    stream = feed.Feed(data)
-    which = infer(stream.peek()) if objective is None else find_objective(objective)
-    dtype = step.dtype_of(model, params) if dtype is None else dtype
-    mesh = find_mesh(params) if mesh is None else mesh
-    mesh = parallel.make_mesh() if mesh is None and jax.process_count() > 1 else mesh
+    stream = feed.Feed(asked.data)
+    asked = asked.filled(stream.peek())
+    which, mesh, dtype = asked.objective, asked.mesh, asked.dtype
     apply = step.apply_of(model, mesh)
-    feed.check(stream.peek(), model, mesh)
-    workdir = None if workdir is None else Path(workdir)
-    donate = donate and method.schedule is None
+    donate = asked.donate and method.schedule is None
 
     # What trains: by name, or as the run that is taken up says, or found now from the base and the first batches.
     before = selection.saved(workdir)
     # The newest state is that of the update before: what is due at its step is still to come.
     plan = selection.method_at(method, max(before.step - 1, 0), steps).plan(params, model)
-    recipe = step.Recipe(
-        apply, plan, which, chosen.unscheduled(), accumulate, dtype, chosen.decayed(tree.flatten(params))
-    )
+    decayed = chosen.decayed(tree.flatten(params))
+    recipe = step.Recipe(apply, plan, which, chosen.unscheduled(), asked.accumulate, dtype, decayed)
     look = functools.partial(
         selection.probe_of,
         recipe,
@@ -197,9 +110,9 @@ def finetune(
         stream=stream,
         mesh=mesh,
         seed=seed,
-        optimizer=optimizer,
-        eval_data=eval_data,
-        eval_batches=eval_batches,
+        optimizer=asked.optimizer,
+        eval_data=asked.eval_data,
+        eval_batches=asked.eval_batches,
     )
     decided = before.decided
     if method.decide:
@@ -221,12 +134,8 @@ def finetune(
     base = delta.describe_base(params)
     started = identity.of_run(method, chosen, which, update.holdings.state, first, dtype, seed)
     itself = {"base": base["fingerprint"], "data": said.get("data"), **started}
-    checkpoints = checkpoints_of(workdir, checkpoint, eval_data, eval_every, itself, decided)
-    begin = checkpoints.latest or 0 if checkpoints else 0
-    if begin > steps:
-        raise ValueError(
-            f"the run in {workdir} stands at step {begin}, beyond steps={steps}; ask for at least that many"
-        )
+    checkpoints = asked.checkpoints(itself, decided)
+    begin = asked.begin(checkpoints)
     settled: settling.Settled = {}
     if begin and checkpoints:
         state, position = checkpoints.restore(update.holdings.state)
@@ -240,27 +149,26 @@ def finetune(
 
     # What the user sees.
     primary = jax.process_index() == 0
-    if workdir is not None and primary and "config" in said:
-        # Not before: a start that was refused leaves the config of the run that is there.
-        files.write_text(workdir / "config.json", json.dumps(said["config"], indent=2, default=str) + "\n")
-    metrics = Metrics(workdir, begin, logging.tensorboard, logging.wandb, primary)
-    progress = Progress(steps, begin, logging.progress and primary)
+    # Not before: a start that was refused leaves the config of the run that is there.
+    identity.keep_config(workdir, said)
+    metrics = Metrics(workdir, begin, asked.log.tensorboard, asked.log.wandb, primary)
+    progress = Progress(steps, begin, asked.log.progress and primary)
     work = preflight.work(update, first, params)
     meter = Meter(work)
     progress.say(overview.text(overview.rows(params, held.state.trained, layout.params if mesh is not None else None)))
     progress.say(f"method {overview.describe(plan)}; step takes {memory}; FLOPs by {work.source}")
-    if tokenizer is not None and hasattr(which, "weights"):
-        progress.say("first example, targets in brackets: " + overview.example(stream.peek(), which, tokenizer))
+    if asked.tokenizer is not None and hasattr(which, "weights"):
+        progress.say("first example, targets in brackets: " + overview.example(stream.peek(), which, asked.tokenizer))
     if "classifier/w" in plan.paths and "classifier/w" not in plan.leaves:
         progress.say("the classifier stays as it is, which suits a fixed head; also='^classifier/' trains it")
     if begin:
         progress.say(f"resumed after step {begin}")
 
-    def log_train(pending: _Pending) -> None:
+    def log_train(pending: Pending) -> None:
         """Metrics of a step that was given to the devices before; stops the run where they are not finite."""
         if not bool(pending.metrics["sound"]):
             _stop(pending, held.state, checkpoints, settled)
-        if pending.step % logging.every and pending.step != steps:
+        if pending.step % asked.log.every and pending.step != steps:
             return
         values = {k: float(v) for k, v in jax.device_get(pending.metrics).items() if k != "sound"}
         rates = {} if isinstance(chosen, Given) else {"lr": pending.rate}
@@ -270,17 +178,19 @@ def finetune(
 
     evaluation: dict[str, float] = {}
 
-    def run_evaluation(done: int, batches: Iterable) -> dict[str, float]:
+    def run_evaluation(done: int) -> dict[str, float]:
         since = time.perf_counter()
         score = evaluations.sums(apply, which, update.recipe.plan, dtype)
-        result = evaluations.mean(score, (_kept(update, held), held.state.trained), batches, which, mesh, eval_batches)
+        result = evaluations.mean(
+            score, (_kept(update, held), held.state.trained), asked.eval_data, which, mesh, asked.eval_batches
+        )
         meter.pause(time.perf_counter() - since)
         metrics.write(done, "eval", result)
         progress.show(done, "eval", result)
         return result
 
     # The loop. Metrics are fetched one step late, so that the next step is queued before the host waits for this one.
-    pending: _Pending | None = None
+    pending: Pending | None = None
     sound: Any = np.asarray(True)
     with contextlib.ExitStack() as stack:
         for closing in (metrics, progress, stream, *([checkpoints] if checkpoints else [])):
@@ -310,24 +220,24 @@ def finetune(
             progress.advance(n + 1)
             if pending is not None:
                 log_train(pending)
-            pending, done = _Pending(n + 1, out, rate, position), n + 1
+            pending, done = Pending(n + 1, out, rate, position), n + 1
 
-            evaluates = eval_data is not None and (done == steps or (eval_every and done % eval_every == 0))
+            evaluates = asked.eval_data is not None and asked.evaluates(done)
             saves = checkpoints is not None and checkpoints.due(done, steps)
             stops = watch is not None and watch.reached(done) and done < steps
             if evaluates or saves or stops or done == steps:
                 log_train(pending)
                 pending = None
-            if eval_data is not None and evaluates:
-                evaluation = run_evaluation(done, eval_data)
+            if evaluates:
+                evaluation = run_evaluation(done)
             if checkpoints is not None and (saves or stops):
                 checkpoints.save(held.state, done, stream.position(), evaluation if evaluates else None, settled)
             if stops:
                 stopped = Preempted(done)
                 progress.say(str(stopped))
                 raise stopped
-        if begin == steps and eval_data is not None:
-            evaluation = run_evaluation(begin, eval_data)
+        if begin == steps and asked.eval_data is not None:
+            evaluation = run_evaluation(begin)
         if checkpoints is not None and checkpoints.options.best:
             best, evaluation = checkpoints.restore_best(update.holdings.state)
             held = setup.go_back(update, held, best)
@@ -338,79 +248,21 @@ def finetune(
     plan, kept = update.recipe.plan, _kept(update, held)
     encoded = settling.change(settled, tree.flatten(params), plan.encode(params, kept, held.state.trained))
     vector = delta.TaskVector(encoded, {"base": base, **delta.describe(None, **facts)})
-    if workdir is not None:
-        whole = jax.tree.map(whole_array, vector)
-        if primary:
-            whole.save(workdir / "task_vector.safetensors")
+    keep(vector, workdir)
     if watch is not None:
         watch.pass_on()
     return Run(plan, held.state, metrics.rows, evaluation, vector, params, kept)
-
-
-def options_of(kind: type, value: Any) -> Any:
-    """An options object from itself, a mapping of its fields, a number (``every``) or None."""
-    if value is None or isinstance(value, int):
-        return kind() if value is None else kind(every=value)
-    if isinstance(value, Mapping):
-        known = [f.name for f in dataclasses.fields(kind)]
-        for key in value:
-            if key not in known:
-                raise ValueError(f"{kind.__name__} has no option {key!r}; it has: {', '.join(known)}")
-        return kind(**value)
-    return value
-
-
-def _method(value: str | Mapping | Method) -> Method:
-    if isinstance(value, str):
-        return methods.method(value)
-    return methods.method(**value) if isinstance(value, Mapping) else value
-
-
-def checkpoints_of(
-    workdir: Path | None, options: Any, eval_data: Any, eval_every: int, identity: Any, decided: Any
-) -> Any:
-    """The checkpoints of a run that has a workdir; the module that knows Orbax is loaded for them alone."""
-    if workdir is None:
-        if options:
-            raise ValueError("checkpoint is given, but no workdir to write to")
-        return None
-    from jft.train.checkpoints import Checkpointing, Checkpoints
-
-    options = options_of(Checkpointing, options)
-    if options.best and (eval_data is None or not eval_every or not options.every or options.every % eval_every):
-        raise ValueError(
-            f"checkpoint.best={options.best!r} needs eval data, and checkpoint.every ({options.every}) to be a positive "
-            f"multiple of eval_every ({eval_every}), so that every checkpoint has been evaluated"
-        )
-    workdir.mkdir(parents=True, exist_ok=True)
-    return Checkpoints(workdir / "checkpoints", options, identity, decided)
 
 
 def _kept(update: step.Step, held: Holdings) -> Any:
     return update.recipe.plan.attach(held.frozen, held.live, held.state.chosen)
 
 
-def whole_array(x: Any) -> Any:
-    """An array that one process can write: one whose shards lie on several is gathered on the host."""
-    if not isinstance(x, jax.Array) or x.is_fully_addressable:
-        return x
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(x, tiled=True)
-
-
-def _stop(pending: _Pending, state: State, checkpoints: Any, settled: Any) -> None:
+def _stop(pending: Pending, state: State, checkpoints: Any, settled: Any) -> None:
     """End a run whose loss or gradient was not finite, with the last good state saved."""
-    values = jax.device_get(pending.metrics)
     done = pending.step - 1
-    saved = "; no workdir, so no state was saved"
+    then = "no workdir, so no state was saved"
     if checkpoints is not None:
         checkpoints.save(state, done, pending.position, settled=settled)
-        saved = f"; the state after step {done} is saved in {checkpoints.directory}"
-    what = "has total weight 0 on all processes" if values["weight"] == 0 else "is not finite"
-    raise NonFiniteError(
-        f"the loss of step {done} {what}: loss {values['loss']:g}, grad_norm {values['grad_norm']:g}, data position "
-        f"{pending.position}{saved}. Look at that batch, lower the learning rate, or clip",
-        done,
-        pending.position,
-    )
+        then = f"the state after step {done} is saved in {checkpoints.directory}"
+    raise NonFiniteError.of(jax.device_get(pending.metrics), done, pending.position, then)

@@ -9,11 +9,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jft import methods, tree
+from jft import tree
 from jft.methods import Method, Plan
 from jft.methods.parametrise import Parametrisation
 from jft.names import nearest
 from jft.train import identity
+from jft.train.asked import Asked, find_method
 from jft.train.optimizers import Given, Optimizer
 from jft.train.optimizers import optimizer as find_optimizer
 
@@ -42,14 +43,14 @@ class Member:
         return tree.like(base, {**tree.flatten(base), **self.params}) if self.params else base
 
 
-def members(fleet: Sequence[Mapping[str, Any]], shared: Mapping[str, Any], base: Any) -> list[Member]:
-    """The members that ``fleet`` lists, each laid over ``shared``, the arguments of finetune itself.
+def members(asked: Asked) -> list[Member]:
+    """The members that a fleet lists, each laid over what is asked for all.
 
     Raises ``ValueError`` for unknown keys, names that are no folder's or stand twice, and weights the base has not.
     """
-    if not fleet:
+    if not asked.fleet:
         raise ValueError("fleet is empty; list at least one member, as {'data': ..., 'lr': ..., 'seed': ...}")
-    found = [_member(i, said, shared, base) for i, said in enumerate(fleet)]
+    found = [_member(i, said, asked) for i, said in enumerate(asked.fleet)]
     names = [m.name for m in found]
     for name in names:
         if names.count(name) > 1:
@@ -57,7 +58,7 @@ def members(fleet: Sequence[Mapping[str, Any]], shared: Mapping[str, Any], base:
     return found
 
 
-def _member(index: int, said: Mapping[str, Any], shared: Mapping[str, Any], base: Any) -> Member:
+def _member(index: int, said: Mapping[str, Any], asked: Asked) -> Member:
     name = str(said.get("name", index))
     for key in said:
         if key not in KEYS:
@@ -66,9 +67,9 @@ def _member(index: int, said: Mapping[str, Any], shared: Mapping[str, Any], base
         raise ValueError(f"a member of the fleet is called {name!r}, which cannot be the name of its folder")
     workdir = said.get("workdir")
     if workdir is None:
-        workdir = None if shared["workdir"] is None else shared["workdir"] / name
+        workdir = None if asked.workdir is None else asked.workdir / name
     params = tree.flatten(said.get("params", {}))
-    flat = tree.flatten(base)
+    flat = tree.flatten(asked.params)
     for path, x in params.items():
         if path not in flat or (x.shape, x.dtype) != (flat[path].shape, flat[path].dtype):
             there = f"{flat[path].shape} {flat[path].dtype}" if path in flat else "nothing"
@@ -77,13 +78,13 @@ def _member(index: int, said: Mapping[str, Any], shared: Mapping[str, Any], base
             )
     return Member(
         name=name,
-        data=said.get("data", shared["data"]),
-        eval_data=said.get("eval_data", shared["eval_data"]),
-        seed=said.get("seed", shared["seed"]),
-        optimizer=_optimizer(name, said, shared["optimizer"]),
-        method=_method(said.get("method"), shared["method"]),
+        data=said.get("data", asked.data),
+        eval_data=said.get("eval_data", asked.eval_data),
+        seed=said.get("seed", asked.seed),
+        optimizer=_optimizer(name, said, asked.optimizer),
+        method=_method(said.get("method"), asked.method),
         params=params,
-        said=identity.said_of_run({**(shared["manifest"] or {}), **said.get("manifest", {})}),
+        said=identity.said_of_run({**(asked.manifest or {}), **said.get("manifest", {})}),
         workdir=None if workdir is None else Path(workdir),
     )
 
@@ -117,9 +118,7 @@ def _method(own: Any, shared: Any) -> Method:
         if isinstance(shared, Method):
             raise ValueError("a member's method is options alone, but the fleet's is a Method; give the member one too")
         own = {**({"name": shared} if isinstance(shared, str) else shared), **own}
-    if isinstance(own, str):
-        return methods.method(own)
-    return methods.method(**own) if isinstance(own, Mapping) else own
+    return find_method(own)
 
 
 def sharing(plan: Plan) -> Plan:
