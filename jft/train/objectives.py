@@ -106,13 +106,44 @@ def _sums(nll: Array, partition: Array, hits: Array, weights: Array, z_loss: flo
     return loss, jnp.sum(weights), sums
 
 
-def _perplexity(means: dict[str, float]) -> dict[str, float]:
-    nll = means.get("nll", means["loss"])
-    return {**means, "perplexity": math.exp(nll) if nll < 700 else math.inf}
-
-
 @dataclasses.dataclass(frozen=True)
-class LanguageModel:
+class _NextToken:
+    """Cross entropy of logits ``[B, T, V]`` to the next token of ``field``, by the weights that subclasses give targets."""
+
+    z_loss: float = 0.0
+    splits: ClassVar[bool] = True
+    field: ClassVar[str]
+
+    def weights(self, batch: Batch, xp: Any = jnp) -> Any:
+        """Weight of each position's target, float32 ``[B, T]``; the last position has none."""
+        return _targets(self._segments(batch, xp), batch, xp)
+
+    def _segments(self, batch: Batch, xp: Any) -> Any:
+        """Which positions belong together, int32 ``[B, T]``; 0 is padding."""
+        raise NotImplementedError
+
+    def weight(self, batch: Batch, xp: Any = jnp) -> Any:
+        return xp.sum(self.weights(batch, xp))
+
+    def loss(self, outputs: Any, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
+        targets = _next(_field(batch, self.field), jnp)
+        nll, partition = token_nll(outputs, targets)
+        return _sums(nll, partition, _hits(outputs, targets), self.weights(batch), self.z_loss)
+
+    def toward(self, outputs: Any, reference: Any, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
+        """The loss with the predictions of ``reference`` (outputs of another model) as soft targets."""
+        return _toward(outputs, reference, self.weights(batch))
+
+    def sampled_loss(self, key: Array, outputs: Any, batch: Batch) -> tuple[Array, Array]:
+        """``(sum of losses, weight)`` with targets drawn from the model's own prediction; inputs stay as they are."""
+        return _sampled(key, outputs, self.weights(batch))
+
+    def report(self, means: dict[str, float]) -> dict[str, float]:
+        nll = means.get("nll", means["loss"])
+        return {**means, "perplexity": math.exp(nll) if nll < 700 else math.inf}
+
+
+class LanguageModel(_NextToken):
     """Next-token cross entropy: logits at ``t`` predict ``tokens[t + 1]``.
 
     It counts where both stand in the same segment (``segments``, 0 = padding) and ``loss_mask[t + 1]`` is set, weighted by it;
@@ -120,72 +151,28 @@ class LanguageModel:
     z_loss adds ``z_loss * logsumexp(logits)**2`` (Chowdhery et al. 2022, arXiv:2204.02311, use 1e-4).
     """
 
-    z_loss: float = 0.0
-    splits: ClassVar[bool] = True
+    field = "tokens"
 
-    def weights(self, batch: Batch, xp: Any = jnp) -> Any:
-        """Weight of each position's target, float32 ``[B, T]``; the last position has none."""
+    def _segments(self, batch: Batch, xp: Any) -> Any:
         tokens, segments = _field(batch, "tokens"), _optional(batch, "segments")
-        segments = xp.ones(tokens.shape, "int32") if segments is None else segments
-        return _targets(segments, batch, xp)
-
-    def weight(self, batch: Batch, xp: Any = jnp) -> Any:
-        return xp.sum(self.weights(batch, xp))
-
-    def loss(self, outputs: Any, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
-        targets = _next(_field(batch, "tokens"), jnp)
-        nll, partition = token_nll(outputs, targets)
-        return _sums(nll, partition, _hits(outputs, targets), self.weights(batch), self.z_loss)
-
-    def toward(self, outputs: Any, reference: Any, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
-        """The loss with the predictions of ``reference`` (outputs of another model) as soft targets."""
-        return _toward(outputs, reference, self.weights(batch))
-
-    def sampled_loss(self, key: Array, outputs: Any, batch: Batch) -> tuple[Array, Array]:
-        """``(sum of losses, weight)`` with targets drawn from the model's own prediction; inputs stay as they are."""
-        return _sampled(key, outputs, self.weights(batch))
-
-    def report(self, means: dict[str, float]) -> dict[str, float]:
-        return _perplexity(means)
+        return xp.ones(tokens.shape, "int32") if segments is None else segments
 
 
-@dataclasses.dataclass(frozen=True)
-class Seq2Seq:
+class Seq2Seq(_NextToken):
     """Cross entropy of an encoder-decoder: decoder logits at ``t`` predict ``decoder_tokens[t + 1]``.
 
     ``decoder_tokens`` are the decoder's input, start token first. Padding is ignored: ``decoder_segments == 0``, or
     without segments the id 0 after the start. loss_mask, [B, T] like them, and z_loss as in :class:`LanguageModel`.
     """
 
-    z_loss: float = 0.0
-    splits: ClassVar[bool] = True
+    field = "decoder_tokens"
 
-    def weights(self, batch: Batch, xp: Any = jnp) -> Any:
-        """Weight of each decoder position's target, float32 ``[B, T]``."""
+    def _segments(self, batch: Batch, xp: Any) -> Any:
         tokens, segments = _field(batch, "decoder_tokens"), _optional(batch, "decoder_segments")
         if segments is None:
             start = xp.arange(tokens.shape[1]) == 0
             segments = ((tokens != 0) | start).astype("int32")
-        return _targets(segments, batch, xp)
-
-    def weight(self, batch: Batch, xp: Any = jnp) -> Any:
-        return xp.sum(self.weights(batch, xp))
-
-    def loss(self, outputs: Any, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
-        targets = _next(_field(batch, "decoder_tokens"), jnp)
-        nll, partition = token_nll(outputs, targets)
-        return _sums(nll, partition, _hits(outputs, targets), self.weights(batch), self.z_loss)
-
-    def toward(self, outputs: Any, reference: Any, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
-        """The loss with the predictions of ``reference`` (outputs of another model) as soft targets."""
-        return _toward(outputs, reference, self.weights(batch))
-
-    def sampled_loss(self, key: Array, outputs: Any, batch: Batch) -> tuple[Array, Array]:
-        """``(sum of losses, weight)`` with targets drawn from the model's own prediction; inputs stay as they are."""
-        return _sampled(key, outputs, self.weights(batch))
-
-    def report(self, means: dict[str, float]) -> dict[str, float]:
-        return _perplexity(means)
+        return segments
 
 
 def _examples(batch: Batch, key: str, xp: Any) -> Any:
