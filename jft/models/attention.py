@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jft.models.core import softmax
+
 Array = jax.Array
 
 
@@ -59,6 +61,6 @@ def attention(
         scores = scores + bias.astype(precise).reshape(1, G, H // G, *bias.shape[1:])
     if visible is not None:
         scores = jnp.where(visible[:, None, None], scores, jnp.finfo(precise).min)
-    weights = jax.nn.softmax(scores, axis=-1)
+    weights = softmax(scores)
     out = jnp.einsum("bghts,bsgk->btghk", weights.astype(v.dtype), v, preferred_element_type=precise)
     return out.reshape(B, T, H, K).astype(v.dtype)

@@ -104,7 +104,8 @@ def mlp(scope: Scope, name: str, x: Array, params: Params, activation: str) -> A
     """``down(act(up(x)))``; with a gate, ``down(act(gate(x)) * up(x))``."""
     act = core.ACTIVATIONS[activation]
     up = scope.dot(f"{name}/up", x, params["up"])
-    inner = act(scope.dot(f"{name}/gate", x, params["gate"])) * up if "gate" in params else act(up)
+    gate = scope.dot(f"{name}/gate", x, params["gate"]) if "gate" in params else None
+    inner = core.recomputed(act)(up) if gate is None else core.gated(act, gate, up)
     return scope.dot(f"{name}/down", inner, params["down"])
 
 

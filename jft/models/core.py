@@ -13,6 +13,7 @@ A jft model is a pure function of nested dicts. Three conventions hold in all of
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -39,10 +40,19 @@ def dot(x: Array, w: Any) -> Array:
 STRUCTURED = ("w", "table")
 
 
+def model_of(apply: Any) -> Any:
+    """The model whose ``apply`` this is, bound or wrapped; itself where it is of none."""
+    return getattr(apply, "__self__", getattr(apply, "model", apply))
+
+
+def is_own(apply: Any) -> bool:
+    """Whether ``apply`` is that of a jft model, which takes hooks and structured weights; or any other function."""
+    return hasattr(model_of(apply), "linear_paths")
+
+
 def takes_structured(apply: Any, path: str) -> bool:
-    """Whether a structured weight may stand at ``path`` of the parameters of ``apply``: a jft model's, or one of any kind."""
-    model = getattr(apply, "__self__", getattr(apply, "model", apply))
-    return hasattr(model, "linear_paths") and path.rsplit("/", 1)[-1] in STRUCTURED
+    """Whether a structured weight may stand at ``path`` of the parameters of ``apply``."""
+    return is_own(apply) and path.rsplit("/", 1)[-1] in STRUCTURED
 
 
 def take(w: Any, ids: Array, dtype: Any) -> Array:
@@ -246,8 +256,40 @@ def rows_over_devices(h: Array) -> Array:
     return jax.lax.with_sharding_constraint(h, PartitionSpec(axes, *(free for _ in h.shape[1:])))
 
 
+def recomputed(fn: Callable[..., Array]) -> Callable[..., Array]:
+    """``fn``, cheap and elementwise, of whose inside the backward pass keeps nothing but the arguments.
+
+    Derivatives of what is elementwise are as large as its value, and JAX would keep several. Inside a scan they are kept
+    for every layer; outside, XLA finds them computed in a linearized forward pass and keeps them until they are used again.
+    """
+    return jax.checkpoint(fn)
+
+
+def gated(act: Callable[[Array], Array], gate: Array, up: Array) -> Array:
+    """``act(gate) * up``, keeping ``gate`` and ``up`` alone for the backward pass."""
+    return recomputed(lambda gate, up: act(gate) * up)(gate, up)
+
+
+@jax.custom_jvp
+def softmax(s: Array) -> Array:
+    """``exp(s - max) / sum`` over the last axis, keeping its own value alone for the backward pass."""
+    e = jnp.exp(s - jnp.max(s, axis=-1, keepdims=True))
+    return e / jnp.sum(e, axis=-1, keepdims=True)
+
+
+@softmax.defjvp
+def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    p = softmax(*primals)
+    moved = p * tangents[0]
+    return p, moved - p * jnp.sum(moved, axis=-1, keepdims=True)
+
+
 def layer_norm(x: Array, params: Params, eps: float) -> Array:
     """``(x - mean) / sqrt(var + eps) * scale + bias`` over the last axis, in float32 (Ba et al. 2016, arXiv:1607.06450)."""
+    return recomputed(functools.partial(_layer_norm, eps))(x, params)
+
+
+def _layer_norm(eps: float, x: Array, params: Params) -> Array:
     y = x.astype(_accumulator(x.dtype))
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
@@ -260,6 +302,10 @@ def rms_norm(x: Array, params: Params, eps: float, offset: float = 0.0) -> Array
 
     Gemma stores ``scale - 1``: ``offset=1``.
     """
+    return recomputed(functools.partial(_rms_norm, eps, offset))(x, params)
+
+
+def _rms_norm(eps: float, offset: float, x: Array, params: Params) -> Array:
     y = x.astype(_accumulator(x.dtype))
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
     return (y * (offset + params["scale"].astype(y.dtype))).astype(x.dtype)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jft import tree
+from jft.models import core
 from jft.models.attention import attention, mask
 from jft.models.batch import Inputs, inputs
 from jft.models.core import ACTIVATIONS, Execution, Hooks, Params, Scope, layer_norm, rms_norm, take, transpose
@@ -232,6 +233,11 @@ class DecoderConfig:
         collect(scope, pieces)
         return h
 
+    @property
+    def product_head(self) -> str | None:
+        """The site after which :meth:`logits` is one product, linear in what enters it and in its weights; or None."""
+        return "final" if self.logit_softcap is None else None
+
     def logits(self, scope: Scope, params: Params, h: Array) -> Array:
         """The output head on ``h[B, T, D]``."""
         head = {"w": transpose(params["embed"]["table"])} if self.tied else params["head"]
@@ -333,7 +339,11 @@ class DecoderConfig:
         if self.experts:
             return moe(scope, name, x, params, self.experts, act)
         up = scope.dot(f"{name}/up", x, params["up"])
-        hidden = act(scope.dot(f"{name}/gate", x, params["gate"])) * up if self.gated else act(up)
+        hidden = (
+            core.gated(act, scope.dot(f"{name}/gate", x, params["gate"]), up)
+            if self.gated
+            else core.recomputed(act)(up)
+        )
         return scope.dot(f"{name}/down", hidden, params["down"])
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jft import tree
-from jft.models.core import Execution, Hooks, Params
+from jft.models.core import Execution, Hooks, Params, Scope
 
 
 class Architecture(Protocol):
@@ -51,6 +51,15 @@ class Model:
         With ``hooks``, ``(outputs, reads)``.
         """
         return self.config.forward(self.execution, params, batch, hooks)
+
+    @property
+    def product_head(self) -> str | None:
+        """The site behind which the model is one product with its head's weights, :meth:`head`; None where it is more."""
+        return getattr(self.config, "product_head", None)
+
+    def head(self, params: Params, h: jax.Array) -> jax.Array:
+        """Outputs from the value at the site :attr:`product_head`."""
+        return self.config.logits(Scope(self.execution), params, h)
 
     def linear_paths(self, params: Params | None = None) -> tuple[str, ...]:
         """Paths of the weight matrices inside the layers: what LoRA and sparse methods target by default."""

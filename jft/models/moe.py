@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jft.kernels import experts as kernel
-from jft.models.core import Params, PerExpert, Scope, dot, grouped_dot, has_grouped_dot
+from jft.models.core import Params, PerExpert, Scope, dot, gated, grouped_dot, has_grouped_dot
 
 Array = jax.Array
 
@@ -111,7 +111,7 @@ def _dense(
         whole = isinstance(w, ChosenExperts) or (hooked and not hasattr(w, "__jft_dot__"))
         return scope.dot(f"{name}/{which}", x, {"w": w if whole else PerExpert(w)})
 
-    hidden = act(product("gate", x)) * product("up", x)
+    hidden = gated(act, product("gate", x), product("up", x))
     out = product("down", hidden)
     return jnp.einsum("en,end->nd", combine, out.astype(combine.dtype)).astype(out.dtype)
 
@@ -122,7 +122,7 @@ def _ragged(x: Array, weights: Array, chosen: Array, params: Params, experts: Ex
     order = jnp.argsort(chosen.reshape(-1), stable=True)
     sizes = jnp.bincount(chosen.reshape(-1), length=experts.count).astype(jnp.int32)
     rows = jnp.take(x, order // k, axis=0)
-    hidden = act(grouped_dot(rows, params["gate"]["w"], sizes)) * grouped_dot(rows, params["up"]["w"], sizes)
+    hidden = gated(act, grouped_dot(rows, params["gate"]["w"], sizes), grouped_dot(rows, params["up"]["w"], sizes))
     out = grouped_dot(hidden, params["down"]["w"], sizes)
     out = out.astype(weights.dtype) * jnp.take(weights.reshape(-1), order)[:, None]
     return jnp.zeros((len(x), out.shape[-1]), weights.dtype).at[order // k].add(out).astype(x.dtype)

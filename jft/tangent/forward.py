@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jft.models.core import Hooks
+from jft.models.core import Hooks, is_own, model_of
 from jft.tangent.lean import Lean
 
 Apply = Callable[..., Any]
@@ -25,14 +25,22 @@ def pair(
     until: the name of a site of a jft model (``features``, ``final``, ...): outputs are the value there.
     """
 
+    point = {path: lean.point for path, lean in leans.items()}
+    direction = {path: lean.direction for path, lean in leans.items()}
+    direction = jax.tree.map(lambda v, p: v.astype(jnp.result_type(p)), direction, point)
+    return jax.jvp(function_of(apply, build, leans, batch, until), (point,), (direction,))
+
+
+def function_of(
+    apply: Apply, build: Build, leans: Mapping[str, Lean], batch: Any, until: str | None = None
+) -> Callable[[Mapping[str, Any]], Any]:
+    """What :func:`pair` differentiates: outputs for ``batch`` as a function of ``{path: point}``, taken at ``lean.point``."""
+
     def outputs(values: Mapping[str, Any]) -> Any:
         params = build({path: leans[path].bind(value) for path, value in values.items()})
         return apply(params, batch) if until is None else _read(apply, params, batch, until)
 
-    point = {path: lean.point for path, lean in leans.items()}
-    direction = {path: lean.direction for path, lean in leans.items()}
-    direction = jax.tree.map(lambda v, p: v.astype(jnp.result_type(p)), direction, point)
-    return jax.jvp(outputs, (point,), (direction,))
+    return outputs
 
 
 def together(outputs: Any, moved: Any) -> Any:
@@ -47,8 +55,23 @@ def forward(
 
     after: the parameters of what follows the site.
     """
+    site = getattr(model_of(apply), "product_head", None)
+    if until is None and site is not None:
+        return _through_head(apply, build, leans, batch, site)
     found = together(*pair(apply, build, leans, batch, until))
     return found if until is None else entered(apply, after, batch, until, found)
+
+
+def _through_head(apply: Apply, build: Build, leans: Mapping[str, Lean], batch: Any, site: str) -> Any:
+    """:func:`forward` of a model that ends in one product: ``(h + dh) W + h dW`` in place of ``h W + dh W + h dW``.
+
+    With many outputs (a vocabulary) the head is most of what a pass holds at once, and a good part of its cost.
+    """
+    head = getattr(apply, "head", model_of(apply).head)
+    h, dh = pair(apply, build, leans, batch, site)
+    base = build({path: lean.bind(lean.point) for path, lean in leans.items()})
+    _, moved = pair(head, build, leans, h)
+    return head(base, h + dh) + moved
 
 
 def entered(apply: Apply, params: Any, batch: Any, at: str, value: Any) -> Any:
@@ -60,6 +83,11 @@ def entered(apply: Apply, params: Any, batch: Any, at: str, value: Any) -> Any:
 
 def _read(apply: Apply, params: Any, batch: Any, until: str) -> Any:
     """The value at the site ``until``."""
+    if not is_own(apply):
+        raise ValueError(
+            f"until={until!r} names a site of jft's own models, and this apply takes no hooks: linearize all of it, or give "
+            "linearize the part that is to be linear"
+        )
     names: list[str] = []
 
     def value(name: str, h: Any, state: Any) -> tuple[Any, Any]:

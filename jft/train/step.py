@@ -32,6 +32,11 @@ class Apply:
         with parallel.tracing(self.mesh):
             return (self.model.apply if hasattr(self.model, "apply") else self.model)(params, batch, **hooks)
 
+    def head(self, params: Any, h: Any) -> Any:
+        """A jft model's :meth:`~jft.models.Model.head`."""
+        with parallel.tracing(self.mesh):
+            return self.model.head(params, h)
+
 
 def apply_of(model: Any, mesh: Any = None) -> Callable[[Any, Any], Any]:
     """``apply(params, batch)`` of a jft model, or of a callable, which is that already, traced for ``mesh``."""

@@ -157,7 +157,8 @@ def test_execution_forward_mode_and_hooks(model, params):
     parity.forward_matches_reverse(lambda p: joined.apply(p, batch), params)
     _, reads = model.apply(params, batch, hooks=Hooks(value=lambda name, h, s: (h, jnp.sum(h))))
     sites = {"embed", "layers/in", "layers/attn/out", "layers/mlp/out", "final"}
-    assert set(reads) == {f"{side}/{site}" for side in ("vision", "text") for site in sites}
+    features = {"features", "text/features"}
+    assert set(reads) == features | {f"{side}/{site}" for side in ("vision", "text") for site in sites}
 
 
 def test_hook_state_is_sliced_inside_each_tower(model, params):
