@@ -35,8 +35,8 @@ class Optimizer:
 
     name: adamw, adam (without decay), sgd, lion, adafactor or muon (matrices, each layer's by itself, scaled by
     sqrt(max(1, out / in)); tables, biases and norms by AdamW with Nesterov momentum; Jordan et al. 2024). Where parts of
-    weights train, a matrix is each block, or what trains of one weight's rows, or columns, together, by its own shape;
-    single entries, gates and scores of channels are none.
+    weights train, each block is a matrix, and so are the rows, or columns, that train of one weight, by their own shape;
+    single entries, and gates on channels or layers, are none and go by that AdamW.
     lr: the peak learning rate. weight_decay: decoupled and toward zero for every optimizer:
     ``value -= lr * weight_decay * value`` for the values that train; for LoRA these are the factors, so the *weight* is pulled
     to the base. decay: patterns of paths that decay; none: everything but biases and norms.
