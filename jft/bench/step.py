@@ -19,7 +19,7 @@ import numpy as np
 
 from jft import methods, parallel, tree
 from jft.bench.shapes import MODELS
-from jft.methods import selecting
+from jft.methods import Method, Plan, selecting
 from jft.models import Execution, Model
 from jft.names import nearest
 from jft.select import scores
@@ -82,21 +82,17 @@ class Candidate:
     def __init__(self, setting: Setting, name: str, options: Mapping[str, Any], mesh: Any, params: Any = None):
         execution = Execution(dtype=jnp.dtype(setting.dtype), remat=setting.remat, unroll=setting.unroll)  # type: ignore[arg-type]
         model = Model(MODELS[setting.model](), execution)
-        method = methods.method(name, **options)
-        if method.select.score is not None and not hasattr(method.select.score, "share"):
-            # Which parts are selected changes no cost; looking for them would. A score that chooses by itself draws, too.
-            method = dataclasses.replace(method, select=dataclasses.replace(method.select, score=scores.Random()))
+        method = by_chance(methods.method(name, **options))
         self.shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.dtype(setting.dtype)))
         plan = method.plan(self.shapes, model)
         self.recipe = step.Recipe(
             step.apply_of(model, mesh), plan, objective("lm"), optimizer(OPTIMIZER).unscheduled(), dtype=execution.dtype
         )
-        grids = selection.grids(plan, self.shapes, mesh)
         if params is None:
+            grids = selection.grids(plan, self.shapes, mesh)
             self.chosen = selecting.expected(plan, tree.flatten(self.shapes), grids)
         else:
-            probe = _Drawing(plan.selects, tree.flatten(params), jax.random.key(1), model, plan.structured)
-            self.chosen = selecting.choose(plan, probe, grids) if plan.selects else {}  # type: ignore[arg-type]
+            self.chosen = drawn(plan, params, model, mesh)
         self.update = setup.compile_step(self.recipe, self.shapes, self.chosen, mesh)
         self.batch = {"tokens": jax.ShapeDtypeStruct((setting.batch, setting.tokens), np.int32)}
 
@@ -127,6 +123,22 @@ class Candidate:
             jax.block_until_ready((held, out))
 
         return run
+
+
+def by_chance(method: Method) -> Method:
+    """``method`` with random scores: which parts are selected changes no cost, and looking for them would."""
+    score = method.select.score
+    if score is None or hasattr(score, "share"):  # one that chooses by itself, and may draw as well
+        return method
+    return dataclasses.replace(method, select=dataclasses.replace(method.select, score=scores.Random()))
+
+
+def drawn(plan: Plan, params: Any, model: Model, mesh: Any = None) -> dict[str, Any]:
+    """What a plan of :func:`by_chance` selects."""
+    if not plan.selects:
+        return {}
+    probe = _Drawing(plan.selects, tree.flatten(params), jax.random.key(1), model, plan.structured)
+    return selecting.choose(plan, probe, selection.grids(plan, params, mesh))  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)
