@@ -3,13 +3,14 @@
 from jft.methods import presets as presets
 from jft.methods import presets_entries as presets_entries
 from jft.methods import presets_layers as presets_layers
+from jft.methods import presets_linearized as presets_linearized
 from jft.methods import presets_low_rank as presets_low_rank
 from jft.methods import presets_masked as presets_masked
 from jft.methods import presets_sparse as presets_sparse
 from jft.methods import presets_structured as presets_structured
 from jft.methods import presets_updates as presets_updates
 from jft.methods.layers import InPlaceLayers
-from jft.methods.parametrise import InPlace, LowRank, Parametrisation
+from jft.methods.parametrise import InPlace, LowRank, LowRankFixed, Parametrisation
 from jft.methods.plan import Method, Plan, Select
 from jft.methods.registry import Entry, entries, method, register
 from jft.methods.sparse import Selected
@@ -19,6 +20,7 @@ __all__ = [
     "InPlace",
     "InPlaceLayers",
     "LowRank",
+    "LowRankFixed",
     "Method",
     "Parametrisation",
     "Plan",

@@ -11,8 +11,6 @@ from jax.flatten_util import ravel_pytree
 
 import jft
 from jft import delta, tree
-from jft.methods import InPlace, LowRank, Method, Select
-from jft.methods.parametrise import LowRankFixed
 from tests.tangent import models
 
 DTYPES = {"float64": 1e-9, "float32": 1e-4}
@@ -170,14 +168,14 @@ def test_wrong_uses_are_told():
 
 
 METHODS = {
-    "full": Method(Select(), InPlace(), forward="linearized"),
-    "attention": Method(Select(("attn",)), InPlace(), forward="linearized"),
+    "full": jft.method("linearized"),
+    "attention": jft.method("linearized", include="attn"),
     "last": jft.method("last_k_layers", k=1, forward="linearized"),
     "blocks": jft.method("block_sparse", density=0.3, block=(4, 4), score="random", forward="linearized"),
     "entries": jft.method("super_tuning", sparsity=0.8, forward="linearized"),
     "rows": jft.method("s2ft", o=0.5, down=0.3, forward="linearized"),
-    "lora": Method(Select(linear_only=True), LowRank(2, 2.0), forward="linearized"),
-    "l_lora": Method(Select(linear_only=True), LowRankFixed(2, 2.0), forward="linearized"),
+    "lora": jft.method("lora", rank=2, forward="linearized"),
+    "l_lora": jft.method("l_lora", rank=2),
     "rosa": jft.method("rosa", rank=2, density=0.1, warmup=1, forward="linearized"),
     "masking": jft.method("masking", forward="linearized"),
 }
