@@ -1,7 +1,38 @@
 """Tangent space: models linearized at their base, ``f(theta0) + J(theta0) tau``, and what can be done with them."""
 
 from jft.tangent.forward import entered, forward, pair, together
+from jft.tangent.kernel import KernelCost, KernelProduct, kernel, kernel_cost
 from jft.tangent.lean import Lean
 from jft.tangent.linearized import Linearized, linearize
+from jft.tangent.regression import LeastSquares, kernel_predict, kernel_regression, least_squares, ridge
+from jft.tangent.spectrum import Spectrum, local_energy, localisation, spectrum, top_spectrum
+from jft.tangent.sweep import by_layers, by_paths, combined, sweep, tangents
 
-__all__ = ["Lean", "Linearized", "entered", "forward", "linearize", "pair", "together"]
+__all__ = [
+    "KernelCost",
+    "KernelProduct",
+    "Lean",
+    "LeastSquares",
+    "Linearized",
+    "Spectrum",
+    "by_layers",
+    "by_paths",
+    "combined",
+    "entered",
+    "forward",
+    "kernel",
+    "kernel_cost",
+    "kernel_predict",
+    "kernel_regression",
+    "least_squares",
+    "linearize",
+    "local_energy",
+    "localisation",
+    "pair",
+    "ridge",
+    "spectrum",
+    "sweep",
+    "tangents",
+    "together",
+    "top_spectrum",
+]

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from jft import delta
 from jft.delta.numeric import visible
-from jft.models.low_rank import LowRankWeight
 from jft.models.sparse import Layout, SelectedWeight, laid, tap
+from jft.tangent.thin import ThinWeight
 
 Array = jax.Array
 
@@ -64,7 +64,7 @@ class Thin:
 
     def lean(self, w: Array, structured: bool) -> Lean:
         def bind(b: Array) -> Any:
-            return LowRankWeight(w, self.a, b, 1.0) if structured else w + (self.a @ b).astype(w.dtype)
+            return ThinWeight(w, self.a, b) if structured else w + (self.a @ b).astype(w.dtype)
 
         return Lean(bind, jnp.zeros_like(self.b), self.b)
 
@@ -80,10 +80,15 @@ def change(given: Any, structured: bool) -> Change:
     """
     if not isinstance(given, delta.Encoding):
         return Whole(jnp.asarray(given))
+    if not structured:
+        return Whole(given.dense())
     if isinstance(given, delta.LowRank):
         return Thin(given.a, given.b)
-    if isinstance(given, delta.Entries | delta.Blocks | delta.Slices):
-        if structured and len(given.shape) > 1 and visible(*jax.tree.leaves(given)):
-            layout, at, values = laid(given)
-            return Parts(jnp.asarray(at), jnp.asarray(values), layout)
+    if (
+        isinstance(given, delta.Entries | delta.Blocks | delta.Slices)
+        and len(given.shape) > 1
+        and visible(*jax.tree.leaves(given))
+    ):
+        layout, at, values = laid(given)
+        return Parts(jnp.asarray(at), jnp.asarray(values), layout)
     return Whole(given.dense())

@@ -31,9 +31,16 @@ class Linearized:
 
     def parts(self, tau: Any, batch: Any) -> tuple[Any, Any]:
         """``(f(theta0), J tau)`` at the outputs, or at the site ``until``; one pass gives both."""
+        return pair(self.apply, self.build, self.leans(self.direction(tau)), batch, self.until)
+
+    def leans(self, direction: Direction) -> dict[str, lean.Lean]:
+        """The weights that move, by path."""
         flat = tree.flatten(self.params)
-        leans = {p: c.lean(flat[p], self._structured(p)) for p, c in self.direction(tau).items()}
-        return pair(self.apply, lambda weights: tree.like(self.params, {**flat, **weights}), leans, batch, self.until)
+        return {p: c.lean(flat[p], self._structured(p)) for p, c in direction.items()}
+
+    def build(self, weights: Mapping[str, Any]) -> Any:
+        """The parameters with ``weights`` (by path) in the place of theirs."""
+        return tree.like(self.params, {**tree.flatten(self.params), **weights})
 
     def land(self, value: Any, batch: Any) -> Any:
         """Outputs from a value at the site ``until``, by what follows it at the base; without ``until``, the value itself."""

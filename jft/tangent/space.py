@@ -1,0 +1,131 @@
+"""`Space`: which weights move, and how; the outputs of a model as a function of them, to be pushed and pulled through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jft import delta, tree
+from jft.tangent.forward import function_of
+from jft.tangent.lean import Change, Parts, Thin, Whole
+from jft.tangent.linearized import Linearized
+
+Array = jax.Array
+Select = Callable[[Any, Any], Array]
+Point = dict[str, Array]
+Space = dict[str, Change]
+
+
+def space(f_lin: Linearized, moving: Any = None) -> Space:
+    """The weights that move, ``{path: change}``; a pytree, of which only the form is used.
+
+    moving: None, all floating-point weights; regular expressions of paths; or a task vector (or what else
+    :func:`jft.linearize` takes), whose encodings say it: selected entries, blocks and slices move and nothing else does,
+    and of a low-rank ``a b`` it is ``b``, as in LoRA with a frozen ``a``. Raises ``ValueError`` where nothing moves.
+    """
+    flat = tree.flatten(f_lin.params)
+    if moving is None or isinstance(moving, str | list | tuple):
+        paths = list(flat) if moving is None else tree.matching(flat, moving, "moving")
+        found: Space = {p: Whole(flat[p]) for p in paths if jnp.issubdtype(flat[p].dtype, jnp.inexact)}
+    else:
+        found = f_lin.direction(moving)
+    if not found:
+        raise ValueError(f"moving={moving!r}: no weight moves; there is no tangent space")
+    return found
+
+
+def at_rest(f_lin: Linearized, moving: Space) -> Point:
+    """Where the moving weights are: what outputs are differentiated in."""
+    return {path: lean.point for path, lean in f_lin.leans(moving).items()}
+
+
+def outputs(f_lin: Linearized, moving: Space, batch: Any, select: Select | None = None) -> Callable[[Point], Array]:
+    """``point -> f [N, C]``: what ``select(outputs, batch)`` gives of each example, in one axis; all of it for None."""
+    function = function_of(f_lin.apply, f_lin.build, f_lin.leans(moving), batch, f_lin.until)
+
+    def selected(point: Point) -> Array:
+        found = function(point)
+        found = found if select is None else select(found, batch)
+        if not hasattr(found, "ndim") or not found.ndim or not jnp.issubdtype(found.dtype, jnp.floating):
+            raise ValueError(
+                f"outputs must be one floating-point array with a row for each example, not {jax.tree.structure(found)}; "
+                "select=lambda outputs, batch: ... chooses one"
+            )
+        return found.reshape(found.shape[0], -1)
+
+    return selected
+
+
+def encode(f_lin: Linearized, moving: Space, values: Mapping[str, Array]) -> dict[str, delta.Encoding]:
+    """What the moving weights change by, each in the encoding of what moves of it."""
+    flat = tree.flatten(f_lin.params)
+    out: dict[str, delta.Encoding] = {}
+    for path, change in moving.items():
+        value = values[path]
+        if isinstance(change, Parts):
+            at, host = jax.device_get((change.at, value))
+            out[path] = change.layout.encode(at, host, tuple(flat[path].shape))
+        elif isinstance(change, Thin):
+            out[path] = delta.LowRank(change.a, value)
+        else:
+            out[path] = delta.Dense(value)
+    return out
+
+
+def size(moving: Space) -> int:
+    """How many numbers move."""
+    moves = (c.value if isinstance(c, Whole) else c.values if isinstance(c, Parts) else c.b for c in moving.values())
+    return sum(map(tree.size, moves))
+
+
+def wide(values: Any) -> Any:
+    """Arrays in float32, wider ones as they are."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), values)
+
+
+def like(values: Any, point: Point) -> Any:
+    """``values`` in the dtypes of ``point``: what can be pushed forward."""
+    return jax.tree.map(lambda v, p: v.astype(p.dtype), values, point)
+
+
+def rows(batch: Any) -> int:
+    """Examples in a batch. Raises ``ValueError`` where its arrays do not all have one row for each."""
+    sizes: set[Any] = {x.shape[0] if getattr(x, "ndim", 0) else None for x in jax.tree.leaves(batch)}
+    if len(sizes) != 1 or None in sizes:
+        raise ValueError(
+            f"every array of a batch must have one row for each example; they have {sorted(map(str, sizes))}"
+        )
+    return int(sizes.pop())
+
+
+def row(batch: Any, i: Any) -> Any:
+    """Example ``i`` as a batch of one."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(jnp.asarray(x), i, 1), batch)
+
+
+def products(f_lin: Linearized, moving: Space, batch: Any, select: Select | None = None) -> int:
+    """Multiply-adds of the matrix products of a forward pass, loops counted in full; nothing runs."""
+    point = at_rest(f_lin, moving)
+    closed = jax.make_jaxpr(lambda point: outputs(f_lin, moving, batch, select)(point))(point)
+    return _products(closed.jaxpr)
+
+
+def _products(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            depth = 1
+            for axis in contracted:
+                depth *= left[axis]
+            total += depth * tree.size(equation.outvars[0].aval)
+        repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += repeats * _products(inner)
+    return total

@@ -1,0 +1,216 @@
+"""`sweep`: a whole grid of coefficients of task vectors for one tangent pass each, since f_lin is linear in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jft import delta, tree
+from jft.tangent.alike import Group, grouped, scaled
+from jft.tangent.forward import pair
+from jft.tangent.lean import Change
+from jft.tangent.linearized import Direction, Linearized
+from jft.tangent.programs import once
+
+Array = jax.Array
+Score = Callable[[Any, Any], Mapping[str, Any]]
+Taus = Mapping[str, Any] | Sequence[Any]
+
+_LAYERS = re.compile(r"(^|/)layers/")
+# Outputs of as many points lie in memory at once as fit into this: more would leave the caches.
+_POINTS_BYTES = 2**23
+
+
+def sweep(
+    f_lin: Linearized,
+    taus: Taus,
+    batches: Iterable[Any],
+    score: Score,
+    coefficients: Any,
+    split: Callable[[Any], Mapping[str, Direction]] | None = None,
+    at_once: int | None = None,
+) -> dict[str, np.ndarray]:
+    """Scores of ``f(theta0) + sum_t alpha_t J tau_t`` for every row ``alpha`` of a grid, float64 ``{name: mean [P]}``.
+
+    taus: T task vectors (or what else :func:`jft.linearize` takes), a sequence or by name. coefficients: ``[P]``, one for
+    all of them; ``[P, T]``, one for each; ``[P, T, G]``, one for each and each of the G groups that ``split(tau)`` cuts it
+    into, in its order: see :func:`by_layers`, :func:`by_paths`. score: ``(outputs, batch) -> {"weight": w, name: sum,
+    ...}``, traced by JAX; every name is summed over the batches on the host in float64 and divided by the weights.
+    ``table["weight"]`` are these.
+
+    Cost for each batch, in forward passes: one for ``f(theta0)``, and for each direction two with whole weights (``dx w``
+    and ``x tau``), or one and the products of what a sparse or low-rank tau holds. There are T directions, one for
+    ``[P]``, T G for ``[P, T, G]``. A grid point adds outputs and scores them. Where f_lin is linear ``until`` a site, the
+    values there are added and what follows is evaluated for each point. Memory: all directions go through the model
+    together, each with activations of its own; at_once: at most so many, and ``f(theta0)`` again for each such part.
+
+    Raises ``ValueError`` for coefficients that do not fit, no batches, and a score without weight.
+    Ortiz-Jimenez, Favero and Frossard 2023, arXiv:2305.12827.
+    """
+    grid = np.asarray(coefficients, np.float64)
+    directions, columns = _directions(f_lin, listed(taus), grid, split)
+    groups = grouped(directions, tree.flatten(f_lin.params))
+    program = _scored(f_lin.apply, f_lin.until, score, at_once, tuple(members for members, _ in groups))
+    moved = [directions for _, directions in groups]
+    totals: dict[str, np.ndarray] = {}
+    for batch in batches:
+        for name, value in jax.device_get(program(f_lin.params, moved, jnp.asarray(columns), batch)).items():
+            totals[name] = totals.get(name, np.zeros(len(grid))) + np.asarray(value, np.float64)
+    if not totals:
+        raise ValueError("the sweep was given no batches")
+    weight = totals["weight"]
+    if not weight.all():
+        raise ValueError("nothing in the batches counts: the weights of the score sum to zero")
+    return {name: value if name == "weight" else value / weight for name, value in totals.items()}
+
+
+def tangents(f_lin: Linearized, taus: Taus, batch: Any, at_once: int | None = None) -> tuple[Any, Any]:
+    """``(f(theta0), [J tau_1, ..., J tau_T])``: outputs (or values at ``until``), and their derivatives, axis T first.
+
+    The passes share that of ``f(theta0)``; cost and at_once as in :func:`sweep`. Under ``jit``, give directions
+    (:meth:`Linearized.direction`).
+    """
+    groups = grouped([f_lin.direction(tau) for tau in listed(taus)], tree.flatten(f_lin.params))
+    program = _passes(f_lin.apply, f_lin.until, at_once, tuple(members for members, _ in groups))
+    return program(f_lin.params, [directions for _, directions in groups], batch)
+
+
+def combined(outputs: Any, moved: Any, alpha: Array) -> Any:
+    """``outputs + sum_t alpha_t moved_t``, added in float32 (float64 where the outputs are) and given in their dtype."""
+
+    def one(y: Array, dy: Array) -> Array:
+        if not jnp.issubdtype(y.dtype, jnp.inexact):
+            return y
+        precise = jnp.promote_types(y.dtype, jnp.float32)
+        step = jnp.tensordot(alpha.astype(precise), dy.astype(precise), 1, precision=jax.lax.Precision.HIGHEST)
+        return (y.astype(precise) + step).astype(y.dtype)
+
+    return jax.tree.map(one, outputs, moved)
+
+
+def by_layers(f_lin: Linearized, tau: Any, every: int = 1) -> dict[str, Direction]:
+    """``tau`` cut into runs of ``every`` layers, which sum to it: ``{"layers/0": direction, ..., "rest": direction}``.
+
+    A stack of layers is what stands under ``layers/`` (``vision/layers/``, ...), stacked; ``rest`` is what stands in none.
+    Every tau of a model is cut into the same groups. Each is a pass of its own: a pass is not cheaper for having zeros.
+    """
+    direction, shapes = f_lin.direction(tau), tree.flatten(f_lin.params)
+    depths = {_stack(p): w.shape[0] for p, w in shapes.items() if _stack(p)}
+    groups: dict[str, Direction] = {}
+    for stack, depth in depths.items():
+        assert stack is not None
+        for start in range(0, depth, every):
+            end = min(start + every, depth)
+            inside = (np.arange(depth) >= start) & (np.arange(depth) < end)
+            name = f"{stack}{start}" if end - start == 1 else f"{stack}{start}-{end - 1}"
+            groups[name] = {p: scaled(c, inside) for p, c in direction.items() if _stack(p) == stack}
+    groups["rest"] = {p: c for p, c in direction.items() if not _stack(p)}
+    return groups
+
+
+def by_paths(f_lin: Linearized, tau: Any, groups: Mapping[str, str | Iterable[str]]) -> dict[str, Direction]:
+    """``tau`` cut by path, which sums to it: ``{name: direction}`` of the paths that match a group's regular expressions.
+
+    A path goes into the first group that it matches, and into ``rest`` where it matches none. Raises ``ValueError`` for a
+    pattern that matches no weight of the model.
+    """
+    direction, paths = f_lin.direction(tau), list(tree.flatten(f_lin.params))
+    cut: dict[str, Direction] = {}
+    left: dict[str, Change] = dict(direction)
+    for name, patterns in groups.items():
+        chosen = set(tree.matching(paths, patterns, f"group {name!r}"))
+        cut[name] = {p: left.pop(p) for p in list(left) if p in chosen}
+    return {**cut, "rest": left}
+
+
+def _stack(path: str) -> str | None:
+    found = _LAYERS.search(path)
+    return path[: found.end()] if found else None
+
+
+def listed(taus: Taus) -> list[Any]:
+    """The task vectors, in order. Raises ``ValueError`` where there are none, or one stands alone."""
+    if isinstance(taus, delta.TaskVector):
+        raise ValueError("a sweep takes a list of task vectors, not one; [tau] is a list of one")
+    chosen = list(taus.values() if isinstance(taus, Mapping) else taus)
+    if not chosen:
+        raise ValueError("a sweep needs at least one task vector")
+    return chosen
+
+
+def _directions(
+    f_lin: Linearized, taus: list[Any], grid: np.ndarray, split: Callable | None
+) -> tuple[list[Direction], np.ndarray]:
+    """What is differentiated along, and the coefficients ``[P, directions]``."""
+    expected = "[points, tasks]" if split is None else "[points, tasks, groups]"
+    if not grid.size or not np.isfinite(grid).all():
+        raise ValueError(f"coefficients must be finite numbers, at least one, not {grid.tolist()}")
+    if grid.ndim == 1:
+        if all(isinstance(tau, delta.TaskVector) for tau in taus):
+            return [f_lin.direction(delta.TaskVector.combine(taus, [1.0] * len(taus)))], grid[:, None]
+        return [f_lin.direction(tau) for tau in taus], np.repeat(grid[:, None], len(taus), 1)
+    if grid.ndim != (2 if split is None else 3) or grid.shape[1] != len(taus):
+        raise ValueError(f"coefficients must be [points] or {expected}, with {len(taus)} tasks, not {list(grid.shape)}")
+    if split is None:
+        return [f_lin.direction(tau) for tau in taus], grid
+    parts = [split(tau) for tau in taus]
+    for names in (list(p) for p in parts):
+        if names != list(parts[0]) or len(names) != grid.shape[2]:
+            raise ValueError(f"{grid.shape[2]} coefficients for each task, but the groups are {', '.join(names)}")
+    return [f_lin.direction(part) for cut in parts for part in cut.values()], grid.reshape(len(grid), -1)
+
+
+def through(f_lin: Linearized, groups: list[Group], batch: Any, at_once: int | None) -> tuple[Any, Any]:
+    """:func:`tangents` of directions that are grouped already."""
+
+    def one(direction: Direction) -> tuple[Any, Any]:
+        outputs, moved = pair(f_lin.apply, f_lin.build, f_lin.leans(direction), batch, f_lin.until)
+        still = lambda y, dy: jnp.zeros_like(y) if dy.dtype == jax.dtypes.float0 else dy
+        return outputs, jax.tree.map(still, outputs, moved)
+
+    passes = []
+    for _, directions in groups:
+        step = at_once or len(directions)
+        for start in range(0, len(directions), step):
+            part = jax.tree.map(lambda *x: jnp.stack(x), *directions[start : start + step])
+            passes.append(jax.vmap(one, out_axes=(None, 0))(part))
+    moved = jax.tree.map(lambda *x: jnp.concatenate(x), *(moved for _, moved in passes))
+    order = [i for members, _ in groups for i in members]
+    if order != sorted(order):
+        moved = jax.tree.map(lambda x: x[np.argsort(order)], moved)
+    return passes[0][0], moved
+
+
+@once
+def _passes(apply: Callable, until: str | None, at_once: int | None, members: tuple) -> Callable:
+    """Jitted ``(params, directions, batch) -> (f(theta0), tangents)``."""
+
+    def run(params: Any, directions: list[list[Direction]], batch: Any) -> tuple[Any, Any]:
+        return through(Linearized(apply, params, until), list(zip(members, directions, strict=True)), batch, at_once)
+
+    return jax.jit(run)
+
+
+@once
+def _scored(apply: Callable, until: str | None, score: Score, at_once: int | None, members: tuple) -> Callable:
+    """Jitted ``(params, directions, coefficients [P, T], batch) -> {name: sums [P]}``."""
+
+    def run(params: Any, directions: list[list[Direction]], coefficients: Array, batch: Any) -> dict[str, Array]:
+        f_lin = Linearized(apply, params, until)
+        outputs, moved = through(f_lin, list(zip(members, directions, strict=True)), batch, at_once)
+
+        def point(alpha: Array) -> dict[str, Array]:
+            found = score(f_lin.land(combined(outputs, moved, alpha), batch), batch)
+            if "weight" not in found:
+                raise ValueError(f"the score must return 'weight', what its sums are over; it has {', '.join(found)}")
+            return dict(found)
+
+        together = max(1, min(len(coefficients), _POINTS_BYTES // max(1, tree.nbytes(outputs))))
+        return jax.lax.map(point, coefficients, batch_size=together)
+
+    return jax.jit(run)
