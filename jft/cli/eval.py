@@ -11,8 +11,8 @@ from jft.cli.errors import Parser
 from jft.cli.train import may_add
 
 
-def measure(run: restored.Restored, params: object) -> dict[str, float]:
-    """Loss and metrics of ``params`` over the run's evaluation data, each example once."""
+def measure(run: restored.Restored, params: object, model: object = None) -> dict[str, float]:
+    """Loss and metrics of ``params`` (of the run's model) over the run's evaluation data, each example once."""
     from jft.train import evaluate
     from jft.train.objectives import infer
 
@@ -20,19 +20,42 @@ def measure(run: restored.Restored, params: object) -> dict[str, float]:
         raise ValueError("the config has no eval_data to evaluate on; give --config.eval_data.source and its options")
     said = run.config
     which = {"name": said.objective, **said.objective_options} if said.objective else infer(run.test.sample())
-    return evaluate(run.model, params, run.test, which)
+    return evaluate(run.model if model is None else model, params, run.test, which)
+
+
+def linearized(run: restored.Restored, until: str | None) -> dict[str, float]:
+    """As :func:`measure`, of the model linearized at the run's base, moved by the run's task vector."""
+    import jft
+
+    f_lin = jft.linearize(run.model.apply, run.base, until)
+    return measure(run, f_lin.direction(run.task_vector()), f_lin.__call__)
 
 
 def main(argv: Sequence[str]) -> int:
-    """``jft eval --workdir=RUN [--config=FILE.py] [--base] [--json]``."""
+    """``jft eval --workdir=RUN [--config=FILE.py] [--base] [--forward linearized [--until SITE]] [--json]``."""
     parser = Parser(prog="jft eval", description=__doc__)
     parser.add_argument("--workdir", help="the run; without it, the base of --config is evaluated")
     parser.add_argument("--base", action="store_true", help="evaluate the base that the run started from")
+    parser.add_argument(
+        "--forward",
+        choices=["standard", "linearized"],
+        help="the model at the changed weights, or linearized at the base; default as the run trained",
+    )
+    parser.add_argument("--until", help="the site up to which the model is linearized (features); default all of it")
     parser.add_argument("--json", action="store_true", help="print JSON")
     given, config = options.parse(parser, argv, restored.config_of(argv), may_add, "that of the run")
 
     restored.start()
     run = restored.restore(config, Path(given.workdir) if given.workdir else None)
-    found = measure(run, run.base if given.base or not given.workdir else run.params())
+    if given.base or not given.workdir:
+        found = measure(run, run.base)
+    else:
+        trained = run.task_vector().manifest.get("method", {})
+        forward = given.forward or trained.get("forward", "standard")
+        found = (
+            linearized(run, given.until or trained.get("until"))
+            if forward == "linearized"
+            else measure(run, run.params())
+        )
     print(json.dumps(found) if given.json else "  ".join(f"{key} {value:.6g}" for key, value in found.items()))
     return 0

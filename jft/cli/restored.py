@@ -23,7 +23,13 @@ class Restored:
     test: Any
 
     def params(self) -> Any:
-        """What the run ended with: the base plus its task vector. Raises ``ValueError`` where there is none yet."""
+        """What the run ended with: the base plus its task vector."""
+        from jft import delta
+
+        return delta.apply(self.base, self.task_vector())
+
+    def task_vector(self) -> Any:
+        """What the run changed. Raises ``ValueError`` where it has not ended yet."""
         from jft import delta
 
         path = self.workdir / "task_vector.safetensors" if self.workdir else None
@@ -31,7 +37,7 @@ class Restored:
             raise ValueError(
                 f"{path or 'the run'} does not exist: the run is not finished; `jft train` goes on with it"
             )
-        return delta.apply(self.base, delta.TaskVector.load(path))
+        return delta.TaskVector.load(path)
 
 
 def restore(config: Any, workdir: Path | None) -> Restored:

@@ -32,8 +32,9 @@ def of_run(method: Method, chosen: Any, which: Any, state: State, batch: Any, dt
         optimizer: Any = {"name": "optax", "state": sorted(tree.flatten(state.opt_state))}
     else:
         optimizer = dataclasses.asdict(chosen)
+    linear = {} if method.forward == "standard" else {"forward": method.forward, "until": method.until}
     return {
-        "method": {"name": method.name, "options": _json(method.options)},
+        "method": {"name": method.name, "options": _json(method.options), **linear},
         "optimizer": _json(optimizer),
         "objective": {"name": type(which).__name__, **_json(getattr(which, "__dict__", {}))},
         "batch": {p: [list(x.shape), np.dtype(x.dtype).name] for p, x in tree.flatten(batch).items()},

@@ -50,6 +50,19 @@ def test_eval_of_run_and_base(workdir, capsys):
     assert tuned["loss"] != base["loss"]
 
 
+def test_eval_of_a_linearized_run_is_linearized(workdir, tmp_path, capsys):
+    argv = ["train", f"--config={workdir / 'config.json'}", f"--workdir={tmp_path}", "--config.method.name=l_lora"]
+    assert main.call([*argv, "--config.optimizer.lr", "1e-1"]) == 0
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = {}
+    for forward in ("", "--forward=linearized", "--forward=standard"):
+        capsys.readouterr()
+        assert main.call([a for a in ("eval", f"--workdir={tmp_path}", forward, "--json") if a]) == 0
+        found[forward] = json.loads(capsys.readouterr().out)["loss"]
+    assert found[""] == found["--forward=linearized"] == pytest.approx(logged[-1]["loss"], rel=1e-5)
+    assert found["--forward=standard"] != pytest.approx(found[""], rel=1e-5)
+
+
 def test_export_is_base_plus_task_vector(workdir, tmp_path, capsys):
     out = tmp_path / "hf"
     assert main.call(["export", f"--workdir={workdir}", f"--out={out}"]) == 0
