@@ -11,8 +11,7 @@ import jax.numpy as jnp
 
 from jft import tree
 from jft.models import core
-from jft.models.attention import attention, mask
-from jft.models.batch import Inputs
+from jft.models.attention import Mask, attention
 from jft.models.core import Params, Scope
 
 Array = jax.Array
@@ -78,7 +77,7 @@ def attend(
     name: str,
     x: Array,
     params: Params,
-    visible: Array | None,
+    mask: Mask | None,
     *,
     heads: int,
     scale: float | None = None,
@@ -87,7 +86,7 @@ def attend(
 ) -> Array:
     """Multi-head attention of ``x[B, T, D]`` over ``source[B, S, D]`` (itself by default), projected back to D.
 
-    ``scale`` defaults to ``1/sqrt(K)``; visible, bias: see :func:`jft.models.attention.attention`.
+    ``scale`` defaults to ``1/sqrt(K)``; mask, bias: see :func:`jft.models.attention.attention`.
     """
     source = x if source is None else source
 
@@ -96,7 +95,8 @@ def attend(
         return y.reshape(*y.shape[:-1], heads, -1)
 
     q, k, v = project("q", x), project("k", source), project("v", source)
-    out = attention(q, k, v, visible, scale=q.shape[-1] ** -0.5 if scale is None else scale, bias=bias)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out = attention(scope.execution, q, k, v, mask, scale=scale, bias=bias)
     return scope.dot(f"{name}/o", out.reshape(*out.shape[:-2], -1), params["o"])
 
 
@@ -121,7 +121,7 @@ def stack(
     prefix: str,
     h: Array,
     params: Params,
-    visible: Array | None,
+    mask: Mask | None,
     *,
     heads: int,
     activation: str,
@@ -140,7 +140,7 @@ def stack(
             scope,
             attn,
             h,
-            lambda x: attend(scope, attn, x, p["attn"], visible, heads=heads),
+            lambda x: attend(scope, attn, x, p["attn"], mask, heads=heads),
             normed,
             p["attn_norm"],
             post,
@@ -148,12 +148,6 @@ def stack(
         return add(scope, ffn, h, lambda x: mlp(scope, ffn, x, p["mlp"], activation), normed, p["mlp_norm"], post)
 
     return scope.layers(prefix, layer, h, params)
-
-
-def causal_mask(given: Inputs) -> Array:
-    """``[B, T, T]``: each token sees its own segment up to itself, in the order of the row."""
-    index = jnp.arange(given.tokens.shape[1], dtype=jnp.int32)[None]
-    return mask(index, index, given.segments, given.segments, causal=True)
 
 
 def check_sizes(config: Any, **positive: int) -> None:

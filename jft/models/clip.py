@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jft.models import blocks, core
+from jft.models.attention import Mask
 from jft.models.batch import inputs
-from jft.models.blocks import causal_mask
 from jft.models.core import Execution, Hooks, Params, Scope
 from jft.models.model import Model
 from jft.models.suffix import entering
@@ -66,7 +66,7 @@ class TextConfig:
             f"{prefix}layers",
             h,
             params["layers"],
-            causal_mask(given),
+            Mask.within(given.segments, causal=True),
             heads=self.heads,
             activation=self.activation,
             eps=self.eps,

@@ -153,19 +153,33 @@ class Execution:
     cost XLA counts in full). experts: how mixtures of experts run: ``dense``, every expert on every token, which costs
     E / k times the products but shards, vmaps and shows its products to hooks like any other layer (and is the faster one
     on CPUs, where XLA has no grouped product); ``ragged``, tokens sorted by expert and ``jax.lax.ragged_dot``, for
-    accelerators with one. Layers with hooked products, or weights without a grouped product, run dense.
+    accelerators with one. Layers with hooked products, or weights without a grouped product, run dense. attention:
+    ``plain``, all scores at once, ``[B, H, T, S]`` in float32, several times over in the backward pass of every layer; or
+    ``blockwise``, blocks of at most ``attention_block`` queries and keys at a time, their scores computed again where a
+    derivative needs them (:mod:`jft.kernels.attention`): memory linear in T, in forward and reverse mode, and blocks that
+    a causal mask or a window hides are skipped. Choose it where T is beyond one block; below, plain is the same and
+    compiles sooner.
     """
 
     dtype: Any = jnp.float32
     remat: Literal["none", "full", "dots"] = "none"
     unroll: int = 1
     experts: Literal["dense", "ragged"] = "dense"
+    attention: Literal["plain", "blockwise"] = "plain"
+    attention_block: int = 512
 
     def __post_init__(self) -> None:
         """Refuse an unknown choice before anything is traced."""
-        for name, known in (("remat", ("none", "full", "dots")), ("experts", ("dense", "ragged"))):
+        choices = {
+            "remat": ("none", "full", "dots"),
+            "experts": ("dense", "ragged"),
+            "attention": ("plain", "blockwise"),
+        }
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
+        if self.attention_block < 1:
+            raise ValueError(f"attention_block is {self.attention_block}; it must be at least 1")
 
 
 class Scope:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jft import tree
 from jft.models import core
-from jft.models.attention import attention, mask
+from jft.models.attention import Mask, attention
 from jft.models.batch import Inputs, inputs
 from jft.models.core import ACTIVATIONS, Execution, Hooks, Params, Scope, layer_norm, rms_norm, take, transpose
 from jft.models.memory import Memory, remember
@@ -321,10 +321,11 @@ class DecoderConfig:
             q, k = rotate(q, tables), rotate(k, tables)
         scale = self.attention_scale if self.attention_scale is not None else self.head_size**-0.5
         out = attention(
+            scope.execution,
             q,
             k,
             v,
-            shared.visible(xs.get("window")),
+            shared.sees(xs.get("window")),
             scale=scale * xs.get("scale", 1.0),
             softcap=self.attention_softcap,
         )
@@ -351,26 +352,24 @@ class DecoderConfig:
 class _Shared:
     """What every layer reads and none changes: computed once, outside the scan."""
 
-    mask: Array
-    distance: Array
+    mask: Mask
     ropes: tuple[tuple[Array, Array], ...]
 
     @classmethod
     def of(cls, config: DecoderConfig, given: Inputs) -> _Shared:
-        index = jnp.arange(given.tokens.shape[1], dtype=jnp.int32)[None]
         same = set(config.windows or (None,))  # type: ignore[arg-type]
         window = same.pop() if len(same) == 1 else None
         # Order and windows count tokens of the row, as transformers does, so explicit positions only steer the embedding.
-        visible = mask(index, index, given.segments, given.segments, causal=True, window=window)
+        mask = Mask.within(given.segments, causal=True, window=window)
         ropes = [
             rope.tables(given.positions, given.segments, config.head_size, config.max_positions)
             for rope in (config.rope, config.local_rope)
             if rope is not None
         ]
-        return cls(visible, index[0, :, None] - index[0, None, :], tuple(ropes))
+        return cls(mask, tuple(ropes))
 
-    def visible(self, window: Array | None) -> Array:
-        return self.mask if window is None else self.mask & (self.distance < window)
+    def sees(self, window: Array | None) -> Mask:
+        return self.mask if window is None else dataclasses.replace(self.mask, window=window)
 
     def rope(self, local: Array | None) -> tuple[Array, Array]:
         if local is None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jft.models import blocks, core
-from jft.models.attention import mask
+from jft.models.attention import Mask
 from jft.models.batch import inputs
 from jft.models.core import Execution, Hooks, Params, Scope
 
@@ -83,13 +83,12 @@ class EncoderConfig:
         h = h + core.take(params["positions"]["table"], given.positions + self.position_offset, dtype)
         h = h + self._types(params, batch, given.tokens, dtype)
         h = scope.site("embed", core.layer_norm(h, params["embed_norm"], self.eps))
-        visible = mask(given.positions, given.positions, given.segments, given.segments, causal=False)
         h = blocks.stack(
             scope,
             "layers",
             h,
             params["layers"],
-            visible,
+            Mask.within(given.segments),
             heads=self.heads,
             activation=self.activation,
             eps=self.eps,

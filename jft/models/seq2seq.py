@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.models import blocks, core
-from jft.models.attention import mask
+from jft.models.attention import Mask
 from jft.models.batch import Inputs, inputs
 from jft.models.core import Execution, Hooks, Params, Scope
 
@@ -106,13 +106,11 @@ class T5Config:
     def hidden_states(self, scope: Scope, params: Params, batch: Any) -> Array:
         """Last hidden states of the encoder ``[B, S, D]``, which is what a classifier pools."""
         given = inputs(batch)
-        visible = mask(given.positions, given.positions, given.segments, given.segments, causal=False)
-        return self._run(scope, params, "encoder", given.tokens, visible)
+        return self._run(scope, params, "encoder", given.tokens, Mask.within(given.segments))
 
     def _decode(self, scope: Scope, params: Params, given: Inputs, encoded: Array, source: Inputs) -> Array:
-        visible = blocks.causal_mask(given)
-        reach = mask(given.positions, source.positions, given.segments, source.segments, causal=False)
-        return self._run(scope, params, "decoder", given.tokens, visible, encoded, reach)
+        mask, reach = Mask.within(given.segments, causal=True), Mask(given.segments, source.segments)
+        return self._run(scope, params, "decoder", given.tokens, mask, encoded, reach)
 
     def _run(
         self,
@@ -120,9 +118,9 @@ class T5Config:
         params: Params,
         side: str,
         tokens: Array,
-        visible: Array,
+        mask: Mask,
         encoded: Array | None = None,
-        reach: Array | None = None,
+        reach: Mask | None = None,
     ) -> Array:
         """One side of the model: embeddings, layers, final norm."""
         prefix, mine = f"{side}/layers", params[side]
@@ -133,15 +131,15 @@ class T5Config:
             return core.rms_norm(x, scales, self.eps)
 
         def layer(scope: Scope, h: Array, p: Params, _: Any) -> Array:
-            def attend(block: str, x: Array, visible: Array | None, **options: Any) -> Array:
+            def attend(block: str, x: Array, mask: Mask | None, **options: Any) -> Array:
                 return blocks.attend(
-                    scope, f"{prefix}/{block}", x, p[block], visible, heads=self.heads, scale=1.0, **options
+                    scope, f"{prefix}/{block}", x, p[block], mask, heads=self.heads, scale=1.0, **options
                 )
 
             def step(block: str, h: Array, run: Any) -> Array:
                 return blocks.add(scope, f"{prefix}/{block}", h, run, normed, p[f"{block}_norm"], False)
 
-            h = step("attn", scope.site(f"{prefix}/in", h), lambda x: attend("attn", x, visible, bias=bias))
+            h = step("attn", scope.site(f"{prefix}/in", h), lambda x: attend("attn", x, mask, bias=bias))
             if encoded is not None:
                 h = step("cross", h, lambda x: attend("cross", x, reach, source=encoded))
             return step("mlp", h, lambda x: blocks.mlp(scope, f"{prefix}/mlp", x, p["mlp"], self.activation))

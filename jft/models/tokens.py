@@ -138,7 +138,7 @@ def _attend(scope: Scope, name: str, x: Array, params: Params, heads: int) -> tu
         scope.dot(f"{name}/{part}", x, params[part]).reshape(*x.shape[:2], heads, -1) for part in ("q", "k", "v")
     )
     scale = q.shape[-1] ** -0.5
-    out = attention(q, k, v, None, scale=scale)
+    out = attention(scope.execution, q, k, v, None, scale=scale)
     precise = jnp.promote_types(x.dtype, jnp.float32)
     scores = jnp.einsum("bhk,bshk->bhs", q[:, 0], k, preferred_element_type=precise) * scale
     attended = jnp.mean(jax.nn.softmax(scores, axis=-1), axis=1)

@@ -1,0 +1,258 @@
+"""Attention in memory linear in the number of tokens, with derivatives in both modes.
+
+Flash attention (Dao et al. 2022, arXiv:2205.14135) in plain JAX: scores exist for one block of queries and one of keys at a
+time. Fused kernels have a rule for reverse mode and refuse ``jax.jvp``. Here the rule is that of forward mode, linear in the
+tangents: with ``p_ij = exp(s_ij - lse_i)``,
+
+    do_i = sum_j p_ij (ds_ij v_j + dv_j) - (sum_j p_ij ds_ij) o_i,    dlse_i = sum_j p_ij ds_ij,
+
+block by block, and JAX transposes it. For that it keeps the arguments, ``o`` and ``lse`` alone: every block is under
+``jax.checkpoint``, so p is computed again from them. The transpose costs what flash attention's backward pass does, five
+products a block. Second derivatives are right too, but take memory quadratic in T.
+
+Blocks whose places cannot see each other (the future, what is out of a window) are skipped by ``lax.cond``: half the work of
+a causal mask. Under a ``vmap`` over windows both branches run, and nothing is skipped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from jft.kernels.mask import Mask
+
+Array = jax.Array
+
+
+class Terms(NamedTuple):
+    """What scores are made of besides q and k: ``scale []``, and ``bias [H, T, S]`` or None."""
+
+    scale: Array
+    bias: Array | None
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask | None,
+    *,
+    scale: float | Array,
+    softcap: float | None = None,
+    bias: Array | None = None,
+    block: int = 512,
+) -> Array:
+    """``softmax(scale * q k^T + bias) v`` with grouped queries; no array of T x S elements is formed.
+
+    q ``[B, T, H, K]``, k and v ``[B, S, G, K]`` with H a multiple of G; ``bias [H, T, S]`` or None is what its name says and
+    as large. block: queries and keys of one block, at most; T and S need not divide by it. Scores and sums are float32 or
+    wider. ``softcap`` c replaces a score s by ``c tanh(s / c)``. A query that sees nothing gets the mean of all values.
+    Returns ``[B, T, H, K]`` in the dtype of v.
+    """
+    terms = Terms(jnp.asarray(scale, jnp.promote_types(q.dtype, jnp.float32)), bias)
+    o, lse = sums(softcap, block, q, k, v, terms, mask)
+    if mask is None:
+        return o
+    mean = jnp.mean(v, axis=1, keepdims=True, dtype=lse.dtype).astype(o.dtype)
+    mean = jnp.repeat(mean, q.shape[2] // k.shape[2], axis=2)
+    return jnp.where(_sees(lse)[..., None], o, mean)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def sums(
+    softcap: float | None, block: int, q: Array, k: Array, v: Array, terms: Terms, mask: Mask | None
+) -> tuple[Array, Array]:
+    """``o [B, T, H, K]`` in the dtype of v and ``lse [B, T, H]``: see :func:`attention`.
+
+    A query that sees nothing has o zero and the lowest finite number as lse.
+    """
+    grid = _Grid.of(block, q, k, mask)
+    score = grid.score(softcap)
+    precise = terms.scale.dtype
+    lowest = jnp.finfo(precise).min
+
+    def row(q: Array, place: Array, biases: Array | None, keys: Any) -> tuple[Array, Array]:
+        def add(carry: Any, column: Any) -> Any:
+            top, total, acc = carry
+            (k, v), at, bias = column
+            s = score(q, k, terms.scale, bias, place, at)
+            new = jnp.maximum(top, jnp.max(s, axis=-1))
+            p, fade = jnp.exp(s - new[..., None]), jnp.exp(top - new)
+            return new, total * fade + jnp.sum(p, axis=-1), acc * fade[..., None] + _weigh(p, v)
+
+        shape = q.shape[:-1]
+        start = jnp.full(shape, lowest), jnp.zeros(shape, precise), jnp.zeros((*shape, v.shape[-1]), precise)
+        top, total, acc = grid.over_keys(add, start, keys, place, biases)
+        sees = top > lowest
+        o = jnp.where(sees[..., None], acc / total[..., None], 0)
+        return o.astype(v.dtype), jnp.where(sees, top + jnp.log(total), lowest)
+
+    o, lse = grid.over_queries(row, grid.rows(q), (grid.columns(k), grid.columns(v)), grid.pairs(terms.bias))
+    return grid.whole(o), grid.whole(lse[..., None])[..., 0]
+
+
+@functools.partial(sums.defjvp, symbolic_zeros=True)
+def _sums_jvp(softcap: float | None, block: int, primals: Any, tangents: Any) -> Any:
+    o, lse = sums(softcap, block, *primals)
+    moves = jax.tree.map(
+        lambda t: None if isinstance(t, SymbolicZero) else t,
+        (*tangents[:3], *tangents[3]),
+        is_leaf=lambda t: t is None or isinstance(t, SymbolicZero),
+    )
+    return (o, lse), jax.checkpoint(functools.partial(_moved, softcap, block))(*primals, o, lse, moves)
+
+
+def _moved(
+    softcap: float | None,
+    block: int,
+    q: Array,
+    k: Array,
+    v: Array,
+    terms: Terms,
+    mask: Mask | None,
+    o: Array,
+    lse: Array,
+    moves: tuple[Array | None, ...],
+) -> tuple[Array, Array]:
+    """``(do, dlse)``, linear in ``moves`` (dq, dk, dv, dscale, dbias), each of which is None where it is zero."""
+    grid = _Grid.of(block, q, k, mask)
+    score = grid.score(softcap)
+    dq, dk, dv, dscale, dbias = moves
+    # exp(s - 0) is 0 at the lowest s, so that what sees nothing has weights of zero.
+    lse = jnp.where(_sees(lse), lse, 0)
+
+    def row(queries: Any, place: Array, biases: Any, keys: Any) -> tuple[Array, Array]:
+        q, dq, o, lse = queries
+
+        def add(carry: Any, column: Any) -> Any:
+            do, dlse = carry
+            (k, v, dk, dv), at, (bias, dbias) = column
+            point = {"q": q, "k": k, "scale": terms.scale, "bias": bias}
+            moving = {name: move for name, move in zip(point, (dq, dk, dscale, dbias), strict=True) if move is not None}
+
+            def scores(moved: dict[str, Array]) -> Array:
+                return score(**{**point, **moved}, place=place, at=at)
+
+            s, ds = jax.jvp(scores, ({name: point[name] for name in moving},), (moving,))
+            p = jnp.exp(s - lse)
+            if dv is not None:
+                do = do + _weigh(p, dv)
+            if moving:
+                do, dlse = do + _weigh(p * ds, v), dlse + jnp.sum(p * ds, axis=-1)
+            return do, dlse
+
+        shape = lse.shape[:-1]
+        start = jnp.zeros((*shape, v.shape[-1]), lse.dtype), jnp.zeros(shape, lse.dtype)
+        do, dlse = grid.over_keys(add, start, keys, place, biases, again=True)
+        return do - dlse[..., None] * o, dlse
+
+    queries = grid.rows(q), grid.rows(dq), grid.rows(o), grid.rows(lse[..., None])
+    keys = grid.columns(k), grid.columns(v), grid.columns(dk), grid.columns(dv)
+    biases = grid.pairs(terms.bias), grid.pairs(dbias)
+    do, dlse = grid.over_queries(jax.checkpoint(row, prevent_cse=False), queries, keys, biases)
+    return grid.whole(do).astype(o.dtype), grid.whole(dlse[..., None])[..., 0]
+
+
+def _sees(lse: Array) -> Array:
+    return lse > jnp.finfo(lse.dtype).min
+
+
+def _weigh(p: Array, v: Array) -> Array:
+    """``p[B, G, R, t, s] v[B, G, s, K]``, of which p is rounded to the dtype of v."""
+    return jnp.einsum("bgrts,bgsk->bgrtk", p.astype(v.dtype), v, preferred_element_type=p.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Grid:
+    """Queries and keys cut into blocks of even size, the last one padded."""
+
+    groups: int
+    queries: int
+    keys: int
+    t: int
+    s: int
+    mask: Mask | None
+
+    @classmethod
+    def of(cls, block: int, q: Array, k: Array, mask: Mask | None) -> _Grid:
+        T, S = q.shape[1], k.shape[1]
+        t, s = (-(-n // -(-n // block)) for n in (T, S))
+        if mask is None and S % s:
+            mask = Mask(jnp.ones((1, T), jnp.int32), jnp.ones((1, S), jnp.int32))
+        return cls(k.shape[2], T, S, t, s, mask and mask.padded(-(-T // t) * t, -(-S // s) * s))
+
+    def rows(self, x: Array | None) -> Array | None:
+        """``[B, T, H, K]`` as blocks ``[n, B, G, R, t, K]``."""
+        if x is None:
+            return None
+        x = _padded(x, 1, self.t)
+        B, T, H, K = x.shape
+        return x.reshape(B, T // self.t, self.t, self.groups, H // self.groups, K).transpose(1, 0, 3, 4, 2, 5)
+
+    def columns(self, x: Array | None) -> Array | None:
+        """``[B, S, G, K]`` as blocks ``[m, B, G, s, K]``."""
+        if x is None:
+            return None
+        x = _padded(x, 1, self.s)
+        B, S, G, K = x.shape
+        return x.reshape(B, S // self.s, self.s, G, K).transpose(1, 0, 3, 2, 4)
+
+    def pairs(self, x: Array | None) -> Array | None:
+        """``[H, T, S]`` as blocks ``[n, m, G, R, t, s]``."""
+        if x is None:
+            return None
+        x = _padded(_padded(x, 1, self.t), 2, self.s)
+        H, T, S = x.shape
+        x = x.reshape(self.groups, H // self.groups, T // self.t, self.t, S // self.s, self.s)
+        return x.transpose(2, 4, 0, 1, 3, 5)
+
+    def whole(self, x: Array) -> Array:
+        """The inverse of :meth:`rows`."""
+        n, B, G, R, t, K = x.shape
+        return x.transpose(1, 0, 4, 2, 3, 5).reshape(B, n * t, G * R, K)[:, : self.queries]
+
+    def score(self, softcap: float | None) -> Callable[..., Array]:
+        """``(q, k, scale, bias, place, at) -> s[B, G, R, t, s]``; what is not visible has the lowest finite score."""
+
+        def score(q: Array, k: Array, scale: Array, bias: Array | None, place: Array, at: Array) -> Array:
+            s = jnp.einsum("bgrtk,bgsk->bgrts", q, k, preferred_element_type=scale.dtype) * scale
+            if softcap is not None:
+                s = softcap * jnp.tanh(s / softcap)
+            if bias is not None:
+                s = s + bias.astype(s.dtype)
+            if self.mask is None:
+                return s
+            visible = self.mask.block(place, at, self.t, self.s)
+            return jnp.where(visible[:, None, None], s, jnp.finfo(s.dtype).min)
+
+        return score
+
+    def over_keys(self, add: Callable, start: Any, keys: Any, place: Array, biases: Any, again: bool = False) -> Any:
+        """``add(carry, (keys, at, bias))`` over the blocks of keys that queries at ``place`` reach. again: checkpointed."""
+        places, keys = keys
+
+        def step(carry: Any, column: Any) -> tuple[Any, None]:
+            reached = True if self.mask is None else self.mask.reaches(place, column[1], self.t, self.s)
+            if reached is True:
+                return add(carry, column), None
+            return jax.lax.cond(reached, add, lambda carry, _: carry, carry, column), None
+
+        step = jax.checkpoint(step, prevent_cse=False) if again else step
+        return jax.lax.scan(step, start, (keys, places, biases))[0]
+
+    def over_queries(self, row: Callable, queries: Any, keys: Any, biases: Any) -> Any:
+        """``row(queries, place, biases, keys)`` for every block of queries, stacked."""
+        n, m = (jax.tree.leaves(x)[0].shape[0] for x in (queries, keys))
+        keys = jnp.arange(m) * self.s, keys
+        return jax.lax.map(lambda xs: row(*xs, keys), (queries, jnp.arange(n) * self.t, biases))
+
+
+def _padded(x: Array, axis: int, block: int) -> Array:
+    missing = -x.shape[axis] % block
+    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
