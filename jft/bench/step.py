@@ -61,6 +61,7 @@ class Setting:
 class Cost:
     """Of one method. trained: values; density: their share of all weights. flops of a step on all devices.
 
+    flops are None where XLA would count a loop's body once: layers in a scan, and on TPUs products with shards that arrive.
     optimizer_bytes: gradients, masters and moments, on all devices; full_bytes: what they are of full fine-tuning.
     peak: bytes on each device, all told; temporaries: those of the program. seconds: of a step, or None.
     """
@@ -68,7 +69,7 @@ class Cost:
     method: str
     trained: int
     density: float
-    flops: float
+    flops: float | None
     optimizer_bytes: int
     arguments: int
     temporaries: int
@@ -94,6 +95,7 @@ class Candidate:
         else:
             self.chosen = drawn(plan, params, model, mesh)
         self.update = setup.compile_step(self.recipe, self.shapes, self.chosen, mesh)
+        self.counted = not setting.unroll and not setting.topology
         self.batch = {"tokens": jax.ShapeDtypeStruct((setting.batch, setting.tokens), np.int32)}
 
     def cost(self, label: str) -> Cost:
@@ -105,7 +107,7 @@ class Candidate:
             label,
             trained,
             trained / size,
-            (step.flops(compiled) or 0.0) * self.update.layout.devices,
+            (step.flops(compiled) or 0.0) * self.update.layout.devices if self.counted else None,
             2 * tree.nbytes(state.trained) + tree.nbytes(state.opt_state),
             memory.arguments,
             memory.temporaries,

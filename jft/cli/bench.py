@@ -7,7 +7,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jft.cli.errors import Parser, UsageError
@@ -40,32 +40,38 @@ def _mesh(text: str) -> tuple[tuple[str, int], ...]:
         raise UsageError(f"jft bench: --mesh {text!r} is written fsdp=8,tensor=2") from None
 
 
-def _table(costs: Sequence[Any], setting: Any) -> None:
+def _table(costs: Sequence[Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from jft.parallel.memory import human
 
     first = costs[0]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    timed = any(c.seconds for c in costs)
-    headers = [
-        "method",
-        "trained",
-        "FLOPs",
-        f"of {first.method}",
-        "grad + optimizer",
-        f"of {first.method}",
-        "peak / device",
+    relative = f"of {first.method}"
+
+    def share(name: str) -> Callable[[Any], str]:
+        return lambda c: f"{getattr(c, name) / getattr(first, name):.4g}"
+
+    columns: list[tuple[str, Callable[[Any], str]]] = [
+        ("method", lambda c: c.method),
+        ("trained", lambda c: f"{100 * c.density:.2f}%"),
     ]
-    for header in [*headers, *(["s / step", f"of {first.method}"] if timed else [])]:
+    if first.flops:
+        columns += [("FLOPs", lambda c: f"{c.flops:.3g}"), (relative, share("flops"))]
+    columns += [("grad + optimizer", lambda c: human(c.optimizer_bytes)), (relative, share("optimizer_bytes"))]
+    if not first.flops:
+        columns += [
+            ("arguments / device", lambda c: human(c.arguments)),
+            ("temporaries / device", lambda c: human(c.temporaries)),
+        ]
+    columns += [("peak / device", lambda c: human(c.peak))]
+    if first.seconds:
+        columns += [("s / step", lambda c: f"{c.seconds:.2f}"), (relative, share("seconds"))]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for header, _ in columns:
         table.add_column(header, justify="left" if header == "method" else "right")
     for c in costs:
-        row = [
-            c.method, f"{100 * c.density:.2f}%", f"{c.flops:.3g}", f"{c.flops / first.flops:.3f}", human(c.optimizer_bytes),
-            f"{c.optimizer_bytes / first.optimizer_bytes:.4f}", human(c.peak),
-        ]  # fmt: skip
-        table.add_row(*row, *([f"{c.seconds:.2f}", f"{c.seconds / first.seconds:.2f}"] if timed else []))
+        table.add_row(*(cell(c) for _, cell in columns))
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 150)
@@ -88,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--remat", default="none", choices=["none", "full", "dots"])
     parser.add_argument(
-        "--unroll", type=int, default=0, help="layers per scan step; 0 unrolls all, so that XLA counts them all"
+        "--unroll", type=int, default=0, help="layers per scan step; 0 unrolls all, without which FLOPs are not told"
     )
     parser.add_argument("--steps", type=int, default=0, help="steps to time, each method in turn; 0 compiles only")
     parser.add_argument("--topology", default="", help="compile for TPU chips that are not here: v5e:4x4, v5p:2x2x2")
@@ -110,5 +116,5 @@ def main(argv: Sequence[str]) -> int:
         rows = [dataclasses.asdict(c) for c in costs]
         print(json.dumps({"setting": dataclasses.asdict(setting), "jax": jax.__version__, "costs": rows}, indent=2))
     else:
-        _table(costs, setting)
+        _table(costs)
     return 0

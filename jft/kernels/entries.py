@@ -36,14 +36,30 @@ def gather(w: Array, at: Array) -> Array:
 
 def put(w: Array, at: Array, values: Array) -> Array:
     """``w`` with the selected entries replaced by ``values``, cast to its dtype."""
+    values = values.astype(w.dtype)
+    if at.ndim - 2 - _axes(at) and w.shape[0] > 1:
+        return jax.lax.platform_dependent(w, at, values, tpu=_put_in_turn, default=_put)
+    return _put(w, at, values)
+
+
+def _put(w: Array, at: Array, values: Array) -> Array:
     n = _axes(at)
 
     def one(cell: Array, at: Array, values: Array) -> Array:
         index = tuple(at[:, i] for i in range(n))
         return cell.at[index].set(values, mode="drop", unique_indices=True, indices_are_sorted=True)
 
-    done = cells.each(one, at.ndim - 2)(cells.split(w, _grid(at)), at, values.astype(w.dtype))
-    return cells.join(done, n)
+    return cells.join(cells.each(one, at.ndim - 2)(cells.split(w, _grid(at)), at, values), n)
+
+
+def _put_in_turn(w: Array, at: Array, values: Array) -> Array:
+    """As ``_put``, layer by layer: a TPU scatters single entries into a flat copy, which is then one of a layer."""
+
+    def write(i: Array, w: Array) -> Array:
+        layer = _put(*(jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False) for x in (w, at, values)))
+        return jax.lax.dynamic_update_index_in_dim(w, layer, i, 0)
+
+    return jax.lax.fori_loop(0, w.shape[0], write, w)
 
 
 def add_dot(x: Array, at: Array, values: Array, shape: tuple[int, int]) -> Array:

@@ -70,6 +70,13 @@ def test_the_command_prints_a_table(capsys):
     assert [row.split()[0] for row in rows] == ["full", "lora"]
 
 
+def test_layers_in_a_scan_are_not_counted_once(capsys):
+    assert main.call([*SHELL, "--methods", "full", "--unroll", "1"]) == 0
+    header = capsys.readouterr().out.splitlines()[0]
+    assert "FLOPs" not in header
+    assert "temporaries / device" in header
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -93,7 +100,7 @@ def test_chips_that_are_not_there():
     pytest.importorskip("libtpu")
     setting = Setting(**SMALL, dtype="bfloat16", unroll=1, topology="v5e:2x2", mesh=(("fsdp", 4),))
     (cost,) = measure(setting, [("full", {})])
-    assert cost.seconds is None
+    assert cost.seconds is cost.flops is None
     # A float32 master and two moments of each weight: a quarter of them on each chip.
     assert cost.arguments >= (4 + 4 + 4) * cost.trained / 4
     assert cost.peak >= cost.arguments + cost.temporaries
