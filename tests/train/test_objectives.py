@@ -94,6 +94,19 @@ def test_seq2seq_ignores_padding():
     np.testing.assert_allclose(Seq2Seq().loss(jnp.asarray(logits), batch)[0], expected, rtol=1e-5)
 
 
+def test_accuracy_is_that_of_argmax():
+    """With ties, of which the first counts, infinities, numbers that are none, and labels that are no class."""
+    rng = np.random.default_rng(0)
+    logits = rng.integers(0, 3, (400, 5)).astype(np.float32)
+    logits[rng.random(logits.shape) < 0.02] = np.inf
+    logits[rng.random(logits.shape) < 0.02] = np.nan
+    labels = rng.integers(0, 5, 400)
+    labels[np.isnan(np.take_along_axis(logits, labels[:, None], 1)[:, 0])] = 5
+    labels[::50] = -1
+    expected = np.sum(np.argmax(logits, axis=1) == labels)
+    assert float(Classification().loss(jnp.asarray(logits), {"labels": jnp.asarray(labels)})[2]["accuracy"]) == expected
+
+
 def test_what_a_batch_asks_for():
     assert isinstance(infer(np.zeros((1, 2))), LanguageModel)
     assert isinstance(infer({"images": 0, "labels": 0}), Classification)
