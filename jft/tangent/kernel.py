@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jft import tree
 from jft.names import nearest
 from jft.tangent import space as spaces
 from jft.tangent.linearized import Linearized
@@ -60,9 +61,9 @@ def kernel(
     say the logits of the last token. moving: what trains, and the derivative is in: None for all weights, patterns of
     paths, or a task vector that says which parts (:func:`jft.tangent.space.space`).
 
-    of: ``all``; or a kernel ``[N, M]`` of one number for many outputs, each a C-th of the cost or less: ``trace``, the
-    mean over outputs ``sum_c K[n, c, m, c] / C`` (C times smaller only in memory); ``sum``, that of the scalar ``sum_c f_c
-    / sqrt(C)``, the pseudo-NTK (Mohamadi, Bae and Sutherland 2022, arXiv:2206.12543); ``one``, that of one output drawn by
+    of: ``all``; or a kernel ``[N, M]`` that stands for many outputs: ``trace``, their mean ``sum_c K[n, c, m, c] / C``,
+    for the same passes and a C-th of the contraction; for a C-th of the passes as well, ``sum``, of the scalar ``sum_c f_c
+    / sqrt(C)``, the pseudo-NTK (Mohamadi, Bae and Sutherland 2022, arXiv:2206.12543), or ``one``, of one output drawn by
     ``key``, whose mean over draws is the trace.
 
     how: ``jacobian`` contracts Jacobians of blocks of examples, as large as ``memory`` bytes allow: N C + M C reverse
@@ -111,7 +112,7 @@ def kernel_cost(
     columns = batch if other is None else other
     N, M = spaces.rows(batch), spaces.rows(columns)
     C = _outputs(f_lin, which, batch, select, of)
-    P = spaces.size(which)
+    P = tree.count(spaces.sizes(which))
     F = spaces.products(f_lin, which, jax.tree.map(lambda x: x[:1], batch), select)
     n, groups = _plan(which, C, N, M, memory)
     half = 0.5 if other is None and n < N else 1.0
@@ -185,7 +186,7 @@ def _projected(f_lin: Linearized, which: Space, batch: Any, select: Select | Non
 
 def _plan(which: Space, C: int, N: int, M: int, memory: int) -> tuple[int, list[Space]]:
     """Examples in a block, and groups of weights whose Jacobians of two such blocks fit into ``memory`` bytes."""
-    each = {p: 2 * C * spaces.size({p: c}) * 4 for p, c in which.items()}
+    each = {path: 2 * C * tree.nbytes(x) for path, x in spaces.sizes(which).items()}
     n = min(max(N, M), max(1, memory // sum(each.values())))
     groups: list[Space] = [{}]
     held = 0
@@ -275,7 +276,7 @@ def _contract(left: Any, right: Any, trace: bool) -> Array:
 def _pushed(
     f_lin: Linearized, which: Space, batch: Any, columns: Any, of: Of, select: Select | None, key: Array, memory: int
 ) -> np.ndarray:
-    together = max(1, min(_AT_ONCE, memory // (4 * spaces.size(which))))
+    together = max(1, min(_AT_ONCE, memory // tree.nbytes(spaces.sizes(which))))
     return np.asarray(
         _columns(f_lin.apply, f_lin.until, select, of, together)(f_lin.params, which, batch, columns, key)
     )

@@ -75,10 +75,12 @@ def encode(f_lin: Linearized, moving: Space, values: Mapping[str, Array]) -> dic
     return out
 
 
-def size(moving: Space) -> int:
-    """How many numbers move."""
-    moves = (c.value if isinstance(c, Whole) else c.values if isinstance(c, Parts) else c.b for c in moving.values())
-    return sum(map(tree.size, moves))
+def sizes(moving: Space) -> dict[str, Any]:
+    """The arrays of numbers that move, by path: their shapes and dtypes count, not what is in them."""
+    return {
+        path: c.value if isinstance(c, Whole) else c.values if isinstance(c, Parts) else c.b
+        for path, c in moving.items()
+    }
 
 
 def wide(values: Any) -> Any:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jft
-from jft import delta, tangent, tree
+from jft import delta, parallel, tangent, tree
 from jft.tangent import alike, space
 from tests.tangent import dense, models
 from tests.tangent.dense import TOLERANCES, close
@@ -213,6 +213,18 @@ def test_products_are_those_of_one_pass_and_the_directions(kind):
     assert found <= {"whole": 1 + 2 * 3, "low rank": 1 + 3 * 1.6, "columns": 1 + 3 * 1.6}[kind] * forward
     each = products(lambda d, b: f_lin(d, b), directions[0], batch)
     assert found <= 0.9 * 3 * each
+
+
+def test_weights_and_batches_over_devices():
+    model, params, _ = models.model("decoder")
+    batch = {"tokens": np.tile(models.TOKENS, (4, 1))}
+    mesh = parallel.make_mesh({"data": 2, "fsdp": 4})
+    spread = jax.device_put(params, parallel.shardings(params, mesh))
+    taus = [models.draw(params, seed) for seed in range(2)]
+    points = [[0.5, 0.5], [1, -1]]
+    expected = tangent.sweep(jft.linearize(model.apply, params), taus, [batch], score, points)
+    f_lin = jft.linearize(model.apply, spread)
+    same(tangent.sweep(f_lin, taus, [parallel.put_batch(batch, mesh)], score, points), expected)
 
 
 def test_sweeps_that_cannot_be_are_refused():
