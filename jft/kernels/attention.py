@@ -8,7 +8,7 @@ tangents: with ``p_ij = exp(s_ij - lse_i)``,
 
 block by block, and JAX transposes it. For that it keeps the arguments, ``o`` and ``lse`` alone: every block is under
 ``jax.checkpoint``, so p is computed again from them. The transpose costs what flash attention's backward pass does, five
-products a block. Second derivatives are right too, but take memory quadratic in T.
+products a block. Second derivatives are right too.
 
 Blocks whose places cannot see each other (the future, what is out of a window) are skipped by ``lax.cond``: half the work of
 a causal mask. Under a ``vmap`` over windows both branches run, and nothing is skipped.
@@ -57,20 +57,20 @@ def attention(
     """
     terms = Terms(jnp.asarray(scale, jnp.promote_types(q.dtype, jnp.float32)), bias)
     o, lse = sums(softcap, block, q, k, v, terms, mask)
-    if mask is None:
-        return o
-    mean = jnp.mean(v, axis=1, keepdims=True, dtype=lse.dtype).astype(o.dtype)
-    mean = jnp.repeat(mean, q.shape[2] // k.shape[2], axis=2)
-    return jnp.where(_sees(lse)[..., None], o, mean)
+    if mask is not None:
+        mean = jnp.mean(v, axis=1, keepdims=True, dtype=lse.dtype)
+        o = jnp.where(_sees(lse)[..., None], o, jnp.repeat(mean, q.shape[2] // k.shape[2], axis=2))
+    return o.astype(v.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def sums(
     softcap: float | None, block: int, q: Array, k: Array, v: Array, terms: Terms, mask: Mask | None
 ) -> tuple[Array, Array]:
-    """``o [B, T, H, K]`` in the dtype of v and ``lse [B, T, H]``: see :func:`attention`.
+    """``o [B, T, H, K]`` and ``lse [B, T, H]``, float32 or wider: see :func:`attention`.
 
-    A query that sees nothing has o zero and the lowest finite number as lse.
+    A query that sees nothing has o zero and the lowest finite number as lse. Derivatives take differences from o: rounded to
+    bfloat16 it would make their errors several times larger.
     """
     grid = _Grid.of(block, q, k, mask)
     score = grid.score(softcap)
@@ -91,7 +91,7 @@ def sums(
         top, total, acc = grid.over_keys(add, start, keys, place, biases)
         sees = top > lowest
         o = jnp.where(sees[..., None], acc / total[..., None], 0)
-        return o.astype(v.dtype), jnp.where(sees, top + jnp.log(total), lowest)
+        return o, jnp.where(sees, top + jnp.log(total), lowest)
 
     o, lse = grid.over_queries(row, grid.rows(q), (grid.columns(k), grid.columns(v)), grid.pairs(terms.bias))
     return grid.whole(o), grid.whole(lse[..., None])[..., 0]
@@ -149,13 +149,13 @@ def _moved(
 
         shape = lse.shape[:-1]
         start = jnp.zeros((*shape, v.shape[-1]), lse.dtype), jnp.zeros(shape, lse.dtype)
-        do, dlse = grid.over_keys(add, start, keys, place, biases, again=True)
+        do, dlse = grid.over_keys(add, start, keys, place, biases)
         return do - dlse[..., None] * o, dlse
 
     queries = grid.rows(q), grid.rows(dq), grid.rows(o), grid.rows(lse[..., None])
     keys = grid.columns(k), grid.columns(v), grid.columns(dk), grid.columns(dv)
     biases = grid.pairs(terms.bias), grid.pairs(dbias)
-    do, dlse = grid.over_queries(jax.checkpoint(row, prevent_cse=False), queries, keys, biases)
+    do, dlse = grid.over_queries(row, queries, keys, biases)
     return grid.whole(do).astype(o.dtype), grid.whole(dlse[..., None])[..., 0]
 
 
@@ -166,6 +166,15 @@ def _sees(lse: Array) -> Array:
 def _weigh(p: Array, v: Array) -> Array:
     """``p[B, G, R, t, s] v[B, G, s, K]``, of which p is rounded to the dtype of v."""
     return jnp.einsum("bgrts,bgsk->bgrtk", p.astype(v.dtype), v, preferred_element_type=p.dtype)
+
+
+def _checkpointed(step: Callable) -> Callable:
+    """``step`` of a scan, of which nothing is kept but its arguments.
+
+    Neither for a transpose, nor because it is the same in every layer: a scan over layers computes once what does not
+    depend on the layer, of an attention the masks of all blocks, and would hold them all.
+    """
+    return jax.checkpoint(step, prevent_cse=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,8 +242,8 @@ class _Grid:
 
         return score
 
-    def over_keys(self, add: Callable, start: Any, keys: Any, place: Array, biases: Any, again: bool = False) -> Any:
-        """``add(carry, (keys, at, bias))`` over the blocks of keys that queries at ``place`` reach. again: checkpointed."""
+    def over_keys(self, add: Callable, start: Any, keys: Any, place: Array, biases: Any) -> Any:
+        """``add(carry, (keys, at, bias))`` over the blocks of keys that queries at ``place`` reach."""
         places, keys = keys
 
         def step(carry: Any, column: Any) -> tuple[Any, None]:
@@ -243,14 +252,13 @@ class _Grid:
                 return add(carry, column), None
             return jax.lax.cond(reached, add, lambda carry, _: carry, carry, column), None
 
-        step = jax.checkpoint(step, prevent_cse=False) if again else step
-        return jax.lax.scan(step, start, (keys, places, biases))[0]
+        return jax.lax.scan(_checkpointed(step), start, (keys, places, biases))[0]
 
     def over_queries(self, row: Callable, queries: Any, keys: Any, biases: Any) -> Any:
         """``row(queries, place, biases, keys)`` for every block of queries, stacked."""
         n, m = (jax.tree.leaves(x)[0].shape[0] for x in (queries, keys))
         keys = jnp.arange(m) * self.s, keys
-        return jax.lax.map(lambda xs: row(*xs, keys), (queries, jnp.arange(n) * self.t, biases))
+        return jax.lax.map(_checkpointed(lambda xs: row(*xs, keys)), (queries, jnp.arange(n) * self.t, biases))
 
 
 def _padded(x: Array, axis: int, block: int) -> Array:
