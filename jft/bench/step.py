@@ -63,7 +63,8 @@ class Cost:
 
     flops are None where XLA would count a loop's body once: layers in a scan, and on TPUs products with shards that arrive.
     optimizer_bytes: gradients, masters and moments, on all devices; full_bytes: what they are of full fine-tuning.
-    peak: bytes on each device, all told; temporaries: those of the program. seconds: of a step, or None.
+    peak: bytes on each device, all told; temporaries: those of the program. seconds: of a step, or None. fits: the compiler
+    did not refuse; where it did, temporaries and peak are what it said, a lower bound, and arguments are not told (0).
     """
 
     method: str
@@ -75,6 +76,7 @@ class Cost:
     temporaries: int
     peak: int
     seconds: float | None = None
+    fits: bool = True
 
 
 class Candidate:
@@ -99,19 +101,30 @@ class Candidate:
         self.batch = {"tokens": jax.ShapeDtypeStruct((setting.batch, setting.tokens), np.int32)}
 
     def cost(self, label: str) -> Cost:
-        compiled = self.update.compiled(self.batch)
-        memory = parallel.estimate(compiled)
+        """What the compiled step costs, or is refused for."""
+        flops, fits = None, True
+        try:
+            compiled = self.update.compiled(self.batch)
+            memory = parallel.estimate(compiled)
+            if self.counted:
+                flops = (step.flops(compiled) or 0.0) * self.update.layout.devices
+        except Exception as error:
+            refused = parallel.refusal(error)
+            if refused is None:
+                raise
+            memory, fits = refused, False
         state = self.update.holdings.state
         trained, size = tree.count(state.trained), tree.count(self.shapes)
         return Cost(
             label,
             trained,
             trained / size,
-            (step.flops(compiled) or 0.0) * self.update.layout.devices if self.counted else None,
+            flops,
             2 * tree.nbytes(state.trained) + tree.nbytes(state.opt_state),
             memory.arguments,
             memory.temporaries,
             memory.total,
+            fits=fits,
         )
 
     def ready(self, params: Any) -> Callable[[Any], None]:

@@ -50,21 +50,21 @@ def _table(costs: Sequence[Any]) -> None:
     relative = f"of {first.method}"
 
     def share(name: str) -> Callable[[Any], str]:
-        return lambda c: f"{getattr(c, name) / getattr(first, name):.4g}"
+        return lambda c: f"{getattr(c, name) / getattr(first, name):.4g}" if getattr(c, name) else ""
 
     columns: list[tuple[str, Callable[[Any], str]]] = [
         ("method", lambda c: c.method),
         ("trained", lambda c: f"{100 * c.density:.2f}%"),
     ]
     if first.flops:
-        columns += [("FLOPs", lambda c: f"{c.flops:.3g}"), (relative, share("flops"))]
+        columns += [("FLOPs", lambda c: f"{c.flops:.3g}" if c.flops else ""), (relative, share("flops"))]
     columns += [("grad + optimizer", lambda c: human(c.optimizer_bytes)), (relative, share("optimizer_bytes"))]
     if not first.flops:
         columns += [
-            ("arguments / device", lambda c: human(c.arguments)),
-            ("temporaries / device", lambda c: human(c.temporaries)),
+            ("arguments / device", lambda c: human(c.arguments) if c.fits else ""),
+            ("temporaries / device", lambda c: human(c.temporaries) if c.fits else ""),
         ]
-    columns += [("peak / device", lambda c: human(c.peak))]
+    columns += [("peak / device", lambda c: human(c.peak) if c.fits else f"over {human(c.peak)}, does not fit")]
     if first.seconds:
         columns += [("s / step", lambda c: f"{c.seconds:.2f}"), (relative, share("seconds"))]
     table = Table(box=None, pad_edge=False, header_style="bold")

@@ -1,6 +1,6 @@
 """Meshes, sharding rules, multi-host start, and how much memory a compiled step takes."""
 
-from jft.parallel.memory import MemoryBudgetError, MemoryEstimate, check, device_budget, estimate, plan
+from jft.parallel.memory import MemoryBudgetError, MemoryEstimate, check, device_budget, estimate, plan, refusal
 from jft.parallel.mesh import batch_sharding, batch_shards, make_mesh, microbatches, put_batch, replicated, tracing
 from jft.parallel.rules import RULES, dividing, shardings, shards, specs
 from jft.parallel.start import start
@@ -20,6 +20,7 @@ __all__ = [
     "microbatches",
     "plan",
     "put_batch",
+    "refusal",
     "replicated",
     "shardings",
     "shards",

@@ -91,11 +91,18 @@ def plan(lowered: Any) -> MemoryEstimate:
             warnings.filterwarnings("ignore", "Error reading persistent compilation cache", UserWarning)
             return estimate(lowered.compile())
     except Exception as error:
-        needed = re.search(r"(?:memory required for [\w ]+?|Used) \(?([\d.]+ ?[KMGT])", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:
+        bound = refusal(error)
+        if bound is None:
             raise
-        size = parse_bytes(needed[1] + "iB")
-        return MemoryEstimate(arguments=0, outputs=0, aliased=0, temporaries=size)
+        return bound
+
+
+def refusal(error: Exception) -> MemoryEstimate | None:
+    """What a compiler says that a program needs which it refuses as larger than the device; None for any other error."""
+    needed = re.search(r"(?:memory required for [\w ]+?|Used) \(?([\d.]+ ?[KMGT])", str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:
+        return None
+    return MemoryEstimate(arguments=0, outputs=0, aliased=0, temporaries=parse_bytes(needed[1] + "iB"))
 
 
 def device_budget(device: Any = None) -> int | None:

@@ -107,6 +107,14 @@ def test_chips_that_are_not_there():
 
 
 @pytest.mark.peers
+def test_what_does_not_fit_a_chip_is_a_row_like_others(capsys):
+    pytest.importorskip("libtpu")
+    argv = ["--topology", "v5e:2x2", "--mesh", "fsdp=4", "--unroll", "1", "--methods", "full", "--batch", "65536"]
+    assert main.call([*SHELL, *argv, "--tokens", "512"]) == 0
+    assert "GiB, does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.peers
 def test_an_unknown_topology():
     pytest.importorskip("libtpu")
     with pytest.raises(ValueError, match="topology 'v99:2x2' cannot be described"):
