@@ -140,7 +140,7 @@ def build_model(said: ModelConfig, seed: int = 0, mesh: Any = None, classes: Any
     else:
         model, params = _from_scratch(said, seed, mesh, count, tokenizer)
     _check_vocabulary(params, tokenizer)
-    return model.with_(dtype=jnp.dtype(said.dtype), remat=said.remat), params
+    return model.with_(dtype=jnp.dtype(said.dtype), remat=said.remat, attention=said.attention), params
 
 
 def _directory(workdir: str | Path) -> Path:
