@@ -39,6 +39,8 @@ DIGITS = {
     "last_k_layers": ({}, 3e-3, None),
     "embeddings_and_output": ({}, 2e-2, None),
     "lora": ({"rank": 4}, 1e-2, None),
+    "linearized": ({}, 2e-3, None),
+    "l_lora": ({"rank": 4}, 1e-2, None),
     "uniform_layers": ({"fraction": 0.5}, 3e-3, None),
     "gradual_unfreezing": ({"stages": 2}, 3e-3, None),
     "surgical_fisher": ({"examples": 64}, 3e-3, None),
@@ -145,6 +147,9 @@ def test_it_learns_turned_digits(digits, name):
         **more,
     )
     assert loss(model, run.params) < 0.95 * before
+    if run.plan.method.forward == "linearized":
+        f_lin = jft.linearize(model.apply, base)
+        assert loss(f_lin.__call__, f_lin.direction(run.task_vector)) < 0.95 * before
     kept(base, run)
     for path, change in run.task_vector.deltas.items():
         if promised is not None:
