@@ -1,6 +1,7 @@
 """Whole models with blockwise attention: the same outputs and derivatives, in a fraction of the memory."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import jft
+from jft import parallel
 from jft.models import ClipConfig, DecoderConfig, EncoderConfig, Execution, Model, T5Config, VisionConfig
 from jft.models.clip import TextConfig
 from jft.models.rope import Rope
@@ -78,6 +80,29 @@ def test_a_model_is_the_same(name):
         found,
         expected,
     )
+
+
+def test_on_a_mesh_it_is_the_same_and_blocks_exchange_nothing():
+    mesh = parallel.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    config = dataclasses.replace(DECODER, width=32, heads=4, hidden=64, vocab=32)
+    params = config.init(jax.random.key(0), jnp.float32)
+    params = jax.device_put(params, parallel.shardings(params, mesh))
+    tokens = RNG.integers(0, 32, (8, 16)).astype(np.int32)
+    batch = {"tokens": tokens, "segments": np.where(np.arange(16) < 9, 1, 2) * np.ones_like(tokens)}
+    batch = jax.device_put(batch, parallel.batch_sharding(mesh))
+
+    def run(execution):
+        def loss(tau, params, batch):
+            with parallel.tracing(mesh):
+                return jnp.mean(jnp.sin(jft.linearize(Model(config, execution).apply, params)(tau, batch)))
+
+        compiled = jax.jit(jax.grad(loss)).lower(params, params, batch).compile()
+        collectives = re.findall(r"\s(all-\w+|collective-permute|reduce-scatter)(?:-start)?\(", compiled.as_text())
+        return sorted(collectives), compiled(params, params, batch)
+
+    (found, gradients), (expected, plain) = run(BLOCKS), run(Execution())
+    assert found == expected
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), gradients, plain)
 
 
 def test_unknown_choices_are_refused():
