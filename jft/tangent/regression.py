@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jft import delta, tree
+from jft import delta
 from jft.delta import TaskVector
 from jft.tangent import space as spaces
-from jft.tangent.alike import grouped
 from jft.tangent.kernel import MEMORY, kernel, pulled
 from jft.tangent.linearized import Direction, Linearized
 from jft.tangent.programs import once
@@ -166,13 +165,12 @@ def least_squares(
     sum_n w_n (J tau_s)(x_n) . (J tau_t)(x_n)`` and ``b_t = sum_n w_n (J tau_t)(x_n) . (y_n - f(theta0, x_n))``, summed in
     float64 over the batches. data and select as in :func:`ridge`, taus and at_once as in :func:`jft.tangent.sweep`.
     """
-    groups = grouped([f_lin.direction(tau) for tau in listed(taus)], tree.flatten(f_lin.params))
-    program = _moments(f_lin.apply, f_lin.until, select, at_once, tuple(members for members, _ in groups))
-    moved = [directions for _, directions in groups]
+    directions = [f_lin.direction(tau) for tau in listed(taus)]
+    program = _moments(f_lin.apply, f_lin.until, select, at_once)
     totals: list[np.ndarray] | None = None
     for item in data:
         batch, y, w = _item(item)
-        found = [np.asarray(x, np.float64) for x in program(f_lin.params, moved, batch, y, w)]
+        found = [np.asarray(x, np.float64) for x in program(f_lin.params, directions, batch, y, w)]
         totals = found if totals is None else [a + b for a, b in zip(totals, found, strict=True)]
     if totals is None or not totals[3] > 0:
         raise ValueError("least squares was given no data, or none of any weight")
@@ -180,14 +178,12 @@ def least_squares(
 
 
 @once
-def _moments(
-    apply: Callable, until: str | None, select: Select | None, at_once: int | None, members: tuple
-) -> Callable:
+def _moments(apply: Callable, until: str | None, select: Select | None, at_once: int | None) -> Callable:
     """Jitted ``(params, directions, batch, y, w) -> (A, b, c, weight)`` of one batch."""
 
-    def run(params: Any, directions: list[list[Direction]], batch: Any, y: Array, w: Array) -> tuple[Array, ...]:
+    def run(params: Any, directions: list[Direction], batch: Any, y: Array, w: Array) -> tuple[Array, ...]:
         f_lin = Linearized(apply, params, until)
-        f0, moved = through(f_lin, list(zip(members, directions, strict=True)), batch, at_once)
+        f0, moved = through(f_lin, directions, batch, at_once)
         chosen = f0
         if select is not None:
             chosen, moved = jax.vmap(lambda dy: jax.jvp(lambda o: select(o, batch), (f0,), (dy,)), out_axes=(None, 0))(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import delta, tree
-from jft.tangent.alike import Group, grouped, scaled
+from jft.tangent.alike import grouped, scaled
 from jft.tangent.forward import pair
 from jft.tangent.lean import Change
 from jft.tangent.linearized import Direction, Linearized
@@ -54,12 +54,10 @@ def sweep(
     """
     grid = np.asarray(coefficients, np.float64)
     directions, columns = _directions(f_lin, listed(taus), grid, split)
-    groups = grouped(directions, tree.flatten(f_lin.params))
-    program = _scored(f_lin.apply, f_lin.until, score, at_once, tuple(members for members, _ in groups))
-    moved = [directions for _, directions in groups]
+    program = _scored(f_lin.apply, f_lin.until, score, at_once)
     totals: dict[str, np.ndarray] = {}
     for batch in batches:
-        for name, value in jax.device_get(program(f_lin.params, moved, jnp.asarray(columns), batch)).items():
+        for name, value in jax.device_get(program(f_lin.params, directions, jnp.asarray(columns), batch)).items():
             totals[name] = totals.get(name, np.zeros(len(grid))) + np.asarray(value, np.float64)
     if not totals:
         raise ValueError("the sweep was given no batches")
@@ -75,9 +73,8 @@ def tangents(f_lin: Linearized, taus: Taus, batch: Any, at_once: int | None = No
     The passes share that of ``f(theta0)``; cost and at_once as in :func:`sweep`. Under ``jit``, give directions
     (:meth:`Linearized.direction`).
     """
-    groups = grouped([f_lin.direction(tau) for tau in listed(taus)], tree.flatten(f_lin.params))
-    program = _passes(f_lin.apply, f_lin.until, at_once, tuple(members for members, _ in groups))
-    return program(f_lin.params, [directions for _, directions in groups], batch)
+    directions = [f_lin.direction(tau) for tau in listed(taus)]
+    return _passes(f_lin.apply, f_lin.until, at_once)(f_lin.params, directions, batch)
 
 
 def combined(outputs: Any, moved: Any, alpha: Array) -> Any:
@@ -165,19 +162,20 @@ def _directions(
     return [f_lin.direction(part) for cut in parts for part in cut.values()], grid.reshape(len(grid), -1)
 
 
-def through(f_lin: Linearized, groups: list[Group], batch: Any, at_once: int | None) -> tuple[Any, Any]:
-    """:func:`tangents` of directions that are grouped already."""
+def through(f_lin: Linearized, directions: list[Direction], batch: Any, at_once: int | None) -> tuple[Any, Any]:
+    """:func:`tangents`, traced."""
 
     def one(direction: Direction) -> tuple[Any, Any]:
         outputs, moved = pair(f_lin.apply, f_lin.build, f_lin.leans(direction), batch, f_lin.until)
         still = lambda y, dy: jnp.zeros_like(y) if dy.dtype == jax.dtypes.float0 else dy
         return outputs, jax.tree.map(still, outputs, moved)
 
+    groups = grouped(directions, tree.flatten(f_lin.params))
     passes = []
-    for _, directions in groups:
-        step = at_once or len(directions)
-        for start in range(0, len(directions), step):
-            part = jax.tree.map(lambda *x: jnp.stack(x), *directions[start : start + step])
+    for _, alike in groups:
+        step = at_once or len(alike)
+        for start in range(0, len(alike), step):
+            part = jax.tree.map(lambda *x: jnp.stack(x), *alike[start : start + step])
             passes.append(jax.vmap(one, out_axes=(None, 0))(part))
     moved = jax.tree.map(lambda *x: jnp.concatenate(x), *(moved for _, moved in passes))
     order = [i for members, _ in groups for i in members]
@@ -187,22 +185,22 @@ def through(f_lin: Linearized, groups: list[Group], batch: Any, at_once: int | N
 
 
 @once
-def _passes(apply: Callable, until: str | None, at_once: int | None, members: tuple) -> Callable:
+def _passes(apply: Callable, until: str | None, at_once: int | None) -> Callable:
     """Jitted ``(params, directions, batch) -> (f(theta0), tangents)``."""
 
-    def run(params: Any, directions: list[list[Direction]], batch: Any) -> tuple[Any, Any]:
-        return through(Linearized(apply, params, until), list(zip(members, directions, strict=True)), batch, at_once)
+    def run(params: Any, directions: list[Direction], batch: Any) -> tuple[Any, Any]:
+        return through(Linearized(apply, params, until), directions, batch, at_once)
 
     return jax.jit(run)
 
 
 @once
-def _scored(apply: Callable, until: str | None, score: Score, at_once: int | None, members: tuple) -> Callable:
+def _scored(apply: Callable, until: str | None, score: Score, at_once: int | None) -> Callable:
     """Jitted ``(params, directions, coefficients [P, T], batch) -> {name: sums [P]}``."""
 
-    def run(params: Any, directions: list[list[Direction]], coefficients: Array, batch: Any) -> dict[str, Array]:
+    def run(params: Any, directions: list[Direction], coefficients: Array, batch: Any) -> dict[str, Array]:
         f_lin = Linearized(apply, params, until)
-        outputs, moved = through(f_lin, list(zip(members, directions, strict=True)), batch, at_once)
+        outputs, moved = through(f_lin, directions, batch, at_once)
 
         def point(alpha: Array) -> dict[str, Array]:
             found = score(f_lin.land(combined(outputs, moved, alpha), batch), batch)
