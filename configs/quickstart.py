@@ -3,8 +3,9 @@
     jft quickstart --workdir=runs/quickstart
 
 `digits`: a vision transformer learns scikit-learn's 8 x 8 digits from 400 scans, upright, turned, inverted and mirrored.
-Fine-tuned on each of these domains and on two other labelings by six methods, it gives the task vectors of the
-addition and negation tables. `library`: a decoder of bytes learns the Python library's source text, then its docstrings.
+Fine-tuned on each of these domains and on two other labelings by seven methods, it gives the task vectors of the
+addition and negation tables; `posthoc` is those of `full` in the model linearized at the base, and `linear` trains there.
+`library`: a decoder of bytes learns the Python library's source text, then its docstrings.
 """
 
 from ml_collections import ConfigDict
@@ -54,8 +55,11 @@ def digits() -> ConfigDict:
             },
             "lift": {"method": {"name": "lift", "rank": 4, "filter_rank": 8}, "optimizer": {**COSINE, "lr": 5e-3}},
             "masking": {"method": {"name": "masking"}, "optimizer": {**COSINE, "lr": 5e-3}},
+            "linear": {"method": {"name": "linearized"}, "optimizer": {**COSINE, "lr": 2e-3}},
+            "posthoc": {"of": "full", "forward": "linearized"},
         },
         arithmetic={"points": 11, "control": "upright"},
+        disentangle={"pairs": (("rotated", "inverted"),), "points": 9},
     )
 
 

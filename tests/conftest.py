@@ -36,3 +36,13 @@ def few_programs():
                 getattr(value, "cache_clear", lambda: None)()
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module")
+def quickly_compiled():
+    """Without XLA's optimisations, for modules whose time is nearly all compiling; others do not share their programs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()

@@ -6,38 +6,47 @@ coefficient is chosen on validation data from a grid, and the test data are look
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jft import delta, merge
+import numpy as np
+
+from jft import merge
 from jft.delta import TaskVector
 
-# (task, split, parameters) to accuracy in [0, 1]; splits are "validation" and "test".
-Score = Callable[[str, str, Any], float]
+# (task, split, task vectors, coefficients [P, T] or [P]) to accuracies [P] in [0, 1]; splits are "validation" and "test".
+Score = Callable[[str, str, Sequence[TaskVector], Any], np.ndarray]
 
 
-def mean(values: Mapping[str, float]) -> float:
+def mean(values: Mapping[str, Any]) -> Any:
     """The unweighted mean over tasks."""
     return sum(values.values()) / len(values)
 
 
+def nonlinear_advantage(linear: float, nonlinear: float, classes: int) -> float:
+    """``(error of linear - error of nonlinear) C / (C - 1)``, from accuracies: 1 is from guessing to being always right.
+
+    Ortiz-Jimenez, Favero and Frossard 2023, arXiv:2305.12827, section 4.2.
+    """
+    return (nonlinear - linear) * classes / (classes - 1)
+
+
 def addition(
-    base: Any,
     vectors: Mapping[str, TaskVector],
     single: Mapping[str, Mapping[str, float]],
     score: Score,
     grid: Sequence[float],
 ) -> dict[str, Any]:
-    """``base + c * sum(vectors)`` with the ``c`` of ``grid`` that has the highest mean normalised validation accuracy.
+    """The sum of task vectors times the ``c`` of ``grid`` that has the highest mean normalised validation accuracy.
 
     single: ``{split: {task: accuracy of the model fine-tuned on it}}``. Returns the coefficient, mean absolute and
     normalised test accuracy, both for each task, and the validation curve over the grid.
     """
-    measures = {task: functools.partial(score, task, "validation") for task in vectors}
-    found = merge.addition_search(base, vectors, measures, single["validation"], grid)
-    params = delta.apply(base, merge.task_arithmetic(vectors), scale=found.best, check=False)
-    absolute = {task: score(task, "test", params) for task in vectors}
+    taus = list(vectors.values())
+    validated = {task: score(task, "validation", taus, grid) for task in vectors}
+    at = {c: {task: accuracies[i] for task, accuracies in validated.items()} for i, c in enumerate(grid)}
+    found = merge.search(lambda c: merge.addition_row(at[c], single["validation"]), grid)
+    absolute = {task: float(score(task, "test", taus, [found.best])[0]) for task in vectors}
     relative = {task: value / single["test"][task] for task, value in absolute.items()}
     return {
         "coefficient": found.best,
@@ -56,7 +65,6 @@ def addition(
 
 
 def negation(
-    base: Any,
     vector: TaskVector,
     target: str,
     controls: Sequence[str],
@@ -64,25 +72,27 @@ def negation(
     grid: Sequence[float],
     threshold: float,
 ) -> dict[str, Any]:
-    """``base - c * vector`` with the ``c`` of ``grid`` that forgets ``target`` most and keeps the controls.
+    """Minus the task vector times the ``c`` of ``grid`` that forgets ``target`` most and keeps the controls.
 
     A coefficient is allowed where the mean validation accuracy on ``controls`` is at least ``threshold`` times that of
     the base; if none is, the coefficient is 0. Returns it with test accuracies on target and control, before and after.
     """
 
-    def control(params: Any, split: str = "validation") -> float:
-        return sum(score(name, split, params) for name in controls) / len(controls)
+    def lost_and_kept(split: str, coefficients: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+        points = [[-c] for c in coefficients]
+        kept = mean({name: np.asarray(score(name, split, [vector], points)) for name in controls})
+        return np.asarray(score(target, split, [vector], points)), kept
 
-    found = merge.negation_search(
-        base, vector, functools.partial(score, target, "validation"), control, grid, threshold
-    )
-    after = delta.apply(base, vector, scale=-found.best, check=False)
+    (_, before), *rows = zip(*lost_and_kept("validation", [0.0, *grid]), strict=True)
+    at = dict(zip(grid, rows, strict=True))
+    found = merge.search(lambda c: merge.negation_row(*at[c], before, threshold), grid)
+    (base_target, after_target), (base_control, after_control) = lost_and_kept("test", [0.0, found.best])
     row: dict[str, Any] = {
         "coefficient": found.best,
-        "target": score(target, "test", after),
-        "control": control(after, "test"),
-        "base_target": score(target, "test", base),
-        "base_control": control(base, "test"),
+        "target": float(after_target),
+        "control": float(after_control),
+        "base_target": float(base_target),
+        "base_control": float(base_control),
         "curve": [{key: row[key] for key in ("coefficient", "target", "control")} for row in found.table],
     }
     return row | {"drop": row["base_target"] - row["target"]}

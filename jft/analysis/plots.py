@@ -1,92 +1,17 @@
 """Figures of a study: learning curves, coefficient curves, similarity of task vectors, accuracy against size.
 
-Colours are Okabe and Ito's, told apart by readers with any colour vision; each method also has its own marker. Every
-function takes plain rows (see :mod:`jft.analysis.study` for their keys) and returns a matplotlib figure.
+Every function takes plain rows (see :mod:`jft.analysis.study` for their keys) and returns a matplotlib figure, which
+:mod:`jft.analysis.drawing` writes.
 """
 
 from __future__ import annotations
 
-import io
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jft import files
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-INK, FAINT, GRID = "#222222", "#767676", "#E4E4E4"
-STYLE: Any = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 9,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#9A9A9A",
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "lines.linewidth": 1.5,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "jft",
-}
-WIDTH = 9.6  # inches: the text width of the report
-
-
-def looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """``{name: matplotlib line properties}``: the same name looks the same in every figure of a study."""
-    return {
-        name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)
-    }
-
-
-def _panels(count: int, columns: int, height: float, **options: Any) -> tuple[Any, list[Any]]:
-    """A figure of ``count`` small multiples, and its axes in reading order."""
-    from matplotlib.figure import Figure
-
-    rows = math.ceil(count / max(1, columns))
-    columns = math.ceil(count / rows)  # as even as it gets: six panels are 3 + 3, not 4 + 2
-    width = WIDTH if columns > 2 else WIDTH * (0.45 + 0.25 * (columns - 1))
-    figure = Figure(figsize=(width, height * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
-    for spare in axes[count:]:
-        spare.remove()
-    return figure, axes[:count]
-
-
-def _legend(figure: Any, axis: Any, count: int) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    if len(labels) > 1:
-        figure.legend(handles, labels, loc="outside upper left", ncols=min(count, 9))
-
-
-def _styled(draw: Any) -> Any:
-    """Run ``draw`` under :data:`STYLE`, whatever the caller's matplotlib settings are."""
-    import functools
-
-    @functools.wraps(draw)
-    def wrapped(*args: Any, **options: Any) -> Any:
-        import matplotlib
-
-        with matplotlib.rc_context(STYLE):
-            return draw(*args, **options)
-
-    return wrapped
+from jft.analysis.drawing import FAINT, INK, WIDTH, legend, looks, panels, styled
 
 
 def smooth(values: Sequence[float], span: int) -> np.ndarray:
@@ -99,12 +24,12 @@ def smooth(values: Sequence[float], span: int) -> np.ndarray:
     return np.convolve(x, kernel, "same") / np.convolve(np.ones(len(x)), kernel, "same")
 
 
-@_styled
+@styled
 def learning_curves(runs: Sequence[Mapping[str, Any]], label: str = "training loss") -> Any:
     """Small multiples, one for each task: the loss of every method over steps, on shared axes."""
     tasks = list(dict.fromkeys(run["task"] for run in runs))
     methods = looks(dict.fromkeys(run["method"] for run in runs))
-    figure, axes = _panels(len(tasks), 4, 2.1, sharex=True, sharey=True)
+    figure, axes = panels(len(tasks), 4, 2.1, sharex=True, sharey=True)
     for axis, task in zip(axes, tasks, strict=True):
         for run in (r for r in runs if r["task"] == task and r["curve"]):
             steps = [point["step"] for point in run["curve"]]
@@ -116,16 +41,16 @@ def learning_curves(runs: Sequence[Mapping[str, Any]], label: str = "training lo
             axis.set_ylabel(label)
         if axis.get_subplotspec().is_last_row():
             axis.set_xlabel("step")
-    _legend(figure, axes[0], len(methods))
+    legend(figure, axes[0], len(methods))
     return figure
 
 
-@_styled
+@styled
 def scores(tasks: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]], label: str) -> Any:
     """A dot for each task and method, its ``error`` as a line through it, and a bar where the base stands."""
     names = [task["name"] for task in tasks]
     methods = looks(dict.fromkeys(run["method"] for run in runs))
-    figure, (axis,) = _panels(1, 1, 0.36 * len(names) + 0.9)
+    figure, (axis,) = panels(1, 1, 0.36 * len(names) + 0.9)
     figure.set_figwidth(WIDTH * 0.8)
     for row, task in enumerate(tasks):
         axis.plot(
@@ -147,14 +72,14 @@ def scores(tasks: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]
     axis.invert_yaxis()
     axis.grid(False, axis="y")
     axis.set_xlabel(label)
-    _legend(figure, axis, len(methods) + 1)
+    legend(figure, axis, len(methods) + 1)
     return figure
 
 
-@_styled
+@styled
 def coefficient_curves(addition: Sequence[Mapping[str, Any]]) -> Any:
     """One panel for each method: normalised validation accuracy of every task, and their mean, over the coefficient."""
-    figure, axes = _panels(len(addition), 3, 2.5, sharey=True)
+    figure, axes = panels(len(addition), 3, 2.5, sharey=True)
     tasks = looks(addition[0]["tasks"])
     for axis, row in zip(axes, addition, strict=True):
         x = [point["coefficient"] for point in row["curve"]]
@@ -172,16 +97,16 @@ def coefficient_curves(addition: Sequence[Mapping[str, Any]]) -> Any:
         axis.set_title(row["method"])
         axis.set_xlabel("coefficient")
     axes[0].set_ylabel("normalised accuracy, %")
-    _legend(figure, axes[0], len(tasks) + 1)
+    legend(figure, axes[0], len(tasks) + 1)
     return figure
 
 
-@_styled
+@styled
 def negation_curves(negation: Sequence[Mapping[str, Any]]) -> Any:
     """One panel for each task: accuracy on it (solid) and on the control (dashed) as its task vector is subtracted."""
     tasks = list(dict.fromkeys(row["task"] for row in negation))
     methods = looks(dict.fromkeys(row["method"] for row in negation))
-    figure, axes = _panels(len(tasks), 4, 2.1, sharex=True, sharey=True)
+    figure, axes = panels(len(tasks), 4, 2.1, sharex=True, sharey=True)
     for axis, task in zip(axes, tasks, strict=True):
         for row in (r for r in negation if r["task"] == task):
             x = [point["coefficient"] for point in row["curve"]]
@@ -200,15 +125,15 @@ def negation_curves(negation: Sequence[Mapping[str, Any]]) -> Any:
             axis.set_ylabel("accuracy, %")
         if axis.get_subplotspec().is_last_row():
             axis.set_xlabel("coefficient subtracted")
-    _legend(figure, axes[0], len(methods))
+    legend(figure, axes[0], len(methods))
     return figure
 
 
-@_styled
+@styled
 def cosine_maps(cosine: Mapping[str, Sequence[Sequence[float]]], tasks: Sequence[str]) -> Any:
     """One heat map for each method: the cosine between the task vectors of every two tasks."""
     side = min(3.6, max(2.3, 0.42 * len(tasks) + 0.9))
-    figure, axes = _panels(len(cosine), 3, side)
+    figure, axes = panels(len(cosine), 3, side)
     for axis, (method, matrix) in zip(axes, cosine.items(), strict=True):
         values = np.asarray(matrix, np.float64)
         image = axis.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r")
@@ -243,11 +168,11 @@ def _bytes(nbytes: float) -> str:
     return f"{nbytes:g} GB"
 
 
-@_styled
+@styled
 def size_against_score(methods: Sequence[Mapping[str, Any]], label: str) -> Any:
     """Mean score over tasks, with its ``error``, against mean bytes of a task vector on disk (log axis), by method."""
     drawn = looks(row["name"] for row in methods)
-    figure, (axis,) = _panels(1, 1, 2.6)
+    figure, (axis,) = panels(1, 1, 2.6)
     for row in methods:
         axis.errorbar(
             row["bytes"], row["score"], row["error"] or 0, linestyle="none", markersize=8, **drawn[row["name"]]
@@ -267,31 +192,16 @@ def size_against_score(methods: Sequence[Mapping[str, Any]], label: str) -> Any:
     return figure
 
 
-@_styled
+@styled
 def metric_curves(series: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]) -> Any:
     """One panel for each metric of ``{metric: {run: (steps, values)}}``, a line for each run."""
     runs = looks(dict.fromkeys(run for lines in series.values() for run in lines))
-    figure, axes = _panels(len(series), 3, 2.2)
+    figure, axes = panels(len(series), 3, 2.2)
     for axis, (metric, lines) in zip(axes, series.items(), strict=True):
         for run, (steps, values) in lines.items():
             few = {"marker": "o", "markersize": 3} if len(steps) < 20 else {}
             axis.plot(steps, values, color=runs[run]["color"], label=run, **few)
         axis.set_title(metric)
         axis.set_xlabel("step")
-    _legend(figure, max(axes, key=lambda a: len(a.lines)), 3)
+    legend(figure, max(axes, key=lambda a: len(a.lines)), 3)
     return figure
-
-
-@_styled
-def save(figure: Any, path: Path) -> None:
-    """Write a figure as the PNG ``path``, whole or not at all."""
-    with files.whole(path) as beside:
-        figure.savefig(beside, format="png", dpi=150)
-
-
-@_styled
-def svg(figure: Any) -> str:
-    """A figure as SVG text, the same bytes for the same figure."""
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()

@@ -24,9 +24,9 @@ def plain(config: Any) -> Any:
     return json.loads(json.dumps(config.to_dict() if hasattr(config, "to_dict") else config, default=str))
 
 
-def read(workdir: Path, config: Any) -> dict[str, Any] | None:
+def read(workdir: Path, config: Any, name: str = NAME) -> dict[str, Any] | None:
     """What :func:`write` left in ``workdir``, or None. Raises ``ValueError`` where it is of another config."""
-    path = workdir / NAME
+    path = workdir / name
     if not path.exists():
         return None
     kept = json.loads(path.read_text(encoding="utf-8"))
@@ -40,7 +40,7 @@ def read(workdir: Path, config: Any) -> dict[str, Any] | None:
     return kept["outcome"]
 
 
-def write(workdir: Path, config: Any, outcome: dict[str, Any]) -> dict[str, Any]:
+def write(workdir: Path, config: Any, outcome: dict[str, Any], name: str = NAME) -> dict[str, Any]:
     """Mark the run in ``workdir`` as whole. Returns ``outcome``."""
-    write_json({"config": plain(config), "outcome": outcome}, workdir / NAME)
+    write_json({"config": plain(config), "outcome": outcome}, workdir / name)
     return outcome

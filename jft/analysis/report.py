@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jft import files
-from jft.analysis import plots, seeds
+from jft.analysis import drawing, plots, seeds, tangent_plots
 
 TEMPLATES = Path(__file__).parent / "templates"
 MISSING = "–"
@@ -85,15 +85,29 @@ def figures(study: Mapping[str, Any]) -> dict[str, Any]:
         drawn["learning_curves"] = plots.learning_curves(runs)
     if len(tasks) > 1:
         drawn["scores"] = plots.scores(tasks, runs, label)
-    if study["addition"]:
-        drawn["addition"] = plots.coefficient_curves(study["addition"])
-    if study["negation"]:
-        drawn["negation"] = plots.negation_curves(study["negation"])
+    shown = averages(study)
+    if shown["addition"]:
+        drawn["addition"] = plots.coefficient_curves(shown["addition"])
+    if shown["negation"]:
+        drawn["negation"] = plots.negation_curves(shown["negation"])
+    if shown["disentanglement"]:
+        drawn["disentanglement"] = tangent_plots.disentanglement_maps(shown["disentanglement"])
     if study["cosine"]:
         drawn["cosine"] = plots.cosine_maps(study["cosine"], [task["name"] for task in tasks])
     if len(study["methods"]) > 1:
         drawn["size"] = plots.size_against_score([_scaled(row, scale) for row in study["methods"]], "mean " + label)
     return drawn
+
+
+def averages(study: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows of arithmetic as means over seeds, which the page shows; see :func:`jft.analysis.seeds.averaged`."""
+    by = {
+        "addition": ("method",),
+        "negation": ("task", "method"),
+        "disentanglement": ("pair", "method"),
+        "advantage": ("task", "method"),
+    }
+    return {key: seeds.averaged(study.get(key, []), keys) for key, keys in by.items()}
 
 
 def _scaled(row: Mapping[str, Any], scale: float) -> dict[str, Any]:
@@ -104,7 +118,7 @@ def _scaled(row: Mapping[str, Any], scale: float) -> dict[str, Any]:
 
 def _image(figure: Any) -> str:
     """A figure as a data URI. As an image, so that the ids inside one SVG cannot meet those of another."""
-    return "data:image/svg+xml;base64," + base64.b64encode(plots.svg(figure).encode()).decode()
+    return "data:image/svg+xml;base64," + base64.b64encode(drawing.svg(figure).encode()).decode()
 
 
 def _cells(study: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
@@ -146,9 +160,13 @@ def render(results: Mapping[str, Any], images: Mapping[str, Mapping[str, Any]] |
 
 def _view(study: Mapping[str, Any], images: Mapping[str, Any]) -> dict[str, Any]:
     """A study with what the page shows of it beside."""
-    cells = _cells(study)
+    cells, shown = _cells(study), averages(study)
     return {
         **study,
+        **shown,
+        "negation_tasks": _by_task(shown["negation"]),
+        "pairs": list(dict.fromkeys(" and ".join(row["pair"]) for row in shown["disentanglement"])),
+        "linearized": list(dict.fromkeys(row["method"] for row in shown["advantage"])),
         "images": {name: _image(figure) for name, figure in images.items()},
         "cells": cells,
         "best": _best(study, cells),
@@ -158,12 +176,20 @@ def _view(study: Mapping[str, Any], images: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
+def _by_task(negation: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """``{task: {method: row}}``."""
+    tasks: dict[str, dict[str, Any]] = {}
+    for row in negation:
+        tasks.setdefault(row["task"], {})[row["method"]] = row
+    return tasks
+
+
 def write(results: Mapping[str, Any], workdir: Path) -> Path:
     """``report.html`` and ``plots/*.png`` in ``workdir``; returns the report's path."""
     images = {study["name"]: figures(study) for study in results["studies"]}
     for study, drawn in images.items():
         for name, figure in drawn.items():
-            plots.save(figure, workdir / "plots" / f"{study}_{name}.png")
+            drawing.save(figure, workdir / "plots" / f"{study}_{name}.png")
     path = workdir / "report.html"
     files.write_text(path, render(results, images))
     return path

@@ -45,6 +45,37 @@ def error_of_mean(runs: Sequence[Run]) -> float | None:
     return standard_error([float(np.mean(scores)) for scores in by_seed.values()])
 
 
+def averaged(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows that agree in ``by`` as one, in the order of the first of each: the mean of every number, nested ones too.
+
+    ``errors`` has the standard errors of the outermost numbers, None where a row stands alone; ``seeds``, how many there are.
+    """
+    found: dict[tuple, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(tuple(map(str, (row[key] for key in by))), []).append(row)
+    return [_together([{key: x for key, x in row.items() if key != "seed"} for row in same]) for same in found.values()]
+
+
+def _together(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    errors = {key: standard_error([row[key] for row in rows]) for key, x in rows[0].items() if _number(x)}
+    return {**_mean(rows), "seeds": len(rows), "errors": errors}
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if _number(first):
+        return float(np.mean(values))
+    if isinstance(first, Mapping):
+        return {key: _mean([value[key] for value in values]) for key in first}
+    if isinstance(first, list):
+        return [_mean(items) for items in zip(*values, strict=True)]
+    return first
+
+
+def _number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
 def cells(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """One row for each task and method, in the order of ``runs``: means over seeds, ``error`` of the score, ``seeds``.
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jft.analysis.points import Forward
+from jft.delta import TaskVector
 from jft.train.config import Config, check
 
 # Keys of a task that are the study's, not the train config's.
 OF_TASK = ("test_data", "names", "templates")
+# Keys of a method that are the study's: whose task vectors it takes instead of training, and in which forward pass.
+OF_METHOD = ("of", "forward", "until")
 QUIET = {"log": {"progress": False}}
 PARTS = ("data", "eval_data", "test_data")
 
@@ -40,9 +44,37 @@ def of_run(study: Mapping[str, Any], task: str, method: str | None = None, seed:
     """
     own = {key: value for key, value in study["tasks"][task].items() if key not in OF_TASK}
     seeded = {} if seed is None else {"seed": seed}
-    partial = overlay(QUIET, study["common"], own, study["methods"][method] if method else {}, seeded)
+    how = {key: value for key, value in study["methods"][method].items() if key not in OF_METHOD} if method else {}
+    partial = overlay(QUIET, study["common"], own, how, seeded)
     parts = data_parts(study, task)
     return check(partial | {"data": parts["data"], "eval_data": parts["eval_data"]})
+
+
+def source(study: Mapping[str, Any], method: str) -> str:
+    """The method whose runs train the task vectors of ``method``: itself, or ``of`` whose it says."""
+    return study["methods"][method].get("of") or method
+
+
+def forward(study: Mapping[str, Any], method: str, tau: TaskVector) -> Forward:
+    """The forward pass in which ``method`` evaluates ``tau``: the one it says, or else the one ``tau`` was trained with."""
+    said = study["methods"][method]
+    return Forward(said["forward"], said.get("until")) if said.get("forward") else Forward.of(tau)
+
+
+def check_method(study: Mapping[str, Any], method: str) -> None:
+    """Refuse what a method says of others' task vectors, where it makes no sense. Raises ``ValueError``."""
+    said = study["methods"][method]
+    own = {key for key in said if key in OF_METHOD}
+    if "of" not in said:
+        if own:
+            raise ValueError(f"method {method!r} trains; {', '.join(sorted(own))} belong in its method, or give `of`")
+        return
+    if set(said) - own:
+        raise ValueError(f"method {method!r} takes the task vectors of another; it has no {min(set(said) - own)!r}")
+    trained = [name for name, other in study["methods"].items() if "of" not in other]
+    if said["of"] not in trained:
+        raise ValueError(f"method {method!r}: of={said['of']!r} is not one that trains: {', '.join(trained)}")
+    Forward(said.get("forward") or "standard", said.get("until"))
 
 
 def data_parts(study: Mapping[str, Any], task: str) -> dict[str, dict[str, Any]]:

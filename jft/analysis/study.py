@@ -17,13 +17,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
-from jft import delta
-from jft.analysis import arithmetic, environment, outcomes, records, report, seeds, settings, tables
-from jft.analysis.bases import Base, prepare
-from jft.analysis.tasks import Task, prepare_all
+from jft.analysis import environment, outcomes, records, report, seeds, settings, tables, vectors
+from jft.analysis.bases import prepare
+from jft.analysis.tasks import prepare_all
 
 Say = Callable[[str], None]
 HEADS = {
@@ -41,15 +39,21 @@ def study(**parts: Any) -> ConfigDict:
     base: either ``source`` (a directory or hub id), or ``train``, a partial train config to pretrain from. common: a
     partial train config of all runs. tasks: ``{name: partial train config}``, and beside its keys ``test_data``, ``names``
     and ``templates`` (for zero-shot heads). methods: ``{name: partial train config}``, at least ``method``.
-    seeds: each run is made once with each, which changes the order of its data and what its method draws, and scores are
-    means with their standard error; base, heads and test data are the same for all, and arithmetic is that of the first
-    seed. Empty: one run each, with ``common.seed``.
+    One that trains nothing, ``{"of": METHOD, "forward": "linearized", "until": SITE}``, evaluates the task vectors of another
+    in the model linearized at the base, up to SITE where one is given (post-hoc linearization); ``"standard"``, linear ones
+    in the ordinary model.
+    seeds: each run is made once with each, which changes the order of its data and what its method draws; scores and what
+    becomes of arithmetic are means with their standard error, and base, heads and test data are the same for all. Empty:
+    one run each, with ``common.seed``.
     splits: the ``split`` that ``data``, ``eval_data`` (validation) and ``test_data`` have where a task gives ``data`` alone.
     head: ``kind`` probe (linear, fitted on the frozen base), zero_shot (CLIP) or none; ``pool``: what it reads, as in
     ``model.pool``; ``penalty`` of the probe; ``examples`` it is fitted on at most (0: all); ``pad``: all heads
     have as many columns as the widest, so that steps compile once.
     arithmetic: ``points`` of the coefficient grid on [0, ``largest``]; ``addition``, ``negation``: whether to; ``control``:
     the task that negation must keep (empty: the mean of all others) and the share ``threshold`` of it.
+    disentangle: ``pairs`` of tasks whose weight-disentanglement error is mapped on ``points`` coefficients from ``lowest`` to
+    ``largest`` for each. nonlinear: the method whose accuracy linearized ones are compared with (empty: the first that is
+    not linearized).
     """
     config = ordered(
         {
@@ -71,6 +75,8 @@ def study(**parts: Any) -> ConfigDict:
                 "control": "",
                 "threshold": 0.95,
             },
+            "disentangle": {"pairs": (), "points": 17, "lowest": -2.0, "largest": 2.0},
+            "nonlinear": "",
         }
     )
     for name, part in parts.items():
@@ -112,9 +118,17 @@ def check(config: Mapping[str, Any]) -> None:
         control = one["arithmetic"]["control"]
         if control and control not in one["tasks"]:
             raise ValueError(f"study {name!r}: arithmetic.control {control!r} is not one of {', '.join(one['tasks'])}")
+        if one["nonlinear"] and one["nonlinear"] not in one["methods"]:
+            raise ValueError(
+                f"study {name!r}: nonlinear {one['nonlinear']!r} is not one of {', '.join(one['methods'])}"
+            )
+        odd = [pair for pair in one["disentangle"]["pairs"] if len(pair) != 2 or not set(pair) <= set(one["tasks"])]
+        if odd:
+            raise ValueError(f"study {name!r}: {odd[0]!r} is no pair of the tasks {', '.join(one['tasks'])}")
         seeds.check(name, one["seeds"])
-        for task in one["tasks"]:
-            for method in one["methods"]:
+        for method in one["methods"]:
+            settings.check_method(one, method)
+            for task in one["tasks"]:
                 settings.of_run(one, task, method)
 
 
@@ -149,17 +163,17 @@ def _run(name: str, config: Mapping[str, Any], workdir: Path, say: Say) -> dict[
     base = prepare(config["base"], config["common"], workdir / "base")
     tasks = prepare_all(config, base, workdir)
     runs = []
-    for method in config["methods"]:
+    for method in sorted(config["methods"], key=lambda m: settings.source(config, m) != m):
         for task, seed in itertools.product(tasks.values(), config["seeds"] or (None,)):
             since = time.perf_counter()
-            outcome = outcomes.run(config, base, task, method, seed, seeds.folder(workdir, task.name, method, seed))
+            folder = seeds.folder(workdir, task.name, settings.source(config, method), seed)
+            outcome = outcomes.run(config, base, task, method, seed, folder)
             runs.append(outcome)
             told = "" if seed is None else f", seed {seed}"
             say(
                 f"{name}: {task.name}, {method}{told}: {report.score(task.base, config['metric'])} -> "
                 f"{report.score(outcome['score'], config['metric'])}  ({time.perf_counter() - since:.1f} s)"
             )
-    added, negated, alike = _arithmetic(name, config, base, tasks, runs, workdir, say)
     return {
         "name": name,
         "title": config["title"],
@@ -171,84 +185,28 @@ def _run(name: str, config: Mapping[str, Any], workdir: Path, say: Say) -> dict[
         "seeds": list(config["seeds"]),
         "methods": [_summary(method, config, runs) for method in config["methods"]],
         "runs": runs,
-        "addition": added,
-        "negation": negated,
-        "negation_tasks": _by_task(negated),
+        **vectors.examined(name, config, base, tasks, runs, workdir, say),
+        "advantage": vectors.advantages(config, tasks, runs),
         "control": config["arithmetic"]["control"] or "the mean of the other tasks",
         "control_threshold": config["arithmetic"]["threshold"],
-        "cosine": alike,
     }
-
-
-def _arithmetic(
-    name: str,
-    config: Mapping[str, Any],
-    base: Base,
-    tasks: Mapping[str, Task],
-    runs: list[dict[str, Any]],
-    workdir: Path,
-    say: Say,
-) -> tuple[list, list, dict]:
-    """Addition, negation and cosines of the first seed's runs, the vectors of one method in memory at a time."""
-    options, seed = config["arithmetic"], next(iter(config["seeds"]), None)
-    if len(tasks) < 2:
-        return [], [], {}
-    grid = [round(float(c), 6) for c in np.linspace(0, options["largest"], options["points"])]
-    added, negated, alike = [], [], {}
-    for method in config["methods"]:
-        files = {t: seeds.folder(workdir, t, method, seed) / "task_vector.safetensors" for t in tasks}
-        loaded = {t: delta.TaskVector.load(file) for t, file in files.items()}
-        # Masks are changes of this base; sums of them are sums of what they change.
-        vectors = {t: vector.resolve(base.params) for t, vector in loaded.items()}
-        alike[method] = arithmetic.cosines(vectors)
-        if config["metric"] != "accuracy":
-            continue
-
-        def score(task: str, split: str, params: Any) -> float:
-            return tasks[task].score(split, params)
-
-        if options["addition"]:
-            mine = {r["task"]: r for r in reversed(runs) if r["method"] == method}  # the first of each task
-            single = {
-                "validation": {t: mine[t]["validation"] for t in tasks},
-                "test": {t: mine[t]["score"] for t in tasks},
-            }
-            row = arithmetic.addition(base.params, vectors, single, score, grid)
-            added.append({"method": method, **row})
-            say(f"{name}: addition, {method}: {100 * row['absolute']:.1f} ({100 * row['normalised']:.1f} normalised)")
-        for task in tasks if options["negation"] else ():
-            if task == options["control"]:
-                continue
-            controls = [options["control"]] if options["control"] else [t for t in tasks if t != task]
-            row = arithmetic.negation(base.params, vectors[task], task, controls, score, grid, options["threshold"])
-            negated.append({"method": method, "task": task, **row})
-            say(f"{name}: negation, {method}: {task} {100 * row['base_target']:.1f} -> {100 * row['target']:.1f}")
-    return added, negated, alike
 
 
 def _summary(method: str, config: Mapping[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over tasks and seeds, for one method, and the standard error over seeds of its mean score."""
     mine = [run for run in runs if run["method"] == method]
     means = seeds.means(mine, ("score", "trained", "density", "bytes", "step_seconds", "seconds"))
-    options = dict(config["methods"][method].get("method", {}))
+    source = settings.source(config, method)
+    options = dict(config["methods"][source].get("method", {}))
     preset = options.pop("name", "full")
-    told = ", ".join(f"{key}={value!r}" for key, value in options.items())
-    error = seeds.error_of_mean(mine)
-    return {"name": method, "preset": f"{preset}({told})", **means, "error": error, "trained": round(means["trained"])}
-
-
-def _by_task(negated: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Negation rows gathered by task, as the report's table has them."""
-    gathered: dict[str, dict[str, Any]] = {}
-    for row in negated:
-        task = gathered.setdefault(
-            row["task"],
-            {
-                "name": row["task"],
-                "base_target": row["base_target"],
-                "base_control": row["base_control"],
-                "methods": {},
-            },
-        )
-        task["methods"][row["method"]] = {key: row[key] for key in ("target", "control", "coefficient")}
-    return list(gathered.values())
+    told = f"{preset}({', '.join(f'{key}={value!r}' for key, value in options.items())})"
+    forward = mine[0].get("forward", "standard")
+    return {
+        "name": method,
+        "preset": told if source == method else f"{told}, {forward}",
+        "source": source,
+        "forward": forward,
+        **means,
+        "error": seeds.error_of_mean(mine),
+        "trained": round(means["trained"]),
+    }

@@ -26,7 +26,7 @@ OF_RUN = (
     "seconds",
 )
 OF_MEANS = ("task", "method", "seeds", "score", "error", "validation", "trained", "density", "bytes")
-OF_NEGATION = ("task", "method", "coefficient", "base_target", "target", "base_control", "control")
+OF_NEGATION = ("task", "method", "seed", "coefficient", "base_target", "target", "base_control", "control")
 
 
 def rows(study: Mapping[str, Any]) -> dict[str, Rows]:
@@ -37,11 +37,25 @@ def rows(study: Mapping[str, Any]) -> dict[str, Rows]:
         "scores": [{key: run[key] for key in OF_RUN} | {"base": base[run["task"]]} for run in study["runs"]],
         "means": [{key: cell[key] for key in OF_MEANS} for cell in cells if cell["seeds"] > 1],
         "addition": [
-            {"method": row["method"], "coefficient": row["coefficient"], "task": task, **values}
+            {
+                "method": row["method"],
+                "seed": row.get("seed"),
+                "coefficient": row["coefficient"],
+                "task": task,
+                **values,
+            }
             for row in study["addition"]
             for task, values in (row["tasks"] | {"mean": {k: row[k] for k in ("absolute", "normalised")}}).items()
         ],
-        "negation": [{key: row[key] for key in OF_NEGATION} for row in study["negation"]],
+        "negation": [{key: row.get(key) for key in OF_NEGATION} for row in study["negation"]],
+        "disentanglement": [
+            {"first": row["pair"][0], "second": row["pair"][1], "method": row["method"], "seed": row["seed"]}
+            | {"alpha_1": a, "alpha_2": b, "xi": row["xi"][i][j]}
+            for row in study.get("disentanglement", ())
+            for i, a in enumerate(row["grid"])
+            for j, b in enumerate(row["grid"])
+        ],
+        "advantage": list(study.get("advantage", ())),
     }
     return {name: table for name, table in tables.items() if table}
 

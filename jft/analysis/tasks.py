@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import data
-from jft.analysis import heads, settings
+from jft.analysis import heads, points, settings
 from jft.analysis.bases import Base, write_params
+from jft.analysis.points import Forward
+from jft.delta import TaskVector
 from jft.models.classifier import Classifier
 from jft.models.model import Model
 from jft.train import evaluate, objective
@@ -50,7 +52,17 @@ class Task:
 
     def score(self, split: str, backbone: Any) -> float:
         """The study's metric on ``split``."""
-        found = evaluate(self.model, self.params(backbone), self.loaders[split], self.objective)
+        return self._told(split, evaluate(self.model, self.params(backbone), self.loaders[split], self.objective))
+
+    def scores(
+        self, split: str, base: Any, taus: Sequence[TaskVector], coefficients: Any, forward: Forward
+    ) -> np.ndarray:
+        """The metric on ``split`` at points ``base + sum_t alpha_t tau_t``, float64 ``[P]``: see :mod:`jft.analysis.points`."""
+        given = (self.model, self.params(base), taus, coefficients, self.loaders[split], self.objective, forward)
+        return np.array([self._told(split, found) for found in points.scores(*given)])
+
+    def _told(self, split: str, found: Mapping[str, float]) -> float:
+        """The metric, from what evaluation reports."""
         if self.metric != "bits_per_byte":
             return found[self.metric]
         tokens, nbytes = self._targets(split)

@@ -28,7 +28,7 @@ def linearized(run: restored.Restored, until: str | None) -> dict[str, float]:
     import jft
 
     f_lin = jft.linearize(run.model.apply, run.base, until)
-    return measure(run, f_lin.direction(run.task_vector()), f_lin.__call__)
+    return measure(run, f_lin.direction(run.task_vector()), f_lin)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", metavar="FILE.png", help="default: WORKDIR/metrics.png")
     options = parser.strict(argv)
 
-    from jft.analysis import plots
+    from jft.analysis import drawing, plots
 
     workdir = Path(options.workdir)
     wanted = () if options.metrics == "all" else options.metrics.split(",")
@@ -54,6 +54,6 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"none of the metrics {options.metrics} is there; these are: {known}")
     ordered = {name: series[name] for name in (wanted or sorted(series)) if name in series}
     out = Path(options.out) if options.out else workdir / "metrics.png"
-    plots.save(plots.metric_curves(ordered), out)
+    drawing.save(plots.metric_curves(ordered), out)
     print(out)
     return 0

@@ -74,16 +74,20 @@ def addition_search(
     tau = task_arithmetic(vectors)
 
     def measure(params: Any) -> Row:
-        accuracies = {task: float(fn(params)) for task, fn in evaluate.items()}
-        normalised = {task: accuracies[task] / float(single[task]) for task in accuracies}
-        return {
-            **{f"accuracy/{task}": a for task, a in accuracies.items()},
-            **{f"normalised/{task}": n for task, n in normalised.items()},
-            "accuracy": sum(accuracies.values()) / len(accuracies),
-            "score": sum(normalised.values()) / len(normalised),
-        }
+        return addition_row({task: fn(params) for task, fn in evaluate.items()}, single)
 
     return search(_along(base, tau, measure, check), grid)
+
+
+def addition_row(accuracies: Mapping[str, float], single: Mapping[str, float]) -> Row:
+    """A row of :func:`addition_search`, from the accuracies at one coefficient."""
+    normalised = {task: float(a) / float(single[task]) for task, a in accuracies.items()}
+    return {
+        **{f"accuracy/{task}": float(a) for task, a in accuracies.items()},
+        **{f"normalised/{task}": n for task, n in normalised.items()},
+        "accuracy": float(sum(accuracies.values())) / len(accuracies),
+        "score": sum(normalised.values()) / len(normalised),
+    }
 
 
 def negation_search(
@@ -101,15 +105,25 @@ def negation_search(
     constraint is ``control(params) >= threshold * control(base)``. Rows hold ``target``, ``control``, ``feasible`` and
     ``score`` (minus target). Papers as in :func:`addition_search`. Raises ``ValueError`` for a threshold outside (0, 1].
     """
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold is the fraction of control accuracy to keep, in (0, 1], not {threshold}")
-    floor = threshold * float(control(base))
+    _checked_threshold(threshold)
+    before = control(base)
 
     def measure(params: Any) -> Row:
-        lost, kept = float(target(params)), float(control(params))
-        return {"target": lost, "control": kept, "score": -lost, "feasible": kept >= floor}
+        return negation_row(target(params), control(params), before, threshold)
 
     return search(_along(base, -tau, measure, check), grid)
+
+
+def negation_row(target: float, control: float, before: float, threshold: float = 0.95) -> Row:
+    """A row of :func:`negation_search`, from the accuracies at one coefficient and that of the base on the control."""
+    _checked_threshold(threshold)
+    kept = float(control) >= threshold * float(before)
+    return {"target": float(target), "control": float(control), "score": -float(target), "feasible": kept}
+
+
+def _checked_threshold(threshold: float) -> None:
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold is the fraction of control accuracy to keep, in (0, 1], not {threshold}")
 
 
 def _along(base: Any, tau: TaskVector, measure: Callable[[Any], Row], check: bool) -> Callable[[float], Row]:

@@ -6,7 +6,7 @@ from jft.tangent.lean import Lean
 from jft.tangent.linearized import Linearized, linearize
 from jft.tangent.regression import LeastSquares, kernel_predict, kernel_regression, least_squares, ridge
 from jft.tangent.spectrum import Spectrum, local_energy, localisation, spectrum, top_spectrum
-from jft.tangent.sweep import by_layers, by_paths, combined, sweep, tangents
+from jft.tangent.sweep import by_layers, by_paths, combined, readings, sweep, tangents
 
 __all__ = [
     "KernelCost",
@@ -29,6 +29,7 @@ __all__ = [
     "local_energy",
     "localisation",
     "pair",
+    "readings",
     "ridge",
     "spectrum",
     "sweep",

@@ -139,7 +139,7 @@ class KernelProduct:
         self.moving = spaces.space(f_lin, moving)
         counts = [spaces.rows(batch) for batch in self.batches]
         self._ends = np.cumsum(counts)[:-1]
-        self._pull, self._push = (make(f_lin.apply, f_lin.until, select) for make in (pulled, pushed))
+        self._pull, self._push = (make(f_lin.function, f_lin.until, select) for make in (pulled, pushed))
         first = jax.eval_shape(
             self._push, f_lin.params, self.moving, self.batches[0], spaces.at_rest(f_lin, self.moving)
         )
@@ -213,7 +213,7 @@ def _contracted(
     columns = batch if other is None else other
     N, M = spaces.rows(batch), spaces.rows(columns)
     n, groups = _plan(which, C, N, M, memory)
-    jacobian = _jacobian(f_lin.apply, f_lin.until, select, of)
+    jacobian = _jacobian(f_lin.function, f_lin.until, select, of)
     K: np.ndarray | None = None
     for group in groups:
         for i in range(0, N, n):
@@ -278,7 +278,7 @@ def _pushed(
 ) -> np.ndarray:
     together = max(1, min(_AT_ONCE, memory // tree.nbytes(spaces.sizes(which))))
     return np.asarray(
-        _columns(f_lin.apply, f_lin.until, select, of, together)(f_lin.params, which, batch, columns, key)
+        _columns(f_lin.function, f_lin.until, select, of, together)(f_lin.params, which, batch, columns, key)
     )
 
 

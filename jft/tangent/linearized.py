@@ -21,7 +21,7 @@ Direction = dict[str, lean.Change]
 class Linearized:
     """``f_lin(tau, batch) = f(theta0, batch) + J(theta0, batch) tau``: see :func:`linearize`."""
 
-    apply: Callable[..., Any]
+    function: Callable[..., Any]
     params: Any
     until: str | None = None
 
@@ -31,7 +31,7 @@ class Linearized:
 
     def parts(self, tau: Any, batch: Any) -> tuple[Any, Any]:
         """``(f(theta0), J tau)`` at the outputs, or at the site ``until``; one pass gives both."""
-        return pair(self.apply, self.build, self.leans(self.direction(tau)), batch, self.until)
+        return pair(self.function, self.build, self.leans(self.direction(tau)), batch, self.until)
 
     def leans(self, direction: Direction) -> dict[str, lean.Lean]:
         """The weights that move, by path."""
@@ -44,7 +44,7 @@ class Linearized:
 
     def land(self, value: Any, batch: Any) -> Any:
         """Outputs from a value at the site ``until``, by what follows it at the base; without ``until``, the value itself."""
-        return value if self.until is None else entered(self.apply, self.params, batch, self.until, value)
+        return value if self.until is None else entered(self.function, self.params, batch, self.until, value)
 
     def direction(self, tau: Any) -> Direction:
         """``tau`` in the form whose products are cheapest; pass it to functions under ``jit`` in place of a task vector.
@@ -70,7 +70,7 @@ class Linearized:
         return out
 
     def _structured(self, path: str) -> bool:
-        return takes_structured(self.apply, path)
+        return takes_structured(self.function, path)
 
 
 def _by_path(tau: Any) -> dict[str, Any]:

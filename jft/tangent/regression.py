@@ -109,7 +109,7 @@ def ridge(
         values = _dual(f_lin, which, blocks, penalty, moving, select, memory)
     else:
         facts["solver"] = "cg"
-        program = _conjugate(f_lin.apply, f_lin.until, select, tolerance, steps)
+        program = _conjugate(f_lin.function, f_lin.until, select, tolerance, steps)
         values, reached = program(f_lin.params, which, *blocks.stacked(), penalty)
         facts["residual"] = float(reached)
         if not facts["residual"] <= 2 * tolerance:
@@ -166,7 +166,7 @@ def least_squares(
     float64 over the batches. data and select as in :func:`ridge`, taus and at_once as in :func:`jft.tangent.sweep`.
     """
     directions = [f_lin.direction(tau) for tau in listed(taus)]
-    program = _moments(f_lin.apply, f_lin.until, select, at_once)
+    program = _moments(f_lin.function, f_lin.until, select, at_once)
     totals: list[np.ndarray] | None = None
     for item in data:
         batch, y, w = _item(item)
@@ -261,10 +261,10 @@ def _dual(
     f_lin: Linearized, which: Space, blocks: _Blocks, penalty: float, moving: Any, select: Select | None, memory: int
 ) -> Any:
     K = kernel(f_lin, blocks.whole, moving=moving, select=select, memory=memory)
-    values = _values(f_lin.apply, f_lin.until, select)
+    values = _values(f_lin.function, f_lin.until, select)
     f0 = [np.asarray(values(f_lin.params, blocks.batch(s)), np.float64) for s in range(0, blocks.examples, blocks.size)]
     a = kernel_regression(K, blocks.targets - np.concatenate(f0)[: blocks.examples], penalty, blocks.weights)
-    pull = pulled(f_lin.apply, f_lin.until, select)
+    pull = pulled(f_lin.function, f_lin.until, select)
     total = None
     for start in range(0, blocks.examples, blocks.size):
         part = np.zeros((blocks.size, a.shape[1]), K.dtype)

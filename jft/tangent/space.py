@@ -44,7 +44,7 @@ def at_rest(f_lin: Linearized, moving: Space) -> Point:
 
 def outputs(f_lin: Linearized, moving: Space, batch: Any, select: Select | None = None) -> Callable[[Point], Array]:
     """``point -> f [N, C]``: what ``select(outputs, batch)`` gives of each example, in one axis; all of it for None."""
-    function = function_of(f_lin.apply, f_lin.build, f_lin.leans(moving), batch, f_lin.until)
+    function = function_of(f_lin.function, f_lin.build, f_lin.leans(moving), batch, f_lin.until)
 
     def selected(point: Point) -> Array:
         found = function(point)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -52,19 +52,37 @@ def sweep(
     Raises ``ValueError`` for coefficients that do not fit, no batches, and a score without weight.
     Ortiz-Jimenez, Favero and Frossard 2023, arXiv:2305.12827.
     """
-    grid = np.asarray(coefficients, np.float64)
-    directions, columns = _directions(f_lin, listed(taus), grid, split)
-    program = _scored(f_lin.apply, f_lin.until, score, at_once)
     totals: dict[str, np.ndarray] = {}
-    for batch in batches:
-        for name, value in jax.device_get(program(f_lin.params, directions, jnp.asarray(columns), batch)).items():
-            totals[name] = totals.get(name, np.zeros(len(grid))) + np.asarray(value, np.float64)
+    for found in readings(f_lin, taus, batches, score, coefficients, split, at_once):
+        if "weight" not in found:
+            raise ValueError(f"the score must return 'weight', what its sums are over; it has {', '.join(found)}")
+        for name, value in found.items():
+            totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
     if not totals:
         raise ValueError("the sweep was given no batches")
     weight = totals["weight"]
     if not weight.all():
         raise ValueError("nothing in the batches counts: the weights of the score sum to zero")
     return {name: value if name == "weight" else value / weight for name, value in totals.items()}
+
+
+def readings(
+    f_lin: Linearized,
+    taus: Taus,
+    batches: Iterable[Any],
+    read: Callable[[Any, Any], Any],
+    coefficients: Any,
+    split: Callable[[Any], Mapping[str, Direction]] | None = None,
+    at_once: int | None = None,
+) -> Iterator[Any]:
+    """For each batch, ``read(outputs, batch)`` at every point of a grid: arrays ``[P, ...]`` on the host.
+
+    What :func:`sweep` sums. read is traced by JAX; arguments, cost and errors are those of :func:`sweep`.
+    """
+    directions, columns = _directions(f_lin, listed(taus), np.asarray(coefficients, np.float64), split)
+    program = _read(f_lin.function, f_lin.until, read, at_once)
+    for batch in batches:
+        yield jax.device_get(program(f_lin.params, directions, jnp.asarray(columns), batch))
 
 
 def tangents(f_lin: Linearized, taus: Taus, batch: Any, at_once: int | None = None) -> tuple[Any, Any]:
@@ -74,7 +92,7 @@ def tangents(f_lin: Linearized, taus: Taus, batch: Any, at_once: int | None = No
     (:meth:`Linearized.direction`).
     """
     directions = [f_lin.direction(tau) for tau in listed(taus)]
-    return _passes(f_lin.apply, f_lin.until, at_once)(f_lin.params, directions, batch)
+    return _passes(f_lin.function, f_lin.until, at_once)(f_lin.params, directions, batch)
 
 
 def combined(outputs: Any, moved: Any, alpha: Array) -> Any:
@@ -166,7 +184,7 @@ def through(f_lin: Linearized, directions: list[Direction], batch: Any, at_once:
     """:func:`tangents`, traced."""
 
     def one(direction: Direction) -> tuple[Any, Any]:
-        outputs, moved = pair(f_lin.apply, f_lin.build, f_lin.leans(direction), batch, f_lin.until)
+        outputs, moved = pair(f_lin.function, f_lin.build, f_lin.leans(direction), batch, f_lin.until)
         still = lambda y, dy: jnp.zeros_like(y) if dy.dtype == jax.dtypes.float0 else dy
         return outputs, jax.tree.map(still, outputs, moved)
 
@@ -195,18 +213,15 @@ def _passes(apply: Callable, until: str | None, at_once: int | None) -> Callable
 
 
 @once
-def _scored(apply: Callable, until: str | None, score: Score, at_once: int | None) -> Callable:
-    """Jitted ``(params, directions, coefficients [P, T], batch) -> {name: sums [P]}``."""
+def _read(apply: Callable, until: str | None, read: Callable, at_once: int | None) -> Callable:
+    """Jitted ``(params, directions, coefficients [P, T], batch) -> arrays [P, ...]``."""
 
-    def run(params: Any, directions: list[Direction], coefficients: Array, batch: Any) -> dict[str, Array]:
+    def run(params: Any, directions: list[Direction], coefficients: Array, batch: Any) -> Any:
         f_lin = Linearized(apply, params, until)
         outputs, moved = through(f_lin, directions, batch, at_once)
 
-        def point(alpha: Array) -> dict[str, Array]:
-            found = score(f_lin.land(combined(outputs, moved, alpha), batch), batch)
-            if "weight" not in found:
-                raise ValueError(f"the score must return 'weight', what its sums are over; it has {', '.join(found)}")
-            return dict(found)
+        def point(alpha: Array) -> Any:
+            return read(f_lin.land(combined(outputs, moved, alpha), batch), batch)
 
         together = max(1, min(len(coefficients), _POINTS_BYTES // max(1, tree.nbytes(outputs))))
         return jax.lax.map(point, coefficients, batch_size=together)

@@ -200,8 +200,12 @@ class Classification:
     label_smoothing: float = 0.0
     splits: ClassVar[bool] = True
 
+    def weights(self, batch: Batch, xp: Any = jnp) -> Any:
+        """Weight of each example, float32 ``[B]``."""
+        return _examples(batch, "labels", xp)
+
     def weight(self, batch: Batch, xp: Any = jnp) -> Any:
-        weights = _examples(batch, "labels", xp)
+        weights = self.weights(batch, xp)
         if xp is not jnp:  # on the host: indexing would take -1 for the last class
             below = batch["labels"][(batch["labels"] < 0) & (weights > 0)]
             if below.size:

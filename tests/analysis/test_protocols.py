@@ -62,14 +62,19 @@ VECTORS = {
 }
 
 
-def accuracy(task, split, params):
-    """Highest where the task's own coordinate is 0.5."""
-    return 1 - abs(float(params["w"]["ab".index(task)]) - 0.5)
+def weights(taus, coefficients):
+    """The weights at each point: one coefficient for all, or one for each."""
+    rows = [np.broadcast_to(c, len(taus)) for c in coefficients]
+    return [sum(c * np.asarray(t["w"].dense()) for c, t in zip(row, taus, strict=True)) for row in rows]
 
 
 def test_addition_chooses_on_validation():
+    def score(task, split, taus, coefficients):
+        """Highest where the task's own coordinate is 0.5."""
+        return np.array([1 - abs(w["ab".index(task)] - 0.5) for w in weights(taus, coefficients)])
+
     single = {"validation": {"a": 0.5, "b": 0.5}, "test": {"a": 0.5, "b": 1.0}}
-    row = arithmetic.addition(BASE, VECTORS, single, accuracy, [0.0, 0.25, 0.5, 1.0])
+    row = arithmetic.addition(VECTORS, single, score, [0.0, 0.25, 0.5, 1.0])
     assert row["coefficient"] == 0.5
     assert row["absolute"] == 1.0
     assert row["normalised"] == pytest.approx((2.0 + 1.0) / 2)
@@ -77,15 +82,24 @@ def test_addition_chooses_on_validation():
 
 
 def test_negation_keeps_the_control():
-    def score(task, split, params):
-        moved = -float(params["w"][0])
+    def score(task, split, taus, coefficients):
+        moved = np.array([-w[0] for w in weights(taus, coefficients)])
         return 0.8 - 0.6 * moved if task == "a" else 0.9 - 0.1 * moved
 
-    row = arithmetic.negation(BASE, VECTORS["a"], "a", ["b"], score, [0.0, 0.2, 0.4, 0.6], 0.95)
+    row = arithmetic.negation(VECTORS["a"], "a", ["b"], score, [0.0, 0.2, 0.4, 0.6], 0.95)
     assert row["coefficient"] == 0.4
     assert row["target"] == pytest.approx(0.56)
     assert row["control"] == pytest.approx(0.86)
     assert row["drop"] == pytest.approx(0.24)
+
+
+def test_negation_changes_nothing_where_the_control_never_holds():
+    def score(task, split, taus, coefficients):
+        moved = np.array([-w[0] for w in weights(taus, coefficients)])
+        return 0.9 - moved
+
+    row = arithmetic.negation(VECTORS["a"], "a", ["b"], score, [0.5, 1.0], 0.95)
+    assert (row["coefficient"], row["drop"]) == (0, 0)
 
 
 def test_cosines():

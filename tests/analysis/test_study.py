@@ -1,20 +1,36 @@
-"""The quickstart's own config, scaled down, from the command to the report; and again, with nothing left to run."""
+"""The quickstart's config, scaled down, from the command to the report; and again, with nothing left to run."""
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 
 import jft
+from jft.analysis import study
 from jft.cli import main
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
+TASKS, METHODS = ["upright", "rotated", "inverted", "parity"], ["full", "bitfit", "masking", "linear", "posthoc"]
+CONFIG = f"""
+import runpy
+
+def get_config():
+    config = runpy.run_path({str(QUICKSTART)!r})["get_config"]()
+    for part, kept in (("tasks", {TASKS}), ("methods", {METHODS})):
+        for name in set(config.studies.digits[part]) - set(kept):
+            del config.studies.digits[part][name]
+    return config
+"""
 SMALL = [
     "--config.studies.digits.base.train.steps=6",
     "--config.studies.digits.common.steps=3",
-    "--config.studies.digits.common.batch_size=16",
+    "--config.studies.digits.common.batch_size=64",
     "--config.studies.digits.common.log.every=1",
     "--config.studies.digits.base.train.model.options.layers=1",
     "--config.studies.digits.arithmetic.points=3",
+    "--config.studies.digits.disentangle.points=3",
     "--config.studies.library.base.train.steps=6",
     "--config.studies.library.common.steps=3",
     "--config.studies.library.common.log.every=1",
@@ -28,31 +44,29 @@ SMALL = [
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study") / "quickstart"
-    assert main.call(["quickstart", f"--workdir={folder}", *SMALL]) == 0
+    folder.parent.joinpath("small.py").write_text(CONFIG)
+    assert main.call(again(folder)) == 0
     return folder
+
+
+def again(workdir, *more):
+    return ["quickstart", f"--config={workdir.parent / 'small.py'}", f"--workdir={workdir}", *SMALL, *more]
 
 
 @pytest.mark.slow
 def test_everything_is_written(workdir):
     results = json.loads((workdir / "results.json").read_text())
     digits, library = results["studies"]
-    assert [task["name"] for task in digits["tasks"]] == [
-        "upright",
-        "rotated",
-        "inverted",
-        "mirrored",
-        "parity",
-        "loops",
-    ]
-    assert [method["name"] for method in digits["methods"]] == ["full", "lora", "bitfit", "blocks", "lift", "masking"]
-    assert len(digits["runs"]) == 36
-    assert len(digits["addition"]) == 6
-    assert len(digits["negation"]) == 30, "the control itself is not negated"
+    assert [task["name"] for task in digits["tasks"]] == TASKS
+    assert [method["name"] for method in digits["methods"]] == METHODS
+    assert len(digits["runs"]) == 4 * 5
+    assert len(digits["addition"]) == 5
+    assert len(digits["negation"]) == 3 * 5, "the control itself is not negated"
     assert results["config"]["studies"]["digits"]["common"]["steps"] == 3, "what ran, not what the file says"
     assert library["metric"] == "bits_per_byte"
     assert library["tasks"][0]["base"] == pytest.approx(8, abs=2), "a model of bytes that has learnt next to nothing"
     with (workdir / "digits_scores.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 36
+        assert len(list(csv.DictReader(file))) == 4 * 5
     assert "data:image/svg+xml" in (workdir / "report.html").read_text()
 
 
@@ -75,10 +89,10 @@ def test_a_run_for_each_seed(workdir):
 
 @pytest.mark.slow
 def test_task_vectors_live_in_one_space(workdir):
-    parity, loops = (
-        jft.TaskVector.load(workdir / "digits" / t / "full" / "task_vector.safetensors") for t in ("parity", "loops")
+    parity, upright = (
+        jft.TaskVector.load(workdir / "digits" / t / "full" / "task_vector.safetensors") for t in ("parity", "upright")
     )
-    assert not any(path.startswith("classifier") for path in (parity + loops).paths)
+    assert not any(path.startswith("classifier") for path in (parity + upright).paths)
     bias = jft.TaskVector.load(workdir / "digits" / "parity" / "bitfit" / "task_vector.safetensors")
     assert all(path.endswith(("/b", "/bias")) for path in bias.paths)
 
@@ -87,13 +101,66 @@ def test_task_vectors_live_in_one_space(workdir):
 def test_a_second_start_runs_nothing(workdir, capsys):
     written = {path: path.stat().st_mtime_ns for path in workdir.rglob("task_vector.safetensors")}
     before = json.loads((workdir / "results.json").read_text())["studies"]
-    assert main.call(["quickstart", f"--workdir={workdir}", *SMALL]) == 0
+    assert main.call(again(workdir)) == 0
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("task_vector.safetensors")} == written
     assert json.loads((workdir / "results.json").read_text())["studies"] == before
 
 
 @pytest.mark.slow
 def test_another_config_in_the_same_place_is_refused(workdir, capsys):
-    changed = [*SMALL, "--config.studies.digits.common.optimizer.b2=0.9"]
-    assert main.call(["quickstart", f"--workdir={workdir}", *changed]) == 1
+    assert main.call(again(workdir, "--config.studies.digits.common.optimizer.b2=0.9")) == 1
     assert "holds a finished run of another config (they differ in: optimizer)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_linearized_methods_are_evaluated_linearized(workdir):
+    """`posthoc` has the task vectors of `full`, and the scores of the model linearized at the base."""
+    digits = json.loads((workdir / "results.json").read_text())["studies"][0]
+    forwards = {method["name"]: method["forward"] for method in digits["methods"]}
+    assert {name for name, forward in forwards.items() if forward == "linearized"} == {"linear", "posthoc"}
+    runs = {(run["task"], run["method"]): run for run in digits["runs"]}
+    assert runs["rotated", "posthoc"]["norm"] == runs["rotated", "full"]["norm"]
+    assert not (workdir / "digits" / "rotated" / "posthoc").exists(), "it trains nothing"
+    assert {(row["method"], row["task"]) for row in digits["advantage"]} == {
+        (method, task["name"]) for method in ("linear", "posthoc") for task in digits["tasks"]
+    }
+    maps = digits["disentanglement"]
+    assert [row["method"] for row in maps] == [method["name"] for method in digits["methods"]]
+    assert all(row["pair"] == ["rotated", "inverted"] for row in maps)
+    for row in maps:
+        zero = row["grid"].index(0)
+        assert row["xi"][zero][zero] == 0
+    with (workdir / "digits_disentanglement.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(maps) * len(maps[0]["grid"]) ** 2
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        ({"a": {"of": "b"}, "b": {"of": "c"}}, "of='b' is not one that trains"),
+        ({"full": {}, "a": {"of": "full", "forward": "linear"}}, "forward 'linear' is unknown"),
+        ({"full": {"forward": "linearized"}}, "method 'full' trains; forward belong"),
+        ({"full": {}, "a": {"of": "full", "optimizer": {}}}, "it has no 'optimizer'"),
+    ],
+)
+def test_wrong_uses_of_others_vectors_are_refused(methods, said):
+    config = study.collection(
+        "t", one=study.study(base={"source": "x"}, tasks={"t": {"data": {"source": "digits"}}}, methods=methods)
+    )
+    with pytest.raises(ValueError, match=said):
+        study.check(config)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"disentangle": {"pairs": (("t", "u"),)}}, r"\('t', 'u'\) is no pair of the tasks t"),
+        ({"nonlinear": "other"}, "nonlinear 'other' is not one of full"),
+    ],
+)
+def test_wrong_names_are_refused(parts, said):
+    config = study.study(
+        base={"source": "x"}, tasks={"t": {"data": {"source": "digits"}}}, methods={"full": {}}, **parts
+    )
+    with pytest.raises(ValueError, match=said):
+        study.check(study.collection("t", one=config))

@@ -11,7 +11,7 @@ from jft.train import Optimizer, optimizer
 from jft.train.config import check
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-STUDIES = ("quickstart", "clip_eight")
+STUDIES = ("quickstart", "clip_eight", "comparison", "comparison:rates", "tangent", "tangent:rates")
 RUNS = (
     "decoder_sft",
     "encoder_classification",

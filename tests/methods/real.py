@@ -129,7 +129,7 @@ def turned(known, name, options, lr):
     assert loss(model, run.params) < 0.95 * before
     if run.plan.method.forward == "linearized":
         f_lin = jft.linearize(model.apply, base)
-        assert loss(f_lin.__call__, f_lin.direction(run.task_vector)) < 0.95 * before
+        assert loss(f_lin, f_lin.direction(run.task_vector)) < 0.95 * before
     kept(base, run)
     return run
 

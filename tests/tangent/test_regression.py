@@ -89,11 +89,11 @@ def test_ridge_in_selected_parts_changes_nothing_else():
             close(np.asarray(cg[path].dense()), np.asarray(dual[path].dense()), "float64")
         # The predictor with the kernel is the model at tau.
         K = tangent.kernel(f_lin, {"images": images}, moving=space)
-        f0 = np.asarray(f_lin.apply(f_lin.params, {"images": images}))
+        f0 = np.asarray(f_lin.function(f_lin.params, {"images": images}))
         coefficients = tangent.kernel_regression(K, y - f0, 0.1)
         new = {"images": images[::2] + 0.1}
         cross = tangent.kernel(f_lin, new, {"images": images}, moving=space)
-        base = f_lin.apply(f_lin.params, new)
+        base = f_lin.function(f_lin.params, new)
         close(
             tangent.kernel_predict(base, cross, coefficients),
             np.asarray(jax.jit(f_lin)(f_lin.direction(dual), new)),

@@ -1,0 +1,107 @@
+"""How far a model is from its linearization along a task vector."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jft import parallel, tangent
+from jft.analysis.points import moved
+from jft.delta import TaskVector
+from jft.tangent.programs import once
+from jft.train import feed
+from jft.train.objectives import Objective
+from jft.train.state import find_mesh
+from jft.train.step import apply_of
+
+GRID = tuple(float(c) for c in np.linspace(0, 1, 11))
+
+
+def linearity(
+    model: Any,
+    params: Any,
+    tau: TaskVector,
+    batches: Iterable[Any],
+    objective: Objective,
+    grid: Sequence[float] = GRID,
+) -> list[dict[str, Any]]:
+    """A row for each coefficient ``a``: how ``f(theta0 + a tau)`` and ``f_lin(a tau) = f(theta0) + a J tau`` compare.
+
+    error: ``||f - f_lin|| / ||f - f(theta0)||``, over the outputs that count; 0 where the model is linear along tau, and
+    None where nothing moved. cosine: between the two changes of the outputs. agreement: the share of equal predictions.
+    standard, linearized: dicts of loss and metrics of either. Norms are sums in float64 over batches; one tangent pass of
+    each batch serves all coefficients.
+
+    Raises ``ValueError`` for objectives whose examples have no prediction of their own, and data in which nothing counts.
+    """
+    if not hasattr(objective, "weights"):
+        raise ValueError(f"{type(objective).__name__} gives no prediction of each example to compare")
+    mesh = find_mesh(params)
+    apply = apply_of(model, mesh)
+    f_lin = tangent.linearize(apply, params)
+    totals: list[dict[str, Any]] = [{} for _ in grid]
+    for batch in batches:
+        host = feed.host(batch)
+        objective.weight(host, np)
+        placed = parallel.put_batch(host, mesh)
+        f0, step = tangent.tangents(f_lin, [tau], placed)
+        for a, total in zip(grid, totals, strict=True):
+            found = _compare(apply, objective)(moved(params, [tau], [a]), f0, step, jnp.float32(a), placed)
+            _add(total, jax.device_get(found))
+    return [_row(float(a), total, objective) for a, total in zip(grid, totals, strict=True)]
+
+
+@once
+def _compare(apply: Any, objective: Objective) -> Any:
+    """Jitted ``(params, f(theta0), J tau [1, ...], a, batch) -> sums over the batch``."""
+
+    def run(params: Any, f0: Any, step: Any, a: Any, batch: Any) -> dict[str, Any]:
+        y, linear = apply(params, batch), tangent.combined(f0, step, a[None])
+        weights = objective.weights(batch)  # type: ignore[attr-defined]
+        change, straight = (x.astype(jnp.float32) - f0.astype(jnp.float32) for x in (y, linear))
+        each = {
+            "apart": jnp.square(change - straight),
+            "change": jnp.square(change),
+            "straight": jnp.square(straight),
+            "product": change * straight,
+        }
+        counts = (weights > 0).astype(jnp.float32)[..., None]
+        sums: dict[str, Any] = {name: jnp.sum(x * counts) for name, x in each.items()}
+        same = jnp.argmax(y, axis=-1) == jnp.argmax(linear, axis=-1)
+        sums["same"] = jnp.sum(weights * same)
+        for name, outputs in (("standard", y), ("linearized", linear)):
+            loss, weight, metrics = objective.loss(outputs, batch)
+            sums[name] = {"loss": loss, **metrics}
+        return {**sums, "weight": weight}
+
+    return jax.jit(run)
+
+
+def _add(total: dict[str, Any], found: dict[str, Any]) -> None:
+    for name, value in found.items():
+        if isinstance(value, dict):
+            _add(total.setdefault(name, {}), value)
+        else:
+            total[name] = total.get(name, 0.0) + float(np.float64(value))
+
+
+def _row(a: float, total: dict[str, Any], objective: Objective) -> dict[str, Any]:
+    weight = total.get("weight")
+    if not weight:
+        raise ValueError("the data have no batch, or none in which anything counts (loss mask, valid, labels)")
+    norms = (total["change"] * total["straight"]) ** 0.5
+    both = {
+        name: objective.report({key: value / weight for key, value in total[name].items()})
+        for name in ("standard", "linearized")
+    }
+    return {
+        "coefficient": a,
+        "error": (total["apart"] / total["change"]) ** 0.5 if total["change"] else None,
+        "cosine": total["product"] / norms if norms else None,
+        "agreement": total["same"] / weight,
+        **both,
+    }

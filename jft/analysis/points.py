@@ -1,0 +1,128 @@
+"""What a model gives at points of the space that task vectors span, in its ordinary or its linearized forward pass.
+
+A point is a row ``alpha`` of coefficients. The ordinary model stands there with the weights ``theta0 + sum_t alpha_t tau_t``;
+linearized at its base it gives ``f(theta0) + sum_t alpha_t J tau_t``, all points of a grid for one pass of each task vector.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jft import delta, parallel, tangent
+from jft.delta import TaskVector
+from jft.tangent.programs import once
+from jft.train import feed
+from jft.train.objectives import Objective
+from jft.train.state import find_mesh
+from jft.train.step import apply_of
+
+Read = Callable[[Any, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """name: ``standard``, or ``linearized`` at the base. until: the site up to which it is (None: all of the model).
+
+    A nonlinear task vector in the linearized pass is post-hoc linearization (Ortiz-Jimenez, Favero and Frossard 2023,
+    arXiv:2305.12827). Raises ``ValueError`` for another name.
+    """
+
+    name: str = "standard"
+    until: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in ("standard", "linearized"):
+            raise ValueError(f"forward {self.name!r} is unknown; choose standard or linearized")
+        if self.until is not None and self.name == "standard":
+            raise ValueError(f"until={self.until!r} is of linearized forward passes; give forward='linearized'")
+
+    @classmethod
+    def of(cls, tau: TaskVector) -> Forward:
+        """The one that ``tau`` was trained with, by its manifest."""
+        method = tau.manifest.get("method") or {}
+        return cls(method.get("forward") or "standard", method.get("until"))
+
+
+STANDARD = Forward()
+
+
+def readings(
+    model: Any,
+    params: Any,
+    taus: Sequence[TaskVector],
+    coefficients: Any,
+    batches: Iterable[Any],
+    read: Read,
+    forward: Forward = STANDARD,
+) -> Iterator[Any]:
+    """For each batch, ``read(outputs, batch)`` at every point: numpy arrays ``[P, ...]``.
+
+    model: a jft model, or any ``apply(params, batch)``. params: the base. coefficients: ``[P, T]``, or ``[P]`` for the sum of
+    all task vectors. read is traced by JAX. The ordinary model goes through the batches ``P`` times, with one set of changed
+    weights in memory; the linearized one once, as in :func:`jft.tangent.sweep`.
+    """
+    mesh = find_mesh(params)
+    grid, apply = np.asarray(coefficients, np.float64), apply_of(model, mesh)
+    again = list(batches) if isinstance(batches, Iterator) else batches
+
+    def placed() -> Iterator[Any]:
+        return (parallel.put_batch(feed.host(batch), mesh) for batch in again)
+
+    if forward.name == "linearized":
+        yield from tangent.readings(tangent.linearize(apply, params, forward.until), taus, placed(), read, grid)
+        return
+    found = []
+    for alpha in grid.reshape(len(grid), -1):
+        changed = moved(params, taus, alpha if grid.ndim == 2 else np.repeat(alpha, len(taus)))
+        found.append([jax.device_get(_reader(apply, read)(changed, batch)) for batch in placed()])
+    for at_points in zip(*found, strict=True):
+        yield jax.tree.map(lambda *x: np.stack(x), *at_points)
+
+
+def moved(params: Any, taus: Sequence[TaskVector], alpha: Iterable[float]) -> Any:
+    """``theta0 + sum_t alpha_t tau_t``; the base itself where all are zero."""
+    used = [(tau, float(a)) for tau, a in zip(taus, alpha, strict=True) if a]
+    if not used:
+        return params
+    return delta.apply(params, TaskVector.combine([tau for tau, _ in used], [a for _, a in used]), check=False)
+
+
+@once
+def _reader(apply: Callable, read: Read) -> Callable:
+    return jax.jit(lambda params, batch: read(apply(params, batch), batch))
+
+
+def scores(
+    model: Any,
+    params: Any,
+    taus: Sequence[TaskVector],
+    coefficients: Any,
+    batches: Iterable[Any],
+    objective: Objective,
+    forward: Forward = STANDARD,
+) -> list[Mapping[str, float]]:
+    """What :func:`jft.train.evaluate` would say at every point: ``[{"loss", "accuracy", ...}]``."""
+    totals: dict[str, np.ndarray] = {}
+    for found in readings(model, params, taus, coefficients, batches, summed(objective), forward):
+        for name, value in found.items():
+            totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
+    weight = totals.pop("weight", None)
+    if weight is None or not weight.all():
+        raise ValueError("evaluation has no batch, or none in which anything counts (loss mask, valid, labels)")
+    return [objective.report({name: float(x[p] / weight[p]) for name, x in totals.items()}) for p in range(len(weight))]
+
+
+@once
+def summed(objective: Objective) -> Read:
+    """Sums of loss, metrics and weight; one function for equal objectives, so that they share programs."""
+
+    def read(outputs: Any, batch: Any) -> dict[str, Any]:
+        loss, weight, sums = objective.loss(outputs, batch)
+        return {"loss": loss, **sums, "weight": weight}
+
+    return read

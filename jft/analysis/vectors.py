@@ -1,0 +1,135 @@
+"""What a study does with its task vectors: addition, negation, cosines, disentanglement."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jft.analysis import arithmetic, disentangle, outcomes, seeds, settings
+from jft.analysis.bases import Base
+from jft.analysis.points import Forward
+from jft.analysis.tasks import Task
+from jft.delta import TaskVector
+
+Say = Callable[[str], None]
+Found = dict[str, Any]
+
+
+def examined(
+    name: str,
+    config: Mapping[str, Any],
+    base: Base,
+    tasks: Mapping[str, Task],
+    runs: Sequence[Mapping[str, Any]],
+    workdir: Path,
+    say: Say,
+) -> Found:
+    """``addition``, ``negation``, ``disentanglement``: rows for each method and seed. ``cosine``: of the first seed's.
+
+    The vectors of one method and seed are in memory at a time.
+    """
+    found: Found = {"addition": [], "negation": [], "disentanglement": [], "cosine": {}}
+    if len(tasks) < 2:
+        return found
+    for method, seed in itertools.product(config["methods"], config["seeds"] or (None,)):
+        source = settings.source(config, method)
+        files = {t: seeds.folder(workdir, t, source, seed) / outcomes.VECTOR for t in tasks}
+        loaded = {t: TaskVector.load(file) for t, file in files.items()}
+        forward = settings.forward(config, method, next(iter(loaded.values())))
+        # Masks are changes of this base; sums of them are sums of what they change.
+        vectors = {t: vector.resolve(base.params) for t, vector in loaded.items()}
+        if method not in found["cosine"] and source == method:
+            found["cosine"][method] = arithmetic.cosines(vectors)
+        if config["metric"] != "accuracy":
+            continue
+        mine = {r["task"]: r for r in runs if r["method"] == method and seed in (None, r["seed"])}
+        told = {"method": method, "seed": seed}
+        for key, rows in _protocols(config, base, tasks, mine, vectors, forward).items():
+            found[key] += [told | row for row in rows]
+            for row in rows:
+                say(f"{name}: {key}, {method}{'' if seed is None else f', seed {seed}'}: {_told(key, row)}")
+    return found
+
+
+def _protocols(
+    config: Mapping[str, Any],
+    base: Base,
+    tasks: Mapping[str, Task],
+    runs: Mapping[str, Mapping[str, Any]],
+    vectors: Mapping[str, TaskVector],
+    forward: Forward,
+) -> dict[str, list[Found]]:
+    options = config["arithmetic"]
+    grid = [round(float(c), 6) for c in np.linspace(0, options["largest"], options["points"])]
+
+    def score(task: str, split: str, taus: Sequence[TaskVector], coefficients: Any) -> np.ndarray:
+        return tasks[task].scores(split, base.params, taus, coefficients, forward)
+
+    found: dict[str, list[Found]] = {"addition": [], "negation": [], "disentanglement": []}
+    if options["addition"]:
+        keys = {"validation": "validation", "test": "score"}
+        single = {split: {task: runs[task][key] for task in tasks} for split, key in keys.items()}
+        found["addition"].append(arithmetic.addition(vectors, single, score, grid))
+    for task in tasks if options["negation"] else ():
+        if task == options["control"]:
+            continue
+        controls = [options["control"]] if options["control"] else [t for t in tasks if t != task]
+        row = arithmetic.negation(vectors[task], task, controls, score, grid, options["threshold"])
+        found["negation"].append({"task": task, **row})
+    for pair in config["disentangle"]["pairs"]:
+        found["disentanglement"].append(_map(config["disentangle"], base, tasks, vectors, forward, pair))
+    return found
+
+
+def _map(
+    options: Mapping[str, Any],
+    base: Base,
+    tasks: Mapping[str, Task],
+    vectors: Mapping[str, TaskVector],
+    forward: Forward,
+    pair: Sequence[str],
+) -> Found:
+    taus = [vectors[name] for name in pair]
+    first, second = (
+        disentangle.Member(t.model, t.params(base.params), t.loaders["test"], t.objective, taus)
+        for t in (tasks[name] for name in pair)
+    )
+    grid = [round(float(c), 6) for c in np.linspace(options["lowest"], options["largest"], options["points"])]
+    found = disentangle.disentanglement(first, second, grid, forward)
+    return {"pair": list(pair), "grid": grid, "xi": found.xi.round(6).tolist(), "within": found.within()}
+
+
+def _told(key: str, row: Found) -> str:
+    if key == "addition":
+        return f"{100 * row['absolute']:.1f} ({100 * row['normalised']:.1f} normalised)"
+    if key == "negation":
+        return f"{row['task']} {100 * row['base_target']:.1f} -> {100 * row['target']:.1f}"
+    return f"{' and '.join(row['pair'])}, mean xi {row['within']:.3f}"
+
+
+def advantages(config: Mapping[str, Any], tasks: Mapping[str, Task], runs: Sequence[Mapping[str, Any]]) -> list[Found]:
+    """The nonlinear advantage over each linearized method, a row for each task and seed; see :mod:`jft.analysis.arithmetic`.
+
+    Against the method ``nonlinear`` of the config, or the first one that is not linearized.
+    """
+    if config["metric"] != "accuracy":
+        return []
+    forwards = {run["method"]: run.get("forward", "standard") for run in runs}
+    standard = config["nonlinear"] or next((m for m, forward in forwards.items() if forward == "standard"), None)
+    score = {(run["task"], run["method"], run["seed"]): run["score"] for run in runs}
+    return [
+        {
+            "method": run["method"],
+            "task": run["task"],
+            "seed": run["seed"],
+            "advantage": arithmetic.nonlinear_advantage(
+                run["score"], score[run["task"], standard, run["seed"]], tasks[run["task"]].classes or 2
+            ),
+        }
+        for run in runs
+        if forwards[run["method"]] == "linearized" and standard is not None
+    ]
