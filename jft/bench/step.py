@@ -42,6 +42,7 @@ class Setting:
     tokens: int = 256
     dtype: str = "float32"
     remat: str = "none"
+    attention: str = "plain"
     unroll: int = 0
     steps: int = 0
     topology: str = ""
@@ -83,7 +84,12 @@ class Candidate:
     """A method on the setting's model: its compiled step, and, to be timed (with ``params``), what it holds."""
 
     def __init__(self, setting: Setting, name: str, options: Mapping[str, Any], mesh: Any, params: Any = None):
-        execution = Execution(dtype=jnp.dtype(setting.dtype), remat=setting.remat, unroll=setting.unroll)  # type: ignore[arg-type]
+        execution = Execution(
+            dtype=jnp.dtype(setting.dtype),
+            remat=setting.remat,  # type: ignore[arg-type]
+            attention=setting.attention,  # type: ignore[arg-type]
+            unroll=setting.unroll,
+        )
         model = Model(MODELS[setting.model](), execution)
         method = by_chance(methods.method(name, **options))
         self.shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.dtype(setting.dtype)))

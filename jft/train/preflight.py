@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -76,6 +76,13 @@ def _remedies(update: step.Step, batch: Any, model: Any, params: Any) -> Iterato
     if hasattr(model, "with_") and model.execution.remat != "full":
         changed = dataclasses.replace(recipe, apply=step.apply_of(model.with_(remat="full"), layout.mesh))
         yield "model.remat='full'", total(changed, abstract)
+    if (
+        hasattr(model, "with_")
+        and model.execution.attention == "plain"
+        and _longest(batch) > model.execution.attention_block
+    ):
+        changed = dataclasses.replace(recipe, apply=step.apply_of(model.with_(attention="blockwise"), layout.mesh))
+        yield "model.attention='blockwise'", total(changed, abstract)
     rows = feed.rows(batch)
     shards = parallel.batch_shards(layout.mesh)
     for times in (2, 4):
@@ -90,6 +97,12 @@ def _remedies(update: step.Step, batch: Any, model: Any, params: Any) -> Iterato
     plan = None if recipe.plan.method.name == "lora" else _low_rank(abstract, model)
     if plan is not None:
         yield "method='lora' with rank=8", total(dataclasses.replace(recipe, plan=plan), abstract)
+
+
+def _longest(batch: Any) -> int:
+    """Tokens of a row; 0 where the batch has none."""
+    tokens = batch.get("tokens") if isinstance(batch, Mapping) else None
+    return 0 if tokens is None else tokens.shape[-1]
 
 
 def _low_rank(params: Any, model: Any) -> Plan | None:

@@ -1,5 +1,6 @@
 """A fleet is its members' own runs, made by one program over one base."""
 
+import dataclasses
 import functools
 
 import jax
@@ -32,6 +33,9 @@ METHODS = {
     "full": lambda i: "full",
     "entries": lambda i: sparse(i, units.Entry()),
     "blocks": lambda i: sparse(i, units.Block(4, 1), 0.3),
+    "linearized": lambda i: "linearized",
+    "linearized blocks": lambda i: dataclasses.replace(sparse(i, units.Block(4, 1), 0.3), forward="linearized"),
+    "l_lora": lambda i: {"name": "l_lora", "rank": 2},
 }
 
 

@@ -167,6 +167,17 @@ def test_a_run_that_does_not_fit_names_remedies(monkeypatch):
     train(model=model, params=params, data=data, steps=1)
 
 
+def test_blockwise_attention_is_a_remedy_for_long_rows(monkeypatch):
+    from jft.models import DecoderConfig, Execution, Model
+
+    model = Model(DecoderConfig(vocab=64, width=16, layers=1, heads=2, hidden=32), Execution(attention_block=64))
+    params = model.init(jax.random.key(0))
+    monkeypatch.setenv("JFT_DEVICE_MEMORY", "6MB")
+    data = [{"tokens": np.zeros((1, 1024), np.int32)}]
+    with pytest.raises(MemoryBudgetError, match=r"any of these fits: .*model.attention='blockwise'"):
+        train(model=model, params=params, data=data, steps=1)
+
+
 def test_a_model_without_matrices_that_does_not_fit_says_so(monkeypatch):
     """LoRA is no remedy for it, which must not hide that the memory does not suffice."""
     monkeypatch.setenv("JFT_DEVICE_MEMORY", "10")
