@@ -52,6 +52,12 @@ def test_a_mesh_counts_all_its_devices(costs):
     assert cost.arguments < costs["full"].arguments / 2
 
 
+def test_blockwise_attention_takes_less_memory_for_long_rows():
+    long = {"model": "tiny", "batch": 1, "tokens": 2048, "unroll": 1}
+    plain, blockwise = (measure(Setting(**long, attention=how), [("full", {})])[0] for how in ("plain", "blockwise"))
+    assert blockwise.temporaries < 0.5 * plain.temporaries
+
+
 def test_the_command_prints_json(capsys):
     assert main.call([*SHELL, "--methods", "full", "block_sparse:density=0.25,block=(32,32)", "--json"]) == 0
     written = capsys.readouterr()
