@@ -60,6 +60,11 @@ def get_config() -> ConfigDict:
             "log": {"every": 50},
         },
         tasks={name: task(*values) for name, values in DATASETS.items()},
-        methods={"full": {"method": {"name": "full"}}},
+        # As in arXiv:2305.12827 the image encoder is linearized, and what normalises its features stays as it is.
+        methods={
+            "full": {"method": {"name": "full"}},
+            "linear": {"method": {"name": "linearized", "until": "features"}},
+            "posthoc": {"of": "full", "forward": "linearized", "until": "features"},
+        },
     )
     return collection("Eight tasks with CLIP", clip=clip)

@@ -1,5 +1,7 @@
 """The eight-task protocol on a CLIP of a few thousand weights: a saved base, frozen zero-shot heads, the encoder trained."""
 
+import json
+
 import jax
 import pytest
 
@@ -35,7 +37,11 @@ def config(base):
             "upright": {"data": {**scans, "split": "train", "limit": 64}, "templates": ("a photo of a {}.", "a {}.")},
             "parity": {"data": {**scans, "split": "train", "limit": 64, "task": "parity"}},
         },
-        methods={"full": {"method": {"name": "full"}}},
+        methods={
+            "full": {"method": {"name": "full"}},
+            "linear": {"method": {"name": "linearized", "until": "features"}},
+            "posthoc": {"of": "full", "forward": "linearized", "until": "features"},
+        },
         arithmetic={"points": 2},
     )
     return study.collection("CLIP", clip=one)
@@ -45,10 +51,15 @@ def config(base):
 def test_only_the_image_encoder_moves(base, tmp_path):
     study.run(config(base), tmp_path, "jft quickstart", say=lambda text: None)
     vectors = [
-        jft.TaskVector.load(tmp_path / "clip" / t / "full" / "task_vector.safetensors") for t in ("upright", "parity")
+        jft.TaskVector.load(tmp_path / "clip" / t / method / "task_vector.safetensors")
+        for t in ("upright", "parity")
+        for method in ("full", "linear")
     ]
     for vector in vectors:
         assert vector.paths
         assert all(path.startswith("vision") for path in vector.paths)
     _, params = jft.load(base, dtype="float32")
     jft.apply(params, sum(vectors))
+    results = json.loads((tmp_path / "results.json").read_text())["studies"][0]
+    assert [method["forward"] for method in results["methods"]] == ["standard", "linearized", "linearized"]
+    assert {run["until"] for run in results["runs"] if run["method"] != "full"} == {"features"}
