@@ -39,13 +39,24 @@ LIBRARY = {
     "lt_sft": {"name": "lt_sft", "density": 0.08278, "dense_steps": 200},
 }
 RATES = {
-    "full": 1e-2,
-    "lora": 3e-2,
-    "block_sparse": 3e-2,
-    "lift": 3e-2,
-    "spiel_ag": 1e-2,
-    "lt_sft": 3e-2,
-    "masking": 3e-3,
+    "digits": {
+        "full": 1e-2,
+        "lora": 3e-2,
+        "block_sparse": 3e-2,
+        "lift": 3e-2,
+        "spiel_ag": 1e-2,
+        "lt_sft": 3e-2,
+        "masking": 3e-3,
+    },
+    "library": {
+        "full": 3e-3,
+        "lora": 1e-2,
+        "block_sparse": 1e-2,
+        "lift": 1e-2,
+        "spiel_ag": 1e-2,
+        "lt_sft": 1e-2,
+        "masking": 1e-2,
+    },
 }
 
 
@@ -61,7 +72,7 @@ def compared(name: str, methods: dict, tune: bool) -> ConfigDict:
         parts["tasks"] = {task: said for task, said in parts["tasks"].items() if task in TUNING_TASKS}
         parts["methods"] = {f"{m}_{rate:.0e}": trained(said, rate) for m, said in methods.items() for rate in GRID}
     else:
-        parts["methods"] = {m: trained(said, RATES[m]) for m, said in methods.items()}
+        parts["methods"] = {m: trained(said, RATES[name][m]) for m, said in methods.items()}
     parts["seeds"] = (TUNING_SEED,) if tune else SEEDS
     parts |= {"arithmetic": {"addition": False, "negation": False}, "disentangle": {}}
     return study(**parts)

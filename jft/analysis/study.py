@@ -174,6 +174,8 @@ def _run(name: str, config: Mapping[str, Any], workdir: Path, say: Say) -> dict[
                 f"{name}: {task.name}, {method}{told}: {report.score(task.base, config['metric'])} -> "
                 f"{report.score(outcome['score'], config['metric'])}  ({time.perf_counter() - since:.1f} s)"
             )
+    order = list(config["methods"])
+    runs.sort(key=lambda run: order.index(run["method"]))  # as in every table and figure
     return {
         "name": name,
         "title": config["title"],

@@ -12,13 +12,18 @@ from jft.analysis.drawing import FAINT, INK, legend, looks, panels, styled
 
 @styled
 def disentanglement_maps(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """One heat map of xi for each row (``method``, ``pair``, ``grid``, ``xi``), on one scale; the square is [0, 1] x [0, 1]."""
+    """One heat map of xi for each row (``method``, ``pair``, ``grid``, ``xi``), on one scale; the square is [0, 1] x [0, 1].
+
+    Pairs go down, methods across; of one method, pairs go across.
+    """
     from matplotlib.patches import Rectangle
 
-    methods = len({row["method"] for row in rows})
-    figure, axes = panels(len(rows), methods if methods > 1 else 3, 2.7)
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    pairs = list(dict.fromkeys(tuple(row["pair"]) for row in rows))
+    placed = sorted(rows, key=lambda row: (pairs.index(tuple(row["pair"])), methods.index(row["method"])))
+    figure, axes = panels(len(rows), len(methods) if len(methods) > 1 else 3, 2.5)
     largest = max(float(np.max(row["xi"])) for row in rows) or 1.0
-    for axis, row in zip(axes, rows, strict=True):
+    for axis, row in zip(axes, placed, strict=True):
         grid = np.asarray(row["grid"])
         half = (grid[1] - grid[0]) / 2
         extent = (grid[0] - half, grid[-1] + half, grid[0] - half, grid[-1] + half)
@@ -28,7 +33,8 @@ def disentanglement_maps(rows: Sequence[Mapping[str, Any]]) -> Any:
         first, second = row["pair"]
         axis.set_title(row["method"])
         axis.set_xlabel(f"coefficient of {first}")
-        axis.set_ylabel(f"coefficient of {second}")
+        if len(methods) == 1 or axis.get_subplotspec().is_first_col():
+            axis.set_ylabel(f"coefficient of {second}")
         axis.grid(False)
     figure.colorbar(image, ax=axes, shrink=0.85, aspect=25, label="disentanglement error ξ")
     return figure
