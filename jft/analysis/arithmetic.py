@@ -83,9 +83,9 @@ def negation(
         kept = mean({name: np.asarray(score(name, split, [vector], points)) for name in controls})
         return np.asarray(score(target, split, [vector], points)), kept
 
-    (_, before), *rows = zip(*lost_and_kept("validation", [0.0, *grid]), strict=True)
-    at = dict(zip(grid, rows, strict=True))
-    found = merge.search(lambda c: merge.negation_row(*at[c], before, threshold), grid)
+    tried = list(dict.fromkeys([0.0, *grid]))  # the base itself, once
+    at = dict(zip(tried, zip(*lost_and_kept("validation", tried), strict=True), strict=True))
+    found = merge.search(lambda c: merge.negation_row(*at[c], at[0.0][1], threshold), grid)
     (base_target, after_target), (base_control, after_control) = lost_and_kept("test", [0.0, found.best])
     row: dict[str, Any] = {
         "coefficient": found.best,

@@ -7,6 +7,7 @@ linearized at its base it gives ``f(theta0) + sum_t alpha_t J tau_t``, all point
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from jft import delta, parallel, tangent
 from jft.delta import TaskVector
 from jft.tangent.programs import once
-from jft.train import feed
+from jft.train import evaluation, feed
 from jft.train.objectives import Objective
 from jft.train.state import find_mesh
 from jft.train.step import apply_of
@@ -59,19 +60,24 @@ def readings(
     batches: Iterable[Any],
     read: Read,
     forward: Forward = STANDARD,
+    check: Callable[[Any], Any] | None = None,
 ) -> Iterator[Any]:
     """For each batch, ``read(outputs, batch)`` at every point: numpy arrays ``[P, ...]``.
 
     model: a jft model, or any ``apply(params, batch)``. params: the base. coefficients: ``[P, T]``, or ``[P]`` for the sum of
     all task vectors. read is traced by JAX. The ordinary model goes through the batches ``P`` times, with one set of changed
-    weights in memory; the linearized one once, as in :func:`jft.tangent.sweep`.
+    weights in memory; the linearized one once, as in :func:`jft.tangent.sweep`. check: is given each batch on the host first,
+    to refuse it.
     """
     mesh = find_mesh(params)
     grid, apply = np.asarray(coefficients, np.float64), apply_of(model, mesh)
     again = list(batches) if isinstance(batches, Iterator) else batches
 
     def placed() -> Iterator[Any]:
-        return (parallel.put_batch(feed.host(batch), mesh) for batch in again)
+        for batch in map(feed.host, again):
+            if check is not None:
+                check(batch)
+            yield parallel.put_batch(batch, mesh)
 
     if forward.name == "linearized":
         yield from tangent.readings(tangent.linearize(apply, params, forward.until), taus, placed(), read, grid)
@@ -108,21 +114,17 @@ def scores(
 ) -> list[Mapping[str, float]]:
     """What :func:`jft.train.evaluate` would say at every point: ``[{"loss", "accuracy", ...}]``."""
     totals: dict[str, np.ndarray] = {}
-    for found in readings(model, params, taus, coefficients, batches, summed(objective), forward):
+    # On the host objectives refuse what the loss would take without a word.
+    refused = functools.partial(objective.weight, xp=np)
+    for found in readings(model, params, taus, coefficients, batches, summed(objective), forward, refused):
         for name, value in found.items():
             totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
-    weight = totals.pop("weight", None)
-    if weight is None or not weight.all():
-        raise ValueError("evaluation has no batch, or none in which anything counts (loss mask, valid, labels)")
-    return [objective.report({name: float(x[p] / weight[p]) for name, x in totals.items()}) for p in range(len(weight))]
+    return [
+        evaluation.told({name: float(x[p]) for name, x in totals.items()}, objective) for p in range(len(coefficients))
+    ]
 
 
 @once
 def summed(objective: Objective) -> Read:
     """Sums of loss, metrics and weight; one function for equal objectives, so that they share programs."""
-
-    def read(outputs: Any, batch: Any) -> dict[str, Any]:
-        loss, weight, sums = objective.loss(outputs, batch)
-        return {"loss": loss, **sums, "weight": weight}
-
-    return read
+    return functools.partial(evaluation.batch_sums, objective)

@@ -21,6 +21,11 @@ from jft.train.step import apply_of
 
 def _sums(apply: Callable, which: Objective, plan: Plan | None, dtype: Any, params: Any, batch: Any) -> dict[str, Any]:
     outputs = apply(params, batch) if plan is None else plan.outputs(apply, params[0], params[1], batch, dtype)
+    return batch_sums(which, outputs, batch)
+
+
+def batch_sums(which: Objective, outputs: Any, batch: Any) -> dict[str, Any]:
+    """``{"loss", metrics..., "weight"}``, sums over the batch: what :func:`told` takes once they are added up."""
     loss, weight, sums = which.loss(outputs, batch)
     return {"loss": loss, **sums, "weight": weight}
 
@@ -55,10 +60,15 @@ def mean(compute: Callable, params: Any, batches: Iterable, which: Objective, me
         batch = parallel.put_batch(batch, mesh) if mesh is not None else batch
         for name, value in jax.device_get(compute(params, batch)).items():
             totals[name] = totals.get(name, 0.0) + float(np.float64(value))
-    if not totals.get("weight"):
+    return told(totals, which)
+
+
+def told(totals: dict[str, float], which: Objective) -> dict[str, float]:
+    """What evaluation shows, from sums over all batches. Raises ``ValueError`` where nothing in them counts."""
+    weight = totals.get("weight")
+    if not weight:
         raise ValueError("evaluation has no batch, or none in which anything counts (loss mask, valid, labels)")
-    weight = totals.pop("weight")
-    return which.report({name: value / weight for name, value in totals.items()})
+    return which.report({name: value / weight for name, value in totals.items() if name != "weight"})
 
 
 def evaluate(model: Any, params: Any, batches: Iterable, objective: Any = "lm", mesh: Any = None) -> dict[str, float]:

@@ -143,6 +143,14 @@ def test_scores_are_those_of_evaluation(case, forward):
     assert summed[0] == pytest.approx(found[2], rel=1e-5), "one coefficient for all"
 
 
+@pytest.mark.parametrize("forward", ["standard", "linearized"])
+def test_scores_refuse_what_evaluation_refuses(case, forward):
+    base, taus, batches = case
+    unlabelled = [{**batches[0][0], "labels": np.full(8, -1)}]
+    with pytest.raises(ValueError, match="label -1 is no class"):
+        scores(apply, base, taus, [1.0], unlabelled, Classification(), Forward(forward))
+
+
 def test_linearity(case):
     base, taus, batches = case
     rows = linearity(apply, base, taus[0], batches[0], Classification(), [0.0, 0.25, 1.0])
