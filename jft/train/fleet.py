@@ -116,6 +116,7 @@ def train(asked: Asked) -> list[Run]:
 
     # What the user sees.
     primary = jax.process_index() == 0
+    first_example = overview.example(head, which, asked.tokenizer)
     for member in found:
         if member.workdir is not None and primary:
             member.workdir.mkdir(parents=True, exist_ok=True)
@@ -130,8 +131,8 @@ def train(asked: Asked) -> list[Run]:
         f"{len(found)} members ({', '.join(m.name for m in found)}), each by method {overview.describe(plans[0])}; "
         f"step takes {memory}; FLOPs by {work.source}"
     )
-    if asked.tokenizer is not None and hasattr(which, "weights"):
-        progress.say("first example, targets in brackets: " + overview.example(head, which, asked.tokenizer))
+    if first_example:
+        progress.say(first_example)
     if begin:
         progress.say(f"resumed after step {begin}")
 

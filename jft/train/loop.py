@@ -149,6 +149,7 @@ def _train(asked: Asked) -> Run:
 
     # What the user sees.
     primary = jax.process_index() == 0
+    first_example = overview.example(stream.peek(), which, asked.tokenizer)
     # Not before: a start that was refused leaves the config of the run that is there.
     identity.keep_config(workdir, said)
     metrics = Metrics(workdir, begin, asked.log.tensorboard, asked.log.wandb, primary)
@@ -157,8 +158,8 @@ def _train(asked: Asked) -> Run:
     meter = Meter(work)
     progress.say(overview.text(overview.rows(params, held.state.trained, layout.params if mesh is not None else None)))
     progress.say(f"method {overview.describe(plan)}; step takes {memory}; FLOPs by {work.source}")
-    if asked.tokenizer is not None and hasattr(which, "weights"):
-        progress.say("first example, targets in brackets: " + overview.example(stream.peek(), which, asked.tokenizer))
+    if first_example:
+        progress.say(first_example)
     if "classifier/w" in plan.paths and "classifier/w" not in plan.leaves:
         progress.say("the classifier stays as it is, which suits a fixed head; also='^classifier/' trains it")
     if begin:

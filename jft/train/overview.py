@@ -75,16 +75,24 @@ def text(table: list[Row]) -> str:
 
 
 def example(batch: Any, objective: Any, tokenizer: Any, limit: int = 400) -> str:
-    """The first row of a host batch decoded, up to ``limit`` tokens, with what the loss is over in ⟦brackets⟧."""
+    """The first row of a host batch decoded, up to ``limit`` tokens: with what the loss is over in ⟦brackets⟧ where that is
+    tokens, else with its label. Empty where the batch holds no text or there is no tokenizer.
+    """
     if not isinstance(batch, Mapping):
         batch = {"tokens": batch}
     decoder = "decoder_" if "decoder_tokens" in batch else ""
+    if tokenizer is None or f"{decoder}tokens" not in batch:
+        return ""
     tokens = batch[f"{decoder}tokens"][0]
     segments = batch[f"{decoder}segments"][0] if f"{decoder}segments" in batch else np.ones_like(tokens)
-    # Weights stand where the prediction is made, one before the token that is predicted.
-    counts = np.roll(objective.weights(batch, np)[0], 1) > 0
-    end = int(np.flatnonzero(segments > 0).max(initial=-1)) + 1
-    return marked(tokenizer, tokens[:end][:limit], counts[:end][:limit])
+    end = min(int(np.flatnonzero(segments > 0).max(initial=-1)) + 1, limit)
+    weights = objective.weights(batch, np)[0] if hasattr(objective, "weights") else np.float32(1)
+    if weights.ndim:
+        # Weights stand where the prediction is made, one before the token that is predicted.
+        counts = np.roll(weights, 1) > 0
+        return f"first example, targets in brackets: {marked(tokenizer, tokens[:end], counts[:end])}"
+    label = f", label {batch['labels'][0]}" if "labels" in batch else ""
+    return f"first example{label}: {tokenizer.decode(tokens[:end])}"
 
 
 def describe(plan: Plan) -> str:
