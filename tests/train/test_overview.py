@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 
 from jft.data.tokenizer import byte_tokenizer
-from jft.train import objectives, overview
+from jft.train import overview
+from jft.train.objectives import Classification, Contrastive, LanguageModel
 
 BYTES = byte_tokenizer()
 
 
 def text(written: str, length: int = 16) -> dict:
     """One row of tokens and segments, padded."""
-    ids = BYTES.encode(written)
+    ids = BYTES.encode(written).ids
     row, segments = np.zeros((1, length), np.int32), np.zeros((1, length), np.int32)
     row[0, : len(ids)], segments[0, : len(ids)] = ids, 1
     return {"tokens": row, "segments": segments}
@@ -20,22 +21,22 @@ def text(written: str, length: int = 16) -> dict:
 def test_targets_of_a_language_model_stand_in_brackets():
     batch = text("ask: yes")
     batch["loss_mask"] = np.where(np.arange(16) >= 5, batch["segments"], 0)
-    shown = overview.example(batch, objectives.LanguageModel(), BYTES)
+    shown = overview.example(batch, LanguageModel(), BYTES)
     assert shown == "first example, targets in brackets: ask: ⟦yes⟧"
 
 
 def test_a_classified_text_is_shown_with_its_label():
     batch = text("good") | {"labels": np.array([3], np.int32)}
-    assert overview.example(batch, objectives.Classification(), BYTES) == "first example, label 3: good"
-    assert overview.example(batch, objectives.Classification(), BYTES, limit=2) == "first example, label 3: go"
+    assert overview.example(batch, Classification(), BYTES) == "first example, label 3: good"
+    assert overview.example(batch, Classification(), BYTES, limit=2) == "first example, label 3: go"
 
 
 def test_a_captioned_image_is_shown_by_its_caption():
     batch = text("a cat") | {"images": np.zeros((1, 2, 2, 3), np.float32)}
-    assert overview.example(batch, objectives.Contrastive(), BYTES) == "first example: a cat"
+    assert overview.example(batch, Contrastive(), BYTES) == "first example: a cat"
 
 
 @pytest.mark.parametrize("coder", [None, BYTES])
 def test_images_alone_show_nothing(coder):
     batch = {"images": np.zeros((1, 2, 2, 3), np.float32), "labels": np.array([3], np.int32)}
-    assert overview.example(batch, objectives.Classification(), coder) == ""
+    assert overview.example(batch, Classification(), coder) == ""
