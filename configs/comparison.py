@@ -55,7 +55,7 @@ RATES = {
         "lift": 1e-2,
         "spiel_ag": 1e-2,
         "lt_sft": 1e-2,
-        "masking": 1e-2,
+        "masking": 3e-3,
     },
 }
 
