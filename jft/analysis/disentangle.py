@@ -9,13 +9,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jft.analysis.points import STANDARD, Forward, readings
+from jft.analysis.points import STANDARD, Forward, grid, readings, weighing
 from jft.delta import TaskVector
 from jft.tangent.programs import once
 from jft.train.objectives import Objective
 
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
-GRID = tuple(float(c) for c in np.linspace(-2, 2, 17))
+
+GRID = grid(-2, 2, 17)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +83,11 @@ def _error(
     member: Member, t: int, both: np.ndarray, forward: Forward, read: Callable | None, distance: Distance
 ) -> np.ndarray:
     """On the data of task ``t``, ``[G, G]``."""
-    if not hasattr(member.objective, "weights"):
-        raise ValueError(f"{type(member.objective).__name__} gives no prediction of each example to compare")
+    how = _compared(weighing(member.objective), read)
     G = len(both)
     alone = np.where(np.arange(2) == t, np.diagonal(both).T, 0.0)  # [G, 2]
     points = np.concatenate([both.reshape(G * G, 2), alone])
     total, weight = np.zeros((G, G)), 0.0
-    how = _compared(member.objective, read)
     for found in readings(member.model, member.params, member.taus, points, member.batches, how, forward):
         values, weights = found["value"], np.asarray(found["weight"][0], np.float64)
         pairs = values[: G * G].reshape(G, G, *values.shape[1:])
@@ -102,9 +101,9 @@ def _error(
 
 
 @once
-def _compared(objective: Objective, read: Callable | None) -> Callable:
+def _compared(objective: Any, read: Callable | None) -> Callable:
     def values(outputs: Any, batch: Any) -> dict[str, Any]:
         value = jnp.argmax(outputs, axis=-1) if read is None else read(outputs)
-        return {"value": value, "weight": objective.weights(batch)}  # type: ignore[attr-defined]
+        return {"value": value, "weight": objective.weights(batch)}
 
     return values

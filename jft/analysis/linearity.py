@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import parallel, tangent
-from jft.analysis.points import moved
+from jft.analysis.points import grid, moved, weighing
 from jft.delta import TaskVector
 from jft.tangent.programs import once
 from jft.train import feed
@@ -18,7 +18,7 @@ from jft.train.objectives import Objective
 from jft.train.state import find_mesh
 from jft.train.step import apply_of
 
-GRID = tuple(float(c) for c in np.linspace(0, 1, 11))
+GRID = grid(0, 1, 11)
 
 
 def linearity(
@@ -38,11 +38,10 @@ def linearity(
 
     Raises ``ValueError`` for objectives whose examples have no prediction of their own, and data in which nothing counts.
     """
-    if not hasattr(objective, "weights"):
-        raise ValueError(f"{type(objective).__name__} gives no prediction of each example to compare")
     mesh = find_mesh(params)
     apply = apply_of(model, mesh)
     f_lin = tangent.linearize(apply, params)
+    compared = _compare(apply, weighing(objective))
     totals: list[dict[str, Any]] = [{} for _ in grid]
     for batch in batches:
         host = feed.host(batch)
@@ -50,18 +49,18 @@ def linearity(
         placed = parallel.put_batch(host, mesh)
         f0, step = tangent.tangents(f_lin, [tau], placed)
         for a, total in zip(grid, totals, strict=True):
-            found = _compare(apply, objective)(moved(params, [tau], [a]), f0, step, jnp.float32(a), placed)
+            found = compared(moved(params, [tau], [a]), f0, step, jnp.float32(a), placed)
             _add(total, jax.device_get(found))
     return [_row(float(a), total, objective) for a, total in zip(grid, totals, strict=True)]
 
 
 @once
-def _compare(apply: Any, objective: Objective) -> Any:
+def _compare(apply: Any, objective: Any) -> Any:
     """Jitted ``(params, f(theta0), J tau [1, ...], a, batch) -> sums over the batch``."""
 
     def run(params: Any, f0: Any, step: Any, a: Any, batch: Any) -> dict[str, Any]:
         y, linear = apply(params, batch), tangent.combined(f0, step, a[None])
-        weights = objective.weights(batch)  # type: ignore[attr-defined]
+        weights = objective.weights(batch)
         change, straight = (x.astype(jnp.float32) - f0.astype(jnp.float32) for x in (y, linear))
         each = {
             "apart": jnp.square(change - straight),

@@ -52,7 +52,13 @@ def _again(
         return {"seed": seed, **done}
     vector = TaskVector.load(workdir / VECTOR)
     forward = settings.forward(study, method, vector)
-    found = {**first, "seed": seed, "method": method, **_scores(task, base, vector, forward), "curve": []}
+    found = {
+        **first,
+        "seed": seed,
+        "method": method,
+        **_scores(task, base, vector.resolve(base.params), forward),
+        "curve": [],
+    }
     return records.write(workdir, compared, found, name)
 
 
@@ -104,25 +110,25 @@ def _measured(
     rows = [row for row in finished.metrics if row["split"] == "train"]
     # The first row has the compilation in it; one that follows another at once has no step to tell of.
     speeds = [row["steps_per_s"] for row in rows[1:] if row["steps_per_s"] > 0]
+    tau = vector.resolve(base.params)
     thinned = rows[:: -(-len(rows) // POINTS)]
     return {
         "task": task.name,
         "method": method,
         "seed": seed,
-        **_scores(task, base, vector, Forward.of(vector)),
+        **_scores(task, base, tau, Forward.of(vector)),
         "trained": tree.count(finished.state.trained),
         "density": vector.nnz / tree.count(base.params),
         "bytes": path.stat().st_size,
-        "norm": float(vector.resolve(base.params).norm()),
+        "norm": float(tau.norm()),
         "step_seconds": 1 / float(np.median(speeds)) if speeds else None,
         "seconds": time.perf_counter() - since,
         "curve": [{"step": row["step"], "loss": row["loss"]} for row in thinned],
     }
 
 
-def _scores(task: Task, base: Base, vector: TaskVector, forward: Forward) -> dict[str, Any]:
-    """The metric on both splits at the task vector, and the forward pass."""
-    tau = vector.resolve(base.params)
+def _scores(task: Task, base: Base, tau: TaskVector, forward: Forward) -> dict[str, Any]:
+    """The metric on both splits at a resolved task vector, and the forward pass."""
     test, validation = (
         float(task.scores(split, base.params, [tau], [1.0], forward)[0]) for split in ("test", "validation")
     )

@@ -52,6 +52,11 @@ class Forward:
 STANDARD = Forward()
 
 
+def grid(lowest: float, largest: float, points: int) -> tuple[float, ...]:
+    """Coefficients at equal distances, both ends among them; rounded to six digits, as reports show them."""
+    return tuple(round(float(c), 6) for c in np.linspace(lowest, largest, points))
+
+
 def readings(
     model: Any,
     params: Any,
@@ -122,6 +127,13 @@ def scores(
     return [
         evaluation.told({name: float(x[p]) for name, x in totals.items()}, objective) for p in range(len(coefficients))
     ]
+
+
+def weighing(objective: Objective) -> Any:
+    """``objective``, as one whose ``weights(batch)`` say how much each prediction counts. Raises ``ValueError`` else."""
+    if not hasattr(objective, "weights"):
+        raise ValueError(f"{type(objective).__name__} gives no prediction of each example to compare")
+    return objective
 
 
 @once

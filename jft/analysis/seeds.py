@@ -13,11 +13,11 @@ Run = Mapping[str, Any]
 MEASURED = ("score", "validation", "trained", "density", "bytes", "norm", "step_seconds", "seconds")
 
 
-def check(study: str, seeds: Sequence[Any]) -> None:
+def check(seeds: Sequence[Any]) -> None:
     """Refuse seeds that are no different non-negative whole numbers. Raises ``ValueError``."""
     whole = all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds)
     if not whole or len(set(seeds)) != len(seeds):
-        raise ValueError(f"study {study!r}: seeds are {list(seeds)}; give different whole numbers from 0 on, or none")
+        raise ValueError(f"seeds are {list(seeds)}; give different whole numbers from 0 on, or none")
 
 
 def folder(workdir: Path, task: str, method: str, seed: int | None) -> Path:

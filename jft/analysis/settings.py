@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jft.analysis.points import Forward
+from jft.analysis.points import Forward, grid
 from jft.delta import TaskVector
 from jft.train.config import Config, check
 
@@ -75,6 +75,21 @@ def check_method(study: Mapping[str, Any], method: str) -> None:
     if said["of"] not in trained:
         raise ValueError(f"method {method!r}: of={said['of']!r} is not one that trains: {', '.join(trained)}")
     Forward(said.get("forward") or "standard", said.get("until"))
+
+
+def of_maps(study: Mapping[str, Any]) -> tuple[float, ...]:
+    """The coefficients of a study's disentanglement maps.
+
+    Raises ``ValueError`` for pairs that are none of two tasks, and where no coefficient is one that arithmetic might take.
+    """
+    said = study["disentangle"]
+    for pair in said["pairs"]:
+        if len(pair) != 2 or not set(pair) <= set(study["tasks"]):
+            raise ValueError(f"{pair!r} is no pair of the tasks {', '.join(study['tasks'])}")
+    found = grid(said["lowest"], said["largest"], said["points"])
+    if said["pairs"] and not any(0 <= c <= 1 for c in found):
+        raise ValueError(f"disentangle.lowest, largest, points: of the coefficients {found} none lies in [0, 1]")
+    return found
 
 
 def data_parts(study: Mapping[str, Any], task: str) -> dict[str, dict[str, Any]]:

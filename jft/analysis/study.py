@@ -107,29 +107,31 @@ def check(config: Mapping[str, Any]) -> None:
             "the config has no studies; build it with jft.analysis.study.collection(title, NAME=study(...))"
         )
     for name, one in config["studies"].items():
-        if one["metric"] not in METRICS:
-            raise ValueError(f"study {name!r}: metric {one['metric']!r} is unknown; choose one of {', '.join(METRICS)}")
-        if not one["tasks"] or not one["methods"]:
-            raise ValueError(f"study {name!r} has no {'methods' if one['tasks'] else 'tasks'}")
-        if bool(one["base"]["source"]) == bool(one["base"]["train"]):
-            raise ValueError(
-                f"study {name!r}: give base.source (a pretrained model) or base.train (how to pretrain one)"
-            )
-        control = one["arithmetic"]["control"]
-        if control and control not in one["tasks"]:
-            raise ValueError(f"study {name!r}: arithmetic.control {control!r} is not one of {', '.join(one['tasks'])}")
-        if one["nonlinear"] and one["nonlinear"] not in one["methods"]:
-            raise ValueError(
-                f"study {name!r}: nonlinear {one['nonlinear']!r} is not one of {', '.join(one['methods'])}"
-            )
-        odd = [pair for pair in one["disentangle"]["pairs"] if len(pair) != 2 or not set(pair) <= set(one["tasks"])]
-        if odd:
-            raise ValueError(f"study {name!r}: {odd[0]!r} is no pair of the tasks {', '.join(one['tasks'])}")
-        seeds.check(name, one["seeds"])
-        for method in one["methods"]:
-            settings.check_method(one, method)
-            for task in one["tasks"]:
-                settings.of_run(one, task, method)
+        try:
+            _check(one)
+        except ValueError as error:
+            raise ValueError(f"study {name!r}: {error}") from None
+
+
+def _check(study: Mapping[str, Any]) -> None:
+    methods, tasks = study["methods"], study["tasks"]
+    if study["metric"] not in METRICS:
+        raise ValueError(f"metric {study['metric']!r} is unknown; choose one of {', '.join(METRICS)}")
+    if not tasks or not methods:
+        raise ValueError(f"there are no {'methods' if tasks else 'tasks'}")
+    if bool(study["base"]["source"]) == bool(study["base"]["train"]):
+        raise ValueError("give base.source (a pretrained model) or base.train (how to pretrain one)")
+    control = study["arithmetic"]["control"]
+    if control and control not in tasks:
+        raise ValueError(f"arithmetic.control {control!r} is not one of {', '.join(tasks)}")
+    if study["nonlinear"] and study["nonlinear"] not in methods:
+        raise ValueError(f"nonlinear {study['nonlinear']!r} is not one of {', '.join(methods)}")
+    settings.of_maps(study)
+    seeds.check(study["seeds"])
+    for method in methods:
+        settings.check_method(study, method)
+        for task in tasks:
+            settings.of_run(study, task, method)
 
 
 def run(config: ConfigDict, workdir: Path, command: str, say: Say = print) -> Path:

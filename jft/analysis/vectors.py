@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jft.analysis import arithmetic, disentangle, outcomes, seeds, settings
+from jft.analysis import arithmetic, disentangle, outcomes, points, seeds, settings
 from jft.analysis.bases import Base
 from jft.analysis.points import Forward
 from jft.analysis.tasks import Task
@@ -64,7 +64,7 @@ def _protocols(
     forward: Forward,
 ) -> dict[str, list[Found]]:
     options = config["arithmetic"]
-    grid = [round(float(c), 6) for c in np.linspace(0, options["largest"], options["points"])]
+    grid = points.grid(0, options["largest"], options["points"])
 
     def score(task: str, split: str, taus: Sequence[TaskVector], coefficients: Any) -> np.ndarray:
         return tasks[task].scores(split, base.params, taus, coefficients, forward)
@@ -81,12 +81,12 @@ def _protocols(
         row = arithmetic.negation(vectors[task], task, controls, score, grid, options["threshold"])
         found["negation"].append({"task": task, **row})
     for pair in config["disentangle"]["pairs"]:
-        found["disentanglement"].append(_map(config["disentangle"], base, tasks, vectors, forward, pair))
+        found["disentanglement"].append(_map(settings.of_maps(config), base, tasks, vectors, forward, pair))
     return found
 
 
 def _map(
-    options: Mapping[str, Any],
+    grid: Sequence[float],
     base: Base,
     tasks: Mapping[str, Task],
     vectors: Mapping[str, TaskVector],
@@ -98,9 +98,8 @@ def _map(
         disentangle.Member(t.model, t.params(base.params), t.loaders["test"], t.objective, taus)
         for t in (tasks[name] for name in pair)
     )
-    grid = [round(float(c), 6) for c in np.linspace(options["lowest"], options["largest"], options["points"])]
     found = disentangle.disentanglement(first, second, grid, forward)
-    return {"pair": list(pair), "grid": grid, "xi": found.xi.round(6).tolist(), "within": found.within()}
+    return {"pair": list(pair), "grid": found.grid.tolist(), "xi": found.xi.round(6).tolist(), "within": found.within()}
 
 
 def _told(key: str, row: Found) -> str:

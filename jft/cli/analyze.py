@@ -71,18 +71,14 @@ class Run:
     """A finished run: its model, base, task vector and evaluation data."""
 
     def __init__(self, folder: str, batches: int = 0) -> None:
-        from jft.train.objectives import infer, objective
-
         config = restored.config_of([f"--workdir={folder}"])
         if config is None:
             raise UsageError(f"{folder!r} has no config.json: it is not the workdir of a run")
         self.run = restored.restore(options.load(config), Path(folder))
         if self.run.test is None:
             raise ValueError(f"the run {folder!r} has no eval_data to be analyzed on")
-        said = self.run.config
-        found = {"name": said.objective, **said.objective_options} if said.objective else infer(self.run.test.sample())
         self.name, self.model, self.base = Path(folder).name, self.run.model, self.run.base
-        self.objective, self.tau = objective(found), self.run.task_vector()
+        self.objective, self.tau = self.run.objective, self.run.task_vector()
         self.batches: Any = self.run.test if not batches else list(itertools.islice(self.run.test, batches))
 
     def takes(self, other: Run) -> Any:
@@ -109,7 +105,6 @@ def _runs(given: argparse.Namespace) -> dict[str, Run]:
 
 def disentangle(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """``jft analyze disentangle RUN RUN``."""
-    import numpy as np
 
     from jft.analysis import disentangle as maps
     from jft.analysis import points, tangent_plots
@@ -122,7 +117,7 @@ def disentangle(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
     members = [
         maps.Member(r.model, r.base, r.batches, r.objective, [r.takes(first), r.takes(second)]) for r in runs.values()
     ]
-    grid = [round(float(c), 6) for c in np.linspace(given.lowest, given.largest, given.points)]
+    grid = points.grid(given.lowest, given.largest, given.points)
     found = maps.disentanglement(members[0], members[1], grid, forward)
     row = {"method": forward.name, "pair": list(runs), "grid": grid, "xi": found.xi.tolist()}
     row["each"] = dict(zip(runs, found.each.tolist(), strict=True))

@@ -14,13 +14,10 @@ from jft.cli.train import may_add
 def measure(run: restored.Restored, params: object, model: object = None) -> dict[str, float]:
     """Loss and metrics of ``params`` (of the run's model) over the run's evaluation data, each example once."""
     from jft.train import evaluate
-    from jft.train.objectives import infer
 
     if run.test is None:
         raise ValueError("the config has no eval_data to evaluate on; give --config.eval_data.source and its options")
-    said = run.config
-    which = {"name": said.objective, **said.objective_options} if said.objective else infer(run.test.sample())
-    return evaluate(run.model if model is None else model, params, run.test, which)
+    return evaluate(run.model if model is None else model, params, run.test, run.objective)
 
 
 def linearized(run: restored.Restored, until: str | None) -> dict[str, float]:

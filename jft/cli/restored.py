@@ -22,6 +22,16 @@ class Restored:
     train: Any
     test: Any
 
+    @property
+    def objective(self) -> Any:
+        """The :class:`jft.train.objectives.Objective` that the config says, else what the evaluation data speak of."""
+        from jft.train.objectives import infer, objective
+
+        said = self.config
+        return objective(
+            {"name": said.objective, **said.objective_options} if said.objective else infer(self.test.sample())
+        )
+
     def params(self) -> Any:
         """What the run ended with: the base plus its task vector."""
         from jft import delta

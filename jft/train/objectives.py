@@ -25,7 +25,8 @@ class Objective(Protocol):
     """What the step, evaluation and metrics ask of an objective. Objectives are hashable values.
 
     splits: whether the loss of a batch is the sum of its examples' losses, so that microbatches add up. One that also has
-    ``sampled_loss(key, outputs, batch)`` can be asked for its true Fisher information (:mod:`jft.select.scores`).
+    ``sampled_loss(key, outputs, batch)`` can be asked for its true Fisher information (:mod:`jft.select.scores`), one with
+    ``weights(batch, xp)`` says how much each prediction counts (:mod:`jft.analysis` compares predictions one by one).
     """
 
     splits: ClassVar[bool]

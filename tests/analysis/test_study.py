@@ -155,6 +155,7 @@ def test_wrong_uses_of_others_vectors_are_refused(methods, said):
     ("parts", "said"),
     [
         ({"disentangle": {"pairs": (("t", "u"),)}}, r"\('t', 'u'\) is no pair of the tasks t"),
+        ({"disentangle": {"pairs": (("t", "t"),), "lowest": 2.0, "largest": 3.0, "points": 2}}, "none lies in .0, 1."),
         ({"nonlinear": "other"}, "nonlinear 'other' is not one of full"),
     ],
 )
