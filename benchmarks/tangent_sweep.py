@@ -134,7 +134,7 @@ def flops(make, kind: str) -> dict[str, float]:
     module = sys.modules["jft.tangent.sweep"]
     kept, module._POINTS_BYTES = module._POINTS_BYTES, 2**50
     program = module._read(sides.model.apply, None, sides.score, None)
-    given = (sides.params, sides.directions, jnp.asarray(sides.grid), sides.batches[0])
+    given = (sides.params, sides.directions, module._compact(sides.grid), sides.batches[0])
     cost = lambda fn, *args: fn.lower(*args).compile().cost_analysis()["flops"]
     found = {
         "sweep": cost(program, *given),

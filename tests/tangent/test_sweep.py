@@ -76,6 +76,16 @@ def test_21_coefficients_of_8_task_vectors():
         )
 
 
+def test_points_along_few_of_many_directions():
+    """At most two of five move at once: the sums skip the others, whichever they are, and points that do not move."""
+    model, params, batch = models.model("vision")
+    f_lin = jft.linearize(model.apply, params)
+    taus = [models.draw(params, t) for t in range(5)]
+    points = np.array([[0, 0, 0.5, 0, 0], [0, 0, 0, 0, 0], [0.3, 0, 0, 0, -0.7], [0, 0.2, 0, 0.4, 0]])
+    table = tangent.sweep(f_lin, taus, [batch], score, points)
+    same(table, apart(f_lin, [tree.flatten(t) for t in taus], [batch], points))
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_tangents_equal_the_dense_jacobian(dtype):
     with jax.enable_x64(True):
@@ -208,7 +218,7 @@ def test_products_are_those_of_one_pass_and_the_directions(kind):
 
     directions = [f_lin.direction(tau(seed)) for seed in range(3)]
     forward = products(lambda b: model.apply(params, b), batch)
-    found = products(lambda d, b: tangent.tangents(f_lin, d, b), directions, batch)
+    found = products(lambda d, b: tangent.tangents(f_lin, d, b, at_once=3), directions, batch)
     # Attention's products are of two factors that both move.
     assert found <= {"whole": 1 + 2 * 3, "low rank": 1 + 3 * 1.6, "columns": 1 + 3 * 1.6}[kind] * forward
     each = products(lambda d, b: f_lin(d, b), directions[0], batch)
