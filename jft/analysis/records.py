@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,18 @@ def read(workdir: Path, config: Any, name: str = NAME) -> dict[str, Any] | None:
             "workdir, or remove that folder to run it again"
         )
     return kept["outcome"]
+
+
+def kept(path: Path, config: Any, compute: Callable[[], Any]) -> Any:
+    """What ``compute()`` gave for an equal ``config`` when it was asked last; else what it gives now, kept in ``path``."""
+    now = plain(config)
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["config"] == now:
+            return found["outcome"]
+    outcome = plain(compute())
+    write_json({"config": now, "outcome": outcome}, path)
+    return outcome
 
 
 def write(workdir: Path, config: Any, outcome: dict[str, Any], name: str = NAME) -> dict[str, Any]:

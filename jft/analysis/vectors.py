@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jft.analysis import arithmetic, disentangle, outcomes, points, seeds, settings
+from jft.analysis import arithmetic, disentangle, outcomes, points, records, seeds, settings
 from jft.analysis.bases import Base
 from jft.analysis.points import Forward
 from jft.analysis.tasks import Task
@@ -30,7 +33,8 @@ def examined(
 ) -> Found:
     """``addition``, ``negation``, ``disentanglement``: rows for each method and seed. ``cosine``: of the first seed's.
 
-    The vectors of one method and seed are in memory at a time.
+    The vectors of one method and seed are in memory at a time; their rows are kept in ``arithmetic_METHOD.json``, for another
+    start that asks for the same.
     """
     found: Found = {"addition": [], "negation": [], "disentanglement": [], "cosine": {}}
     if len(tasks) < 2:
@@ -48,11 +52,26 @@ def examined(
             continue
         mine = {r["task"]: r for r in runs if r["method"] == method and seed in (None, r["seed"])}
         told = {"method": method, "seed": seed}
-        for key, rows in _protocols(config, base, tasks, mine, vectors, forward).items():
+        suffix = "" if seed is None else f"_seed_{seed}"
+        compute = functools.partial(_protocols, config, base, tasks, mine, vectors, forward)
+        asked = _asked(config, base, files, forward)
+        for key, rows in records.kept(workdir / f"arithmetic_{method}{suffix}.json", asked, compute).items():
             found[key] += [told | row for row in rows]
             for row in rows:
                 say(f"{name}: {key}, {method}{'' if seed is None else f', seed {seed}'}: {_told(key, row)}")
     return found
+
+
+def _asked(config: Mapping[str, Any], base: Base, files: Mapping[str, Path], forward: Forward) -> Found:
+    """All that the rows of one method and seed depend on."""
+    parts = ("arithmetic", "disentangle", "tasks", "splits", "common", "head")
+    digests = {task: hashlib.sha256(file.read_bytes()).hexdigest() for task, file in files.items()}
+    return {
+        **{p: config[p] for p in parts},
+        "base": base.fingerprint,
+        "forward": dataclasses.asdict(forward),
+        "vectors": digests,
+    }
 
 
 def _protocols(

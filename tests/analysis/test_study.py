@@ -99,10 +99,12 @@ def test_task_vectors_live_in_one_space(workdir):
 
 @pytest.mark.slow
 def test_a_second_start_runs_nothing(workdir, capsys):
-    written = {path: path.stat().st_mtime_ns for path in workdir.rglob("task_vector.safetensors")}
+    results = [*workdir.rglob("task_vector.safetensors"), *workdir.rglob("arithmetic_*.json")]
+    written = {path: path.stat().st_mtime_ns for path in results}
+    assert {path.name for path in results} >= {"task_vector.safetensors", "arithmetic_posthoc.json"}
     before = json.loads((workdir / "results.json").read_text())["studies"]
     assert main.call(again(workdir)) == 0
-    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("task_vector.safetensors")} == written
+    assert {path: path.stat().st_mtime_ns for path in results} == written
     assert json.loads((workdir / "results.json").read_text())["studies"] == before
 
 
