@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jft.analysis.drawing import FAINT, INK, legend, looks, panels, styled
+from jft.analysis.drawing import FAINT, INK, WIDTH, legend, looks, panels, styled
 
 
 @styled
@@ -21,7 +21,8 @@ def disentanglement_maps(rows: Sequence[Mapping[str, Any]]) -> Any:
     methods = list(dict.fromkeys(row["method"] for row in rows))
     pairs = list(dict.fromkeys(tuple(row["pair"]) for row in rows))
     placed = sorted(rows, key=lambda row: (pairs.index(tuple(row["pair"])), methods.index(row["method"])))
-    figure, axes = panels(len(rows), len(methods) if len(methods) > 1 else 3, 2.5)
+    columns = len(methods) if len(methods) > 1 else 3
+    figure, axes = panels(len(rows), columns, min(2.5, WIDTH / columns + 0.7))  # squares, and room for what is around them
     largest = max(float(np.max(row["xi"])) for row in rows) or 1.0
     for axis, row in zip(axes, placed, strict=True):
         grid = np.asarray(row["grid"])
@@ -32,9 +33,9 @@ def disentanglement_maps(rows: Sequence[Mapping[str, Any]]) -> Any:
         axis.add_patch(Rectangle((0, 0), 1, 1, fill=False, edgecolor="white", linewidth=1.2))
         first, second = row["pair"]
         axis.set_title(row["method"])
-        axis.set_xlabel(f"coefficient of {first}")
+        axis.set_xlabel(f"α, {first}")
         if len(methods) == 1 or axis.get_subplotspec().is_first_col():
-            axis.set_ylabel(f"coefficient of {second}")
+            axis.set_ylabel(f"α, {second}")
         axis.grid(False)
     figure.colorbar(image, ax=axes, shrink=0.85, aspect=25, label="disentanglement error ξ")
     return figure
