@@ -67,10 +67,12 @@ def panels(count: int, columns: int, height: float, **options: Any) -> tuple[Any
 
 
 def legend(figure: Any, axis: Any, count: int) -> None:
-    """One legend above the figure for the lines of ``axis``, in ``count`` columns; none for a single line."""
+    """One legend above the figure for the lines of ``axis``, in ``count`` columns or what fits; none for a single line."""
     handles, labels = axis.get_legend_handles_labels()
     if len(labels) > 1:
-        figure.legend(handles, labels, loc="outside upper left", ncols=min(count, 9))
+        inches = 0.6 + 0.08 * max(map(len, labels))  # of a column: the line, and its longest label
+        fit = max(1, int(figure.get_figwidth() / inches))
+        figure.legend(handles, labels, loc="outside upper left", ncols=min(count, fit))
 
 
 def styled(draw: Any) -> Any:

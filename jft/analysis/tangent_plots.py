@@ -14,14 +14,14 @@ from jft.analysis.drawing import FAINT, INK, WIDTH, legend, looks, panels, style
 def disentanglement_maps(rows: Sequence[Mapping[str, Any]]) -> Any:
     """One heat map of xi for each row (``method``, ``pair``, ``grid``, ``xi``), on one scale; the square is [0, 1] x [0, 1].
 
-    Pairs go down, methods across; of one method, pairs go across.
+    Pairs go down, methods across; of one method pairs go across, and of one pair the methods are wrapped.
     """
     from matplotlib.patches import Rectangle
 
     methods = list(dict.fromkeys(row["method"] for row in rows))
     pairs = list(dict.fromkeys(tuple(row["pair"]) for row in rows))
     placed = sorted(rows, key=lambda row: (pairs.index(tuple(row["pair"])), methods.index(row["method"])))
-    columns = len(methods) if len(methods) > 1 else 3
+    columns = 3 if len(methods) == 1 else min(len(methods), 4) if len(pairs) == 1 else len(methods)
     figure, axes = panels(len(rows), columns, min(2.5, WIDTH / columns + 0.7))  # squares, and room for what is around them
     largest = max(float(np.max(row["xi"])) for row in rows) or 1.0
     for axis, row in zip(axes, placed, strict=True):
