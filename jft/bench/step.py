@@ -64,8 +64,9 @@ class Cost:
 
     flops are None where XLA would count a loop's body once: layers in a scan, and on TPUs products with shards that arrive.
     optimizer_bytes: gradients, masters and moments, on all devices; full_bytes: what they are of full fine-tuning.
-    peak: bytes on each device, all told; temporaries: those of the program. seconds: of a step, or None. fits: the compiler
-    did not refuse; where it did, temporaries and peak are what it said, a lower bound, and arguments are not told (0).
+    peak: bytes on each device, all told; temporaries: those of the program. rounds: seconds of each timed step, seconds their
+    median, or None. fits: the compiler did not refuse; where it did, temporaries and peak are what it said, a lower bound,
+    and arguments are not told (0).
     """
 
     method: str
@@ -77,7 +78,12 @@ class Cost:
     temporaries: int
     peak: int
     seconds: float | None = None
+    rounds: tuple[float, ...] = ()
     fits: bool = True
+
+    def times(self, other: Cost) -> float:
+        """The median over rounds of this step's seconds over those of ``other``: the machine may drift between rounds."""
+        return statistics.median(mine / its for mine, its in zip(self.rounds, other.rounds, strict=True))
 
 
 class Candidate:
@@ -196,13 +202,13 @@ def measure(
         say(f"{label}: compiled")
         if setting.steps:
             ready.append((label, candidate.ready(params)))
-    for label, seconds in _race(ready, setting).items():
-        found[label] = dataclasses.replace(found[label], seconds=seconds)
+    for label, rounds in _race(ready, setting).items():
+        found[label] = dataclasses.replace(found[label], seconds=statistics.median(rounds), rounds=tuple(rounds))
     return list(found.values())
 
 
-def _race(ready: Sequence[tuple[str, Callable[[Any], None]]], setting: Setting) -> dict[str, float]:
-    """Median seconds of a step of each, after one that is not timed."""
+def _race(ready: Sequence[tuple[str, Callable[[Any], None]]], setting: Setting) -> dict[str, list[float]]:
+    """Seconds of the steps of each, one a round, after one that is not timed."""
     rng = np.random.default_rng(0)
     vocab = MODELS[setting.model]().vocab
     times: dict[str, list[float]] = {label: [] for label, _ in ready}
@@ -213,4 +219,4 @@ def _race(ready: Sequence[tuple[str, Callable[[Any], None]]], setting: Setting) 
             run(batch)
             if n:
                 times[label].append(time.perf_counter() - begin)
-    return {label: statistics.median(t) for label, t in times.items()}
+    return times

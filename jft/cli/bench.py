@@ -66,7 +66,7 @@ def _table(costs: Sequence[Any]) -> None:
         ]
     columns += [("peak / device", lambda c: human(c.peak) if c.fits else f"over {human(c.peak)}, does not fit")]
     if first.seconds:
-        columns += [("s / step", lambda c: f"{c.seconds:.2f}"), (relative, share("seconds"))]
+        columns += [("s / step", lambda c: f"{c.seconds:.2f}"), (relative, lambda c: f"{c.times(first):.3g}")]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for header, _ in columns:
         table.add_column(header, justify="left" if header == "method" else "right")
