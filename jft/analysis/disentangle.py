@@ -15,7 +15,6 @@ from jft.tangent.programs import once
 from jft.train.objectives import Objective
 
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
 GRID = grid(-2, 2, 17)
 
 

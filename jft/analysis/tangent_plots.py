@@ -22,9 +22,8 @@ def disentanglement_maps(rows: Sequence[Mapping[str, Any]]) -> Any:
     pairs = list(dict.fromkeys(tuple(row["pair"]) for row in rows))
     placed = sorted(rows, key=lambda row: (pairs.index(tuple(row["pair"])), methods.index(row["method"])))
     columns = 3 if len(methods) == 1 else min(len(methods), 4) if len(pairs) == 1 else len(methods)
-    figure, axes = panels(
-        len(rows), columns, min(2.5, WIDTH / columns + 0.7)
-    )  # squares, and room for what is around them
+    height = min(2.5, WIDTH / columns + 0.7)  # squares, and room for what is around them
+    figure, axes = panels(len(rows), columns, height)
     largest = max(float(np.max(row["xi"])) for row in rows) or 1.0
     for axis, row in zip(axes, placed, strict=True):
         grid = np.asarray(row["grid"])
