@@ -40,6 +40,7 @@ from jft import data
 from jft.analysis import bases, outcomes, records, settings, tasks
 from jft.train import finetune, stacked, step
 
+QUICKSTART = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "quickstart.py"))
 METHODS = {
     "lora": {"name": "lora", "rank": 4},
     "bitfit": {"name": "bitfit"},
@@ -51,7 +52,7 @@ QUIET = {"every": 5, "progress": False}
 
 
 def prepared(folder: Path):
-    config = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "quickstart.py"))["digits"]()
+    config = QUICKSTART["digits"]()
     config.base.train.steps = 50  # what the base knows changes no time
     config = records.plain(config)
     base = bases.prepare(config["base"], config["common"], folder / "base")
@@ -130,7 +131,7 @@ def get_config(name):
     config.update({**said, "fleet": tuple(said["fleet"])})
     return config
 """
-DOMAINS = ({"rotate": 0}, {"rotate": 90}, {"invert": True}, {"flip": "horizontal"})
+DOMAINS = QUICKSTART["DOMAINS"]
 
 
 class Commands:

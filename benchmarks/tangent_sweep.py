@@ -34,6 +34,7 @@ import jft
 from jft import delta, tangent, tree
 from jft.models import Classifier, DecoderConfig, Model, VisionConfig
 from jft.tangent import Linearized
+from jft.train.evaluation import batch_sums
 from jft.train.objectives import Classification, LanguageModel
 
 TASKS, POINTS = 8, np.linspace(0, 1, 21)
@@ -96,8 +97,7 @@ class Sides:
         self.ordinary = jax.jit(lambda params, batch: self.score(self.model.apply(params, batch), batch))
 
     def score(self, outputs, batch):
-        loss, weight, sums = self.objective.loss(outputs, batch)
-        return {"loss": loss, **sums, "weight": weight}
+        return batch_sums(self.objective, outputs, batch)
 
     def _evaluate(self, params, direction, c, batch):
         f0, moved = Linearized(self.model.apply, params).parts(direction, batch)

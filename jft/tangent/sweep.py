@@ -47,10 +47,11 @@ def sweep(
 
     Cost for each batch, in forward passes: one for ``f(theta0)``, and for each direction two with whole weights (``dx w``
     and ``x tau``), or one and the products of what a sparse or low-rank tau holds. There are T directions, one for
-    ``[P]``, T G for ``[P, T, G]``. A grid point adds outputs, of the directions that some point at once moves along, and
-    scores them. Where f_lin is linear ``until`` a site, the values there are added and what follows is evaluated for each
-    point. Memory: at_once directions go through the model together, each with activations of its own, and ``f(theta0)``
-    again with each such part. By default that is two on processors, for their caches, and all of them elsewhere.
+    ``[P]``, T G for ``[P, T, G]``. A grid point adds outputs, of as many directions as the point that moves along most
+    (all, where that is more than half), and scores them. Where f_lin is linear ``until`` a site, the values there are added
+    and what follows is evaluated for each point. Memory: at_once directions go through the model together, each with
+    activations of its own, and ``f(theta0)`` again with each such part. By default that is two on processors, for their
+    caches, and all of them elsewhere.
 
     Raises ``ValueError`` for coefficients that do not fit, no batches, and a score without weight.
     Ortiz-Jimenez, Favero and Frossard 2023, arXiv:2305.12827.
