@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKDIR ?= runs/quickstart
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --durations=8
+# Files in the order of their names: the longest come early, so that no worker ends long after the other.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=8
 SMOKE := tests/test_tree.py tests/methods/test_methods.py tests/methods/test_sparse.py tests/select/test_units.py tests/delta tests/merge \
   tests/parallel tests/train/test_loop.py tests/train/test_step.py tests/train/test_selection.py tests/cli tests/models/test_adapters.py
 
@@ -35,13 +36,14 @@ quickstart: $(VENV)/.base  ## Pretrain, fine-tune, add and negate on real data; 
 	$(BIN)/jft quickstart --workdir=$(WORKDIR)
 
 test: $(VENV)/.test  ## Everything but the comparisons with torch and its libraries.
-	$(PYTEST) -m "not peers"
+	$(PYTEST) -m "not peers and not optimized"
+	JFT_TEST_OPTIMIZED=1 $(PYTEST) -m "not peers and optimized"
 
 test-peers: $(VENV)/.peers  ## The comparisons with torch, transformers, peft and libtpu.
 	$(PYTEST) -m peers
 
 test-newest: $(VENV)/.test  ## A smoke subset, for another interpreter: make test-newest PYTHON=python3.13 VENV=.venv-newest
-	$(PYTEST) -m "not peers and not slow" $(SMOKE)
+	$(PYTEST) -m "not peers and not slow and not optimized" $(SMOKE)
 
 lint: $(VENV)/.test  ## Format check, lint and types.
 	$(BIN)/ruff format --check .

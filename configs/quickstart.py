@@ -5,7 +5,8 @@
 `digits`: a vision transformer learns scikit-learn's 8 x 8 digits from 400 scans, upright, turned, inverted and mirrored.
 Fine-tuned on each of these domains and on two other labelings by seven methods, it gives the task vectors of the
 addition and negation tables; `posthoc` is those of `full` in the model linearized at the base, and `linear` trains there.
-`library`: a decoder of bytes learns the Python library's source text, then its docstrings.
+`library`: a decoder of bytes learns the Python library's source text, then its docstrings. Both are cut short, so that some
+three minutes are enough; `comparison.py` and `tangent.py` train them at the length that is the default here.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +19,7 @@ COSINE = {"name": "adamw", "schedule": "cosine", "warmup": 20, "clip": 1.0}
 READING = {"threads": 0, "prefetch": 0}
 
 
-def digits() -> ConfigDict:
+def digits(pretraining: int = 400, steps: int = 200, points: int = 9, fleet: bool = False) -> ConfigDict:
     scans = {"source": "digits", "split": "train", **READING}
     vit = {"image": 8, "patch": 2, "channels": 1, "width": 64, "layers": 2, "heads": 4, "hidden": 256}
     return study(
@@ -28,7 +29,7 @@ def digits() -> ConfigDict:
         base={
             "description": "Vision transformer, 2 layers, width 64, patches of 2 x 2 pixels",
             "train": {
-                "steps": 400,
+                "steps": pretraining,
                 "batch_size": 64,
                 "model": {"arch": "vision", "options": vit, "classes": 10, "pool": "mean"},
                 "data": {**scans, "limit": 400, "mixture": DOMAINS},
@@ -36,7 +37,8 @@ def digits() -> ConfigDict:
             },
         },
         head={"kind": "probe", "pool": "mean"},
-        common={"steps": 200, "batch_size": 64, "log": {"every": 5}, "checkpoint": {"every": 200}},
+        fleet=fleet,
+        common={"steps": steps, "batch_size": 64, "log": {"every": 5}, "checkpoint": {"every": steps}},
         tasks={
             "upright": {"data": scans},
             "rotated": {"data": {**scans, "rotate": 90}},
@@ -59,11 +61,11 @@ def digits() -> ConfigDict:
             "posthoc": {"of": "full", "forward": "linearized"},
         },
         arithmetic={"points": 11, "control": "upright"},
-        disentangle={"pairs": (("rotated", "inverted"),), "points": 9},
+        disentangle={"pairs": (("rotated", "inverted"),), "points": points},
     )
 
 
-def library() -> ConfigDict:
+def library(pretraining: int = 600, steps: int = 200) -> ConfigDict:
     text = {"source": "stdlib", "tokenizer": "bytes", "max_length": 64, "pack": "concat", **READING}
     return study(
         title="Library: from Python's source text to its docstrings",
@@ -72,7 +74,7 @@ def library() -> ConfigDict:
         base={
             "description": "Llama-style decoder of bytes, 2 layers, width 64, pretrained with Muon",
             "train": {
-                "steps": 600,
+                "steps": pretraining,
                 "batch_size": 16,
                 "model": {"arch": "decoder", "options": {"width": 64, "layers": 2, "heads": 4}},
                 "data": {**text, "kind": "source", "split": "train"},
@@ -80,7 +82,7 @@ def library() -> ConfigDict:
             },
         },
         head={"kind": "none"},
-        common={"steps": 200, "batch_size": 16, "log": {"every": 5}, "checkpoint": {"every": 200}},
+        common={"steps": steps, "batch_size": 16, "log": {"every": 5}, "checkpoint": {"every": steps}},
         tasks={
             "docstrings": {
                 "data": {**text, "kind": "docstrings", "split": "train"},
@@ -99,6 +101,6 @@ def get_config() -> ConfigDict:
     return collection(
         "jft quickstart",
         "Two small models pretrained and fine-tuned on data that every machine has, and arithmetic with what changed.",
-        digits=digits(),
-        library=library(),
+        digits=digits(pretraining=256, steps=128, points=7, fleet=True),
+        library=library(pretraining=256, steps=128),
     )

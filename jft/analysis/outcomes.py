@@ -1,17 +1,19 @@
-"""One run of a study: trained by the ordinary loop, measured, and kept as ``outcome.json`` when it is whole."""
+"""The runs of a study: trained by the ordinary loop, measured, and each kept as ``outcome.json`` when it is whole."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jft import data, tree
-from jft.analysis import records, settings
+from jft import data, methods, tree
+from jft.analysis import records, seeds, settings
 from jft.analysis.bases import Base
 from jft.analysis.points import Forward
 from jft.analysis.tasks import Task
@@ -21,108 +23,171 @@ POINTS = 400  # of a learning curve that are kept
 
 
 VECTOR = "task_vector.safetensors"
+FLEETS = "fleets"  # the folder of a study for checkpoints of fleets
 
 
-def run(
-    study: Mapping[str, Any], base: Base, task: Task, method: str, seed: int | None, workdir: Path
-) -> dict[str, Any]:
-    """Fine-tune ``task`` by ``method`` with ``seed`` (None: the config's) in ``workdir``, or take what is whole there.
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A run that trains: its task, method and train config, and its folder. compared: what a record there must agree with."""
 
-    The task vector that is kept speaks of the backbone alone, so that it applies to the base of every task. A method that
-    takes the task vectors of another evaluates the one in ``workdir``, where that one's run is.
+    task: Task
+    method: str
+    config: Any
+    workdir: Path
+    compared: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls, study: Mapping[str, Any], base: Base, task: Task, method: str, seed: int | None, workdir: Path
+    ) -> Training:
+        """The run of ``task`` by ``method`` with ``seed`` (None: the config's) in a study's ``workdir``."""
+        config = settings.of_run(study, task.name, method, seed)
+        facts = {"base": base.fingerprint, "metric": study["metric"], "head": study["head"]}
+        folder = seeds.folder(workdir, task.name, method, seed)
+        return cls(task, method, config, folder, {**records.plain(config), **facts})
+
+    @property
+    def outcome(self) -> dict[str, Any] | None:
+        """What is recorded of it, or None."""
+        done = records.read(self.workdir, self.compared)
+        return None if done is None else {"seed": self.config.seed, **done}
+
+
+def of_method(
+    study: Mapping[str, Any], base: Base, tasks: Sequence[Task], method: str, seed: int | None, workdir: Path
+) -> Iterator[dict[str, Any]]:
+    """The outcome of each task by ``method`` with ``seed`` (None: the config's) in a study's ``workdir``.
+
+    What is whole there is taken, the rest fine-tuned: the tasks one by one, or as a fleet where the study has ``fleet``. A
+    method that takes the task vectors of another evaluates those. The task vector that is kept speaks of the backbone alone,
+    so that it applies to the base of every task.
     """
     source = settings.source(study, method)
-    config = settings.of_run(study, task.name, source, seed)
-    compared = {**records.plain(config), "base": base.fingerprint, "metric": study["metric"], "head": study["head"]}
+    runs = [Training.of(study, base, task, source, seed, workdir) for task in tasks]
     if source != method:
-        return _again(study, base, task, method, config.seed, compared, workdir)
-    return _trained(study, base, task, method, config, compared, workdir)
+        yield from (_again(study, base, run, method) for run in runs)
+        return
+    missing = [run for run in runs if run.outcome is None]
+    trained = {run.task.name: fleet for fleet in _fleets(missing, study["fleet"]) for run in fleet}
+    for run in runs:
+        outcome = run.outcome
+        if outcome is None:
+            _train(base, trained[run.task.name], workdir / FLEETS)
+            outcome = run.outcome
+        assert outcome is not None, f"the run in {run.workdir} left no record"
+        yield outcome
 
 
-def _again(
-    study: Mapping[str, Any], base: Base, task: Task, method: str, seed: int, compared: Any, workdir: Path
-) -> dict[str, Any]:
-    """What the run in ``workdir`` trained, in another forward pass; its record lies beside that of the run."""
-    name, first = f"outcome_{method}.json", records.read(workdir, compared)
+def _fleets(runs: Sequence[Training], together: bool) -> list[list[Training]]:
+    """Runs grouped by which train in one program: equal but for task and data. Those that select anew train alone."""
+    groups: dict[Any, list[Training]] = {}
+    for run in runs:
+        alone = not together or methods.method(**run.config.method).schedule is not None
+        rest = json.dumps({**records.plain(run.config), "data": None, "eval_data": None}, sort_keys=True)
+        key = run.task.name if alone else (run.task.model, run.task.objective, rest)
+        groups.setdefault(key, []).append(run)
+    return list(groups.values())
+
+
+def _again(study: Mapping[str, Any], base: Base, run: Training, method: str) -> dict[str, Any]:
+    """What ``run`` trained, in the forward pass of ``method``; its record lies beside that of the run."""
+    name, first = f"outcome_{method}.json", run.outcome
     if first is None:
-        raise ValueError(f"{workdir} holds no finished run to take the task vector of")
-    compared = {**compared, "forward": study["methods"][method]}
-    done = records.read(workdir, compared, name)
+        raise ValueError(f"{run.workdir} holds no finished run to take the task vector of")
+    compared = {**run.compared, "forward": study["methods"][method]}
+    done = records.read(run.workdir, compared, name)
     if done is not None:
-        return {"seed": seed, **done}
-    vector = TaskVector.load(workdir / VECTOR)
+        return {"seed": run.config.seed, **done}
+    vector = TaskVector.load(run.workdir / VECTOR)
     forward = settings.forward(study, method, vector)
-    found = {
-        **first,
-        "seed": seed,
-        "method": method,
-        **_scores(task, base, vector.resolve(base.params), forward),
-        "curve": [],
-    }
-    return records.write(workdir, compared, found, name)
+    scores = _scores(run.task, base, vector.resolve(base.params), forward)
+    return records.write(run.workdir, compared, {**first, "method": method, **scores, "curve": []}, name)
 
 
-def _trained(
-    study: Mapping[str, Any], base: Base, task: Task, method: str, config: Any, compared: Any, workdir: Path
-) -> dict[str, Any]:
+def _train(base: Base, runs: Sequence[Training], fleets: Path) -> None:
+    """Fine-tune ``runs``, one by itself or several as a fleet whose checkpoints lie in ``fleets``; keep and record each."""
     from jft.train import finetune
 
-    done = records.read(workdir, compared)
-    if done is not None:
-        return {"seed": config.seed, **done}
     since = time.perf_counter()
+    config, task = runs[0].config, runs[0].task
     chosen = dict(config.method)
     if task.head is not None:
         chosen["freeze"] = (*_listed(chosen.get("freeze", ())), *frozen(task.model.config.backbone))
-    loader = data.build(
+    shared: dict[str, Any] = {
+        "steps": config.steps,
+        "method": chosen,
+        "optimizer": dataclasses.asdict(config.optimizer),
+        "objective": task.objective,
+        "mesh": base.mesh,
+        "accumulate": config.accumulate,
+        "seed": config.seed,
+        "checkpoint": dataclasses.asdict(config.checkpoint),
+        "log": dataclasses.asdict(config.log),
+    }
+    each = [
+        {"data": _loader(run.config, base), "workdir": run.workdir, "manifest": _manifest(run, base)} for run in runs
+    ]
+    params = task.params(base.params)
+    if len(runs) == 1:
+        loader = each[0].pop("data")
+        finished = [finetune(task.model, params, loader, **shared, **each[0])]
+    else:
+        heads = [{} if run.task.head is None else {"params": {"classifier": run.task.head}} for run in runs]
+        members = [{"name": run.task.name, **head, **own} for run, head, own in zip(runs, heads, each, strict=True)]
+        finished = finetune(  # type: ignore[assignment]  # a list, of a fleet
+            task.model, params, None, **shared, workdir=fleets / _folder(runs), fleet=members
+        )
+    for run, end in zip(runs, finished, strict=True):
+        if end.error is not None:
+            continue
+        vector = end.task_vector if run.task.head is None else end.task_vector.exclude("^classifier/")
+        vector.save(run.workdir / VECTOR)
+        records.write(run.workdir, run.compared, _measured(run, base, end, vector, since, len(runs)))
+    for end in finished:
+        if end.error is not None:
+            raise end.error
+
+
+def _folder(runs: Sequence[Training]) -> str:
+    """A name for the checkpoints of a fleet. Where some tasks are done, the rest are another fleet, with other checkpoints."""
+    tasks = zlib.crc32(" ".join(run.task.name for run in runs).encode())
+    return f"{runs[0].method}_seed_{runs[0].config.seed}_{tasks:08x}"
+
+
+def _loader(config: Any, base: Base) -> Any:
+    return data.build(
         config.data,
         batch_size=config.batch_size,
         seed=config.seed,
         tokenizer=base.tokenizer,
         image_size=base.image_size,
     )
-    finished = finetune(
-        task.model,
-        task.params(base.params),
-        loader,
-        steps=config.steps,
-        method=chosen,
-        optimizer=dataclasses.asdict(config.optimizer),
-        objective=task.objective,
-        mesh=base.mesh,
-        accumulate=config.accumulate,
-        seed=config.seed,
-        workdir=workdir,
-        checkpoint=dataclasses.asdict(config.checkpoint),
-        log=dataclasses.asdict(config.log),
-        manifest={"source": base.source, "config": records.plain(config), "data": config.data},
-    )
-    vector = finished.task_vector if task.head is None else finished.task_vector.exclude("^classifier/")
-    path = workdir / VECTOR
-    vector.save(path)
-    return records.write(workdir, compared, _measured(task, method, config.seed, base, finished, vector, path, since))
+
+
+def _manifest(run: Training, base: Base) -> dict[str, Any]:
+    return {"source": base.source, "config": records.plain(run.config), "data": run.config.data}
 
 
 def _measured(
-    task: Task, method: str, seed: int, base: Base, finished: Any, vector: TaskVector, path: Path, since: float
+    run: Training, base: Base, finished: Any, vector: TaskVector, since: float, members: int
 ) -> dict[str, Any]:
-    """The entry of ``runs`` in ``results.json``."""
+    """The entry of ``runs`` in ``results.json``; seconds of a fleet are shared out among its ``members``."""
     rows = [row for row in finished.metrics if row["split"] == "train"]
     # The first row has the compilation in it; one that follows another at once has no step to tell of.
     speeds = [row["steps_per_s"] for row in rows[1:] if row["steps_per_s"] > 0]
     tau = vector.resolve(base.params)
     thinned = rows[:: -(-len(rows) // POINTS)]
     return {
-        "task": task.name,
-        "method": method,
-        "seed": seed,
-        **_scores(task, base, tau, Forward.of(vector)),
+        "task": run.task.name,
+        "method": run.method,
+        "seed": run.config.seed,
+        **_scores(run.task, base, tau, Forward.of(vector)),
         "trained": tree.count(finished.state.trained),
         "density": vector.nnz / tree.count(base.params),
-        "bytes": path.stat().st_size,
+        "bytes": (run.workdir / VECTOR).stat().st_size,
         "norm": float(tau.norm()),
-        "step_seconds": 1 / float(np.median(speeds)) if speeds else None,
-        "seconds": time.perf_counter() - since,
+        "step_seconds": 1 / float(np.median(speeds)) / members if speeds else None,
+        "seconds": (time.perf_counter() - since) / members,
         "curve": [{"step": row["step"], "loss": row["loss"]} for row in thinned],
     }
 

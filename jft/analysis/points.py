@@ -96,11 +96,31 @@ def readings(
 
 
 def moved(params: Any, taus: Sequence[TaskVector], alpha: Iterable[float]) -> Any:
-    """``theta0 + sum_t alpha_t tau_t``; the base itself where all are zero."""
+    """``theta0 + sum_t alpha_t tau_t``, laid out as ``params``; these themselves where all coefficients are zero.
+
+    One program for all points that the same number of task vectors moves to. Raises ``ValueError`` for a coefficient that is
+    not finite.
+    """
     used = [(tau, float(a)) for tau, a in zip(taus, alpha, strict=True) if a]
     if not used:
         return params
-    return delta.apply(params, TaskVector.combine([tau for tau, _ in used], [a for _, a in used]), check=False)
+    numbers = np.asarray([a for _, a in used], np.float32)
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"task vectors are multiplied by finite numbers, not by {[a for _, a in used]}")
+    leaves, structure = jax.tree.flatten(params)
+    # What lies nowhere in particular, a head beside a base on a mesh, goes where the rest is.
+    places = tuple(x.sharding if getattr(x, "committed", False) else None for x in leaves)
+    move = _mover(places, structure)
+    # Without manifests, which are static: those of other tasks would be other programs.
+    return move(params, [TaskVector(tau.deltas) for tau, _ in used], numbers)
+
+
+@once
+def _mover(places: tuple[Any, ...], structure: Any) -> Callable:
+    def move(params: Any, taus: Sequence[TaskVector], alpha: jax.Array) -> Any:
+        return delta.apply(params, TaskVector.combine(taus, list(alpha)), check=False)
+
+    return jax.jit(move, out_shardings=jax.tree.unflatten(structure, places))
 
 
 @once

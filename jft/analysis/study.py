@@ -11,7 +11,6 @@ where a study has seeds; what is whole already is not run again. Beside them ``r
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -42,6 +41,9 @@ def study(**parts: Any) -> ConfigDict:
     One that trains nothing, ``{"of": METHOD, "forward": "linearized", "until": SITE}``, evaluates the task vectors of another
     in the model linearized at the base, up to SITE where one is given (post-hoc linearization); ``"standard"``, linear ones
     in the ordinary model.
+    fleet: the tasks of a method train side by side as one fleet (``jft.finetune``), which holds what all of them train in
+    memory at once; methods that select anew during the run, and tasks whose configs differ in more than their data, do not.
+    Seconds are then a task's share of its fleet's.
     seeds: each run is made once with each, which changes the order of its data and what its method draws; scores and what
     becomes of arithmetic are means with their standard error, and base, heads and test data are the same for all. Empty:
     one run each, with ``common.seed``.
@@ -64,6 +66,7 @@ def study(**parts: Any) -> ConfigDict:
             "common": {},
             "tasks": {},
             "methods": {},
+            "fleet": False,
             "seeds": (),
             "splits": {"data": "train", "eval_data": "validation", "test_data": "test"},
             "head": {"kind": "probe", "pool": "auto", "penalty": 1.0, "examples": 0, "pad": True},
@@ -166,16 +169,16 @@ def _run(name: str, config: Mapping[str, Any], workdir: Path, say: Say) -> dict[
     tasks = prepare_all(config, base, workdir)
     runs = []
     for method in sorted(config["methods"], key=lambda m: settings.source(config, m) != m):
-        for task, seed in itertools.product(tasks.values(), config["seeds"] or (None,)):
+        for seed in config["seeds"] or (None,):
             since = time.perf_counter()
-            folder = seeds.folder(workdir, task.name, settings.source(config, method), seed)
-            outcome = outcomes.run(config, base, task, method, seed, folder)
-            runs.append(outcome)
             told = "" if seed is None else f", seed {seed}"
-            say(
-                f"{name}: {task.name}, {method}{told}: {report.score(task.base, config['metric'])} -> "
-                f"{report.score(outcome['score'], config['metric'])}  ({time.perf_counter() - since:.1f} s)"
-            )
+            for outcome in outcomes.of_method(config, base, list(tasks.values()), method, seed, workdir):
+                runs.append(outcome)
+                before, after = (
+                    report.score(score, config["metric"]) for score in (tasks[outcome["task"]].base, outcome["score"])
+                )
+                say(f"{name}: {outcome['task']}, {method}{told}: {before} -> {after}")
+            say(f"{name}: {method}{told} took {time.perf_counter() - since:.1f} s")
     order = list(config["methods"])
     runs.sort(key=lambda run: order.index(run["method"]))  # as in every table and figure
     return {
@@ -187,6 +190,7 @@ def _run(name: str, config: Mapping[str, Any], workdir: Path, say: Say) -> dict[
         "base": base.facts,
         "tasks": [task.facts for task in tasks.values()],
         "seeds": list(config["seeds"]),
+        "fleet": config["fleet"],
         "methods": [_summary(method, config, runs) for method in config["methods"]],
         "runs": runs,
         **vectors.examined(name, config, base, tasks, runs, workdir, say),

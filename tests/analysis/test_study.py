@@ -2,27 +2,37 @@
 
 import csv
 import json
+import runpy
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 
 import jft
-from jft.analysis import study
+from jft.analysis import outcomes, records, settings, study
 from jft.cli import main
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
 TASKS, METHODS = ["upright", "rotated", "inverted", "parity"], ["full", "bitfit", "masking", "linear", "posthoc"]
-CONFIG = f"""
+
+
+def shortened(tasks, methods):
+    """The text of a config: the quickstart's, with some of the tasks and methods of its first study."""
+    return f"""
 import runpy
 
 def get_config():
     config = runpy.run_path({str(QUICKSTART)!r})["get_config"]()
-    for part, kept in (("tasks", {TASKS}), ("methods", {METHODS})):
+    for part, kept in (("tasks", {tasks}), ("methods", {methods})):
         for name in set(config.studies.digits[part]) - set(kept):
             del config.studies.digits[part][name]
     return config
 """
+
+
 SMALL = [
     "--config.studies.digits.base.train.steps=6",
     "--config.studies.digits.common.steps=3",
@@ -41,10 +51,19 @@ SMALL = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def two_devices():
+    """A machine of two devices: more prove no more here, and these small steps mostly wait for each other on them."""
+    devices = jax.devices()[:2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: devices)
+        yield
+
+
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
+def workdir(tmp_path_factory, two_devices):
     folder = tmp_path_factory.mktemp("study") / "quickstart"
-    folder.parent.joinpath("small.py").write_text(CONFIG)
+    folder.parent.joinpath("small.py").write_text(shortened(TASKS, METHODS))
     assert main.call(again(folder)) == 0
     return folder
 
@@ -106,6 +125,45 @@ def test_a_second_start_runs_nothing(workdir, capsys):
     assert main.call(again(workdir)) == 0
     assert {path: path.stat().st_mtime_ns for path in results} == written
     assert json.loads((workdir / "results.json").read_text())["studies"] == before
+
+
+@pytest.mark.slow
+def test_a_fleet_gives_each_task_what_a_run_by_itself_would(workdir, tmp_path):
+    """The task vectors of the fleet of all tasks, from a study that trains them one by one; and of one that is missing."""
+    alone, once_more = tmp_path / "alone" / "quickstart", tmp_path / "quickstart"
+    alone.parent.mkdir()
+    alone.parent.joinpath("small.py").write_text(shortened(TASKS, ["full"]))
+    assert main.call(again(alone, "--config.studies.digits.fleet=False", "--config.studies.library.seeds=(1,)")) == 0
+    assert not (alone / "digits" / "fleets").exists()
+    shutil.copytree(workdir, once_more)
+    shutil.copy(workdir.parent / "small.py", tmp_path)
+    (once_more / "digits" / "rotated" / "full" / "outcome.json").unlink()
+    assert main.call(again(once_more)) == 0
+    assert [path.name[:12] for path in (workdir / "digits" / "fleets").glob("full*")] == ["full_seed_0_"]
+    for folder, names in ((alone, TASKS), (once_more, ["rotated"])):
+        for task in names:
+            path = Path("digits", task, "full", "task_vector.safetensors")
+            fleet, run = jft.TaskVector.load(workdir / path), jft.TaskVector.load(folder / path)
+            assert fleet.manifest["base"] == run.manifest["base"]
+            for name, change in fleet.items():
+                np.testing.assert_allclose(run[name].dense(), change.dense(), atol=1e-5, err_msg=f"{task} {name}")
+
+
+def test_fleets_are_of_runs_that_differ_in_their_data_alone():
+    """Not of methods that select anew, nor of a task with another number of steps."""
+    digits = records.plain(runpy.run_path(str(QUICKSTART))["get_config"]())["studies"]["digits"]
+    digits["tasks"]["loops"]["steps"] = 7
+
+    def groups(method, together=True):
+        tasks = [SimpleNamespace(name=name, model="model", objective="classification") for name in digits["tasks"]]
+        runs = [
+            outcomes.Training(task, method, settings.of_run(digits, task.name, method), Path(), {}) for task in tasks
+        ]
+        return [[run.task.name for run in fleet] for fleet in outcomes._fleets(runs, together)]
+
+    single = [[name] for name in digits["tasks"]]
+    assert groups("full") == [["upright", "rotated", "inverted", "mirrored", "parity"], ["loops"]]
+    assert groups("full", together=False) == groups("lift") == single
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ def costs():
     return {c.method.split()[0]: c for c in found}
 
 
+@pytest.mark.optimized
 def test_every_default_method_compiles_and_makes_a_step(costs):
     assert list(costs) == [text.split(":")[0] for text in METHODS]
     assert all(c.seconds > 0 and len(c.rounds) == 1 for c in costs.values())
@@ -29,6 +30,7 @@ def test_every_default_method_compiles_and_makes_a_step(costs):
     assert all(c.temporaries + c.arguments <= c.peak for c in costs.values())
 
 
+@pytest.mark.optimized
 def test_costs_follow_what_trains(costs):
     full = costs["full"]
     assert full.density == 1
@@ -41,12 +43,14 @@ def test_costs_follow_what_trains(costs):
         assert cost.flops < 1.1 * full.flops, name
 
 
+@pytest.mark.optimized
 def test_without_steps_nothing_is_timed_and_the_figures_are_the_same(costs):
     (cost,) = measure(Setting(**SMALL), [("lora", {"rank": 16})])
     assert cost.seconds is None
     assert (cost.trained, cost.flops) == (costs["lora"].trained, costs["lora"].flops)
 
 
+@pytest.mark.optimized
 def test_a_mesh_counts_all_its_devices(costs):
     (cost,) = measure(Setting(**SMALL, mesh=(("fsdp", 8),)), [("full", {})])
     assert (cost.trained, cost.optimizer_bytes) == (costs["full"].trained, costs["full"].optimizer_bytes)
@@ -54,6 +58,7 @@ def test_a_mesh_counts_all_its_devices(costs):
     assert cost.arguments < costs["full"].arguments / 2
 
 
+@pytest.mark.optimized
 def test_blockwise_attention_takes_less_memory_for_long_rows():
     long = {"model": "tiny", "batch": 1, "tokens": 2048, "unroll": 1}
     plain, blockwise = (measure(Setting(**long, attention=how), [("full", {})])[0] for how in ("plain", "blockwise"))

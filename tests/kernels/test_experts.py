@@ -25,7 +25,7 @@ def close(a, b, tolerance=1e-5):
 
 
 def f32(*arrays):
-    return [jnp.asarray(a, jnp.float32) for a in arrays]
+    return [np.asarray(a, np.float32) for a in arrays]
 
 
 def test_gather_and_put_with_leading_axes_and_padding():
@@ -64,17 +64,21 @@ def test_dot(at, shared):
     """The value reads w alone; the derivative is that of w with the chosen experts free."""
     x = X if shared else RNG.standard_normal((E, N, I))
     w, x, g = f32(W, x, G)
-    values = experts.gather(w, at)
-    y, back = jax.vjp(lambda x, v: experts.dot(x, w, at, v), x, 100 + values)
+    tangent = RNG.standard_normal((len(at), I, O))
+
+    @jax.jit
+    def every(x, g, tangent):
+        values = experts.gather(w, at)
+        y, back = jax.vjp(lambda x, v: experts.dot(x, w, at, v), x, 100 + values)
+        return y, back(g), jax.jvp(lambda v: experts.dot(x, w, at, v), (values,), (tangent,))[1]
+
+    y, (dx, dv), dy = every(x, g, *f32(tangent))
     x64, real = np.broadcast_to(np.asarray(x, np.float64), (E, N, I)), at[at < E]
     close(y, np.einsum("eni,eio->eno", x64, W))
-    dx, dv = back(g)
     each = np.einsum("eno,eio->eni", G, W)
     close(dx, each.sum(0) if shared else each, 1e-4)
-    close(dv[: len(real)], np.einsum("eni,eno->eio", x64, G)[real], 1e-4)
-    assert not dv[len(real) :].any()
-    tangent = RNG.standard_normal(values.shape)
-    _, dy = jax.jvp(lambda v: experts.dot(x, w, at, v), (values,), (jnp.asarray(tangent, jnp.float32),))
+    close(np.asarray(dv)[: len(real)], np.einsum("eni,eno->eio", x64, G)[real], 1e-4)
+    assert not np.asarray(dv)[len(real) :].any()
     expected = np.zeros((E, N, O))
     expected[real] = np.einsum("eni,eio->eno", x64[real], tangent[: len(real)])
     close(dy, expected, 1e-4)
@@ -84,13 +88,17 @@ def test_dot(at, shared):
 def test_grouped_dot(at):
     sizes = np.array([2, 0, 4, 1, 3, 1], np.int32)
     w, x, g = f32(W, X, G[0])
-    values = experts.gather(w, at)
-    y, back = jax.vjp(lambda x, v: experts.grouped_dot(x, w, at, v, sizes), x, values)
+
+    @jax.jit
+    def every(x, g):
+        y, back = jax.vjp(lambda x, v: experts.grouped_dot(x, w, at, v, sizes), x, experts.gather(w, at))
+        return y, back(g)
+
+    y, (dx, dv) = every(x, g)
     which = np.repeat(np.arange(E), sizes)
     close(y, np.einsum("ni,nio->no", X, W[which]))
-    dx, dv = back(g)
     close(dx, np.einsum("no,nio->ni", G[0], W[which]), 1e-4)
-    expected = np.zeros(values.shape)
+    expected = np.zeros(dv.shape)
     for n, expert in enumerate(which):
         for j in np.flatnonzero(at == expert):
             expected[j] += np.outer(X[n], G[0][n])
@@ -125,14 +133,14 @@ def test_the_gradient_costs_the_chosen_experts():
 def test_a_shared_base_with_a_change_beside_it(at):
     """What members of a fleet compute: the base's product and that with the change of the chosen experts."""
     w, x = f32(W, X)
-    values = jnp.asarray(RNG.standard_normal((len(at), I, O)), jnp.float32)
+    (values,) = f32(RNG.standard_normal((len(at), I, O)))
     changed = W.copy()
     changed[at[at < E]] = values[: (at < E).sum()]
-    weight = ChosenExperts(w, at, values, experts.gather(w, at))
-    close(weight.__jft_dot__(x), np.einsum("ni,eio->eno", X, changed), 1e-4)
+    weight = jax.jit(lambda w: ChosenExperts(w, at, values, experts.gather(w, at)))(w)
+    close(jax.jit(lambda weight, x: weight.__jft_dot__(x))(weight, x), np.einsum("ni,eio->eno", X, changed), 1e-4)
     sizes = np.array([2, 0, 4, 1, 3, 1], np.int32)
     expected = np.einsum("ni,nio->no", X, changed[np.repeat(np.arange(E), sizes)])
-    close(weight.__jft_grouped_dot__(x, sizes), expected, 1e-4)
+    close(jax.jit(lambda weight, x: weight.__jft_grouped_dot__(x, sizes))(weight, x), expected, 1e-4)
 
 
 def model_of(execution):
@@ -148,9 +156,10 @@ TOKENS = np.random.default_rng(1).integers(0, 17, (2, 6))
 
 @functools.cache
 def dense_gradient():
+    """``(params, loss, gradient)`` of every expert."""
     model = model_of("dense")
     params = model.init(jax.random.key(0))
-    return params, jax.jit(jax.grad(lambda p: loss(model, p)))(params)
+    return params, *jax.device_get(jax.jit(jax.value_and_grad(lambda p: loss(model, p)))(params))
 
 
 def loss(model, params):
@@ -167,21 +176,26 @@ def bound(params, values):
 @pytest.mark.parametrize("execution", ["dense", "ragged"])
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_in_a_model_values_get_the_dense_gradient_of_their_experts(execution, remat):
-    params, dense = dense_gradient()
+    params, dense_loss, dense = dense_gradient()
     model = model_of(execution).with_(remat=remat)
     at = experts.locate(mask_of(CHOSEN))
-    values = {n: experts.gather(p["w"], at) for n, p in params["layers"]["mlp"]["experts"].items()}
-    sparse = jax.jit(jax.grad(lambda v: loss(model, bound(params, v))))(values)
+
+    @jax.jit
+    def gathered(params):
+        return {n: experts.gather(p["w"], at) for n, p in params["layers"]["mlp"]["experts"].items()}
+
+    value, sparse = jax.jit(jax.value_and_grad(lambda v: loss(model, bound(params, v))))(gathered(params))
+    expected = gathered(dense)
     for name, g in sparse.items():
-        close(g, np.asarray(experts.gather(dense["layers"]["mlp"]["experts"][name]["w"], at)), 1e-5)
+        close(g, np.asarray(expected[name]), 1e-5)
         assert np.abs(g).sum() > 0
-    close(jax.jit(lambda v: loss(model, bound(params, v)))(values), loss(model_of("dense"), params), 1e-6)
+    close(value, dense_loss, 1e-6)
 
 
 def test_layers_cut_into_runs_choose_their_own():
-    params, dense = dense_gradient()
+    params, _, dense = dense_gradient()
     w = params["layers"]["mlp"]["experts"]["up"]["w"]
-    at = jnp.array([[4]])
+    at = np.array([[4]])
 
     def loss_of(v):
         parts = Runs((w[:1], ChosenExperts(w[1:], at, v)), (1, 1))
@@ -189,7 +203,8 @@ def test_layers_cut_into_runs_choose_their_own():
         layers["mlp"]["experts"]["up"]["w"] = parts
         return loss(model_of("dense"), {**params, "layers": layers})
 
-    close(jax.grad(loss_of)(w[1:, 4:5])[0, 0], np.asarray(dense["layers"]["mlp"]["experts"]["up"]["w"][1, 4]))
+    found = np.asarray(jax.jit(jax.grad(loss_of))(np.asarray(w)[1:, 4:5]))
+    close(found[0, 0], dense["layers"]["mlp"]["experts"]["up"]["w"][1, 4])
 
 
 @pytest.mark.parametrize("normalise", [True, False])
@@ -207,14 +222,13 @@ def test_route(normalise):
 def test_hooks_see_whole_products():
     """A product hook gets every expert's product of the structured weight, as of an array."""
     spec, rng = Experts(E, 2, O), np.random.default_rng(3)
-    make = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    make = lambda *shape: np.float32(rng.standard_normal(shape))
     params = {"router": {"w": make(I, E)}, "experts": {n: {"w": make(E, I, O)} for n in ("gate", "up")}}
     params["experts"]["down"] = {"w": make(E, O, I)}
     h = make(1, 4, I)
-    plain = moe(Scope(Execution()), "mlp", h, params, spec, ACTIVATIONS["silu"])
-    params["experts"] = {
-        n: {"w": ChosenExperts(p["w"], AT, experts.gather(p["w"], AT))} for n, p in params["experts"].items()
-    }
+    run = lambda scope, params: jax.jit(lambda p: moe(scope, "mlp", h, p, spec, ACTIVATIONS["silu"]))(params)
+    plain = run(Scope(Execution()), params)
+    params["experts"] = {n: {"w": ChosenExperts(p["w"], AT, p["w"][AT])} for n, p in params["experts"].items()}
     scope = Scope(Execution(), Hooks(product=lambda name, x, w, state: ((y := dot(x, w)), y.shape)))
-    close(moe(scope, "mlp", h, params, spec, ACTIVATIONS["silu"]), np.asarray(plain))
+    close(run(scope, params), np.asarray(plain))
     assert scope.reads["mlp/experts/up"] == (E, 4, O) and scope.reads["mlp/router"] == (1, 4, E)

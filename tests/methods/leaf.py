@@ -14,7 +14,8 @@ _draw = np.random.default_rng(0)
 X = _draw.normal(size=(L, N, I))
 C = _draw.normal(size=(L, N, O))
 W = _draw.normal(size=(L, I, O))
-w32 = functools.partial(jnp.asarray, W, jnp.float32)
+W32 = W.astype(np.float32)
+w32 = functools.partial(jnp.asarray, W32)
 
 
 def loss_and_grad(w):
@@ -43,6 +44,12 @@ def objective(how, kept, trained, structured, key=None):
     return loss(how.bind(kept, trained, structured, key), structured) + (0 if penalty is None else penalty)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def bound(how, kept, trained, key=None):
+    """The plain weight that a parametrisation binds."""
+    return how.bind(kept, trained, False, key)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def gradient_of(how, kept, trained, key, structured):
     return jax.grad(lambda t: objective(how, kept, t, structured, key))(trained)
@@ -53,6 +60,7 @@ def derivative_along(how, kept, trained, key, direction):
     return jax.jvp(lambda t: objective(how, kept, t, True, key), (trained,), (direction,))[1]
 
 
+@jax.jit
 def moved(trained, key=jax.random.key(3), by=0.3):
     """``trained`` some way from where it started."""
     leaves, structure = jax.tree.flatten(trained)
@@ -88,16 +96,23 @@ def check_gradient(how, kept, trained, expected, key=None):
     np.testing.assert_allclose(along, by_hand, rtol=2e-4)
 
 
+def _rule(name, rate):
+    return optax.sgd(rate) if name == "sgd" else optax.adamw(rate, weight_decay=0.01)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _update(name, rate, value, state, gradient, scales):
+    updates, state = _rule(name, rate).update(gradient, state, value)
+    return jax.tree.map(lambda v, u, s: v + s * u, value, updates, scales), state
+
+
 def check_steps(how, kept, trained, gradient, rate=1e-2, keys=(None, None, None)):
     """Three steps of SGD and of AdamW, with the parametrisation's rates, against NumPy; ``gradient(trained, key)`` by hand."""
     scales = how.scales(trained)
     for name in ("sgd", "adamw"):
-        transform = optax.sgd(rate) if name == "sgd" else optax.adamw(rate, weight_decay=0.01)
-        state, value, reference, moments = transform.init(trained), trained, wide(trained), {}
+        state, value, reference, moments = jax.jit(_rule(name, rate).init)(trained), trained, wide(trained), {}
         for step, key in enumerate(keys, 1):
-            found = gradient_of(how, kept, value, key, True)
-            updates, state = transform.update(found, state, value)
-            value = jax.tree.map(lambda v, u, s: v + s * u, value, updates, scales)
+            value, state = _update(name, rate, value, state, gradient_of(how, kept, value, key, True), scales)
             by_hand = wide(gradient(reference, key))
             if name == "sgd":
                 reference = jax.tree.map(lambda v, g, s: v - rate * s * g, reference, by_hand, scales)
@@ -121,17 +136,20 @@ def _adamw(values, gradients, scales, moments, step, rate, decay=0.01):
 
 def check_transforms(how, kept, trained, key=None):
     """vmap over tasks equals one by one; bfloat16 activations stay bfloat16 and near float32."""
-    tasks = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x]), trained)
+    tasks = jax.tree.map(lambda x: np.stack([x, np.float32(0.9) * np.asarray(x)]), trained)
     together = jax.jit(jax.vmap(lambda t: gradient_of(how, kept, t, key, True)))(tasks)
     for i in range(2):
         one = jax.tree.map(lambda x: x[i], tasks)  # noqa: B023
-        close(jax.tree.map(lambda x: x[i], together), wide(gradient_of(how, kept, one, key, True)))  # noqa: B023
-    low = how.bind(jax.tree.map(lambda x: x.astype(jnp.bfloat16), kept), trained, True, key)
-    one = jax.tree.map(lambda x: x[0], low)
-    assert core.dot(jnp.asarray(X[0], jnp.bfloat16), one).dtype == jnp.bfloat16
-    total = jax.jit(loss, static_argnums=(1, 2))
-    exact = total(how.bind(kept, trained, True, key), True, jnp.float32)
-    np.testing.assert_allclose(total(low, True, jnp.bfloat16), exact, rtol=0.05, atol=3.0)
+        close(jax.tree.map(lambda x: np.asarray(x)[i], together), wide(gradient_of(how, kept, one, key, True)))  # noqa: B023
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def forward(dtype):
+        w = how.bind(jax.tree.map(lambda x: x.astype(dtype), kept), trained, True, key)
+        return loss(w, True, dtype), core.dot(jnp.asarray(X[0], dtype), jax.tree.map(lambda x: x[0], w))
+
+    (low, y), (exact, _) = forward(jnp.bfloat16), forward(jnp.float32)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(low, exact, rtol=0.05, atol=3.0)
 
 
 def largest_buffer(fn, *args):

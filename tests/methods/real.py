@@ -2,7 +2,8 @@
 
 A base that knows upright digits learns turned ones, one that has read Python's source learns docstrings. What is promised:
 nothing outside the task vector changes by a bit, the task vector is in the encoding of the method and as large as its budget
-says, and applied to the base it gives the tuned model.
+says, and applied to the base it gives the tuned model. A preset of each mechanism trains a transformer of 18 thousand weights
+on patches of 2 x 2 pixels for 60 steps, every other one that reads images a quarter of it on patches of 4 x 4 for 40.
 """
 
 import functools
@@ -20,6 +21,13 @@ from jft.models.moe import Experts
 SCANS = {"source": "digits", "threads": 0, "prefetch": 0}
 TEXT = {"source": "stdlib", "tokenizer": "bytes", "max_length": 48, "pack": "concat", "threads": 0, "prefetch": 0}
 STEPS, QUIET = 60, {"progress": False}
+# One of each way to train: whole weights, stages, noise, factors, tangents; entries once, anew, dropped and grown; parts; gates
+# and masks. The others of their kind differ from them in what they select, and train a smaller model.
+MECHANISMS = {
+    *("full", "gradual_unfreezing", "uniform_layers", "mixout", "lora", "linearized"),
+    *("fish_mask", "sift", "spiel_ag"),
+    *("block_sparse", "s2ft", "rosa", "diff_pruning", "masking", "finegates", "diablo"),
+}
 MATRICES = r"layers/.*/w$"
 
 
@@ -105,27 +113,27 @@ def loader(split, **options):
 
 
 @functools.cache
-def digits():
-    """A vision transformer that knows upright digits, and how well it does on turned ones."""
-    vit = VisionConfig(image=8, patch=2, channels=1, width=32, layers=2, heads=4, hidden=64)
-    model = Model(Classifier(vit, 10, "mean"))
+def digits(small=False):
+    """A vision transformer that knows upright digits, how well it does on turned ones, and in how many steps it learns them."""
+    shape = {"patch": 4, "width": 16, "hidden": 32} if small else {"patch": 2, "width": 32, "hidden": 64}
+    model = Model(Classifier(VisionConfig(image=8, channels=1, layers=2, heads=4, **shape), 10, "mean"))
     run = jft.finetune(
         model, model.init(jax.random.key(0)), loader("train"), steps=200, optimizer=optimizer(4e-3), log=QUIET
     )
-    return model, run.params, loss(model, run.params)
+    return model, run.params, loss(model, run.params), 40 if small else STEPS
 
 
 def loss(model, params):
     return jft.train.evaluate(model, params, loader("test", rotate=90), "classification")["loss"]
 
 
-def turned(known, name, options, lr):
-    """The run of a preset from ``known`` base to turned digits, having learnt and kept what is promised of all."""
-    model, base, before = known
+def turned(name, options, lr):
+    """The run of a preset from a base that knows digits to turned ones, having learnt and kept what is promised of all."""
+    model, base, before, steps = digits(small=name not in MECHANISMS)
     more = {"eval_data": loader("validation", rotate=90)} if name == "subtuning" else {}
     method = jft.method(name, **options, freeze="^classifier/")
     data = loader("train", rotate=90)
-    run = jft.finetune(model, base, data, steps=STEPS, method=method, optimizer=optimizer(lr), log=QUIET, **more)
+    run = jft.finetune(model, base, data, steps=steps, method=method, optimizer=optimizer(lr), log=QUIET, **more)
     assert loss(model, run.params) < 0.95 * before
     if run.plan.method.forward == "linearized":
         f_lin = jft.linearize(model.apply, base)
@@ -199,7 +207,7 @@ def kept(base, run):
         if change is None:
             np.testing.assert_array_equal(tuned[path], x, err_msg=path)
         elif isinstance(change, delta.Entries | delta.Blocks | delta.Slices | delta.Rows):
-            outside = np.ones(x.shape, bool) & (np.asarray(support(change)) == 0)
+            outside = ~support(change)
             np.testing.assert_array_equal(np.asarray(tuned[path])[outside], np.asarray(x)[outside], err_msg=path)
     back = tree.flatten(jft.apply(base, run.task_vector))
     for path, x in tuned.items():
@@ -207,5 +215,7 @@ def kept(base, run):
 
 
 def support(change):
-    """Ones where an encoding has a value, whatever it is."""
-    return type(change)(**{**vars(change), "values": np.ones_like(change.values)}).dense()
+    """Where an encoding has a value, whatever it is."""
+    where = np.zeros(change.view, bool)
+    where[tuple(index if isinstance(index, slice) else np.asarray(index) for index in change.at)] = True
+    return where.reshape(change.shape)

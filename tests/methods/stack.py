@@ -1,7 +1,9 @@
 """A small stacked classifier, its gradients in float64 NumPy, and a masked Adam to follow a run with."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -10,6 +12,7 @@ from jft import tree
 from jft.models.core import Scope
 from jft.models.model import Model
 from jft.select.probe import lead
+from tests.methods.decoder import dense
 
 LAYERS, WIDTH, HIDDEN, CLASSES = 2, 6, 8, 3
 UP, BIAS, DOWN, HEAD = "layers/up/w", "layers/up/b", "layers/down/w", "head/w"
@@ -45,7 +48,7 @@ MODEL = Model(Stack())
 
 def parameters(seed=0):
     r = np.random.default_rng(seed)
-    flat = {p: jnp.asarray(0.5 * r.normal(size=s), jnp.float32) for p, s in SHAPES.items()}
+    flat = {p: jnp.asarray((0.5 * r.normal(size=s)).astype(np.float32)) for p, s in SHAPES.items()}
     return tree.like(tree.unflatten({p: 0 for p in sorted(SHAPES)}), flat)
 
 
@@ -160,23 +163,33 @@ def run(method, steps, **options):
     return jft.finetune(MODEL, parameters(), given.pop("data"), steps=steps, method=method, **given)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _entries(units, chosen):
+    """Masks of the entries of the chosen units, by path."""
+    out = {}
+    for path, unit in units:
+        shape, outer = SHAPES[path], lead(path, len(SHAPES[path]), True)
+        out[path] = unit.expand(unit.mask_of(chosen[path], shape, outer), shape, outer)
+    return out
+
+
 def masks(finished):
     """Which entries of each weight trained at the end of a run."""
-    out = {}
-    for path, at in finished.state.chosen.items():
-        shape = SHAPES[path]
-        unit, outer = finished.plan.unit(path, shape), lead(path, len(shape), True)
-        out[path] = np.asarray(unit.expand(unit.mask_of(at, shape, outer), shape, outer))
-    return out
+    chosen = finished.state.chosen
+    found = _entries(tuple((p, finished.plan.unit(p, SHAPES[p])) for p in chosen), chosen)
+    return {p: np.asarray(found[p]) for p in chosen}
 
 
 def check(finished, expected, support=None, tolerance=1e-5):
     """A run's weights are those of NumPy, and its task vector changes no entry outside ``support``."""
     for path, w in wide(finished.params).items():
         np.testing.assert_allclose(w, expected[path], atol=tolerance, rtol=0, err_msg=path)
+    if support is None:
+        return
+    changes = dense({p: x for p, x in finished.task_vector.items() if p in support})
     for path in SHAPES:
-        if support is not None and path not in support:
+        if path not in support:
             assert path not in finished.task_vector, path
-        elif support is not None:
-            moved = np.asarray(finished.task_vector[path].dense())
+        else:
+            moved = np.asarray(changes[path])
             assert not moved[~support[path]].any() and moved.any() == support[path].any(), path

@@ -6,8 +6,6 @@ from jft import delta
 from jft.methods import entries
 from tests.methods import real
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 
 def test_no_preset_is_left_out():
     groups = (real.LAYERS, real.ENTRIES, real.PARTS, real.TEXTS, real.OTHERS)
@@ -19,7 +17,7 @@ def test_no_preset_is_left_out():
 @pytest.mark.parametrize("name", real.LAYERS)
 def test_it_learns_turned_digits(name):
     options, lr, layers = real.LAYERS[name]
-    run = real.turned(real.digits(), name, options, lr)
+    run = real.turned(name, options, lr)
     if layers is not None:
         changed = run.task_vector.deltas
         assert all(path.startswith("layers/") and isinstance(x, delta.Rows) for path, x in changed.items())

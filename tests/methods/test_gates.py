@@ -23,10 +23,15 @@ def uniforms(how, key):
     """u of entries and of groups, layer by layer, as drawn."""
     if key is None:
         return np.full((leaf.L, leaf.I, leaf.O), 0.5), np.full(leaf.L, 0.5)
+    return leaf.wide(_drawn(key))
+
+
+@jax.jit
+def _drawn(key):
     pairs = [jax.random.split(k) for k in jax.random.split(key, leaf.L)]
     own = jnp.stack([jax.random.uniform(a, (leaf.I, leaf.O)) for a, _ in pairs])
     shared = jnp.stack([jax.random.uniform(b, ()) for _, b in pairs])
-    return leaf.wide((jnp.clip(own, 1e-4, 1 - 1e-4), jnp.clip(shared, 1e-4, 1 - 1e-4)))
+    return jnp.clip(own, 1e-4, 1 - 1e-4), jnp.clip(shared, 1e-4, 1 - 1e-4)
 
 
 def concrete(how, alpha, u):
@@ -72,13 +77,13 @@ PRUNING = [
 @pytest.mark.parametrize("how", PRUNING, ids=["product", "sum", "no group"])
 def test_hard_concrete(how):
     kept, trained = how.init(KEY, leaf.w32())
-    np.testing.assert_array_equal(how.bind(kept, trained, False, KEY), leaf.w32())
+    np.testing.assert_array_equal(leaf.bound(how, kept, trained, KEY), leaf.W32)
     trained = leaf.moved(trained)
     for key in (KEY, None):
         w, gradient, penalty = hard_concrete(how, leaf.wide(trained), key)
-        leaf.close(how.bind(kept, trained, False, key), w)
+        leaf.close(leaf.bound(how, kept, trained, key), w)
         leaf.check_gradient(how, kept, trained, gradient, key)
-    np.testing.assert_allclose(how.penalty(kept, trained), penalty, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(how.penalty)(kept, trained), penalty, rtol=1e-5)
     np.testing.assert_allclose(leaf.W + how.encode(leaf.w32(), kept, trained).dense(), w, atol=1e-6)
     few = trained | {"alpha": jnp.full_like(trained["alpha"], -20.0).at[1, 2, 3].set(20.0)}
     few |= {"group": jnp.full(leaf.L, 20.0)} if how.group else {}
@@ -96,6 +101,7 @@ def test_hard_concrete_steps_and_transformations():
     leaf.check_transforms(how, kept, trained, KEY)
 
 
+@pytest.mark.optimized
 def test_noise_of_all_layers_never_exists_at_once():
     how, layers, width = HardConcrete(), 48, 64
     kept, trained = how.init(KEY, jnp.ones((layers, width, width)))
@@ -183,9 +189,9 @@ def test_fine_gates(how):
     trained = leaf.moved(trained, by=0.1)
     for key in (KEY, None):
         w, gradient, penalty = fine(how, leaf.wide(trained), key)
-        leaf.close(how.bind(kept, trained, False, key), w)
+        leaf.close(leaf.bound(how, kept, trained, key), w)
         leaf.check_gradient(how, kept, trained, gradient, key)
-    np.testing.assert_allclose(how.penalty(kept, trained), penalty, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(how.penalty)(kept, trained), penalty, rtol=1e-5)
     leaf.check_steps(how, kept, trained, lambda t, k: fine(how, t, k)[1], keys=jax.random.split(KEY, 3), rate=1e-3)
     leaf.check_transforms(how, kept, trained, KEY)
 
@@ -205,15 +211,22 @@ def test_gates_beside_low_rank_and_on_experts_and_tables():
     w = jax.random.normal(KEY, (3, 8, 6))
     kept, trained = how.init(KEY, w)
     trained = leaf.moved(trained, by=0.2)
-    structured, plain = how.bind(kept, trained, True), how.bind(kept, trained, False)
-    x, sizes, ids = jax.random.normal(KEY, (7, 8)), jnp.asarray([2, 0, 5]), jnp.asarray([[7, 0], [3, 3]])
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    close(core.grouped_dot(x, structured, sizes), core.grouped_dot(x, plain, sizes))
-    one, flat = jax.tree.map(lambda a: a[1], structured), plain[1]
-    close(core.take(one, ids, jnp.float32), flat[ids])
-    close(core.dot(jnp.ones((2, 6)), core.transpose(one)), jnp.ones((2, 6)) @ flat.T)
-    a, b = jax.random.normal(KEY, (8, 2)), jax.random.normal(KEY, (2, 6))
-    close(core.dot(x, LowRankWeight(one, a, b, 0.5)), x @ (flat + 0.5 * a @ b))
+
+    @jax.jit
+    def results(kept, trained):
+        structured, plain = how.bind(kept, trained, True), how.bind(kept, trained, False)
+        x, sizes, ids = jax.random.normal(KEY, (7, 8)), jnp.asarray([2, 0, 5]), jnp.asarray([[7, 0], [3, 3]])
+        one, flat = jax.tree.map(lambda a: a[1], structured), plain[1]
+        a, b = jax.random.normal(KEY, (8, 2)), jax.random.normal(KEY, (2, 6))
+        return [
+            (core.grouped_dot(x, structured, sizes), core.grouped_dot(x, plain, sizes)),
+            (core.take(one, ids, jnp.float32), flat[ids]),
+            (core.dot(jnp.ones((2, 6)), core.transpose(one)), jnp.ones((2, 6)) @ flat.T),
+            (core.dot(x, LowRankWeight(one, a, b, 0.5)), x @ (flat + 0.5 * a @ b)),
+        ]
+
+    for found, expected in results(kept, trained):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -38,12 +38,12 @@ HOWS = [Masked(sparsity=0.2), Masked(sparsity=0, strict=True, l2=0.1), TopMask(k
 def test_forward_and_gradients(how):
     kept, trained = masked(how)
     mask, gradient = by_hand(how, leaf.wide(trained))
-    np.testing.assert_array_equal(how.mask(trained), mask)
-    np.testing.assert_array_equal(how.bind(kept, trained, structured=False), leaf.w32() * mask)
+    np.testing.assert_array_equal(jax.jit(how.mask)(trained), mask)
+    np.testing.assert_array_equal(leaf.bound(how, kept, trained), leaf.W32 * mask)
     leaf.check_gradient(how, kept, trained, gradient)
     leaf.check_transforms(how, kept, trained)
     encoded = how.encode(leaf.w32(), kept, trained)
-    np.testing.assert_array_equal(encoded.add_to(leaf.w32()), leaf.w32() * mask)
+    np.testing.assert_array_equal(jax.jit(lambda change, w: change.add_to(w))(encoded, leaf.W32), leaf.W32 * mask)
     assert encoded.nbytes == leaf.L * leaf.I * 1 + 4
 
 
@@ -91,16 +91,26 @@ def test_products_of_experts_and_tables():
     how = Masked(sparsity=0.3)
     w = jax.random.normal(KEY, (2, 3, 4, 5))
     kept, s = how.init(KEY, w)
-    layer = jax.tree.map(lambda x: x[1], how.bind(kept, s, True))
-    plain = how.bind(kept, s, False)[1]
-    x, sizes = jax.random.normal(KEY, (6, 4)), jnp.asarray([1, 3, 2])
-    np.testing.assert_allclose(core.grouped_dot(x, layer, sizes), core.grouped_dot(x, plain, sizes), rtol=1e-6)
-    np.testing.assert_allclose(core.dot(x, core.PerExpert(layer)), core.dot(x, core.PerExpert(plain)), rtol=1e-6)
-    one = jax.tree.map(lambda x: x[0], layer)
-    np.testing.assert_allclose(core.take(one, jnp.asarray([3, 1]), jnp.float32), plain[0][jnp.asarray([3, 1])])
-    np.testing.assert_allclose(core.transpose(one), plain[0].T)
+
+    @jax.jit
+    def results(kept, s):
+        layer = jax.tree.map(lambda x: x[1], how.bind(kept, s, True))
+        plain, one = how.bind(kept, s, False)[1], jax.tree.map(lambda x: x[0], layer)
+        x, sizes, ids = jax.random.normal(KEY, (6, 4)), jnp.asarray([1, 3, 2]), jnp.asarray([3, 1])
+        products = [
+            (core.grouped_dot(x, layer, sizes), core.grouped_dot(x, plain, sizes)),
+            (core.dot(x, core.PerExpert(layer)), core.dot(x, core.PerExpert(plain))),
+        ]
+        return products, [(core.take(one, ids, jnp.float32), plain[0][ids]), (core.transpose(one), plain[0].T)]
+
+    products, parts = results(kept, s)
+    for found, expected in products:
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    for found, expected in parts:
+        np.testing.assert_allclose(found, expected)
 
 
+@pytest.mark.optimized
 def test_masked_weights_of_all_layers_never_exist_at_once():
     """Backward through a scan of 16 layers saves no masked weight: its memory is that of few layers, not of all."""
     layers, width = 16, 64

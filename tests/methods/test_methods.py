@@ -80,6 +80,7 @@ def test_gradients_equal_those_of_the_dense_model(name):
             np.testing.assert_allclose(grad, g, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.optimized
 def test_frozen_layers_have_no_backward_pass():
     """Training the last of 8 layers costs much less than training them all, in compiled FLOPs."""
     model = toy.model(layers=8, width=64).with_(unroll=0)

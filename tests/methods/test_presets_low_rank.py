@@ -11,6 +11,7 @@ from jft.methods import LowRank, Method, Select
 from jft.parallel import make_mesh
 from jft.select import budget, scores, units
 from tests.methods import stack
+from tests.methods.decoder import dense
 from tests.methods.stack import DATA, DOWN, UP
 from tests.train import tools
 
@@ -64,13 +65,14 @@ def check(finished, expected, masks):
     stack.check(finished, expected.whole)
     for path, mask in stack.masks(finished).items():
         np.testing.assert_array_equal(mask, masks[path], err_msg=path)
-    for path in LINEAR:
-        if isinstance(finished.task_vector[path], delta.Dense):
-            continue  # here the sum of the two would be larger
-        parts = {type(part): part for part in finished.task_vector[path].parts}
-        moved = np.asarray(parts[delta.Entries].dense()) != 0
-        np.testing.assert_array_equal(moved, masks[path], err_msg=path)
-        assert parts[delta.LowRank].a.shape[-1] == RANK
+    # Dense where the sum of the two would be larger.
+    parts = {
+        path: {type(part): part for part in finished.task_vector[path].parts}
+        for path in LINEAR if not isinstance(finished.task_vector[path], delta.Dense)
+    }  # fmt: skip
+    for path, moved in dense({path: both[delta.Entries] for path, both in parts.items()}).items():
+        np.testing.assert_array_equal(np.asarray(moved) != 0, masks[path], err_msg=path)
+        assert parts[path][delta.LowRank].a.shape[-1] == RANK
     base = delta.apply(stack.parameters(), finished.task_vector)
     for a, b in zip(*(tree.flatten(x).values() for x in (base, finished.params)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
@@ -118,6 +120,7 @@ def test_rosa_that_trains_on():
     assert masks[UP].any()
 
 
+@pytest.mark.optimized
 def test_rosa_that_trains_on_goes_on_after_an_interruption(tmp_path):
     method = {"name": "rosa", "rank": RANK, "density": 0.2, "warmup": 2, "restart": False}
     for steps in (2, 3, 4):
@@ -149,6 +152,7 @@ def test_dsee(keep):
         check(stack.run(method, steps), expected, masks)
 
 
+@pytest.mark.optimized
 def test_a_pruned_run_goes_on_after_an_interruption(tmp_path):
     method = {"name": "dsee", "rank": RANK, "count": 6, "filter_rank": 3, "keep": 0.5}
     for steps in (1, 3):
@@ -219,8 +223,9 @@ def test_on_a_mesh_as_on_one_device(method):
     one, many = (stack.run(method, 2, mesh=m) for m in (None, make_mesh({"data": 2, "fsdp": 2, "tensor": 2})))
     for path, w in tree.flatten(one.params).items():
         np.testing.assert_allclose(tree.flatten(many.params)[path], w, atol=1e-5, err_msg=path)
-    for path, mask in stack.masks(one).items():
-        np.testing.assert_array_equal(stack.masks(many)[path], mask, err_msg=path)
+    alone, sharded = stack.masks(one), stack.masks(many)
+    for path, mask in alone.items():
+        np.testing.assert_array_equal(sharded[path], mask, err_msg=path)
 
 
 @pytest.mark.parametrize("name", ["rosa", "dsee", "spider", "super_tuning"])

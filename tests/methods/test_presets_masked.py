@@ -1,5 +1,7 @@
 """Presets of gated and masked training on a small model: what trains, where it starts, that it learns, what comes out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,26 +31,29 @@ PRESETS = {
 }
 
 
+MODEL = toy.model(layers=2).with_(remat="full")
+
+
+@functools.cache
 def setup(name):
-    model = toy.model(layers=2).with_(remat="full")
-    params = model.init(KEY)
-    plan = jft.method(name, **PRESETS[name][0]).plan(params, model)
-    return model, params, plan, *plan.init(KEY, params)
+    params = MODEL.init(KEY)
+    plan = jft.method(name, **PRESETS[name][0]).plan(params, MODEL)
+    return params, plan, *jax.jit(plan.init)(KEY, params)
 
 
-def target(model):
-    x = toy.batch(16)
-    return x, model.apply(model.init(jax.random.key(9)), x)
+@jax.jit
+def outputs(params):
+    return MODEL.apply(params, toy.batch(16))
 
 
 def trained_for(name, steps=40):
-    model, params, plan, kept, trained = setup(name)
-    x, y = target(model)
+    _, plan, kept, trained = setup(name)
+    y = outputs(MODEL.init(jax.random.key(9)))
     transform = optax.adam(PRESETS[name][1])
 
     def loss(t, key):
         penalty = plan.penalty(kept, t)
-        fit = jnp.mean(jnp.square(model.apply(plan.bind(kept, t, key=key), x) - y))
+        fit = jnp.mean(jnp.square(outputs(plan.bind(kept, t, key=key)) - y))
         return fit if penalty is None else fit + penalty
 
     @jax.jit
@@ -61,35 +66,34 @@ def trained_for(name, steps=40):
         keys = jax.random.split(KEY, steps)
         return jax.lax.scan(step, (t, transform.init(t)), keys)[0][0]
 
-    fit = jax.jit(lambda p: jnp.mean(jnp.square(model.apply(p, x) - y)))
-    return model, params, plan, kept, run(trained), fit
+    return run(trained), lambda params: np.mean(np.square(outputs(params) - np.asarray(y)))
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset(name):
     _, _, paths, at_base = PRESETS[name]
-    _, params, plan, kept, start = setup(name)
+    params, plan, kept, start = setup(name)
     assert set(start) == paths
     assert {x.dtype for x in jax.tree.leaves(start)} == {jnp.dtype("float32")}
-    same = jax.tree.map(lambda a, b: bool((a == b).all()), plan.merged(params, kept, start), params)
+    merge = jax.jit(plan.merged)
+    same = jax.tree.map(np.array_equal, merge(params, kept, start), params)
     assert all(jax.tree.leaves(same)) == at_base
-    model, params, plan, kept, trained, fit = trained_for(name)
-    merged = plan.merged(params, kept, trained)
+    trained, fit = trained_for(name)
+    merged = merge(params, kept, trained)
     assert fit(merged) < 0.97 * fit(params)
-    x, _ = target(model)
-    bound = jax.jit(lambda k, t: model.apply(plan.bind(k, t), x))(kept, trained)
-    np.testing.assert_allclose(bound, model.apply(merged, x), rtol=1e-4, atol=1e-5)
-    tau = plan.encode(params, kept, trained)
-    for path, w in tree.flatten(params).items():
-        changed = tau[path].add_to(w) if path in tau else w
-        np.testing.assert_allclose(changed, tree.flatten(merged)[path], atol=1e-5)
+    bound = jax.jit(lambda k, t: outputs(plan.bind(k, t)))(kept, trained)
+    np.testing.assert_allclose(bound, outputs(merged), rtol=1e-4, atol=1e-5)
+    tau, flat = plan.encode(params, kept, trained), tree.flatten(params)
+    changed = flat | jax.jit(lambda tau: {p: change.add_to(flat[p]) for p, change in tau.items()})(tau)
+    for path, w in tree.flatten(merged).items():
+        np.testing.assert_allclose(changed[path], w, atol=1e-5)
 
 
 def test_specs_have_the_structure_of_what_they_shard():
     from jax.sharding import PartitionSpec as P
 
     for name in PRESETS:
-        _, params, plan, kept, trained = setup(name)
+        params, plan, kept, trained = setup(name)
         weights = {p: P() for p in tree.flatten(params)} | {"layers/up/w": P(None, "fsdp", "tensor")}
         kept_specs, specs = plan.specs(weights, params)
         leaf = lambda x: isinstance(x, P)

@@ -178,6 +178,7 @@ class Ends(list):
         return super().__getitem__(i)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("method", "reads"),
     [

@@ -1,6 +1,7 @@
 """Parts of weights in place: the gradient is that of the dense weight, gathered, and so is everything that follows."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ UP, DOWN = "layers/up/w", "layers/down/w"
 each_layout = pytest.mark.parametrize("layout", selections.LAYOUTS.values(), ids=selections.LAYOUTS)
 
 
+@functools.cache
 def setting(layout, live=True, **execution):
     """A plan that trains parts of two stacked weights, what it keeps and trains, and the masks of those parts."""
     model = toy.model().with_(**execution)
@@ -28,19 +30,36 @@ def setting(layout, live=True, **execution):
     leaves = {p: Selected(layout, live) for p in found}
     method = Method(Select(), InPlace())
     plan = Plan(method, leaves, tuple(shapes), jax.tree.structure(params), structured=True)
-    kept, trained = plan.init(jax.random.key(1), params, {p: jnp.asarray(at) for p, (at, _) in found.items()})
+    kept, trained = jax.jit(plan.init)(jax.random.key(1), params, {p: at for p, (at, _) in found.items()})
     return model, params, plan, kept, trained, {p: mask for p, (_, mask) in found.items()}
 
 
-def loss(model, params, batch):
-    return jnp.sum(jnp.square(model.apply(params, batch)))
+def drawn(values, seed):
+    """Normal numbers of the shapes of ``values``, by path."""
+    rng = np.random.default_rng(seed)
+    return {p: rng.normal(size=x.shape).astype(np.float32) for p, x in values.items()}
 
 
-def gradient(model, plan, kept, trained, batch=None):
-    batch = toy.batch() if batch is None else batch
-    return jax.grad(lambda t: loss(model, plan.bind(kept, t), batch))(trained)
+@functools.partial(jax.jit, static_argnums=0)
+def output(model, params):
+    return model.apply(params, toy.batch())
 
 
+def loss(model, params):
+    return jnp.sum(jnp.square(output(model, params)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def gradient(model, plan, kept, trained):
+    return jax.grad(lambda t: loss(model, plan.bind(kept, t)))(trained)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def dense_gradient(model, params):
+    return jax.grad(loss, argnums=1)(model, params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def gathered(plan, kept, dense):
     return {p: plan.leaves[p].layout.gather(dense[p], kept[p]["at"]) for p in plan.leaves}
 
@@ -49,11 +68,11 @@ def gathered(plan, kept, dense):
 @pytest.mark.parametrize("execution", [{}, {"remat": "full"}, {"remat": "dots", "unroll": 0}])
 def test_the_gradient_is_the_dense_one_gathered(layout, execution):
     model, params, plan, kept, trained, _ = setting(layout, **execution)
-    dense = tree.flatten(jax.grad(lambda p: loss(model, p, toy.batch()))(params))
+    dense = tree.flatten(dense_gradient(model, params))
     found = gradient(model, plan, kept, trained)
     for path, want in gathered(plan, kept, dense).items():
         assert found[path].shape == trained[path].shape
-        np.testing.assert_allclose(found[path], want, rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()))
+        np.testing.assert_allclose(found[path], want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
 
 
 @each_layout
@@ -68,14 +87,20 @@ def test_a_plain_function_gets_the_same_gradient(layout):
 @pytest.mark.parametrize("live", [True, False])
 def test_forward_tangents_are_those_of_the_dense_weight(layout, live):
     model, _, plan, kept, trained, _ = setting(layout, live)
-    moved = jax.tree.map(lambda x: jax.random.normal(jax.random.key(3), x.shape), trained)
-    apply = lambda t: model.apply(plan.bind(kept, t), toy.batch())
-    y, dy = jax.jvp(apply, (trained,), (moved,))
-    put = {p: plan.leaves[p].layout.put(jnp.zeros_like(kept[p]["w"]), kept[p]["at"], moved[p]) for p in moved}
+    moved = drawn(trained, 3)
     params = {p: (k["w"] if p in plan.leaves else k) for p, k in kept.items()}
-    zeros = {p: put.get(p, jnp.zeros_like(w)) for p, w in params.items()}
-    dense = lambda flat: model.apply(tree.unflatten(flat), toy.batch())
-    want, dwant = jax.jvp(dense, (params,), (zeros,))
+
+    @jax.jit
+    def sparse(trained, moved):
+        return jax.jvp(lambda t: output(model, plan.bind(kept, t)), (trained,), (moved,))
+
+    @jax.jit
+    def dense(params, moved):
+        put = {p: plan.leaves[p].layout.put(jnp.zeros_like(kept[p]["w"]), kept[p]["at"], moved[p]) for p in moved}
+        zeros = {p: put.get(p, jnp.zeros_like(w)) for p, w in params.items()}
+        return jax.jvp(lambda flat: output(model, tree.unflatten(flat)), (params,), (zeros,))
+
+    (y, dy), (want, dwant) = sparse(trained, moved), dense(params, moved)
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(dy, dwant, rtol=1e-4, atol=1e-5)
 
@@ -83,31 +108,29 @@ def test_forward_tangents_are_those_of_the_dense_weight(layout, live):
 @each_layout
 def test_vmap_over_members_that_share_the_base(layout):
     model, _, plan, kept, trained, _ = setting(layout, live=False)
-    many = jax.tree.map(lambda x: jnp.stack([x, x + 0.1, x - 0.2]), trained)
+    many = jax.tree.map(lambda x: np.stack([x, np.asarray(x) + 0.1, np.asarray(x) - 0.2], dtype=np.float32), trained)
     alone = [gradient(model, plan, kept, jax.tree.map(lambda x, i=i: x[i], many)) for i in range(3)]
-    together = jax.vmap(lambda t: gradient(model, plan, kept, t))(many)
+    together = jax.jit(jax.vmap(lambda t: gradient(model, plan, kept, t)))(many)
     for path in trained:
-        want = jnp.stack([g[path] for g in alone])
-        np.testing.assert_allclose(together[path], want, rtol=1e-4, atol=1e-5 * float(jnp.abs(want).max()))
+        want = np.stack([g[path] for g in alone])
+        np.testing.assert_allclose(together[path], want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
 
 
 @each_layout
 def test_live_and_shared_weights_compute_the_same(layout):
     model, _, plan, kept, trained, _ = setting(layout)
     shared = dataclasses.replace(plan, leaves={p: dataclasses.replace(h, live=False) for p, h in plan.leaves.items()})
-    moved = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(5), x.shape), trained)
-    live = plan.commit(kept, moved)
-    np.testing.assert_allclose(
-        model.apply(plan.bind(live, moved), toy.batch()),
-        model.apply(shared.bind(kept, moved), toy.batch()),
-        rtol=1e-5, atol=1e-5,
-    )  # fmt: skip
+    moved = jax.tree.map(lambda x, d: np.asarray(x) + np.float32(0.1) * d, trained, drawn(trained, 5))
+    live = jax.jit(plan.commit)(kept, moved)
+    outputs = [jax.jit(lambda k, p=p: output(model, p.bind(k, moved)))(k) for p, k in ((plan, live), (shared, kept))]
+    np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-5)
     for a, b in zip(
         *(jax.tree.leaves(gradient(model, p, k, moved)) for p, k in ((plan, live), (shared, kept))), strict=True
     ):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
 
 
+@pytest.mark.optimized
 @each_layout
 def test_adamw_on_gathered_values_is_masked_dense_adamw_bit_for_bit(layout):
     _, params, plan, kept, trained, masks = setting(layout)
@@ -115,13 +138,13 @@ def test_adamw_on_gathered_values_is_masked_dense_adamw_bit_for_bit(layout):
     dense = {p: flat[p] for p in plan.leaves}
     rule = optax.adamw(1e-2, weight_decay=0.0)
     update = jax.jit(lambda g, s, w: (lambda u, s: (optax.apply_updates(w, u), s))(*rule.update(g, s, w)))
-    sparse_state, dense_state = rule.init(trained), rule.init(dense)
+    sparse_state, dense_state = jax.jit(rule.init)(trained), jax.jit(rule.init)(dense)
     for n in range(3):
-        g = {p: jax.random.normal(jax.random.fold_in(jax.random.key(9), n), w.shape) for p, w in dense.items()}
+        g = drawn(dense, n)
         trained, sparse_state = update(gathered(plan, kept, g), sparse_state, trained)
-        masked = {p: jnp.where(masks[p], x, 0.0) for p, x in g.items()}
+        masked = {p: np.where(masks[p], x, np.float32(0)) for p, x in g.items()}
         dense, dense_state = update(masked, dense_state, dense)
-    now = plan.commit(kept, trained)
+    now = jax.jit(plan.commit)(kept, trained)
     for path in dense:
         np.testing.assert_array_equal(now[path]["w"], dense[path])
         outside = ~masks[path]
@@ -131,12 +154,15 @@ def test_adamw_on_gathered_values_is_masked_dense_adamw_bit_for_bit(layout):
 @each_layout
 def test_the_task_vector_has_exactly_the_selected_support(layout):
     _, params, plan, kept, trained, masks = setting(layout)
-    moved = jax.tree.map(lambda x: x + 1.0, trained)
-    kept = plan.commit(kept, moved)
-    for path, change in plan.encode(params, kept, moved).items():
-        assert not isinstance(change, delta.Dense)
-        np.testing.assert_allclose(change.dense(), masks[path], atol=1e-6)
-        np.testing.assert_allclose(change.apply_to(tree.flatten(params)[path]), kept[path]["w"], atol=1e-6)
+    moved = jax.tree.map(lambda x: np.asarray(x) + np.float32(1), trained)
+    kept = jax.jit(plan.commit)(kept, moved)
+    flat = tree.flatten(params)
+    results = jax.jit(lambda changes: {p: (x.dense(), x.apply_to(flat[p])) for p, x in changes.items()})
+    changes = plan.encode(params, kept, moved)
+    for path, (change, w) in results(changes).items():
+        assert not isinstance(changes[path], delta.Dense)
+        np.testing.assert_allclose(change, masks[path], atol=1e-6)
+        np.testing.assert_allclose(w, kept[path]["w"], atol=1e-6)
 
 
 @each_layout
@@ -145,24 +171,25 @@ def test_cells_select_the_same(layout):
     shape = (16, 8)
     rng = np.random.default_rng(0)
     chosen = rng.random((3, *selections.units(layout, shape))) < 0.4
-    w = jnp.asarray(rng.normal(size=(3, *shape)), jnp.float32)
-    one, four = (jnp.asarray(selections.locate(layout, chosen, g)) for g in ((1, 1), (2, 2)))
-    x = jnp.asarray(rng.normal(size=(5, shape[0])), jnp.float32)
-    results = []
-    for at in (one, four):
+    w = jnp.asarray(rng.normal(size=(3, *shape)).astype(np.float32))
+    x = jnp.asarray(rng.normal(size=(5, shape[0])).astype(np.float32))
+
+    @jax.jit
+    def results(at):
         values = layout.gather(w, at)
-        weight = lambda v, at=at: SelectedWeight(w[0], at[0], v, None, layout)
-        g = jax.grad(lambda v, weight=weight: jnp.sum(jnp.sin(core.dot(x, weight(v)))))(values[0])
-        results.append((layout.put(w, at, values * 2), layout.put(jnp.zeros_like(w[0]), at[0], g)))
-    np.testing.assert_array_equal(results[0][0], results[1][0])
-    np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5, atol=1e-6)
+        g = jax.grad(lambda v: jnp.sum(jnp.sin(core.dot(x, SelectedWeight(w[0], at[0], v, None, layout)))))(values[0])
+        return layout.put(w, at, values * 2), layout.put(jnp.zeros_like(w[0]), at[0], g)
+
+    one, four = (results(selections.locate(layout, chosen, grid)) for grid in ((1, 1), (2, 2)))
+    np.testing.assert_array_equal(one[0], four[0])
+    np.testing.assert_allclose(one[1], four[1], rtol=1e-5, atol=1e-6)
 
 
 @each_layout
 def test_transposed_weights_and_lookups(layout):
     """A table that is also the output head: both uses, and the gradient through both."""
     rng = np.random.default_rng(1)
-    table = jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)
+    table = jnp.asarray(rng.normal(size=(16, 8)).astype(np.float32))
     at, _ = selections.draw(layout, table.shape, 0.4)
     at, ids = jnp.asarray(at), jnp.asarray([3, 3, 0, 15, 7])
 
@@ -170,12 +197,20 @@ def test_transposed_weights_and_lookups(layout):
         h = core.take(w, ids, jnp.float32)
         return jnp.sum(jnp.sin(core.dot(h, core.transpose(w))))
 
-    values = layout.gather(table, at)
+    @jax.jit
+    def dense():
+        value, gradient = jax.value_and_grad(both)(table)
+        return value, layout.gather(gradient, at), layout.gather(table, at)
+
+    @jax.jit
+    def selected(values, origin):
+        return jax.value_and_grad(lambda v: both(SelectedWeight(table, at, v, origin, layout)))(values)
+
+    value, want, values = dense()
     for origin in (None, values):
-        weight = lambda v, origin=origin: SelectedWeight(table, at, v, origin, layout)
-        np.testing.assert_allclose(both(weight(values)), both(table), rtol=1e-5)
-        got = jax.grad(lambda v, weight=weight: both(weight(v)))(values)
-        np.testing.assert_allclose(got, layout.gather(jax.grad(both)(table), at), rtol=1e-4, atol=1e-5)
+        found, got = selected(values, origin)
+        np.testing.assert_allclose(found, value, rtol=1e-5)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_keep_only_their_part_of_the_activations():
@@ -192,6 +227,7 @@ def test_rows_keep_only_their_part_of_the_activations():
     assert {x.shape for x in held} == {(n, 8)}
 
 
+@pytest.mark.optimized
 def test_the_backward_of_blocks_has_no_dense_gradient():
     layout = Blocks(32, 32)
     w = jnp.zeros((512, 384))
@@ -216,11 +252,11 @@ def test_a_tap_leaves_the_weight_as_it_is():
 
 def test_mixed_precision_keeps_masters_and_bf16_weights_together():
     model, params, plan, *_ = setting(Entries(), dtype=jnp.bfloat16)
-    params = tree.cast(params, jnp.bfloat16)
-    at = {p: jnp.asarray(selections.draw(Entries(), tree.flatten(params)[p].shape, 0.3)[0]) for p in plan.leaves}
-    kept, trained = plan.init(jax.random.key(1), params, at)
+    params = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), params)
+    at = {p: selections.draw(Entries(), tree.flatten(params)[p].shape, 0.3)[0] for p in plan.leaves}
+    kept, trained = jax.jit(plan.init)(jax.random.key(1), params, at)
     assert {x.dtype for x in trained.values()} == {jnp.dtype("float32")}
-    g = jax.grad(lambda t: loss(model, plan.bind(kept, t, jnp.bfloat16), toy.batch()).astype(jnp.float32))(trained)
+    g = jax.jit(jax.grad(lambda t: loss(model, plan.bind(kept, t, jnp.bfloat16)).astype(jnp.float32)))(trained)
     assert {x.dtype for x in g.values()} == {jnp.dtype("float32")}
-    kept = plan.commit(kept, jax.tree.map(lambda x: x + 1e-4, trained))
+    kept = jax.jit(plan.commit)(kept, jax.tree.map(lambda x: np.asarray(x) + np.float32(1e-4), trained))
     assert {kept[p]["w"].dtype for p in at} == {jnp.dtype("bfloat16")}

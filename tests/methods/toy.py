@@ -1,9 +1,11 @@
 """The smallest model built as jft's own are: stacked layers, named products, a residual stream."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jft import tree
 from jft.models.core import Scope, layer_norm
@@ -17,6 +19,7 @@ class Toy:
     out: int = 5
     family: str = "toy"
 
+    @functools.partial(jax.jit, static_argnums=(0, 2))
     def init(self, key, dtype=jnp.float32):
         shapes = {
             "layers/norm/scale": (self.layers, self.width),
@@ -47,4 +50,4 @@ def model(**kw):
 
 
 def batch(rows=3, width=8):
-    return {"x": jax.random.normal(jax.random.key(7), (rows, width))}
+    return {"x": np.random.default_rng(7).normal(size=(rows, width)).astype(np.float32)}

@@ -1,6 +1,7 @@
 """Classifiers on every kind of backbone, against transformers where it has the same one."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,11 @@ BACKBONES = {
     "t5": T5Config(vocab=31, width=12, head=4, heads=3, hidden=16, layers=2, decoder_layers=1),
     "llama": DecoderConfig(vocab=31, width=12, layers=2, heads=3, hidden=16),
 }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, params, batch):
+    return model.apply(params, batch)
 
 
 def batch_of(name):
@@ -90,7 +96,7 @@ def test_checkpoints_are_read_and_saved_for_transformers(kind, tmp_path):
     assert type(loaded) is type(peer)
     x = torch.tensor(IMAGES["images"]).permute(0, 3, 1, 2) if images else torch.tensor(TOKENS)
     assert torch.allclose(loaded(x).logits, peer(x).logits, atol=1e-6)
-    ours = model.apply(params, IMAGES if images else TOKENS)
+    ours = apply(model, params, IMAGES if images else TOKENS)
     np.testing.assert_allclose(ours, peer(x).logits.detach(), atol=1e-5)
 
 
@@ -103,7 +109,7 @@ def test_backbone_parameters_are_unchanged_and_the_head_stands_beside_them(name)
     assert all(p.startswith("classifier/") for p in flat if p not in bare)
     for path, leaf in bare.items():
         np.testing.assert_array_equal(flat[path], leaf)
-    assert Model(Classifier(backbone, 4)).apply(params, batch_of(name)).shape == (3, 4)
+    assert apply(Model(Classifier(backbone, 4)), params, batch_of(name)).shape == (3, 4)
 
 
 def test_defaults_are_those_of_each_family():
@@ -124,26 +130,26 @@ def test_pooling_reads_the_tokens_it_names(name, pool):
     backbone = BACKBONES[name]
     model = Model(Classifier(backbone, 4, pool=pool))
     params = model.init(jax.random.key(0))
-    h = np.asarray(backbone.hidden_states(Scope(model.execution), params, TEXT))
+    h = np.asarray(jax.jit(lambda p: backbone.hidden_states(Scope(model.execution), p, TEXT))(params))
     rows = {
         "cls": h[:, 0],
         "last": h[np.arange(3), SEGMENTS.sum(1) - 1],
         "mean": np.stack([h[i, : SEGMENTS[i].sum()].mean(0) for i in range(3)]),
     }
-    head = params["classifier"]
-    np.testing.assert_allclose(model.apply(params, TEXT), rows[pool] @ head["w"] + head["b"], atol=1e-5)
+    head = jax.device_get(params["classifier"])
+    np.testing.assert_allclose(apply(model, params, TEXT), rows[pool] @ head["w"] + head["b"], atol=1e-5)
 
 
 def test_last_finds_the_end_of_left_padded_rows_and_images_average_patches():
     model = Model(Classifier(BACKBONES["llama"], 4))
     params = model.init(jax.random.key(0))
     left = {"tokens": TOKENS, "segments": SEGMENTS[:, ::-1]}
-    alone = model.apply(params, TOKENS[1:2, 3:])
-    np.testing.assert_allclose(model.apply(params, left)[1:2], alone, atol=1e-5)
+    alone = apply(model, params, TOKENS[1:2, 3:])
+    np.testing.assert_allclose(np.asarray(apply(model, params, left))[1:2], alone, atol=1e-5)
     vit = Model(Classifier(BACKBONES["vit"], 4, pool="mean"))
     params = vit.init(jax.random.key(0))
-    h = Model(BACKBONES["vit"]).apply(params, IMAGES)
-    np.testing.assert_allclose(vit.apply(params, IMAGES), h[:, 1:].mean(1) @ params["classifier"]["w"], atol=1e-5)
+    mean = np.asarray(apply(Model(BACKBONES["vit"]), params, IMAGES))[:, 1:].mean(1)
+    np.testing.assert_allclose(apply(vit, params, IMAGES), mean @ np.asarray(params["classifier"]["w"]), atol=1e-5)
 
 
 def test_hooks_and_forward_mode_reach_the_head():
@@ -151,11 +157,11 @@ def test_hooks_and_forward_mode_reach_the_head():
     params = model.init(jax.random.key(0))
     names = []
     hooks = Hooks(product=lambda name, x, w, s: (x @ w, names.append(name)), value=lambda n, h, s: (h, jnp.sum(h)))
-    logits, reads = model.apply(params, TEXT, hooks=hooks)
+    logits, reads = jax.jit(lambda p: model.apply(p, TEXT, hooks=hooks))(params)
     assert {"classifier", "classifier/dense", "layers/attn/q"} <= set(names)
     assert "final" in reads
-    np.testing.assert_allclose(logits, model.apply(params, TEXT), atol=1e-6)
-    parity.forward_matches_reverse(lambda p: model.apply(p, TEXT), params)
+    np.testing.assert_allclose(logits, apply(model, params, TEXT), atol=1e-6)
+    parity.forward_matches_reverse(jax.jit(lambda p: model.apply(p, TEXT)), params)
 
 
 @pytest.mark.parametrize(

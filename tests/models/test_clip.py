@@ -1,5 +1,7 @@
 """CLIP against transformers, and the zero-shot head made of prompts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +96,11 @@ def test_checkpoints_are_read_and_saved_for_transformers(tmp_path):
     assert torch.allclose(loaded(**x).logits_per_image, peer(**x).logits_per_image, atol=1e-5)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, params, batch):
+    return model.apply(params, batch)
+
+
 @pytest.fixture(scope="module")
 def model():
     return Model(TINY)
@@ -101,14 +108,14 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    return jax.jit(model.init)(jax.random.key(0))
+    return model.init(jax.random.key(0))
 
 
 def test_either_side_alone(model, params):
-    both = model.apply(params, {"tokens": TOKENS, "images": IMAGES})
-    assert set(model.apply(params, TOKENS)) == {"text", "logit_scale"}
-    np.testing.assert_allclose(model.apply(params, {"images": IMAGES})["image"], both["image"], atol=1e-6)
-    np.testing.assert_allclose(jnp.linalg.norm(both["text"], axis=1), 1, atol=1e-6)
+    both = apply(model, params, {"tokens": TOKENS, "images": IMAGES})
+    assert set(apply(model, params, TOKENS)) == {"text", "logit_scale"}
+    np.testing.assert_allclose(apply(model, params, {"images": IMAGES})["image"], both["image"], atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(both["text"], axis=1), 1, atol=1e-6)
     with pytest.raises(ValueError, match="neither 'images' nor 'tokens'"):
         model.apply(params, {"labels": TOKENS})
 
@@ -116,22 +123,22 @@ def test_either_side_alone(model, params):
 def test_what_follows_the_end_of_text_changes_nothing(model, params):
     other = TOKENS.copy()
     other[1, 5:] = 4
-    np.testing.assert_allclose(model.apply(params, other)["text"], model.apply(params, TOKENS)["text"], atol=1e-6)
+    np.testing.assert_allclose(apply(model, params, other)["text"], apply(model, params, TOKENS)["text"], atol=1e-6)
 
 
 def test_zero_shot_head_is_the_scaled_mean_of_prompt_embeddings(model, params):
     prompts = RNG.integers(3, EOS, (4, 5, 6))
     prompts[..., -1] = EOS
     head = zero_shot_head(model, params, prompts)
-    embedded = np.asarray(model.apply(params, prompts.reshape(20, 6))["text"], np.float64).reshape(4, 5, 6)
+    embedded = np.asarray(apply(model, params, prompts.reshape(20, 6))["text"], np.float64).reshape(4, 5, 6)
     mean = embedded.mean(1)
     w = np.exp(np.float64(params["logit_scale"])) * (mean / np.linalg.norm(mean, axis=1, keepdims=True)).T
     np.testing.assert_allclose(head["w"], w, rtol=1e-4, atol=1e-4)
     assert head["w"].dtype == jnp.float32
     assert head["b"].shape == (4,)
     classifier = Model(Classifier(TINY, classes=4))
-    logits = classifier.apply({**params, "classifier": head}, {"images": IMAGES})
-    image = np.asarray(model.apply(params, {"images": IMAGES})["image"])
+    logits = apply(classifier, {**params, "classifier": head}, {"images": IMAGES})
+    image = np.asarray(apply(model, params, {"images": IMAGES})["image"])
     np.testing.assert_allclose(logits, image @ w, rtol=1e-4, atol=1e-4)
 
 
@@ -154,16 +161,18 @@ def test_execution_forward_mode_and_hooks(model, params):
     joined = Joined(TINY)
     plain, other = (jax.jit(m.apply)(params, batch) for m in (joined, joined.with_(remat="full", unroll=0)))
     np.testing.assert_allclose(plain, other, atol=1e-5)
-    parity.forward_matches_reverse(lambda p: joined.apply(p, batch), params)
-    _, reads = model.apply(params, batch, hooks=Hooks(value=lambda name, h, s: (h, jnp.sum(h))))
+    parity.forward_matches_reverse(jax.jit(lambda p: joined.apply(p, batch)), params)
+    hooks = Hooks(value=lambda name, h, s: (h, jnp.sum(h)))
+    reads = jax.eval_shape(lambda p: model.apply(p, batch, hooks=hooks)[1], params)
     sites = {"embed", "layers/in", "layers/attn/out", "layers/mlp/out", "final"}
     features = {"features", "text/features"}
     assert set(reads) == features | {f"{side}/{site}" for side in ("vision", "text") for site in sites}
 
 
 def test_hook_state_is_sliced_inside_each_tower(model, params):
-    state = {"vision/layers/attn/q": jnp.array([1.0, 3.0]), "text/layers/mlp/up": jnp.array([5.0, 7.0])}
+    state = {"vision/layers/attn/q": np.float32([1, 3]), "text/layers/mlp/up": np.float32([5, 7])}
     seen = lambda name, x, w, s: (x @ w, s)
-    _, reads = model.apply(params, {"tokens": TOKENS, "images": IMAGES}, hooks=Hooks(product=seen, state=state))
+    batch, hooks = {"tokens": TOKENS, "images": IMAGES}, Hooks(product=seen, state=state)
+    reads = jax.jit(lambda p: model.apply(p, batch, hooks=hooks)[1])(params)
     for name, value in state.items():
         np.testing.assert_array_equal(reads[name], value)

@@ -72,7 +72,7 @@ def test_init(model, params):
     shapes = model.abstract()
     assert {p: x.shape for p, x in tree.flatten(shapes).items()} == model.config.shapes()
     jitted = jax.jit(lambda key: model.init(key, jnp.bfloat16))(jax.random.key(0))
-    close(jax.tree.map(lambda x: x.astype(jnp.float32), jitted), params, 1e-2)
+    close(jax.tree.map(lambda x: np.asarray(x, np.float32), jitted), params, 1e-2)
     table = np.asarray(params["embed"]["table"])
     assert abs(table.std() / 0.3 - 1) < 0.1
     norm = params["layers"]["attn_post_norm" if model.config.norm_place == "post" else "attn_norm"]
@@ -90,7 +90,7 @@ def test_defaults():
 def test_causal(model, params):
     changed = TOKENS.copy()
     changed[:, 6:] = 1
-    before, after = apply(model, params, TOKENS), apply(model, params, changed)
+    before, after = (np.asarray(apply(model, params, tokens)) for tokens in (TOKENS, changed))
     close(before[:, :6], after[:, :6])
     assert np.abs(before[:, 6:] - after[:, 6:]).max() > 1e-2
 
@@ -100,24 +100,25 @@ def test_padding_changes_nothing(model, params, side):
     pad, real = 3, slice(3, None) if side == "left" else slice(0, 9)
     wide = [(0, 0), (pad, 0) if side == "left" else (0, pad)]
     batch = {"tokens": np.pad(TOKENS, wide), "segments": np.pad(np.ones_like(TOKENS), wide)}
-    close(apply(model, params, batch)[:, real], apply(model, params, TOKENS))
+    found, expected = np.asarray(apply(model, params, batch)), apply(model, params, TOKENS)
+    close(found[:, real], expected)
     other = {**batch, "tokens": np.pad(TOKENS, wide, constant_values=7)}
-    close(apply(model, params, other)[:, real], apply(model, params, TOKENS))
-    assert np.all(np.isfinite(apply(model, params, batch)))
+    close(np.asarray(apply(model, params, other))[:, real], expected)
+    assert np.all(np.isfinite(found))
 
 
 def test_packing_changes_nothing(model, params):
     tokens = TOKENS[:, :8]
     segments = np.broadcast_to(np.array([1] * 4 + [2] * 4, np.int32), tokens.shape)
     positions = np.broadcast_to(np.array([0, 1, 2, 3] * 2, np.int32), tokens.shape)
-    alone = jnp.concatenate([apply(model, params, tokens[:, :4]), apply(model, params, tokens[:, 4:])], axis=1)
+    alone = np.concatenate([apply(model, params, tokens[:, :4]), apply(model, params, tokens[:, 4:])], axis=1)
     for extra in ({"segments": segments}, {"positions": positions}, {"segments": segments, "positions": positions}):
         close(apply(model, params, {"tokens": tokens, **extra}), alone)
 
 
 def test_positions_are_used(model, params):
     shifted = {"tokens": TOKENS, "positions": np.broadcast_to(3 * np.arange(9, dtype=np.int32), TOKENS.shape)}
-    assert np.abs(apply(model, params, shifted) - apply(model, params, TOKENS)).max() > 1e-3
+    assert np.abs(np.asarray(apply(model, params, shifted)) - apply(model, params, TOKENS)).max() > 1e-3
 
 
 def test_windows():
@@ -125,13 +126,13 @@ def test_windows():
     for windows, reach in (((3, 3, 3), 6), ((None, 1, 1), 8), ((3, None, 1), 8), ((2, 2, 3), 4)):
         model = Model(dataclasses.replace(BASE, windows=windows))
         params = model.init(jax.random.key(0))
-        embeddings = jnp.take(params["embed"]["table"], TOKENS[:1], axis=0)
+        embeddings = np.asarray(params["embed"]["table"])[TOKENS[:1]]
 
         def last(h, params=params, model=model):
             hooks = Hooks(value=lambda name, x, state: (h if name == "embed" else x, None))
             return model.apply(params, TOKENS[:1], hooks=hooks)[0][0, -1]
 
-        sensitivity = np.abs(jax.jacobian(last)(embeddings)).sum((0, 1, 3))
+        sensitivity = np.abs(jax.jit(jax.jacobian(last))(embeddings)).sum((0, 1, 3))
         np.testing.assert_array_equal(sensitivity > 0, np.arange(9) >= 8 - reach)
 
 
@@ -148,8 +149,8 @@ def test_execution_changes_nothing(name):
 def test_bfloat16(model, params):
     low = apply(model.with_(dtype=jnp.bfloat16), params, TOKENS)
     assert low.dtype == jnp.bfloat16
-    high = apply(model, params, TOKENS)
-    assert np.abs(low.astype(jnp.float32) - high).mean() < 0.1 * np.abs(high).mean()
+    high = np.asarray(apply(model, params, TOKENS))
+    assert np.abs(np.asarray(low, np.float32) - high).mean() < 0.1 * np.abs(high).mean()
 
 
 def test_hooks_read_and_edit(model, params):
@@ -161,7 +162,7 @@ def test_hooks_read_and_edit(model, params):
 
     expected = apply(model, params, TOKENS)
     hooks = Hooks(product=product, value=value)
-    logits, reads = jax.jit(lambda p: model.apply(p, TOKENS, hooks=hooks))(params)
+    logits, reads = jax.device_get(jax.jit(lambda p: model.apply(p, TOKENS, hooks=hooks))(params))
     close(logits, expected)
     for site in ("layers/in", "layers/attn/out", "layers/mlp/out"):
         assert reads[site].shape == (3, 2, 9, 24)
@@ -178,13 +179,15 @@ def test_hooks_edit(model, params):
         y = core.dot(x, w)
         return (y * (1 + state) if state is not None else y), None
 
-    state = {"layers/attn/o": jnp.zeros((3,))}
-    close(model.apply(params, TOKENS, hooks=Hooks(product=double, state=state))[0], apply(model, params, TOKENS))
-    state = {"layers/attn/o": jnp.ones((3,))}
+    @jax.jit
+    def edited(params, state):
+        return model.apply(params, TOKENS, hooks=Hooks(product=double, state=state))[0]
+
+    close(edited(params, {"layers/attn/o": np.zeros(3, np.float32)}), apply(model, params, TOKENS))
     doubled = jax.tree_util.tree_map_with_path(
         lambda k, x: 2 * x if tree.path_of(k) == "layers/attn/o/w" else x, params
     )
-    close(model.apply(params, TOKENS, hooks=Hooks(product=double, state=state))[0], apply(model, doubled, TOKENS))
+    close(edited(params, {"layers/attn/o": np.ones(3, np.float32)}), apply(model, doubled, TOKENS))
 
 
 @pytest.mark.parametrize("name", ["gemma", "moe"])
@@ -192,10 +195,8 @@ def test_forward_mode(name):
     """jvp and linearize agree with the gradient; the gradient has a jvp of its own."""
     model = Model(VARIANTS[name])
     params = model.init(jax.random.key(0))
-    keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
-    tangent = jax.tree.map(
-        lambda x, k: jax.random.normal(k, x.shape), params, jax.tree.unflatten(jax.tree.structure(params), list(keys))
-    )
+    rng = np.random.default_rng(1)
+    tangent = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), params)
     f = lambda p: loss(model, p)
 
     @jax.jit
@@ -206,7 +207,7 @@ def test_forward_mode(name):
         return slope, linear(tangent), gradient, curve
 
     slope, linear, gradient, curve = both(params, tangent)
-    inner = sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (gradient, tangent)), strict=True))
+    inner = sum(np.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (gradient, tangent)), strict=True))
     np.testing.assert_allclose(slope, inner, rtol=1e-3)
     np.testing.assert_allclose(linear, slope, rtol=1e-4)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(curve))
@@ -232,22 +233,28 @@ def expert_reference(h, params, experts):
 @pytest.fixture(scope="module")
 def expert_case():
     rng = np.random.default_rng(3)
-    draw = lambda *shape: {"w": jnp.asarray(rng.normal(size=shape) / 3, jnp.float32)}
+    draw = lambda *shape: {"w": np.float32(rng.normal(size=shape) / 3)}
     params = {"router": draw(12, 6), "experts": {"gate": draw(6, 12, 8), "up": draw(6, 12, 8), "down": draw(6, 8, 12)}}
-    return params, jnp.asarray(rng.normal(size=(2, 7, 12)), jnp.float32)
+    return jax.device_put((params, np.float32(rng.normal(size=(2, 7, 12)))))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def expert_layer(experts, way, params, h):
+    """Its value, the gradient of its square, and its tangent along the point itself."""
+    run = lambda p, h: moe(Scope(Execution(experts=way)), "mlp", h, p, experts, jax.nn.silu)
+    gradients = jax.grad(lambda p, h: jnp.sum(jnp.square(run(p, h))), (0, 1))(params, h)
+    return run(params, h), gradients, jax.jvp(run, (params, h), (params, h))[1]
 
 
 @pytest.mark.parametrize("way", ["dense", "ragged"])
 @pytest.mark.parametrize("experts", [Experts(6, 2, 8), Experts(6, 3, 8, normalise=False), Experts(6, 6, 8)])
 def test_experts(expert_case, experts, way):
     params, h = expert_case
-    run = lambda p, h, way=way: moe(Scope(Execution(experts=way)), "mlp", h, p, experts, jax.nn.silu)
-    np.testing.assert_allclose(run(params, h), expert_reference(h, params, experts), atol=1e-5)
-    objective = lambda way: jax.grad(lambda p, h: jnp.sum(jnp.square(run(p, h, way))), (0, 1))
-    close(objective(way)(params, h), objective("dense")(params, h), 1e-4)
-    _, tangent = jax.jvp(run, (params, h), (params, h))
-    _, dense = jax.jvp(lambda p, h: run(p, h, "dense"), (params, h), (params, h))
-    close(tangent, dense, 1e-4)
+    value, gradients, tangent = expert_layer(experts, way, params, h)
+    np.testing.assert_allclose(value, expert_reference(h, params, experts), atol=1e-5)
+    _, dense_gradients, dense_tangent = expert_layer(experts, "dense", params, h)
+    close(gradients, dense_gradients, 1e-4)
+    close(tangent, dense_tangent, 1e-4)
 
 
 @pytest.mark.parametrize("way", ["dense", "ragged"])
@@ -255,17 +262,18 @@ def test_low_rank_experts(expert_case, way):
     """LoRA on every expert, structured, is the merged weight; with hooks as well."""
     params, h = expert_case
     rng = np.random.default_rng(4)
-    thin = lambda w: [
-        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((*w.shape[:2], 2), (w.shape[0], 2, w.shape[2]))
-    ]
+    thin = lambda w: [np.float32(rng.normal(size=s)) for s in ((*w.shape[:2], 2), (w.shape[0], 2, w.shape[2]))]
     adapted = {k: {"w": LowRankWeight(p["w"], *thin(p["w"]), 0.3)} for k, p in params["experts"].items()}
-    merged = {k: {"w": p["w"].w + 0.3 * p["w"].a @ p["w"].b} for k, p in adapted.items()}
-    experts = Experts(6, 2, 8)
+    merged = {k: {"w": p["w"].w + 0.3 * p["w"].a @ p["w"].b} for k, p in jax.device_get(adapted).items()}
     hooks = Hooks(product=lambda name, x, w, state: (core.dot(x, w), None))
-    expected = moe(Scope(Execution()), "mlp", h, {**params, "experts": merged}, experts, jax.nn.silu)
+
+    def run(experts, way="dense", hooks=None):
+        scope = Scope(Execution(experts=way), hooks)
+        return jax.jit(lambda p: moe(scope, "mlp", h, p, Experts(6, 2, 8), jax.nn.silu))({**params, "experts": experts})
+
+    expected = run(merged)
     for use in (None, hooks):
-        scope = Scope(Execution(experts=way), use)
-        close(moe(scope, "mlp", h, {**params, "experts": adapted}, experts, jax.nn.silu), expected, 1e-4)
+        close(run(adapted, way, use), expected, 1e-4)
 
 
 def test_expert_hooks_see_their_own_tokens(expert_case):
@@ -273,13 +281,19 @@ def test_expert_hooks_see_their_own_tokens(expert_case):
     params, h = expert_case
     experts = Experts(6, 2, 8)
     hooks = Hooks(product=lambda name, x, w, state: (core.dot(x, w), jnp.einsum("...ni,...nj->...ij", x, x)))
-    scope = Scope(Execution(), hooks)
-    moe(scope, "mlp", h, params, experts, jax.nn.silu)
+
+    @jax.jit
+    def reads(params, h):
+        scope = Scope(Execution(), hooks)
+        moe(scope, "mlp", h, params, experts, jax.nn.silu)
+        return scope.reads
+
+    grams = reads(params, h)["mlp/experts/gate"]
     flat = np.asarray(h).reshape(-1, 12)
     chosen = np.argsort(-(flat @ np.asarray(params["router"]["w"])))[:, :2]
     for e in range(6):
         own = flat[(chosen == e).any(1)]
-        np.testing.assert_allclose(scope.reads["mlp/experts/gate"][e], own.T @ own, atol=1e-4)
+        np.testing.assert_allclose(grams[e], own.T @ own, atol=1e-4)
 
 
 def test_rope_frequencies():

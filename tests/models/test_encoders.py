@@ -1,5 +1,7 @@
 """BERT, RoBERTa and DistilBERT against transformers, and what padding, packing and execution leave unchanged."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,7 +89,7 @@ def test_checkpoints_are_read_and_saved_for_transformers(kind, tmp_path):
     ids = torch.tensor(TOKENS)
     expected = base(ids).last_hidden_state
     assert torch.allclose(loaded(ids).last_hidden_state, expected, atol=1e-6)
-    np.testing.assert_allclose(model.apply(params, TOKENS), expected.detach(), atol=1e-5)
+    np.testing.assert_allclose(apply(model, params, TOKENS), expected.detach(), atol=1e-5)
 
 
 def test_old_checkpoints_without_prefix_and_with_gamma_beta_are_read():
@@ -97,6 +99,11 @@ def test_old_checkpoints_without_prefix_and_with_gamma_beta_are_read():
     assert "bert.encoder.layer.{layer}.attention.output.LayerNorm.gamma" in (scale.name, *scale.aliases)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, params, batch):
+    return model.apply(params, batch)
+
+
 @pytest.fixture(scope="module")
 def model():
     return Model(TINY)
@@ -104,27 +111,27 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    return jax.jit(model.init)(jax.random.key(0))
+    return model.init(jax.random.key(0))
 
 
 def test_padding_changes_nothing(model, params):
-    alone = model.apply(params, TOKENS[:, :5])
+    alone = apply(model, params, TOKENS[:, :5])
     segments = np.array([[1] * 5 + [0] * 2] * 2)
-    padded = model.apply(params, {"tokens": TOKENS, "segments": segments})
+    padded = apply(model, params, {"tokens": TOKENS, "segments": segments})
     np.testing.assert_allclose(padded[:, :5], alone, atol=1e-5)
 
 
 def test_left_padding_changes_nothing(model, params):
     segments = np.array([[0] * 2 + [1] * 5] * 2)
-    padded = model.apply(params, {"tokens": TOKENS, "segments": segments})
-    np.testing.assert_allclose(padded[:, 2:], model.apply(params, TOKENS[:, 2:]), atol=1e-5)
+    padded = apply(model, params, {"tokens": TOKENS, "segments": segments})
+    np.testing.assert_allclose(padded[:, 2:], apply(model, params, TOKENS[:, 2:]), atol=1e-5)
 
 
 def test_packed_rows_are_separate_sequences(model, params):
     packed = {"tokens": TOKENS, "segments": np.array([[1, 1, 1, 2, 2, 2, 2]] * 2)}
-    out = model.apply(params, packed)
-    np.testing.assert_allclose(out[:, :3], model.apply(params, TOKENS[:, :3]), atol=1e-5)
-    np.testing.assert_allclose(out[:, 3:], model.apply(params, TOKENS[:, 3:]), atol=1e-5)
+    out = apply(model, params, packed)
+    np.testing.assert_allclose(out[:, :3], apply(model, params, TOKENS[:, :3]), atol=1e-5)
+    np.testing.assert_allclose(out[:, 3:], apply(model, params, TOKENS[:, 3:]), atol=1e-5)
 
 
 @pytest.mark.slow
@@ -133,23 +140,26 @@ def test_execution_does_not_change_outputs_or_gradients(model, params):
 
 
 def test_hooks_read_and_edit_every_site(model, params):
-    out, reads = model.apply(params, TOKENS, hooks=Hooks(value=lambda name, h, s: (h, h)))
+    def hooked(hooks):
+        return jax.jit(lambda p: model.apply(p, TOKENS, hooks=hooks))(params)
+
+    out, reads = hooked(Hooks(value=lambda name, h, s: (h, h)))
     assert set(reads) == {"embed", "layers/in", "layers/attn/out", "layers/mlp/out", "final"}
     assert reads["layers/in"].shape == (3, 2, 7, 12)
     np.testing.assert_array_equal(reads["layers/in"][0], reads["embed"])
     np.testing.assert_array_equal(reads["final"], out)
     double = lambda name, x, w, s: ((x @ w) * (2.0 if name == "layers/attn/q" else 1.0), name)
     products = []
-    edited, _ = model.apply(params, TOKENS, hooks=Hooks(product=lambda *a: (double(*a)[0], products.append(a[0]))))
+    edited, _ = hooked(Hooks(product=lambda *a: (double(*a)[0], products.append(a[0]))))
     doubled = jax.tree_util.tree_map_with_path(
         lambda k, x: 2 * x if jax.tree_util.keystr(k, simple=True, separator="/") == "layers/attn/q/w" else x, params
     )
-    np.testing.assert_allclose(edited, model.apply(doubled, TOKENS), atol=1e-5)
+    np.testing.assert_allclose(edited, apply(model, doubled, TOKENS), atol=1e-5)
     assert set(products) == {f"layers/{n}" for n in ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/up", "mlp/down")}
 
 
 def test_forward_mode_is_the_transpose_of_reverse_mode(model, params):
-    parity.forward_matches_reverse(lambda p: model.apply(p, TOKENS), params)
+    parity.forward_matches_reverse(jax.jit(lambda p: model.apply(p, TOKENS)), params)
 
 
 def test_init_draws_by_path(model):

@@ -1,5 +1,7 @@
 """T5 of both versions against transformers; relative position buckets; packing."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,7 +85,7 @@ def test_checkpoints_are_read_and_saved_for_transformers(options, tmp_path):
     expected = peer(input_ids=torch.tensor(SOURCE), decoder_input_ids=torch.tensor(TARGET)).logits
     again = loaded(input_ids=torch.tensor(SOURCE), decoder_input_ids=torch.tensor(TARGET)).logits
     assert torch.allclose(again, expected, atol=1e-5)
-    ours = model.apply(params, {"tokens": SOURCE, "decoder_tokens": TARGET})
+    ours = apply(model, params, {"tokens": SOURCE, "decoder_tokens": TARGET})
     np.testing.assert_allclose(ours, expected.detach(), atol=1e-4)
 
 
@@ -98,6 +100,11 @@ def test_every_distance_falls_into_the_bucket_of_transformers(bidirectional, buc
     np.testing.assert_array_equal(bucket(distance, buckets, far, bidirectional), theirs.numpy())
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, params, batch):
+    return model.apply(params, batch)
+
+
 @pytest.fixture(scope="module")
 def model():
     return Model(TINY)
@@ -105,18 +112,18 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    return jax.jit(model.init)(jax.random.key(0))
+    return model.init(jax.random.key(0))
 
 
 def test_padding_changes_nothing(model, params):
-    alone = model.apply(params, {"tokens": SOURCE[:, :6], "decoder_tokens": TARGET[:, :4]})
+    alone = apply(model, params, {"tokens": SOURCE[:, :6], "decoder_tokens": TARGET[:, :4]})
     batch = {
         "tokens": SOURCE,
         "segments": np.array([[1] * 6 + [0] * 3] * 2),
         "decoder_tokens": TARGET,
         "decoder_segments": np.array([[1] * 4 + [0] * 2] * 2),
     }
-    np.testing.assert_allclose(model.apply(params, batch)[:, :4], alone, atol=1e-5)
+    np.testing.assert_allclose(apply(model, params, batch)[:, :4], alone, atol=1e-5)
 
 
 def test_packed_rows_are_separate_pairs(model, params):
@@ -126,16 +133,16 @@ def test_packed_rows_are_separate_pairs(model, params):
         "decoder_tokens": TARGET,
         "decoder_segments": np.array([[1] * 2 + [2] * 4] * 2),
     }
-    out = model.apply(params, packed)
-    first = model.apply(params, {"tokens": SOURCE[:, :4], "decoder_tokens": TARGET[:, :2]})
-    second = model.apply(params, {"tokens": SOURCE[:, 4:], "decoder_tokens": TARGET[:, 2:]})
-    np.testing.assert_allclose(out, jnp.concatenate([first, second], 1), atol=1e-5)
+    out = apply(model, params, packed)
+    first = apply(model, params, {"tokens": SOURCE[:, :4], "decoder_tokens": TARGET[:, :2]})
+    second = apply(model, params, {"tokens": SOURCE[:, 4:], "decoder_tokens": TARGET[:, 2:]})
+    np.testing.assert_allclose(out, np.concatenate([first, second], 1), atol=1e-5)
 
 
 def test_the_decoder_does_not_look_ahead(model, params):
     other = TARGET.copy()
     other[:, 4:] = 3
-    a, b = (model.apply(params, {"tokens": SOURCE, "decoder_tokens": t})[:, :4] for t in (TARGET, other))
+    a, b = (apply(model, params, {"tokens": SOURCE, "decoder_tokens": t})[:, :4] for t in (TARGET, other))
     np.testing.assert_allclose(a, b, atol=1e-6)
 
 
@@ -143,14 +150,15 @@ def test_the_decoder_does_not_look_ahead(model, params):
 def test_execution_and_forward_mode(model, params):
     batch = {"tokens": SOURCE, "decoder_tokens": TARGET}
     parity.unchanged_by_execution(model, params, batch)
-    parity.forward_matches_reverse(lambda p: model.apply(p, batch), params)
+    parity.forward_matches_reverse(jax.jit(lambda p: model.apply(p, batch)), params)
 
 
 def test_hooks_reach_products_and_sites_of_both_sides(model, params):
     names = []
     product = lambda name, x, w, s: (x @ w, names.append(name))
     hooks = Hooks(product=product, value=lambda name, h, s: (h, jnp.sum(h)))
-    _, reads = model.apply(params, {"tokens": SOURCE, "decoder_tokens": TARGET}, hooks=hooks)
+    batch = {"tokens": SOURCE, "decoder_tokens": TARGET}
+    reads = jax.eval_shape(lambda p: model.apply(p, batch, hooks=hooks)[1], params)
     encoder = {f"encoder/{s}" for s in ("embed", "layers/in", "layers/attn/out", "layers/mlp/out", "final")}
     assert set(reads) == encoder | {s.replace("encoder", "decoder") for s in encoder} | {"decoder/layers/cross/out"}
     assert {"decoder/layers/cross/k", "encoder/layers/mlp/up", "head"} <= set(names)

@@ -53,7 +53,8 @@ CASES = {
 def params_of(config):
     rng = np.random.default_rng(1)
     shapes = tree.flatten(Model(config).abstract())
-    return tree.unflatten({p: jnp.asarray(rng.standard_normal(x.shape) / 2, jnp.float32) for p, x in shapes.items()})
+    values = {p: np.float32(rng.standard_normal(x.shape) / 2) for p, x in shapes.items()}
+    return jax.device_put(tree.unflatten(values))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -78,7 +79,8 @@ def test_suffix_of_prefix_is_the_model(case):
 def test_what_is_kept_is_the_residual_stream_behind_the_prefix():
     params = params_of(VISION)
     prefix, _ = split(Model(VISION), 2)
-    reads = Model(VISION).apply(params, IMAGES, Hooks(value=lambda name, h, s: (h, h)))[1]
+    hooks = Hooks(value=lambda name, h, s: (h, h))
+    reads = jax.jit(lambda p: Model(VISION).apply(p, IMAGES, hooks)[1])(params)
     np.testing.assert_allclose(prefix(params, IMAGES)["features"], reads["layers/in"][2], atol=1e-6)
 
 
@@ -86,8 +88,9 @@ def test_gradients():
     params = params_of(DECODER)
     prefix, suffix = split(Model(DECODER), 2)
     loss = lambda p, model, batch: jnp.mean(jnp.sin(model.apply(p, batch)))
-    whole = tree.flatten(jax.jit(jax.grad(loss), static_argnums=1)(params, Model(DECODER), WORDS))
-    half = tree.flatten(jax.jit(jax.grad(loss), static_argnums=1)(params, suffix, prefix(params, WORDS)))
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    whole = tree.flatten(jax.device_get(gradient(params, Model(DECODER), WORDS)))
+    half = tree.flatten(jax.device_get(gradient(params, suffix, prefix(params, WORDS))))
     for path, g in half.items():
         if path.startswith("layers/"):
             np.testing.assert_allclose(g[2:], whole[path][2:], rtol=1e-4, atol=1e-6)
@@ -97,6 +100,7 @@ def test_gradients():
     assert not half["embed/table"].any() and np.any(half["layers/mlp/down/w"][3])
 
 
+@pytest.mark.optimized
 def test_the_prefix_costs_nothing_in_the_suffix():
     """Neither its layers nor the embedding of images is computed."""
     prefix, suffix = split(Model(VISION).with_(unroll=0), 3)
@@ -114,21 +118,26 @@ def test_hooks_see_the_layers_that_run():
     hooks = Hooks(
         product=lambda name, x, w, s: (dot(x, w), jnp.mean(x)),
         value=lambda name, h, s: (h if s is None else h + s, h),
-        state={"layers/mlp/out": jnp.arange(4.0)[:, None, None, None] * jnp.ones((4, 1, 1, 8))},
+        state={
+            "layers/mlp/out": np.arange(4, dtype=np.float32)[:, None, None, None] * np.ones((4, 1, 1, 8), np.float32)
+        },
     )
     prefix, suffix = split(Model(VISION), 3)
-    out, reads = suffix.apply(params, prefix(params, IMAGES), hooks)
+    features = prefix(params, IMAGES)
+    out, reads = jax.jit(lambda p: suffix.apply(p, features, hooks))(params)
     assert reads["layers/in"].shape == (1, 2, 17, 8) and reads["layers/attn/q"].shape == (1,)
     assert "patch" not in reads and "final" in reads
-    pushed = dataclasses.replace(hooks, state={"layers/mlp/out": hooks.state["layers/mlp/out"].at[:3].set(0)})
-    np.testing.assert_allclose(out, Model(VISION).apply(params, IMAGES, pushed)[0], atol=1e-5)
+    last = hooks.state["layers/mlp/out"] * (np.arange(4) == 3)[:, None, None, None]
+    pushed = dataclasses.replace(hooks, state={"layers/mlp/out": last})
+    expected = jax.jit(lambda p: Model(VISION).apply(p, IMAGES, pushed)[0])(params)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
 def test_layers_cut_into_runs_where_the_suffix_starts():
     params = params_of(VISION)
     prefix, suffix = split(Model(VISION), 3)
     features = prefix(params, IMAGES)
-    layers = jax.tree.map(lambda x: Runs((x[:3], x[3:]), (3, 1)), params["layers"])
+    layers = jax.tree.map(lambda x: Runs((x[:3], x[3:]), (3, 1)), jax.device_get(params["layers"]))
     out = apply(suffix, {**params, "layers": layers}, features)
     np.testing.assert_allclose(out, apply(suffix, params, features), atol=1e-6)
 

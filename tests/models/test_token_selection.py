@@ -30,7 +30,7 @@ IMAGES = np.random.default_rng(0).standard_normal((2, 8, 8, 1)).astype(np.float3
 def params():
     rng = np.random.default_rng(1)
     shapes = {path: leaf.shape for path, leaf in CONFIG.leaves()}
-    return tree.unflatten({p: jnp.asarray(rng.standard_normal(s) / 2, jnp.float32) for p, s in shapes.items()})
+    return jax.device_put(tree.unflatten({p: np.float32(rng.standard_normal(s) / 2) for p, s in shapes.items()}))
 
 
 @functools.cache
@@ -90,14 +90,15 @@ def test_a_vision_transformer_with_fewer_tokens(merge):
 
 
 def test_select_keeps_ties_and_order():
-    h = jnp.arange(12.0).reshape(1, 6, 2)
-    attended = jnp.array([[0.5, 0.1, 0.2, 0.1, 0.1, 0.0]])
-    np.testing.assert_array_equal(select(h, attended, 0.6, False), h[:, [0, 1, 2, 3]])
-    merged = select(h, attended, 0.4, True)
+    h = np.arange(12, dtype=np.float32).reshape(1, 6, 2)
+    attended = np.float32([[0.5, 0.1, 0.2, 0.1, 0.1, 0.0]])
+    chosen = jax.jit(select, static_argnums=(2, 3))
+    np.testing.assert_array_equal(chosen(h, attended, 0.6, False), h[:, [0, 1, 2, 3]])
+    merged = np.asarray(chosen(h, attended, 0.4, True))
     np.testing.assert_array_equal(merged[:, :3], h[:, :3])
     np.testing.assert_allclose(merged[0, 3], (h[0, 3] + h[0, 4]) / 2, rtol=1e-6)
     assert select(h, attended, 0.99, True) is h  # the ceiling keeps all
-    assert jnp.isfinite(select(h, jnp.zeros((1, 6)), 0.4, True)).all()
+    assert np.isfinite(chosen(h, np.zeros((1, 6), np.float32), 0.4, True)).all()
 
 
 def test_it_has_no_parameters_and_can_be_taken_off():
@@ -105,6 +106,7 @@ def test_it_has_no_parameters_and_can_be_taken_off():
     assert tree.flatten(MODEL.abstract()).keys() == tree.flatten(PLAIN.abstract()).keys()
 
 
+@pytest.mark.optimized
 def test_fewer_tokens_cost_fewer_products():
     half = with_selection(PLAIN, TokenSelection((0, 1, 2), 0.5)).with_(unroll=0)
     cost = [jax.jit(m.apply).lower(params(), IMAGES).cost_analysis()["flops"] for m in (PLAIN.with_(unroll=0), half)]
@@ -118,7 +120,7 @@ def test_remat():
 @pytest.mark.slow
 def test_derivatives():
     parity.unchanged_by_execution(MODEL, params(), IMAGES)
-    parity.forward_matches_reverse(lambda p: MODEL.apply(p, IMAGES), params())
+    parity.forward_matches_reverse(jax.jit(lambda p: MODEL.apply(p, IMAGES)), params())
 
 
 def test_hooks():
@@ -135,7 +137,7 @@ def test_hooks():
 
 
 def test_layers_cut_into_runs():
-    layers = jax.tree.map(lambda x: Runs((x[:1], x[1:]), (1, 3)), params()["layers"])
+    layers = jax.tree.map(lambda x: Runs((x[:1], x[1:]), (1, 3)), jax.device_get(params()["layers"]))
     out = jax.jit(MODEL.apply)({**params(), "layers": layers}, IMAGES)
     np.testing.assert_allclose(out, run(MODEL), atol=1e-5)
 
@@ -143,10 +145,9 @@ def test_layers_cut_into_runs():
 def test_models_around_it():
     classifier = with_selection(Model(Classifier(CONFIG, 3)), SELECTION)
     assert classifier.config.backbone == MODEL.config
-    head = {"classifier": {"w": jnp.ones((12, 3)), "b": jnp.zeros(3)}}
-    np.testing.assert_allclose(
-        jax.jit(classifier.apply)(params() | head, IMAGES)[:, 0], run(MODEL)[:, 0].sum(-1), atol=1e-4
-    )
+    head = {"classifier": {"w": np.ones((12, 3), np.float32), "b": np.zeros(3, np.float32)}}
+    logits = np.asarray(jax.jit(classifier.apply)(params() | head, IMAGES))
+    np.testing.assert_allclose(logits[:, 0], np.asarray(run(MODEL))[:, 0].sum(-1), atol=1e-4)
     clip = with_selection(Model(ClipConfig(vision=CONFIG, text=TextConfig(vocab=5, width=4, heads=1))), SELECTION)
     assert clip.config.vision == MODEL.config
 

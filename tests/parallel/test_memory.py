@@ -11,6 +11,7 @@ def compiled(donate=()):
     return jax.jit(lambda w, x: w + x, donate_argnums=donate).lower(x, x).compile()
 
 
+@pytest.mark.optimized
 def test_estimate_counts_arguments_and_donation():
     size = 256 * 256 * 4
     plain, donated = estimate(compiled()), estimate(compiled((0,)))
@@ -21,6 +22,7 @@ def test_estimate_counts_arguments_and_donation():
     assert "arguments 512.0 KiB" in str(plain)
 
 
+@pytest.mark.optimized
 def test_estimate_is_per_device():
     mesh = make_mesh({"fsdp": 8})
     w = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)

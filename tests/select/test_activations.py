@@ -30,19 +30,28 @@ def data():
 
 
 @functools.cache
+def initial(model, seed):
+    return model.init(jax.random.key(seed))
+
+
+@functools.cache
 def probe_of(model, paths=("layers/attn/q/w",)):
-    params = jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, model.init(jax.random.key(1)))
+    params = jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, initial(model, 1))
     return LoopProbe(model, params, paths, LanguageModel(), data())
 
 
-def products(probe, batch):
-    """Inputs and outputs of every product, by name, as numpy."""
-
+@functools.partial(jax.jit, static_argnums=0)
+def outputs_and_products(model, params, batch):
     def product(name, x, w, state):
         y = dot(x, w)
         return y, (x, y)
 
-    _, reads = probe.model.apply(tree.unflatten(probe.params), batch, Hooks(product=product))
+    return model.apply(params, batch, Hooks(product=product))
+
+
+def products(probe, batch):
+    """Inputs and outputs of every product, by name, as numpy."""
+    _, reads = outputs_and_products(probe.model, tree.unflatten(probe.params), batch)
     return {k: tuple(np.asarray(z, np.float64) for z in v) for k, v in reads.items()}
 
 
@@ -108,7 +117,8 @@ def test_until_takes_the_largest_until_the_share_is_reached():
         np.testing.assert_array_equal(activations.until(table, p), np.array(expected, bool), err_msg=str(p))
 
 
-def logits_with(probe, batch, gates):
+@functools.partial(jax.jit, static_argnums=0)
+def logits_with(model, params, batch, gates):
     """Logits with every head's output times ``gates[L, H]``, and each product's input as edited."""
 
     def product(name, x, w, state):
@@ -118,21 +128,21 @@ def logits_with(probe, batch, gates):
         return dot(edited, w), None
 
     hooks = Hooks(product=product, state={"layers/attn/o": jnp.asarray(gates)})
-    return probe.model.apply(tree.unflatten(probe.params), batch, hooks)[0]
+    return model.apply(params, batch, hooks)[0]
 
 
 def test_gates_are_the_mean_size_of_each_examples_gradient():
     probe = probe_of(DECODER)
-    objective = LanguageModel()
+    objective, params = LanguageModel(), tree.unflatten(probe.params)
 
     @jax.jit
     @jax.grad
     def gradient(gates, row):
-        total, weight, _ = objective.loss(logits_with(probe, row, gates), row)
+        total, weight, _ = objective.loss(logits_with(DECODER, params, row, gates), row)
         return total / weight
 
     rows = [{k: v[i : i + 1] for k, v in b.items()} for b in data() for i in np.flatnonzero(b["valid"])]
-    expected = np.mean([np.abs(gradient(jnp.ones((2, 4)), row)) for row in rows], axis=0)
+    expected = np.mean([np.abs(gradient(np.ones((2, 4), np.float32), row)) for row in rows], axis=0)
     found = heads.gates(probe, 2)
     assert len(rows) == 7
     np.testing.assert_allclose(found["layers/attn/o"], expected, rtol=1e-4, atol=1e-8)
@@ -148,16 +158,15 @@ def right_logit(objective, logits, batch):
 def test_ablation_is_what_gating_a_head_off_does():
     probe = probe_of(DECODER)
     expected, total = np.zeros((2, 4)), 0
+    logits = functools.partial(logits_with, DECODER, tree.unflatten(probe.params))
     for batch in data():
-        clean, weight = right_logit(LanguageModel(), logits_with(probe, batch, np.ones((2, 4))), batch)
+        clean, weight = right_logit(LanguageModel(), logits(batch, np.ones((2, 4))), batch)
         total += weight
         for layer in range(2):
             for head in range(4):
                 gates = np.ones((2, 4))
                 gates[layer, head] = 0
-                expected[layer, head] += (
-                    clean - right_logit(LanguageModel(), logits_with(probe, batch, gates), batch)[0]
-                )
+                expected[layer, head] += clean - right_logit(LanguageModel(), logits(batch, gates), batch)[0]
     found = heads.patching(probe, 2, None, freeze=False)["layers/attn/o"]
     np.testing.assert_allclose(found, expected / total, rtol=1e-3, atol=1e-5)
 
@@ -184,10 +193,11 @@ def test_patching_against_one_pass_for_each_head(freeze):
     objective = LanguageModel()
     expected, total = {"layers/attn/o": np.zeros((2, 4)), "layers/mlp/down": np.zeros((2, 1))}, 0
     run = jax.jit(functools.partial(patched, probe), static_argnums=1)
+    unpatched = lambda batch: outputs_and_products(DECODER, tree.unflatten(probe.params), batch)[0]
     for batch in data():
         clean = {k: v[0] for k, v in products(probe, batch).items()}
         other = {k: v[0] for k, v in products(probe, heads.rolled(batch)).items()}
-        before, weight = right_logit(objective, probe.model.apply(tree.unflatten(probe.params), batch), batch)
+        before, weight = right_logit(objective, unpatched(batch), batch)
         total += weight
         for name, table in expected.items():
             size = clean[name].shape[-1] // table.shape[1]
@@ -221,13 +231,13 @@ def test_correlation(pool):
     def value(name, h, state):
         return h, h if name == "layers/mlp/out" else None
 
+    read = jax.jit(lambda params, batch: DECODER.apply(params, batch, Hooks(value=value))[1]["layers/mlp/out"])
     for batch in data():
-        _, reads = probe.model.apply(tree.unflatten(probe.params), batch, Hooks(value=value))
-        h = np.asarray(reads["layers/mlp/out"], np.float64)
+        h = np.asarray(read(tree.unflatten(probe.params), batch), np.float64)
         for b in np.flatnonzero(batch["valid"]):
             real = h[:, b, batch["segments"][b] > 0]
             values.append(real.mean(1) if pool == "mean" else real[:, -1])
-            targets.append(float(prior(None, batch)[b]))
+            targets.append(batch["tokens"][b][batch["segments"][b] > 0].sum() / 100)
     h = np.stack(values)
     r = np.array([[np.corrcoef(h[:, layer, d], targets)[0, 1] for d in range(16)] for layer in range(2)])
     found = activations.correlation(probe, prior, 2, "layers/mlp/out", pool)
@@ -255,7 +265,7 @@ def test_by_layer():
 def test_towers_and_decoders_read_their_own_tokens():
     """Contents of padded source and target tokens, and of texts, change nothing that is scored."""
     model = Model(T5Config(vocab=32, width=16, layers=2, decoder_layers=2, heads=2, head=8, hidden=16))
-    params = model.init(jax.random.key(0))
+    params = initial(model, 0)
     r = np.random.default_rng(0)
     batch = {
         "tokens": r.integers(1, 32, (2, 6)).astype(np.int32),

@@ -24,7 +24,7 @@ ONE = dict.fromkeys(SHAPES, 1)
 
 def scores(seed=0):
     rng = np.random.default_rng(seed)
-    return {p: jnp.asarray(rng.integers(0, 9, s), jnp.float32) for p, s in SHAPES.items()}
+    return {p: jnp.asarray(rng.integers(0, 9, s).astype(np.float32)) for p, s in SHAPES.items()}
 
 
 def groups(kind):
@@ -45,6 +45,7 @@ def groups(kind):
 def greedy(values, kind, amount, costs=ONE, largest=True, unfit="stop"):
     """Unit by unit in the order of the scores (a stable sort), while what ``amount`` gives for the group lasts."""
     masks = {p: np.zeros(s, bool) for p, s in SHAPES.items()}
+    values = {p: np.asarray(x) for p, x in values.items()}
     for group in groups(kind):
         left = amount(group)
         for p, i in sorted(group, key=lambda u: (-1 if largest else 1) * float(values[u[0]][u[1]])):

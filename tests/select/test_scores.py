@@ -37,8 +37,13 @@ def tokens_of(model, rows=4):
     return [{"tokens": t, "segments": s} for t, s in zip(tokens, segments, strict=True)]
 
 
+@functools.cache
+def initial(model, seed=1):
+    return model.init(jax.random.key(seed))
+
+
 def language(model, paths, **options):
-    params = options.pop("params", None) or model.init(jax.random.key(1))
+    params = options.pop("params", None) or initial(model)
     return LoopProbe(model, params, paths, LanguageModel(), tokens_of(model), **options)
 
 
@@ -135,7 +140,7 @@ def test_normalised_goes_matrix_by_matrix():
     model = DECODER
     path = "layers/mlp/up/w"
     found = scores.Normalised(scores.Magnitude())(language(model, (path,)))[path]
-    w = np.abs(wide(tree.flatten(model.init(jax.random.key(1)))[path]))
+    w = np.abs(wide(tree.flatten(initial(model))[path]))
     np.testing.assert_allclose(found, z(w, (1, 2)), rtol=1e-4, atol=1e-5)
     flat = scores.Normalised(scores.Given({path: np.ones(w.shape, np.float32)}))(language(model, (path,)))[path]
     np.testing.assert_array_equal(flat, 0)
@@ -182,7 +187,7 @@ def test_low_rank_of_full_rank_is_exact(rank, oversample):
 
 def test_low_rank_scores_and_residuals():
     path = "layers/mlp/up/w"
-    w = wide(tree.flatten(DECODER.init(jax.random.key(1)))[path])
+    w = wide(tree.flatten(initial(DECODER))[path])
     kept = truncated(w, 4)
     for score, expected in (
         (scores.LowRank(4, exact=True), np.abs(kept)),
@@ -205,24 +210,31 @@ def test_random_is_uniform_and_differs_by_path_draw_and_seed():
         assert np.mean(np.asarray(other) == np.asarray(alone)) < 0.01
 
 
-@pytest.mark.parametrize("shape", [{"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 4}])
-def test_meshes_agree_with_one_device(shape):
+def meshed(mesh=None):
+    """A probe of a decoder whose matrices eight devices share."""
     model = Model(DecoderConfig(vocab=32, width=128, layers=2, heads=4, hidden=256))
-    params = model.init(jax.random.key(0))
-    r = np.random.default_rng(0)
-    data = [{"tokens": r.integers(0, 32, (8, 8)).astype(np.int32)}]
+    data = [{"tokens": np.random.default_rng(0).integers(0, 32, (8, 8)).astype(np.int32)}]
     paths = ("layers/mlp/up/w", "layers/attn/o/w")
-    one = LoopProbe(model, params, paths, LanguageModel(), data)
-    many = LoopProbe(model, params, paths, LanguageModel(), data, mesh=parallel.make_mesh(shape))
-    for score, tolerance in (
-        (scores.Random(), 0.0),
-        (scores.Magnitude(), 0.0),
-        (scores.LowRank(8), 1e-3),
-        (scores.Gradient(), 1e-5),
-        (scores.SM3(1), 1e-5),
-    ):
-        expected, found = score(one), score(many)
-        for path in paths:
+    return LoopProbe(model, initial(model, 0), paths, LanguageModel(), data, mesh=mesh)
+
+
+TOLERANCES = {
+    scores.Random(): 0.0, scores.Magnitude(): 0.0, scores.LowRank(8): 1e-3, scores.Gradient(): 1e-5, scores.SM3(1): 1e-5
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    one = meshed()
+    return {score: score(one) for score in TOLERANCES}
+
+
+@pytest.mark.parametrize("shape", [{"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 4}])
+def test_meshes_agree_with_one_device(shape, on_one_device):
+    many = meshed(parallel.make_mesh(shape))
+    for score, tolerance in TOLERANCES.items():
+        expected, found = on_one_device[score], score(many)
+        for path in many.paths:
             gap = float(np.max(np.abs(wide(found[path]) - wide(expected[path]))) / np.max(wide(expected[path])))
             assert gap <= tolerance, (score, path, gap)
             assert found[path].sharding.is_equivalent_to(many.params[path].sharding, 3), (score, path)
@@ -261,7 +273,7 @@ def test_difference_reads_a_tuned_model(tmp_path):
     from jft.models import save
 
     model = DECODER
-    base = model.init(jax.random.key(1))
+    base = initial(model)
     path = "layers/mlp/up/w"
     flat = tree.flatten(base)
     flat[path] = flat[path].at[1, 2, 3].add(0.1)

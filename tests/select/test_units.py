@@ -57,18 +57,24 @@ def test_pool_and_expand(case):
     score = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     units = unit.units(shape, lead)
     assert set(members()) == set(np.ndindex(*units))
+    mask = np.random.default_rng(1).random(units) < 0.5
+
+    @jax.jit
+    def pooled_and_expanded(score, mask):
+        return {how: unit.pool(score, lead, how) for how in HOW}, unit.expand(mask, shape, lead)
+
+    found, expanded = pooled_and_expanded(score, mask)
     for how, reduce in HOW.items():
-        pooled = unit.pool(jnp.asarray(score), lead, how)
+        pooled = found[how]
         assert pooled.dtype == jnp.float32
         expected = np.empty(units)
         for index, entries in members().items():
             expected[index] = reduce(score.astype(np.float64)[entries])
         np.testing.assert_allclose(pooled, expected, rtol=1e-6, atol=1e-6)
-    mask = np.asarray(np.random.default_rng(1).random(units) < 0.5)
     wide = np.zeros(shape, bool)
     for index, entries in members().items():
         wide[entries] = mask[index]
-    np.testing.assert_array_equal(unit.expand(jnp.asarray(mask), shape, lead), wide)
+    np.testing.assert_array_equal(expanded, wide)
 
 
 def test_pool_of_bfloat16_adds_in_float32():
@@ -87,6 +93,7 @@ def test_locate(case, density):
     lines = np.repeat(mask, unit.size, -1) if isinstance(unit, Head) else mask
     counts = tuple(n // e for n, e in zip(lines.shape[lead:], extents, strict=True))
     assert at.dtype == np.int32 and places_.shape[:-2] == (*shape[:lead], *counts)
+    numbers, back = jax.jit(lambda at: (unit.counts(at, extents[0]), unit.mask_of(at, shape, lead)))(at)
     most = 1  # a weight of which nothing is selected has a slot of padding
     for cell in np.ndindex(*places_.shape[:-2]):
         start = [c * e for c, e in zip(cell[lead:], extents, strict=True)]
@@ -96,11 +103,11 @@ def test_locate(case, density):
         np.testing.assert_array_equal(places_[cell][: len(wanted)], wanted)
         rest = places_[cell][len(wanted) :]
         assert (rest[:, 0] >= extents[0]).all() and len(np.unique(rest[:, 0])) == len(rest)
-        assert int(np.asarray(unit.counts(jnp.asarray(at), extents[0]))[cell]) == len(wanted)
+        assert int(np.asarray(numbers)[cell]) == len(wanted)
     assert places_.shape[-2] == most
     slots = int(np.prod(places_.shape[:-1]))
     assert unit.padding(jnp.asarray(at), shape) == pytest.approx(1 - lines.sum() / slots if slots else 0.0)
-    np.testing.assert_array_equal(unit.mask_of(jnp.asarray(at), shape, lead), mask)
+    np.testing.assert_array_equal(back, mask)
 
 
 def test_locate_with_a_capacity():
@@ -135,6 +142,7 @@ def test_sharded_masks_are_located_where_they_lie():
     np.testing.assert_array_equal(coarse, Entry().locate(jnp.asarray(mask), 1, (1, 2)))
 
 
+@pytest.mark.optimized
 def test_memory_of_locate():
     """Less than the mask itself, where a flat cumulative sum would take 4 bytes per entry."""
     mask = jax.ShapeDtypeStruct((2, 2048, 2048), jnp.bool_)

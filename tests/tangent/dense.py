@@ -1,4 +1,4 @@
-"""The dense Jacobian of a model of ``tests.tangent.models`` in float64, in NumPy, as the reference."""
+"""The dense Jacobian of a model of ``tests.tangent.models`` in float64, in NumPy, as the reference; and task vectors."""
 
 import functools
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jft import tree
+from jft import delta, tree
 from tests.tangent import models
 
 TOLERANCES = {"float64": 1e-9, "float32": 1e-4}
@@ -44,12 +44,39 @@ def flat(name, paths=None):
     return np.concatenate([x.reshape(*x.shape[:2], -1) for p, x in J.items() if paths is None or p in paths], axis=2)
 
 
-def encodings(params, seed):
-    """A task vector of every encoding, and what it is densely."""
-    from tests.tangent.test_linearized import mixed
+def encoded(path, x):
+    """A change of ``x`` in an encoding of its own kind, for matrices in turn."""
+    if x.ndim < 2 or not path.endswith("/w"):
+        return delta.Dense(x)
+    *_, rows, columns = x.shape
+    matrices = x.reshape(-1, rows, columns)
+    kind = sum(map(ord, path)) % 5
+    if kind == 0:
+        large = np.abs(x) > 0.1
+        at = np.argwhere(large.reshape(-1, columns)).astype(np.int32)
+        return delta.Entries(*at.T, x[large], x.shape)
+    if kind == 1:
+        first = np.arange(len(matrices), dtype=np.int32)[:, None] * np.array([1, 0, 0], np.int32)
+        return delta.Blocks(first, matrices[:, : rows // 2, : columns // 2], x.shape)
+    if kind in (2, 3):
+        axis = (-2, -1)[kind - 2]
+        stacked = np.concatenate(matrices if axis == -2 else np.swapaxes(matrices, -1, -2))
+        index = np.arange(len(stacked), dtype=np.int32)[:: 1 + kind]
+        return delta.Slices(index, stacked[index], x.shape, axis)
+    return delta.LowRank(x[..., :2], x[..., :2, :])
 
-    tau = mixed(params, seed)
-    return tau, {p: np.asarray(d.dense(), np.float64) for p, d in tau.items()}
+
+@functools.cache
+def mixed(name, seed):
+    """A task vector of every encoding, for a model."""
+    drawn = tree.flatten(jax.device_get(models.draw(models.model(name)[1], seed)))
+    return jax.device_put(delta.TaskVector({p: encoded(p, x) for p, x in drawn.items()}))
+
+
+@jax.jit
+def whole(tau):
+    """``{path: array}`` of a task vector."""
+    return {p: d.dense() for p, d in tau.items()}
 
 
 def close(found, expected, dtype):

@@ -1,9 +1,12 @@
 """Small models of every family, in any dtype, with a batch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jft import tree
 from jft.models import Classifier, ClipConfig, DecoderConfig, EncoderConfig, Execution, Model, VisionConfig
 from jft.models.clip import TextConfig
 
@@ -32,22 +35,31 @@ def _configs():
 NAMES = tuple(_configs())
 
 
-def model(name, dtype=jnp.float32, **execution):
-    """``(model, params, batch)``; parameters shaken, so that no term is near zero."""
-    made = Model(_configs()[name], Execution(dtype=jnp.dtype(dtype), **execution))
-    params = jax.tree.map(jnp.add, made.init(jax.random.key(0)), draw(made.abstract(), 1, 0.3))
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
+@functools.cache
+def _parameters(name):
+    """Float32, in NumPy, no term near zero."""
+    shapes, rng = tree.flatten(Model(_configs()[name]).abstract()), np.random.default_rng(1)
+    values = {p: np.float32(0.4 * rng.standard_normal(x.shape) + p.endswith("scale")) for p, x in shapes.items()}
+    return tree.unflatten(values)
+
+
+# The same object for the same arguments: programs are kept by a model's bound methods, which compare by identity.
+_model = functools.cache(lambda name, dtype: Model(_configs()[name], Execution(dtype=dtype)))
+
+
+def model(name, dtype=jnp.float32):
+    """``(model, params, batch)``."""
+    params = jax.device_put(jax.tree.map(lambda x: x.astype(dtype), _parameters(name)))
     batch = {}
     if name in ("decoder", "encoder", "clip"):
         batch["tokens"] = TOKENS
     if name not in ("decoder", "encoder"):
         batch["images"] = images(dtype)
-    return made, params, batch
+    return _model(name, jnp.dtype(dtype)), params, batch
 
 
 def draw(params, seed, scale=0.1):
     """A random tree like ``params``: the same values in any dtype, which are those of float32."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x: jnp.asarray((scale * rng.standard_normal(x.shape)).astype(np.float32), x.dtype), params
-    )
+    values = lambda x: (scale * rng.standard_normal(x.shape)).astype(np.float32).astype(x.dtype)
+    return jax.device_put(jax.tree.map(values, params))

@@ -1,5 +1,7 @@
 """f_lin, its gradients and its training against a dense float64 Jacobian."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 import jft
 from jft import delta, tree
 from tests.tangent import models
+from tests.tangent.dense import mixed, whole
 
 DTYPES = {"float64": 1e-9, "float32": 1e-4}
 
@@ -20,11 +23,19 @@ def flat(outputs):
     return ravel_pytree(outputs)[0]
 
 
-def dense(model, params, batch):
-    """``(f(theta0), J)`` in NumPy, J ``[outputs, parameters]`` by reverse mode."""
-    vector, back = ravel_pytree(params)
-    J = jax.jit(jax.jacrev(lambda v: flat(model.apply(back(v), batch))))(vector)
-    return np.asarray(flat(model.apply(params, batch)), np.float64), np.asarray(J, np.float64)
+def vector(outputs):
+    """As ``flat``, in NumPy."""
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(outputs)])
+
+
+@functools.cache
+def jacobian(name):
+    """``(f(theta0), J)`` in float64, in NumPy, J ``[outputs, parameters]`` by reverse mode."""
+    with jax.enable_x64(True):
+        model, params, batch = models.model(name, jnp.float64)
+        _, back = ravel_pytree(params)
+        outputs = lambda v: flat(model.apply(back(v), batch))
+        return jax.device_get(jax.jit(lambda v: (outputs(v), jax.jacrev(outputs)(v)))(vector(params)))
 
 
 @pytest.fixture(params=models.NAMES)
@@ -35,7 +46,7 @@ def name(request):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_outputs_and_gradients_equal_the_dense_jacobian(name, dtype):
     with jax.enable_x64(True):
-        f0, J = dense(*models.model(name, jnp.float64))
+        f0, J = jacobian(name)
         model, params, batch = models.model(name, jnp.dtype(dtype))
         tau = models.draw(params, 0)
         f_lin = jft.linearize(model.apply, params)
@@ -45,67 +56,47 @@ def test_outputs_and_gradients_equal_the_dense_jacobian(name, dtype):
             return jnp.sum(y * jnp.cos(jnp.arange(y.size))), y
 
         gradient, y = jax.jit(jax.grad(loss, has_aux=True))(tau)
-        moved = np.asarray(flat(tau), np.float64)
-        expected = f0 + J @ moved
+        expected = f0 + J @ vector(tau).astype(np.float64)
         weights = np.cos(np.arange(f0.size))
         pulled = J.T @ (np.cos(expected) * weights)
         tolerance = DTYPES[dtype]
         np.testing.assert_allclose(y, np.sin(expected), atol=tolerance * max(1, np.abs(expected).max()))
-        np.testing.assert_allclose(flat(gradient), pulled, atol=tolerance * np.abs(pulled).max())
-
-
-def encoded(path, x):
-    """A change of ``x`` in an encoding of its own kind, for matrices in turn."""
-    x = np.asarray(x)
-    if x.ndim < 2 or not path.endswith("/w"):
-        return delta.Dense(jnp.asarray(x))
-    kind = sum(map(ord, path)) % 5
-    if kind == 0:
-        return delta.Entries.from_dense(jnp.where(jnp.abs(x) > 0.1, x, 0))
-    if kind == 1:
-        half = np.zeros(x.shape, bool)
-        half[..., : x.shape[-2] // 2, : x.shape[-1] // 2] = True
-        entries = delta.Entries.from_dense(jnp.where(half, x, 0), jnp.asarray(half))
-        return delta.Blocks.of(entries, (x.shape[-2] // 2, x.shape[-1] // 2))
-    if kind in (2, 3):
-        axis, lead = (-2, -1)[kind - 2], int(np.prod(x.shape[:-2]))
-        index = np.arange(lead * x.shape[axis])[:: 1 + kind]
-        stacked = x.reshape(-1, x.shape[-1]) if axis == -2 else np.swapaxes(x, -1, -2).reshape(-1, x.shape[-2])
-        return delta.Slices(jnp.asarray(index, jnp.int32), jnp.asarray(stacked[index]), x.shape, axis)
-    return delta.LowRank(jnp.asarray(x[..., :2]), jnp.asarray(x[..., :2, :]))
-
-
-def mixed(params, seed):
-    flat_tau = tree.flatten(models.draw(params, seed))
-    return delta.TaskVector({p: encoded(p, x) for p, x in flat_tau.items()})
+        np.testing.assert_allclose(vector(gradient), pulled, atol=tolerance * np.abs(pulled).max())
 
 
 def test_every_encoding_moves_as_its_dense_form(name):
     model, params, batch = models.model(name)
-    tau = mixed(params, 0)
+    tau = mixed(name, 0)
     f_lin = jft.linearize(model.apply, params)
     direction = f_lin.direction(tau)
     kinds = {type(c).__name__ for c in direction.values()}
     assert kinds == {"Whole", "Parts", "Thin"}, kinds
-    whole = {p: d.dense() for p, d in tau.items()}
-    expected = flat(f_lin(whole, batch))
-    np.testing.assert_allclose(flat(f_lin(tau, batch)), expected, atol=2e-5)
+    under_jit = jax.jit(f_lin)
+    expected = vector(under_jit(whole(tau), batch))
+    np.testing.assert_allclose(vector(f_lin(tau, batch)), expected, atol=2e-5)
     # Under jit: prepared, or as it is (indices cannot be looked at, so it is taken whole).
     for given_tau in (direction, tau):
-        np.testing.assert_allclose(flat(jax.jit(f_lin)(given_tau, batch)), expected, atol=2e-5)
+        np.testing.assert_allclose(vector(under_jit(given_tau, batch)), expected, atol=2e-5)
+
+
+@functools.cache
+def compiled(name):
+    """``(f(theta0), f_lin, its parts under jit)``."""
+    model, params, batch = models.model(name)
+    f_lin = jft.linearize(model.apply, params)
+    return vector(jax.jit(model.apply)(params, batch)), f_lin, jax.jit(lambda direction: f_lin.parts(direction, batch))
 
 
 @settings(max_examples=8, deadline=None)
 @given(a=st.floats(-3, 3), b=st.floats(-3, 3), which=st.sampled_from(models.NAMES))
 def test_outputs_are_linear_in_tau(a, b, which):
-    model, params, batch = models.model(which)
-    f_lin = jft.linearize(model.apply, params)
-    one, two = mixed(params, 1), mixed(params, 2)
-    f0, moved = f_lin.parts(a * one + b * two, batch)
-    apart = a * flat(f_lin.parts(one, batch)[1]) + b * flat(f_lin.parts(two, batch)[1])
-    scale = max(1.0, float(jnp.abs(apart).max()))
-    np.testing.assert_allclose(flat(moved), apart, atol=3e-5 * scale)
-    np.testing.assert_allclose(flat(f0), flat(model.apply(params, batch)), atol=1e-6)
+    expected, f_lin, parts = compiled(which)
+    one, two = mixed(which, 1), mixed(which, 2)
+    f0, moved = parts(f_lin.direction(a * one + b * two))
+    apart = a * vector(parts(f_lin.direction(one))[1]) + b * vector(parts(f_lin.direction(two))[1])
+    scale = max(1.0, np.abs(apart).max())
+    np.testing.assert_allclose(vector(moved), apart, atol=3e-5 * scale)
+    np.testing.assert_allclose(vector(f0), expected, atol=1e-6)
 
 
 def test_a_plain_function_is_linearized_too():
@@ -192,42 +183,46 @@ def trained(method, model, params, batch, steps=3):
 def test_training_follows_the_gradient_at_the_base(which):
     """Steps of plain SGD on what trains, each with ``J^T dL/df`` of the dense Jacobian at theta0 in float64."""
     model, params, batch = models.model("decoder")
-    with jax.enable_x64(True):
-        f0, J = dense(*models.model("decoder", jnp.float64))
+    f0, J = jacobian("decoder")
     run = trained(METHODS[which], model, params, batch)
     kept, how = run._kept, run.plan
-    outputs = np.asarray(flat(jft.linearize(model.apply, params)(run.task_vector, batch)), np.float64)
+    f_lin = jft.linearize(model.apply, params)
+    outputs = vector(jax.jit(f_lin)(f_lin.direction(run.task_vector), batch)).astype(np.float64)
     change = delta_vector(run.task_vector, params)
     np.testing.assert_allclose(outputs, f0 + J @ change, rtol=1e-5, atol=1e-4)
     # What the loop computed with, on the same batch: the same outputs, and J^T of the loss's gradient in what trains.
-    seen = how.outputs(model.apply, kept, run.state.trained, batch)
-    np.testing.assert_allclose(flat(seen), outputs, rtol=1e-5, atol=1e-4)
-
-    def of_trained(values):
-        return delta_vector_of(how, params, kept, values)
-
     weights = np.cos(np.arange(f0.size))
-    got = jax.grad(lambda t: jnp.sum(flat(how.outputs(model.apply, kept, t, batch)) * weights))(run.state.trained)
+
+    def loss(trained):
+        seen = flat(how.outputs(model.apply, kept, trained, batch))
+        return jnp.sum(seen * weights), seen
+
+    def of_trained(trained):
+        return flat(jax.tree.map(jnp.subtract, how.merged(params, kept, trained), params))
+
+    got, seen = jax.jit(jax.grad(loss, has_aux=True))(run.state.trained)
+    np.testing.assert_allclose(seen, outputs, rtol=1e-5, atol=1e-4)
     if which != "masking":  # whose derivative is passed straight through a step
-        pull = jax.vjp(of_trained, run.state.trained)[1](jnp.asarray(J.T @ weights, jnp.float32))[0]
+        pulled = jnp.asarray(J.T @ weights, jnp.float32)
+        pull = jax.jit(lambda trained: jax.vjp(of_trained, trained)[1](pulled)[0])(run.state.trained)
         for path, g in tree.flatten(got).items():
-            expected = tree.flatten(pull)[path]
-            np.testing.assert_allclose(g, expected, atol=1e-4 * max(1e-3, float(jnp.abs(expected).max())), err_msg=path)
+            expected = np.asarray(tree.flatten(pull)[path])
+            np.testing.assert_allclose(g, expected, atol=1e-4 * max(1e-3, np.abs(expected).max()), err_msg=path)
+
+
+@jax.jit
+def change_of(tau, params):
+    whole = {p: tau[p].resolve(w).dense() if p in tau else jnp.zeros_like(w) for p, w in tree.flatten(params).items()}
+    return flat(tree.like(params, whole))
 
 
 def delta_vector(tau, params):
-    whole = {p: tau[p].resolve(w).dense() if p in tau else jnp.zeros_like(w) for p, w in tree.flatten(params).items()}
-    return np.asarray(flat(tree.like(params, whole)), np.float64)
-
-
-def delta_vector_of(plan, params, kept, values):
-    return flat(jax.tree.map(jnp.subtract, plan.merged(params, kept, values), params))
+    return np.asarray(change_of(tau, params), np.float64)
 
 
 def test_sgd_on_the_full_change_equals_numpy():
     model, params, batch = models.model("decoder")
-    with jax.enable_x64(True):
-        f0, J = dense(*models.model("decoder", jnp.float64))
+    f0, J = jacobian("decoder")
     shape = (*batch["tokens"].shape, 11)
     targets = np.eye(11)[batch["tokens"][:, 1:]]
     tau = np.zeros(J.shape[1])
@@ -271,6 +266,6 @@ def test_evaluation_is_linearized():
         model, params, [batch] * 4, method=METHODS["full"], optimizer=optax.sgd(0.5), steps=3, eval_data=[batch],
         log={"progress": False},
     )  # fmt: skip
-    logits = jft.linearize(model.apply, params)(run.task_vector, batch)[:, :-1]
+    logits = jax.jit(jft.linearize(model.apply, params))(run.task_vector, batch)[:, :-1]
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 1:]).mean()
     np.testing.assert_allclose(run.evaluation["loss"], expected, rtol=1e-5)

@@ -69,14 +69,15 @@ def test_ridge_in_selected_parts_changes_nothing_else():
         q, o = "layers/attn/q/w", "layers/attn/o/w"
         flat = tree.flatten(f_lin.params)
         mask = RNG.random(flat[q].shape) < 0.3
-        a = jnp.asarray(RNG.standard_normal((*flat[o].shape[:-1], 2)))
+        at = np.argwhere(mask.reshape(-1, mask.shape[-1])).astype(np.int32)
+        a = RNG.standard_normal((*flat[o].shape[:-1], 2))
         space = delta.TaskVector(
             {
-                q: delta.Entries.from_dense(jnp.asarray(mask, jnp.float64), jnp.asarray(mask)),
-                o: delta.LowRank(a, jnp.zeros((a.shape[0], 2, flat[o].shape[-1]))),
+                q: delta.Entries(*at.T, np.ones(len(at)), mask.shape),
+                o: delta.LowRank(a, np.zeros((a.shape[0], 2, flat[o].shape[-1]))),
             }
         )
-        images = np.asarray(jax.random.normal(jax.random.key(1), (5, 8, 8, 1)), np.float64)
+        images = RNG.standard_normal((5, 8, 8, 1))
         y = RNG.standard_normal((5, 3))
         data = [({"images": images[s]}, y[s]) for s in (slice(0, 2), slice(2, 4), slice(4, 5))]
         dual, cg = (
@@ -89,11 +90,12 @@ def test_ridge_in_selected_parts_changes_nothing_else():
             close(np.asarray(cg[path].dense()), np.asarray(dual[path].dense()), "float64")
         # The predictor with the kernel is the model at tau.
         K = tangent.kernel(f_lin, {"images": images}, moving=space)
-        f0 = np.asarray(f_lin.function(f_lin.params, {"images": images}))
+        function = jax.jit(f_lin.function)
+        f0 = np.asarray(function(f_lin.params, {"images": images}))
         coefficients = tangent.kernel_regression(K, y - f0, 0.1)
         new = {"images": images[::2] + 0.1}
         cross = tangent.kernel(f_lin, new, {"images": images}, moving=space)
-        base = f_lin.function(f_lin.params, new)
+        base = function(f_lin.params, new)
         close(
             tangent.kernel_predict(base, cross, coefficients),
             np.asarray(jax.jit(f_lin)(f_lin.direction(dual), new)),
@@ -107,7 +109,7 @@ def test_without_a_penalty_the_data_are_met_by_the_smallest_change():
         expected = np.linalg.lstsq(J, r, rcond=None)[0]
         paths = dense.reference("vision")[1]
         for how in ("dual", "cg"):
-            tau = tangent.ridge(f_lin, data, 0.0, how=how, select=pick, tolerance=1e-14)
+            tau = tangent.ridge(f_lin, data, 0.0, how=how, select=pick, tolerance=1e-13)
             np.testing.assert_allclose(vector(tau, paths), expected, atol=1e-8 * np.abs(expected).max())
 
 
@@ -165,9 +167,10 @@ def squared(outputs, batch):
 
 
 def test_conjugate_gradients_that_stop_early_say_so():
-    f_lin, data, *_ = problem("vision", "float32")
+    f_lin = jft.linearize(lambda params, x: x @ params["w"], {"w": np.zeros((4, 2), np.float32)})
+    data = [(RNG.standard_normal((6, 4)).astype(np.float32), RNG.standard_normal((6, 2)).astype(np.float32))]
     with pytest.warns(UserWarning, match="relative residual"):
-        tau = tangent.ridge(f_lin, data, 1e-3, how="cg", select=pick, steps=1)
+        tau = tangent.ridge(f_lin, data, 1e-3, how="cg", steps=1)
     assert tau.manifest["residual"] > 1e-6
 
 

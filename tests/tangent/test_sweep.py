@@ -1,5 +1,7 @@
 """A sweep over coefficients is the table of separate evaluations, for one pass forward and one for each direction."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,13 +26,18 @@ def score(outputs, batch):
     return {"weight": jnp.sum(w), "sine": jnp.sum(w * each(jnp.sin)), "square": jnp.sum(w * each(jnp.square))}
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def evaluate(apply, until, params, tau, batch):
+    return score(jft.linearize(apply, params, until)(tau, batch), batch)
+
+
 def apart(f_lin, taus, batches, points):
     """The same table by one evaluation of f_lin for each point, ``taus`` being ``{path: array}``."""
-    evaluate = jax.jit(lambda tau, batch: score(f_lin(tau, batch), batch))
+    taus = jax.device_get(taus)
     table = {"weight": [], "sine": [], "square": []}
     for alpha in points:
         tau = {p: sum(a * t[p] for a, t in zip(alpha, taus, strict=True)) for p in taus[0]}
-        sums = [evaluate(tau, batch) for batch in batches]
+        sums = [evaluate(f_lin.function, f_lin.until, f_lin.params, tau, batch) for batch in batches]
         total = {k: sum(float(s[k]) for s in sums) for k in table}
         for k, v in total.items():
             table[k].append(v if k == "weight" else v / total["weight"])
@@ -53,12 +60,11 @@ def test_table_is_that_of_separate_evaluations(name):
     """Task vectors of every encoding, in two batches."""
     model, params, batch = models.model(name)
     f_lin = jft.linearize(model.apply, params)
-    pairs = [dense.encodings(params, seed) for seed in range(2)]
+    taus = [dense.mixed(name, seed) for seed in range(2)]
     batches = [batch, jax.tree.map(lambda x: x[::-1], batch)]
     points = [[0, 0], [1, 0], [0.3, -0.7]]
-    table = tangent.sweep(f_lin, [tau for tau, _ in pairs], batches, score, points)
-    whole = [{p: jnp.asarray(x, jnp.float32) for p, x in d.items()} for _, d in pairs]
-    same(table, apart(f_lin, whole, batches, points))
+    table = tangent.sweep(f_lin, taus, batches, score, points)
+    same(table, apart(f_lin, [dense.whole(tau) for tau in taus], batches, points))
 
 
 def test_21_coefficients_of_8_task_vectors():
@@ -113,8 +119,8 @@ def test_up_to_the_features():
 def test_one_coefficient_for_all_is_one_direction():
     model, params, batch = models.model("decoder")
     f_lin = jft.linearize(model.apply, params)
-    pairs = [dense.encodings(params, seed) for seed in range(2)]
-    taus, whole = [t for t, _ in pairs], [{p: jnp.asarray(x, jnp.float32) for p, x in d.items()} for _, d in pairs]
+    taus = [dense.mixed("decoder", seed) for seed in range(2)]
+    whole = [dense.whole(tau) for tau in taus]
     expected = apart(f_lin, whole, [batch], [[0.2, 0.2], [0.9, 0.9]])
     same(tangent.sweep(f_lin, taus, [batch], score, [0.2, 0.9]), expected)
     same(tangent.sweep(f_lin, whole, [batch], score, [0.2, 0.9]), expected)
@@ -124,13 +130,14 @@ def test_coefficients_of_layers_and_of_groups_of_paths():
     model, params, batch = models.model("clip")
     f_lin = jft.linearize(model.apply, params)
     taus = [densely(params, seed) for seed in range(2)]
+    arrays = jax.device_get(taus)
     parts = tangent.by_layers(f_lin, taus[0])
     assert list(parts) == ["text/layers/0", "vision/layers/0", "rest"]
     rng = np.random.default_rng(0)
 
     def cut(alpha, groups):
         """``[{path: alpha_group * tau}]`` summed over the tasks."""
-        return {p: sum(a[groups(p)] * t[p] for a, t in zip(alpha, taus, strict=True)) for p in taus[0]}
+        return {p: sum(a[groups(p)] * t[p] for a, t in zip(alpha, arrays, strict=True)) for p in taus[0]}
 
     stack = lambda p: 0 if p.startswith("text/layers/") else 1 if p.startswith("vision/layers/") else 2
     named = lambda p: 0 if "attn" in p else 1 if "mlp" in p else 2
@@ -147,12 +154,13 @@ def test_coefficients_of_layers_and_of_groups_of_paths():
 def test_layers_of_every_encoding_sum_to_the_whole():
     model, params, batch = models.model("encoder")
     f_lin = jft.linearize(model.apply, params)
-    tau, _ = dense.encodings(params, 0)
+    tau = dense.mixed("encoder", 0)
+    expected = jax.jit(f_lin.parts)(tau, batch)[1]
     for every, names in ((1, ["layers/0", "layers/1", "rest"]), (2, ["layers/0-1", "rest"])):
         parts = tangent.by_layers(f_lin, tau, every)
         assert list(parts) == names
         _, moved = tangent.tangents(f_lin, parts, batch)
-        np.testing.assert_allclose(moved.sum(0), f_lin.parts(tau, batch)[1], atol=2e-5)
+        np.testing.assert_allclose(np.sum(moved, 0), expected, atol=2e-5)
     with pytest.raises(ValueError, match="matches no weight"):
         tangent.by_paths(f_lin, tau, {"all": "atn"})
 
@@ -161,41 +169,34 @@ def test_layers_of_every_encoding_sum_to_the_whole():
 @given(counts=st.lists(st.integers(0, 30), min_size=2, max_size=2), seed=st.integers(0, 99))
 def test_sparse_directions_of_different_sizes_go_together(counts, seed):
     """Entries, blocks, rows and columns, more in one than in another, and paths that one lacks: still one pass."""
-    _, params, _ = models.model("decoder")
+    model, params, batch = models.model("decoder")
     flat, rng = tree.flatten(params), np.random.default_rng(seed)
 
     def tau(count):
-        deltas = {}
-        for i, path in enumerate(("layers/attn/q/w", "layers/mlp/up/w", "layers/mlp/down/w", "layers/attn/o/w")):
-            shape = flat[path].shape
-            x = jnp.asarray(rng.standard_normal(shape), jnp.float32)
-            if i == 0:
-                mask = (np.arange(x.size) < count).reshape(shape)
-                deltas[path] = delta.Entries.from_dense(jnp.where(mask, x, 0), jnp.asarray(mask))
-            elif i == 1:
-                mask = (np.arange(shape[-1] // 4) < count % 3) & np.ones((*shape[:-1], 1), bool)
-                mask = np.repeat(mask, 4, axis=-1)
-                deltas[path] = delta.Blocks.of(
-                    delta.Entries.from_dense(jnp.where(mask, x, 0), jnp.asarray(mask)), (4, 4)
-                )
-            elif i == 2 and count % 2:
-                rows = jnp.arange(count % 5, dtype=jnp.int32)
-                deltas[path] = delta.Slices(rows, x.reshape(-1, shape[-1])[: len(rows)], shape, -2)
-            elif i == 3:
-                columns = jnp.arange(count % 4, dtype=jnp.int32)
-                deltas[path] = delta.Slices(
-                    columns, jnp.swapaxes(x, -1, -2).reshape(-1, shape[-2])[: len(columns)], shape, -1
-                )
-        return delta.TaskVector(deltas)
+        q, up, down, o = (f"layers/{name}/w" for name in ("attn/q", "mlp/up", "mlp/down", "attn/o"))
+        x = {p: rng.standard_normal(flat[p].shape).astype(np.float32) for p in (q, up, down, o)}
+        at = np.divmod(np.arange(count, dtype=np.int32), np.int32(x[q].shape[-1]))
+        blocks = np.argwhere((np.arange(3) < count % 3) & np.ones((2, 2, 1), bool)).astype(np.int32)
+        cut = x[up].reshape(2, 2, 4, 3, 4).swapaxes(2, 3)
+        columns = np.concatenate(x[o].swapaxes(-1, -2))
+        some = lambda n: np.arange(n, dtype=np.int32)
+        deltas = {
+            q: delta.Entries(*at, x[q].ravel()[:count], x[q].shape),
+            up: delta.Blocks(blocks, cut[tuple(blocks.T)], x[up].shape),
+            o: delta.Slices(some(count % 4), columns[: count % 4], x[o].shape, -1),
+        }
+        if count % 2:
+            deltas[down] = delta.Slices(some(count % 5), np.concatenate(x[down])[: count % 5], x[down].shape, -2)
+        return jax.device_put(delta.TaskVector(deltas))
 
-    model, _, batch = models.model("decoder")
     f_lin = jft.linearize(model.apply, params)
+    parts = jax.jit(f_lin.parts)
     taus = [tau(count) for count in counts]
     groups = alike.grouped([f_lin.direction(t) for t in taus], flat)
     assert [members for members, _ in groups] == [tuple(range(len(taus)))]
     _, moved = tangent.tangents(f_lin, taus, batch)
-    for t, one in enumerate(taus):
-        np.testing.assert_allclose(moved[t], f_lin.parts({p: d.dense() for p, d in one.items()}, batch)[1], atol=2e-5)
+    for one, found in zip(taus, np.asarray(moved), strict=True):
+        np.testing.assert_allclose(found, parts(dense.whole(one), batch)[1], atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["whole", "low rank", "columns"])
@@ -205,12 +206,12 @@ def test_products_are_those_of_one_pass_and_the_directions(kind):
     f_lin = jft.linearize(model.apply, params)
 
     def tau(seed):
-        whole = {p: x for p, x in densely(params, seed).items() if p.endswith("/w") and "layers" in p}
+        whole = {p: np.asarray(x) for p, x in densely(params, seed).items() if p.endswith("/w") and "layers" in p}
         if kind == "whole":
             return densely(params, seed)
         if kind == "low rank":
             return delta.TaskVector({p: delta.LowRank(x[..., :1], x[..., :1, :]) for p, x in whole.items()})
-        column = lambda x: delta.Slices(jnp.asarray([0], jnp.int32), x[:1, :, 0], x.shape, -1)
+        column = lambda x: delta.Slices(np.zeros(1, np.int32), x[:1, :, 0], x.shape, -1)
         return delta.TaskVector({p: column(x) for p, x in whole.items()})
 
     def products(run, *args):
@@ -240,7 +241,7 @@ def test_weights_and_batches_over_devices():
 def test_sweeps_that_cannot_be_are_refused():
     model, params, batch = models.model("vision")
     f_lin = jft.linearize(model.apply, params)
-    tau, _ = dense.encodings(params, 0)
+    tau = dense.mixed("vision", 0)
     by_layers = lambda t: tangent.by_layers(f_lin, t)
     for (taus, batches, how, grid, split), told in (
         (([], [batch], score, [1.0], None), "at least one task vector"),

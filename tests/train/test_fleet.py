@@ -131,6 +131,7 @@ def test_on_a_mesh(name, count):
         assert_same(run, other)
 
 
+@pytest.mark.optimized
 def test_going_on_is_bit_for_bit_and_files_are_those_of_runs(tmp_path):
     members = listed("entries")
     whole = train(members, steps=6)

@@ -28,6 +28,7 @@ def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("method", ["full", {"name": "lora", "rank": 2}])
 def test_resuming_is_bit_for_bit(tmp_path, method):
     whole = train(steps=12, method=method)

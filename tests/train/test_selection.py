@@ -71,6 +71,7 @@ def test_a_mesh_selects_and_trains_the_same(model, params, data, name):
     assert any(any(axis for axis in spec) for spec in spread), "what trains lies with its weight"
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", METHODS)
 def test_an_interrupted_run_goes_on_to_the_same_bits(model, params, data, tmp_path, name):
     whole = train(model, params, data, method(name), steps=4)
@@ -81,6 +82,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(model, params, data, tmp_pa
     assert jft.TaskVector.load(tmp_path / "task_vector.safetensors").nbytes == whole.task_vector.nbytes
 
 
+@pytest.mark.optimized
 def test_what_does_not_train_keeps_its_bits_and_the_base_is_untouched(model, params, data):
     before = jax.tree.map(np.array, params)
     run = train(model, params, data, METHODS["entries"])
@@ -106,6 +108,7 @@ def test_donated_weights_are_taken_over(model, params, data):
     jax.tree.map(np.testing.assert_array_equal, run.params, kept.params)
 
 
+@pytest.mark.optimized
 def test_the_step_holds_gradients_and_moments_of_what_trains_alone(model, params):
     """Sizes of the compiled step's state, and that the live weights are its own output without a copy."""
     plan = jft.method(**METHODS["blocks"] | {"scope": "matrix"}).plan(params, model)

@@ -100,6 +100,7 @@ def test_adamw_against_float64():
     assert int(held.state.step) == 3
 
 
+@pytest.mark.optimized
 def test_frozen_weights_cost_nothing():
     """Norms, optimizer state and FLOPs are of what trains; the gradient norm leaves frozen weights out."""
     params, batch = tools.parameters(), tools.batches()[0]
@@ -296,6 +297,7 @@ def test_equal_runs_share_a_compiled_step():
     assert prepare(other, params)[0] is not made[0]
 
 
+@pytest.mark.optimized
 def test_each_device_computes_its_share_of_the_batch():
     """Weights lie over fsdp, and so do rows: left to itself, XLA may compute with all rows on every device."""
     model = jft.models.Model(jft.models.DecoderConfig(vocab=128, width=128, layers=2, heads=4, hidden=256))

@@ -32,10 +32,12 @@ def growth(method):
     return (temporaries(method, 32) - temporaries(method, 8)) / 24
 
 
+@pytest.mark.optimized
 def test_full_finetuning_holds_the_gradients_of_all_layers():
     assert growth(jft.method("full")) >= LAYER
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", ["entries", "blocks"])
 def test_a_dense_gradient_does_not_outlive_its_layer(name):
     """What a layer adds is far less than its dense gradient: activations, and gradients and updates of the parts that train."""
