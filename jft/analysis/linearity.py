@@ -97,10 +97,11 @@ def _row(a: float, total: dict[str, Any], objective: Objective) -> dict[str, Any
         name: objective.report({key: value / weight for key, value in total[name].items()})
         for name in ("standard", "linearized")
     }
+    # At the base nothing changes, whatever two programs round differently.
     return {
         "coefficient": a,
-        "error": (total["apart"] / total["change"]) ** 0.5 if total["change"] else None,
-        "cosine": total["product"] / norms if norms else None,
+        "error": (total["apart"] / total["change"]) ** 0.5 if a and total["change"] else None,
+        "cosine": total["product"] / norms if a and norms else None,
         "agreement": total["same"] / weight,
         **both,
     }
