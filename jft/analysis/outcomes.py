@@ -137,9 +137,11 @@ def _train(base: Base, runs: Sequence[Training], fleets: Path) -> None:
         finished = finetune(  # type: ignore[assignment]  # a list, of a fleet
             task.model, params, None, **shared, workdir=fleets / _folder(runs), fleet=members
         )
+    share = (time.perf_counter() - since) / len(runs)
     for run, end in zip(runs, finished, strict=True):
         if end.error is not None:
             continue
+        since = time.perf_counter() - share  # of the training its share, of what follows its own
         vector = end.task_vector if run.task.head is None else end.task_vector.exclude("^classifier/")
         vector.save(run.workdir / VECTOR)
         records.write(run.workdir, run.compared, _measured(run, base, end, vector, since, len(runs)))
@@ -171,7 +173,7 @@ def _manifest(run: Training, base: Base) -> dict[str, Any]:
 def _measured(
     run: Training, base: Base, finished: Any, vector: TaskVector, since: float, members: int
 ) -> dict[str, Any]:
-    """The entry of ``runs`` in ``results.json``; seconds of a fleet are shared out among its ``members``."""
+    """The entry of ``runs`` in ``results.json``, of one of a fleet's ``members``, or of a run by itself."""
     rows = [row for row in finished.metrics if row["split"] == "train"]
     # The first row has the compilation in it; one that follows another at once has no step to tell of.
     speeds = [row["steps_per_s"] for row in rows[1:] if row["steps_per_s"] > 0]
@@ -187,7 +189,7 @@ def _measured(
         "bytes": (run.workdir / VECTOR).stat().st_size,
         "norm": float(tau.norm()),
         "step_seconds": 1 / float(np.median(speeds)) / members if speeds else None,
-        "seconds": (time.perf_counter() - since) / members,
+        "seconds": time.perf_counter() - since,
         "curve": [{"step": row["step"], "loss": row["loss"]} for row in thinned],
     }
 
