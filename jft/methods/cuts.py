@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jft.methods.layers import InPlaceLayers, SomeLayers
+from jft.methods.layers import SomeLayers
 from jft.methods.parametrise import InPlace, Parametrisation
 
 LAYER_IN_PATH = re.compile(r"(?:^|/)(?:layers?|blocks?|h)(?:/|_)(\d+)(?:/|$)")
@@ -61,8 +61,8 @@ def by_table(
 
 
 def _runs(train: Parametrisation, sizes: tuple[int, ...], trains: tuple[bool, ...]) -> Parametrisation:
-    if isinstance(train, InPlace) or not any(trains):
-        return InPlaceLayers(sizes, trains)
+    if not any(trains):
+        return SomeLayers(InPlace(), sizes, trains)
     if train.live:
         raise ValueError(f"{train} keeps weights that it updates in place; it goes with all layers, or a pattern")
     return SomeLayers(train, sizes, trains)

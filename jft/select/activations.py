@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jft.dot import dot
 from jft.models.batch import inputs
-from jft.models.core import Hooks, dot
+from jft.models.core import Hooks
 from jft.models.moe import route
 from jft.select.probe import Probe
 

@@ -15,7 +15,7 @@ from jft import delta
 from jft.delta import TaskVector
 from jft.tangent import space as spaces
 from jft.tangent.kernel import MEMORY, kernel, pulled
-from jft.tangent.linearized import Direction, Linearized
+from jft.tangent.linearization import Direction, Linearized
 from jft.tangent.programs import once
 from jft.tangent.space import Select, Space
 from jft.tangent.sweep import Taus, listed, through
@@ -98,9 +98,7 @@ def ridge(
         raise ValueError(f"ridge takes a penalty of at least 0 and how auto, dual or cg, not {penalty} and {how!r}")
     which = spaces.space(f_lin, moving)
     blocks = _blocks(data)
-    first = jax.eval_shape(
-        lambda b: spaces.outputs(f_lin, which, b, select)(spaces.at_rest(f_lin, which)), blocks.batch(0)
-    )
+    first = jax.eval_shape(lambda b: spaces.outputs(f_lin, which, b, select)(spaces.at_rest(which)), blocks.batch(0))
     N, C = blocks.examples, first.shape[1]
     blocks.check(C)
     facts: dict[str, Any] = {"penalty": float(penalty)}
@@ -293,7 +291,7 @@ def _conjugate(
 
     def run(params: Any, which: Space, batches: Any, targets: Array, weights: Array, penalty: Array) -> Any:
         f_lin = Linearized(apply, params, until)
-        point = spaces.at_rest(f_lin, which)
+        point = spaces.at_rest(which)
         zero = jax.tree.map(jnp.zeros_like, spaces.wide(point))
 
         def summed(of: Callable[[Array, Callable, Array, Array], Array]) -> Any:

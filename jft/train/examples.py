@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jft import parallel, tree
-from jft.models.core import Hooks, dot
+from jft.dot import dot
+from jft.models.core import Hooks
 from jft.select import probe
 from jft.train import feed
 from jft.train.objectives import Objective

@@ -167,7 +167,7 @@ def check_alike(found: Sequence[Member], plans: Sequence[Plan]) -> None:
 
 
 def padded(chosen: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
-    """Selections of all members at the size of the largest: padding is out of range, as :mod:`jft.kernels` has it."""
+    """Selections of all members at the size of the largest: padding is out of range, as :mod:`jft.delta.selected` has it."""
     out: list[dict[str, Any]] = [{} for _ in chosen]
     for path in chosen[0]:
         ats = [c[path] for c in chosen]

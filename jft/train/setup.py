@@ -58,8 +58,7 @@ def take_up(
     """All that a run holds that goes on from ``state``: live weights hold its values again, and what settled in them."""
     plan, places = update.recipe.plan, update.layout.holdings
     base = tree.flatten(params)
-    kept, _ = plan.init(jax.random.key(seed), tree.like(params, settling.write(settled, base)), state.chosen)
-    kept = {p: plan.leaves[p].rebased(k, base[p]) if p in plan.leaves else k for p, k in kept.items()}
+    kept, _ = plan.init(jax.random.key(seed), tree.like(params, settling.write(settled, base)), state.chosen, base)
     frozen, live, _ = plan.detach(kept)
     frozen, live = jax.device_put(frozen, places.frozen), own(live, places.live, donate)
     return Holdings(state, _committed(plan, frozen, live, state), frozen)

@@ -132,7 +132,7 @@ def _data_gradients(
 def _toward_base(recipe: Recipe, kept: Any, trained: Any, batch: Any, mesh: Any, key: jax.Array | None) -> Any:
     """The gradient of the cross entropy to what the base itself predicts."""
     toward = dataclasses.replace(recipe, objective=TowardBase(recipe.objective))
-    return _data_gradients(toward, kept, trained, batch, mesh, key, recipe.plan.base(kept))[0]
+    return _data_gradients(toward, kept, trained, batch, mesh, key, recipe.plan.base(kept, trained))[0]
 
 
 def step(
