@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import delta, tree
+from jft.compiled import program_cache
 from jft.tangent.alike import grouped, scaled
 from jft.tangent.forward import pair
 from jft.tangent.lean import Change
 from jft.tangent.linearized import Direction, Linearized
-from jft.tangent.programs import once
 
 Array = jax.Array
 Score = Callable[[Any, Any], Mapping[str, Any]]
@@ -220,7 +220,7 @@ def _compact(columns: np.ndarray) -> tuple[Array, Array | None]:
     return jnp.asarray(np.take_along_axis(columns, which, axis=1)), jnp.asarray(which, jnp.int32)
 
 
-@once
+@program_cache
 def _passes(apply: Callable, until: str | None, at_once: int | None) -> Callable:
     """Jitted ``(params, directions, batch) -> (f(theta0), tangents)``."""
 
@@ -230,7 +230,7 @@ def _passes(apply: Callable, until: str | None, at_once: int | None) -> Callable
     return jax.jit(run)
 
 
-@once
+@program_cache
 def _read(apply: Callable, until: str | None, read: Callable, at_once: int | None) -> Callable:
     """Jitted ``(params, directions, points, batch) -> arrays [P, ...]``, for :func:`_compact` points."""
 
