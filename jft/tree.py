@@ -6,7 +6,6 @@ weights" speaks of paths, so that a selection written for one model reads the sa
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
 import re
@@ -16,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jft.names import nearest
 
 Tree = Any
 SEPARATOR = "/"
@@ -90,8 +91,8 @@ def matching(paths: Iterable[str], patterns: str | Iterable[str], what: str = "p
     for pattern in patterns:
         hit = matcher(pattern)
         if not any(hit(p) for p in paths):
-            near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
-            raise ValueError(f"{what} {pattern!r} matches no weight; nearest paths: {', '.join(near)}")
+            near = nearest(pattern, paths, n=3, cutoff=0.0, hint="; nearest paths: {}")
+            raise ValueError(f"{what} {pattern!r} matches no weight{near}")
     hit = matcher(patterns)
     return [p for p in paths if hit(p)]
 
