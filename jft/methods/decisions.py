@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jft.delta.numeric import host
 from jft.select import activations, backward, scores
 from jft.select.budget import Flops
 from jft.select.probe import Per, Probe
@@ -59,7 +60,7 @@ class ByScore:
             raise ValueError(f"k is {self.k}; choose at least 1 layer")
 
     def __call__(self, probe: Probe) -> Table:
-        found = {s: np.asarray(jax.device_get(x)) for s, x in self.score(probe).items()}
+        found = {s: host(x) for s, x in self.score(probe).items()}
         for stack, values in found.items():
             if self.k > len(values):
                 raise ValueError(f"k is {self.k}, and {stack} has {len(values)} layers")

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import tree
+from jft.delta.numeric import host
 from jft.select.threshold import top_together
 
 Array = jax.Array
@@ -299,13 +300,13 @@ def _choose(
     allowed = budget.total(sum(units[p] * costs[p] for p in scores), min(costs.values()), what)
     if sum(map(tree.size, scores.values())) > _GREEDY:
         raise ValueError(f"{what}: too many units of different costs to go through; give a count, or one cost")
-    host = {p: _host(x) for p, x in scores.items()}
-    for path, x in host.items():
+    here = {p: host(x).astype(np.float32) for p, x in scores.items()}
+    for path, x in here.items():
         if np.isnan(x).any():
             raise ValueError(f"{np.isnan(x).sum()} scores of {path} are NaN; a score must be a number or an infinity")
-    masks = {p: np.zeros(x.shape, bool) for p, x in host.items()}
-    for index in np.ndindex(next(iter(host.values())).shape[:lead]):
-        parts = {p: x[index].reshape(-1) for p, x in host.items()}
+    masks = {p: np.zeros(x.shape, bool) for p, x in here.items()}
+    for index in np.ndindex(next(iter(here.values())).shape[:lead]):
+        parts = {p: x[index].reshape(-1) for p, x in here.items()}
         chosen = _greedy(parts, costs, allowed, largest, budget.unfit)
         for path, mask in chosen.items():
             masks[path][index] = mask.reshape(masks[path][index].shape)
@@ -315,15 +316,6 @@ def _choose(
 def _named(scores: Mapping[str, Array]) -> str:
     paths = list(scores)
     return ", ".join(paths[:3]) + (f" and {len(paths) - 3} others" if len(paths) > 3 else "")
-
-
-def _host(x: Array) -> np.ndarray:
-    """All of an array, wherever it lies, in float32."""
-    if not (x.is_fully_addressable or x.is_fully_replicated):
-        from jax.experimental import multihost_utils
-
-        x = multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x, np.float32)
 
 
 def _greedy(
