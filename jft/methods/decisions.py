@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.delta.numeric import host
+from jft.models.core import is_jft_model
 from jft.select import activations, backward, scores
 from jft.select.budget import Flops
 from jft.select.probe import Per, Probe
@@ -26,7 +27,7 @@ HIGHER_IS_BETTER = ("accuracy",)
 
 def stacks(probe: Probe) -> dict[str, int]:
     """The stacks of layers that have candidates, and how many layers each has."""
-    if not hasattr(probe.model, "linear_paths"):
+    if not is_jft_model(probe.model):
         raise ValueError(
             "layers are told apart in jft's own models, whose weights are stacked; select by pattern instead"
         )

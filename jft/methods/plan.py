@@ -16,7 +16,7 @@ from jft import delta, tangent, tree
 from jft.methods import cuts
 from jft.methods.layers import InPlaceLayers, SomeLayers
 from jft.methods.parametrise import InPlace, LowRank, Parametrisation
-from jft.models.core import STRUCTURED
+from jft.models.core import STRUCTURED, is_jft_model
 from jft.select.probe import lead
 from jft.select.unit import How, Unit
 from jft.select.units import Entry
@@ -113,7 +113,7 @@ class Method:
         shapes = tree.flatten(params)
         if not shapes:
             raise ValueError("the model has no parameters to train")
-        stacked = hasattr(model, "linear_paths")
+        stacked = is_jft_model(model)
         linear = tuple(model.linear_paths(params)) if stacked else _matrices(shapes)
         chosen = self.select.paths(shapes, linear)
         leaves: dict[str, Parametrisation] = {}

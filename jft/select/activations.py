@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.models.batch import inputs
-from jft.models.core import Hooks, dot
+from jft.models.core import Hooks, dot, is_jft_model
 from jft.models.moe import route
 from jft.select.probe import Probe
 
@@ -48,7 +48,7 @@ def real(name: str, shape: tuple[int, ...], batch: Any) -> Array:
 
 
 def _hookable(probe: Probe) -> Any:
-    if not hasattr(probe.model, "linear_paths"):
+    if not is_jft_model(probe.model):
         raise ValueError("this score reads inside the model by hooks, which only jft's own models have")
     return probe.model
 

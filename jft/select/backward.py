@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jft import tree
-from jft.models.core import Hooks
+from jft.models.core import Hooks, is_jft_model
 from jft.select.probe import Probe
 
 # Modules of a layer as the gradient meets them; those of one row read the same input, so that it passes them together.
@@ -68,7 +68,7 @@ def chain(probe: Probe) -> list[Tensor]:
     """
     config = getattr(getattr(probe.model, "config", None), "backbone", getattr(probe.model, "config", None))
     stacks = {p[: p.index("layers/")] for p in probe.params if "layers/" in p}
-    if not hasattr(probe.model, "linear_paths") or stacks != {""}:
+    if not is_jft_model(probe.model) or stacks != {""}:
         raise ValueError("the cost of a backward pass is known for jft's models with one stack of layers alone")
     length = int(probe.sums(_Length(probe.model), 1))
     mixture = getattr(config, "experts", None)

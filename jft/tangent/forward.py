@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jft.models.core import Hooks, is_own, model_of
+from jft.models.core import Hooks, is_jft_model, model_of
 from jft.tangent.lean import Lean
 
 Apply = Callable[..., Any]
@@ -83,7 +83,7 @@ def entered(apply: Apply, params: Any, batch: Any, at: str, value: Any) -> Any:
 
 def _read(apply: Apply, params: Any, batch: Any, until: str) -> Any:
     """The value at the site ``until``."""
-    if not is_own(apply):
+    if not is_jft_model(model_of(apply)):
         raise ValueError(
             f"until={until!r} names a site of jft's own models, and this apply takes no hooks: linearize all of it, or give "
             "linearize the part that is to be linear"

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jft import parallel, tree
 from jft.compiled import program_cache
+from jft.models.core import is_jft_model
 from jft.select import probe
 from jft.train import feed
 from jft.train.examples import Each, Setting, squares, tapped
@@ -138,7 +139,7 @@ class LoopProbe:
                 raise ValueError(f"candidate {path!r} is {self.params[path].dtype}, which has no gradient")
 
     def lead(self, path: str) -> int:
-        return probe.lead(path, self.params[path].ndim, hasattr(self.model, "linear_paths"))
+        return probe.lead(path, self.params[path].ndim, is_jft_model(self.model))
 
     @property
     def _weights(self) -> tuple[Weights, Weights]:

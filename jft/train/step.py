@@ -15,6 +15,7 @@ import optax
 from jft import parallel, tree
 from jft.compiled import program_cache
 from jft.methods import Plan
+from jft.models.core import is_jft_model
 from jft.train.objectives import Objective, TowardBase
 from jft.train.optimizers import Given, Optimizer
 from jft.train.state import Holdings, Layout, State, abstract
@@ -46,7 +47,7 @@ def apply_of(model: Any, mesh: Any = None) -> Callable[[Any, Any], Any]:
 
 def dtype_of(model: Any, params: Any) -> Any:
     """What trained values are cast to: a jft model's execution dtype; else the one that all weights have, or None."""
-    if hasattr(model, "execution"):
+    if is_jft_model(model):
         return model.execution.dtype
     found = {np.dtype(x.dtype) for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)}
     return found.pop() if len(found) == 1 else None
