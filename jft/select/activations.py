@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jft import tree
 from jft.models.batch import inputs
 from jft.models.core import Hooks, dot, is_jft_model
 from jft.models.moe import route
@@ -155,10 +156,9 @@ def by_layer(scores: Mapping[str, Array], pool: Literal["sum", "mean"] = "sum") 
     sums: dict[str, Array] = {}
     sizes: dict[str, int] = {}
     for path, score in scores.items():
-        head, found, _ = ("/" + path).partition("/layers/")
-        if not found:
+        stack = tree.stack_of(path)
+        if stack is None:
             continue
-        stack = f"{head}/layers".strip("/")
         total = jnp.sum(score.astype(jnp.float32), axis=tuple(range(1, score.ndim)))
         sums[stack] = sums[stack] + total if stack in sums else total
         sizes[stack] = sizes.get(stack, 0) + score.size // score.shape[0]

@@ -32,8 +32,6 @@ _ROUND = {
     "floor+1": lambda x: math.floor(x) + 1,
 }
 _GREEDY = 1 << 24  # units that the host goes through one by one
-_NUMBERED = re.compile(r"^(?:.*?/)?(?:layers?|blocks?|h)[/_]\d+(?=/|$)")
-_STACK = re.compile(r"^(?:.*?/)?layers(?=/)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,11 +142,11 @@ class PerLayer(Budget):
     def groups(self, leads: Mapping[str, int]) -> Iterator[tuple[list[str], int]]:
         groups: dict[tuple[str, int], list[str]] = {}
         for path, lead in leads.items():
-            numbered, stack = _NUMBERED.match(path), _STACK.match(path)
-            if numbered:
-                key = numbered.group(), 0
-            elif stack and lead:
-                key = stack.group(), 1
+            layer, stack = tree.layer_of(path), tree.stack_of(path)
+            if layer is not None:
+                key = layer[0], 0
+            elif stack is not None and lead:
+                key = stack, 1
             else:
                 key = path, 0
             groups.setdefault(key, []).append(path)

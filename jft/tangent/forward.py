@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jft.models.core import Hooks, is_jft_model, model_of
 from jft.tangent.lean import Lean
+from jft.tree import stack_of
 
 Apply = Callable[..., Any]
 Build = Callable[[Mapping[str, Any]], Any]
@@ -95,7 +96,7 @@ def _read(apply: Apply, params: Any, batch: Any, until: str) -> Any:
         return h, h if name == until else None
 
     _, reads = apply(params, batch, hooks=Hooks(value=value))
-    if until not in reads or "layers/" in until:
-        known = ", ".join(dict.fromkeys(n for n in names if "layers/" not in n))
+    if until not in reads or stack_of(until):
+        known = ", ".join(dict.fromkeys(n for n in names if not stack_of(n)))
         raise ValueError(f"the model has no site {until!r} outside its layers; it has: {known}")
     return reads[until]
