@@ -17,7 +17,7 @@ from jft.methods import cuts
 from jft.methods.layers import SomeLayers
 from jft.methods.low_rank import LowRank
 from jft.methods.parametrise import InPlace, Parametrisation
-from jft.models.core import STRUCTURED, Runs
+from jft.models.core import STRUCTURED, Runs, is_jft_model
 from jft.select.probe import lead
 from jft.select.unit import How, Unit
 from jft.select.units import Entry
@@ -114,7 +114,7 @@ class Method:
         shapes = tree.flatten(params)
         if not shapes:
             raise ValueError("the model has no parameters to train")
-        stacked = hasattr(model, "linear_paths")
+        stacked = is_jft_model(model)
         linear = tuple(model.linear_paths(params)) if stacked else _matrices(shapes)
         chosen = self.select.paths(shapes, linear)
         leaves: dict[str, Parametrisation] = {}

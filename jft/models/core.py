@@ -36,14 +36,17 @@ def model_of(apply: Any) -> Any:
     return getattr(apply, "__self__", getattr(apply, "model", apply))
 
 
-def is_own(apply: Any) -> bool:
-    """Whether ``apply`` is that of a jft model, which takes hooks and structured weights; or any other function."""
-    return hasattr(model_of(apply), "linear_paths")
+def is_jft_model(model: Any) -> bool:
+    """Whether this is a :class:`jft.models.Model`, which takes hooks and structured weights, or any other function.
+
+    Of an ``apply``, ask :func:`model_of` first: alone it counts as any other function, whose weights are plain arrays.
+    """
+    return hasattr(model, "linear_paths")
 
 
 def takes_structured(apply: Any, path: str) -> bool:
     """Whether a structured weight may stand at ``path`` of the parameters of ``apply``."""
-    return is_own(apply) and path.rsplit("/", 1)[-1] in STRUCTURED
+    return is_jft_model(model_of(apply)) and path.rsplit("/", 1)[-1] in STRUCTURED
 
 
 @jax.tree_util.register_dataclass

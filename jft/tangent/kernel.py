@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import tree
+from jft.compiled import program_cache
 from jft.names import nearest
 from jft.tangent import space as spaces
 from jft.tangent.linearization import Linearized
-from jft.tangent.programs import once
 from jft.tangent.space import Select, Space
 
 Array = jax.Array
@@ -243,7 +243,7 @@ def _add(K: np.ndarray, part: np.ndarray, i: int, j: int, mirrored: bool) -> Non
         whole[j : j + columns, :, i : i + rows] += part.transpose(2, 3, 0, 1)
 
 
-@once
+@program_cache
 def _jacobian(apply: Callable, until: str | None, select: Select | None, of: Of) -> Callable:
     """Jitted ``(params, space, batch, key) -> {path: [N, C, ...]}``, each example's by reverse passes of its own."""
 
@@ -280,7 +280,7 @@ def _pushed(
     )
 
 
-@once
+@program_cache
 def _columns(apply: Callable, until: str | None, select: Select | None, of: Of, together: int) -> Callable:
     """Jitted ``(params, space, batch, columns, key) -> K``, ``together`` of its columns at a time."""
 
@@ -307,7 +307,7 @@ def _columns(apply: Callable, until: str | None, select: Select | None, of: Of, 
     return jax.jit(run)
 
 
-@once
+@program_cache
 def pulled(apply: Callable, until: str | None, select: Select | None) -> Callable:
     """Jitted ``(params, space, batch, u [N, C]) -> J^T u``."""
 
@@ -319,7 +319,7 @@ def pulled(apply: Callable, until: str | None, select: Select | None) -> Callabl
     return jax.jit(run)
 
 
-@once
+@program_cache
 def pushed(apply: Callable, until: str | None, select: Select | None) -> Callable:
     """Jitted ``(params, space, batch, v) -> J v [N, C]``."""
 

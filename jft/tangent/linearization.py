@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jft import delta, tree
 from jft.delta import changed
-from jft.models.core import Hooks, is_own, model_of, takes_structured
+from jft.models.core import Hooks, is_jft_model, model_of, takes_structured
 from jft.names import nearest
 
 Apply = Callable[..., Any]
@@ -158,7 +158,7 @@ def entered(apply: Apply, params: Any, batch: Any, at: str, value: Any) -> Any:
 
 def _read(apply: Apply, params: Any, batch: Any, until: str) -> Any:
     """The value at the site ``until``."""
-    if not is_own(apply):
+    if not is_jft_model(model_of(apply)):
         raise ValueError(
             f"until={until!r} names a site of jft's own models, and this apply takes no hooks: linearize all of it, or give "
             "linearize the part that is to be linear"
@@ -170,7 +170,7 @@ def _read(apply: Apply, params: Any, batch: Any, until: str) -> Any:
         return h, h if name == until else None
 
     _, reads = apply(params, batch, hooks=Hooks(value=value))
-    if until not in reads or "layers/" in until:
-        known = ", ".join(dict.fromkeys(n for n in names if "layers/" not in n))
+    if until not in reads or tree.stack_of(until):
+        known = ", ".join(dict.fromkeys(n for n in names if not tree.stack_of(n)))
         raise ValueError(f"the model has no site {until!r} outside its layers; it has: {known}")
     return reads[until]

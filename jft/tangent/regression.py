@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import delta
+from jft.compiled import program_cache
 from jft.delta import TaskVector
 from jft.tangent import space as spaces
 from jft.tangent.kernel import MEMORY, kernel, pulled
 from jft.tangent.linearization import Direction, Linearized
-from jft.tangent.programs import once
 from jft.tangent.space import Select, Space
 from jft.tangent.sweep import Taus, listed, through
 
@@ -175,7 +175,7 @@ def least_squares(
     return LeastSquares(totals[0], totals[1], float(totals[2]), float(totals[3]))
 
 
-@once
+@program_cache
 def _moments(apply: Callable, until: str | None, select: Select | None, at_once: int | None) -> Callable:
     """Jitted ``(params, directions, batch, y, w) -> (A, b, c, weight)`` of one batch."""
 
@@ -273,7 +273,7 @@ def _dual(
     return total
 
 
-@once
+@program_cache
 def _values(apply: Callable, until: str | None, select: Select | None) -> Callable:
     """Jitted ``(params, batch) -> f(theta0) [N, C]``."""
 
@@ -283,7 +283,7 @@ def _values(apply: Callable, until: str | None, select: Select | None) -> Callab
     return jax.jit(run)
 
 
-@once
+@program_cache
 def _conjugate(
     apply: Callable, until: str | None, select: Select | None, tolerance: float, steps: int | None
 ) -> Callable:

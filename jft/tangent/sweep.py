@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,14 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import delta, tree
+from jft.compiled import program_cache
 from jft.tangent.linearization import Direction, Linearized, pair
-from jft.tangent.programs import once
 
 Array = jax.Array
 Score = Callable[[Any, Any], Mapping[str, Any]]
 Taus = Mapping[str, Any] | Sequence[Any]
 
-_LAYERS = re.compile(r"(^|/)layers/")
 # Outputs of as many points lie in memory at once as fit into this: more would leave the caches.
 _POINTS_BYTES = 2**22
 # Directions that a processor takes through the model together, for the same reason: two of eight are 1.1 to 1.6x as fast.
@@ -117,16 +115,14 @@ def by_layers(f_lin: Linearized, tau: Any, every: int = 1) -> dict[str, Directio
     Every tau of a model is cut into the same groups. Each is a pass of its own: a pass is not cheaper for having zeros.
     """
     direction, shapes = f_lin.direction(tau), tree.flatten(f_lin.params)
-    depths = {_stack(p): w.shape[0] for p, w in shapes.items() if _stack(p)}
     groups: dict[str, Direction] = {}
-    for stack, depth in depths.items():
-        assert stack is not None
+    for stack, depth in tree.stacks(shapes).items():
         for start in range(0, depth, every):
             end = min(start + every, depth)
             inside = (np.arange(depth) >= start) & (np.arange(depth) < end)
-            name = f"{stack}{start}" if end - start == 1 else f"{stack}{start}-{end - 1}"
-            groups[name] = {p: _scaled(c, inside) for p, c in direction.items() if _stack(p) == stack}
-    groups["rest"] = {p: c for p, c in direction.items() if not _stack(p)}
+            name = f"{stack}/{start}" if end - start == 1 else f"{stack}/{start}-{end - 1}"
+            groups[name] = {p: _scaled(c, inside) for p, c in direction.items() if tree.stack_of(p) == stack}
+    groups["rest"] = {p: c for p, c in direction.items() if tree.stack_of(p) is None}
     return groups
 
 
@@ -143,11 +139,6 @@ def by_paths(f_lin: Linearized, tau: Any, groups: Mapping[str, str | Iterable[st
         chosen = set(tree.matching(paths, patterns, f"group {name!r}"))
         cut[name] = {p: left.pop(p) for p in list(left) if p in chosen}
     return {**cut, "rest": left}
-
-
-def _stack(path: str) -> str | None:
-    found = _LAYERS.search(path)
-    return path[: found.end()] if found else None
 
 
 def listed(taus: Taus) -> list[Any]:
@@ -266,7 +257,7 @@ def _compact(columns: np.ndarray) -> tuple[Array, Array | None]:
     return jnp.asarray(np.take_along_axis(columns, which, axis=1)), jnp.asarray(which, jnp.int32)
 
 
-@once
+@program_cache
 def _passes(apply: Callable, until: str | None, at_once: int | None) -> Callable:
     """Jitted ``(params, directions, batch) -> (f(theta0), tangents)``."""
 
@@ -276,7 +267,7 @@ def _passes(apply: Callable, until: str | None, at_once: int | None) -> Callable
     return jax.jit(run)
 
 
-@once
+@program_cache
 def _read(apply: Callable, until: str | None, read: Callable, at_once: int | None) -> Callable:
     """Jitted ``(params, directions, points, batch) -> arrays [P, ...]``, for :func:`_compact` points."""
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jft import tree
+from jft.compiled import program_cache
 from jft.train import setup, step
 from jft.train.state import Holdings, Layout, State, abstract, lay_out
 
@@ -142,25 +143,13 @@ def compile_fleet(
     together = TOGETHER.get(one.device.platform, members) if mesh is None else members
     axes = Axes(members, tuple(jax.tree.leaves(frozen)), batch, min(together, members))
     held = Holdings(_stacked(single.state, members), {}, _flagged(single.frozen, frozen, members))
-    return _make(recipe, _widened(one, frozen, members, batch), one, held, axes)
+    layout = _widened(one, frozen, members, batch)
+    return _make(step.Key(recipe, layout, held, axes, parts=(recipe, layout, one, held, axes)))
 
 
-def _make(recipe: step.Recipe, layout: Layout, one: Layout, held: Holdings, axes: Axes) -> Fleet:
-    """A fleet's step that was made before for equals, with its compiled programs, or a new one."""
-    key = step.Key(recipe, layout, held, axes)
-    try:
-        hash(key)
-    except TypeError:
-        return Fleet(recipe, layout, one, held, axes)
-    if key not in _made:
-        while len(_made) >= MOST:
-            _made.pop(next(iter(_made)))
-        _made[key] = Fleet(recipe, layout, one, held, axes)
-    return _made[key]
-
-
-MOST = 8  # steps of fleets that are kept
-_made: dict[Any, Fleet] = {}
+@program_cache(maxsize=8)
+def _make(key: step.Key) -> Fleet:
+    return Fleet(*key.parts)
 
 
 def _stacked(value: Any, members: int) -> Any:
