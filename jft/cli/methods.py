@@ -9,6 +9,7 @@ from typing import Any
 from jft import terminal
 from jft.cli.errors import Parser, UsageError
 from jft.names import nearest
+from jft.select.layers import Depth
 
 
 def _describe(entry: Any) -> dict[str, Any]:
@@ -36,13 +37,12 @@ def _trains(built: Any) -> str:
         what += " matching " + " or ".join(select.include)
     if select.exclude:
         what += " but not " + " or ".join(select.exclude)
-    if select.layers is not None:
-        layers = select.layers
-        what += f" of layers {', '.join(map(str, layers)) if isinstance(layers, tuple) else layers}"
-    if callable(select.table):
-        what += f", {select.table}"
-    if built.decide is not None:
+    if built.undecided is not None:
         what += ", of which the base and the data decide"
+    elif isinstance(select.layers, Depth):
+        what += f" of layers {select.layers}"
+    elif select.layers is not None:
+        what += f", {select.layers}"
     return what
 
 

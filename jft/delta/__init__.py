@@ -11,6 +11,7 @@ from jft.delta.experts import ExpertLayout
 from jft.delta.gate import Gate
 from jft.delta.low_rank import LowRank
 from jft.delta.manifest import BaseMismatch, derive, describe, describe_base
+from jft.delta.n_m import NM
 from jft.delta.registry import kinds, register, rule
 from jft.delta.rows import Rows
 from jft.delta.selected import Layout, Selected
@@ -18,6 +19,7 @@ from jft.delta.slices import SliceLayout, Slices
 from jft.delta.task_vector import TaskVector, apply, revert
 
 __all__ = [
+    "NM",
     "BaseMismatch",
     "BitMask",
     "BlockLayout",

@@ -224,6 +224,9 @@ class BlockLayout(Layout):
         order = np.lexsort((where[:, 2], where[:, 1], where[:, 0]))
         return Blocks(jnp.asarray(where[order], jnp.int32), jnp.asarray(values[valid][order]), shape)
 
+    def first(self, at: Array) -> Array:
+        return at[..., 0]
+
     def slots(self, at: Any) -> int:
         return at.shape[-2]
 

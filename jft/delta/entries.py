@@ -252,6 +252,9 @@ class EntryLayout(Layout):
             shape,
         )
 
+    def first(self, at: Array) -> Array:
+        return at[..., 0]
+
     def slots(self, at: Any) -> int:
         return at.shape[-2]
 

@@ -71,9 +71,6 @@ class ExpertLayout(Layout):
         index = (experts[:, None] * rows + np.arange(rows)).reshape(-1)
         return Slices(jnp.asarray(index, jnp.int32), jnp.asarray(values[real].reshape(-1, columns)), shape, ROWS)
 
-    def slots(self, at: Any) -> int:
-        return at.shape[-1]
-
     def pad(self, at: Array, values: Array, most: int, shape: tuple[int, ...]) -> tuple[Array, Array]:
         have = at.shape[-1]
         new = jnp.broadcast_to(shape[0] + jnp.arange(have, most, dtype=at.dtype), (*at.shape[:-1], most - have))

@@ -60,9 +60,13 @@ class Layout:
         """The same with ``most`` parts for each matrix; the new ones lie past the end of a weight of ``shape``."""
         raise NotImplementedError
 
+    def first(self, at: Array) -> Array:
+        """The first coordinate of every slot, ``[..., n]``; that of padding lies past the cell."""
+        return at
+
     def slots(self, at: Any) -> int:
         """Parts for each matrix and cell, padding included."""
-        raise NotImplementedError
+        return at.shape[-1]
 
     # What parts can do better than as a weight that is zero elsewhere; None where they cannot.
 

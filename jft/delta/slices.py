@@ -277,9 +277,6 @@ class SliceLayout(Layout):
             values = np.moveaxis(values, len(lead), -1)
         return Slices(jnp.asarray(flat, jnp.int32), jnp.asarray(values[valid]), shape, self.axis)
 
-    def slots(self, at: Any) -> int:
-        return at.shape[-1]
-
     def pad(self, at: Array, values: Array, most: int, shape: tuple[int, ...]) -> tuple[Array, Array]:
         extent = shape[self.axis] // at.shape[-2]
         return padded_coordinates(at[..., None], most, extent)[..., 0], pad_axis(

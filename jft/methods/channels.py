@@ -17,7 +17,7 @@ from jft.dot import dot, grouped_dot, take
 from jft.methods.formed import straight_through
 from jft.methods.parametrise import Parametrisation
 from jft.methods.penalties import absolute
-from jft.methods.rules import Rule
+from jft.methods.update_rules import Rule
 
 Array = jax.Array
 

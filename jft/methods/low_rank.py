@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jft import delta
 from jft.methods.parametrise import Additive, InPlace, Parametrisation
-from jft.select.unit import Unit
+from jft.select.granularity import Granularity
 
 Array = jax.Array
 
@@ -36,11 +36,11 @@ class LowRank(Additive):
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
-    def fitted(self, *, unit: Unit | None = None, **told: Any) -> Parametrisation:
+    def fitted(self, *, granularity: Granularity | None = None, **told: Any) -> Parametrisation:
         """With a selection, the selected parts train in place, and the low-rank change beside them."""
-        if unit is None:
+        if granularity is None:
             return super().fitted(**told)
-        return WithLowRank(InPlace(), self).fitted(unit=unit, **told)
+        return WithLowRank(InPlace(), self).fitted(granularity=granularity, **told)
 
     def leaves(self, at: Any = None) -> tuple[Any, Any]:
         rates = {"a": self.rate, "b": self.rate * self.b_rate}

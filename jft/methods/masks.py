@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jft import delta
 from jft.methods.formed import bound, leading, straight_through
 from jft.methods.parametrise import Parametrisation, moved_from
-from jft.methods.rules import Rule
+from jft.methods.update_rules import Rule
 from jft.select.threshold import top_each
 
 Array = jax.Array

@@ -13,10 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jft import delta, tree
-from jft.delta.changed import COLUMNS, ROWS
 from jft.delta.numeric import host
-from jft.select.unit import Unit
-from jft.select.units import Block
+from jft.select.granularity import Granularity
 
 Array = jax.Array
 
@@ -35,15 +33,20 @@ class Parametrisation:
     exact: ClassVar[bool] = False
 
     def fitted(
-        self, *, lead: int | None = None, unit: Unit | None = None, anchored: bool = False, linearized: bool = False
+        self,
+        *,
+        lead: int | None = None,
+        granularity: Granularity | None = None,
+        anchored: bool = False,
+        linearized: bool = False,
     ) -> Any:
         """The parametrisation for one weight, with what is told of it; what is not told stays as it is.
 
-        lead: how many of its first axes only stack matrices or vectors (layers, experts). unit: as what the parts of it
+        lead: how many of its first axes only stack matrices or vectors (layers, experts). granularity: as what the parts of it
         that train are selected. anchored: what :attr:`jft.delta.Leaf.origin` needs is kept. linearized: the weight stays the
         base, and the model is linear in the change. Raises ``ValueError`` for what it cannot be.
         """
-        if unit is not None:
+        if granularity is not None:
             raise ValueError(
                 f"{type(self).__name__} trains whole weights; a selection inside them goes with in-place training: "
                 "drop select.score, or train=InPlace()"
@@ -114,9 +117,11 @@ class InPlace(Parametrisation):
 
     anchor: bool = False
 
-    def fitted(self, *, unit: Unit | None = None, linearized: bool = False, **told: Any) -> Parametrisation:
-        if unit is not None:
-            return InPlaceSelected(layout_of(unit)).fitted(linearized=linearized, **told)
+    def fitted(
+        self, *, granularity: Granularity | None = None, linearized: bool = False, **told: Any
+    ) -> Parametrisation:
+        if granularity is not None and granularity.layout is not None:
+            return InPlaceSelected(granularity.layout).fitted(linearized=linearized, **told)
         return Shift() if linearized else super().fitted(**told)
 
     def leaves(self, at: Any = None) -> tuple[Any, Any]:
@@ -138,21 +143,6 @@ class InPlace(Parametrisation):
 
     def collect(self, kept: Any, dense: Array) -> Array:
         return dense
-
-
-def layout_of(unit: Unit) -> delta.Layout:
-    """How what is selected as ``unit`` is laid out."""
-    if unit.parts == "blocks" and isinstance(unit, Block):
-        return delta.BlockLayout(unit.rows, unit.columns)
-    kinds = {
-        "entries": delta.EntryLayout(),
-        "rows": delta.SliceLayout(ROWS),
-        "columns": delta.SliceLayout(COLUMNS),
-        "experts": delta.ExpertLayout(),
-    }
-    if unit.parts not in kinds:
-        raise ValueError(f"{unit} selects whole weights; this selection is of parts inside them")
-    return kinds[unit.parts]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jft import delta, tangent, tree
-from jft.methods import cuts
+from jft.methods import layer_runs
 from jft.methods.layers import SomeLayers
 from jft.methods.low_rank import LowRank
 from jft.methods.parametrise import InPlace, Parametrisation
 from jft.models.core import STRUCTURED, Runs, is_jft_model
+from jft.select import layers
+from jft.select.granularity import Entry, Granularity, How
 from jft.select.probe import lead
-from jft.select.unit import How, Unit
-from jft.select.units import Entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,28 +28,62 @@ class Select:
     """Which weights a method acts on, and which parts inside them.
 
     include, exclude: regular expressions on paths (``re.search``). linear_only: matrices inside layers, no embeddings,
-    heads, norms or routers. layers: indices of layers (negative from the end), None for all; then nothing outside layers
-    is selected; or a value whose ``of(L)`` gives them for L layers. A pattern that matches nothing is refused. table: pairs
-    ``(path, layers)``, where each path has layers of its own (None: the whole leaf), in place of ``layers``; what a method
-    that decides from data comes to; or a function that gives them as a mapping, from the shapes of the selected paths.
+    heads, norms or routers. A pattern that matches nothing is refused.
+
+    layers: which whole layers train: indices (negative from the end), a table ``{path: indices, or None for all of it}``, or a
+    choice of :mod:`jft.select.layers` and :mod:`jft.methods.layer_search`; None for all. Indices are of layers, so nothing
+    outside them is selected.
 
     score: how much each weight matters, computed once the base and the data are there (:mod:`jft.select.scores`); None
-    selects whole weights. unit: what is selected as one, an entry, a block, a row... (:mod:`jft.select.units`), or pairs
-    ``(pattern, unit)``, of which the first whose pattern is found in a path decides and a path without one is left out.
-    pool: how the scores inside a unit become its own. budget: how much is selected, and over what it competes
-    (:mod:`jft.select.budget`). largest: the highest scores, or the lowest.
+    selects by ``layers`` alone. granularity: what is selected as one, from an entry, a block, a row or a head to an expert, a
+    matrix and a layer (:mod:`jft.select.granularity`), or pairs ``(pattern, granularity)``, of which the first whose pattern is
+    found in a path decides and a path without one is left out. pool: how the scores inside a unit become its own. budget: how
+    much is selected, and over what it competes (:mod:`jft.select.budget`). largest: the highest scores, or the lowest.
     """
 
     include: tuple[str, ...] = ("",)
     exclude: tuple[str, ...] = ()
     linear_only: bool = False
     layers: Any = None
-    table: Any = None
     score: Any = None
-    unit: Any = Entry()
+    granularity: Any = Entry()
     pool: How = "sum"
     budget: Any = None
     largest: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what is said twice or not at all."""
+        object.__setattr__(self, "layers", layers.choice(self.layers))
+        if self.score is not None and self.layers is not None:
+            raise ValueError(
+                "layers and score both say what trains; give one of them (granularity=Layer() scores layers)"
+            )
+        if self.score is not None and self.budget is None:
+            raise ValueError("a selection by score needs a budget: how much of it is selected (select.budget)")
+        if len({one.whole for one in self._granularities}) > 1:
+            raise ValueError(
+                f"{self.granularity} mixes whole weights and parts inside them; select them in runs of their own"
+            )
+
+    @property
+    def _granularities(self) -> list[Granularity]:
+        return [self.granularity] if isinstance(self.granularity, Granularity) else [g for _, g in self.granularity]
+
+    @property
+    def inside(self) -> bool:
+        """Whether parts inside weights are selected, by score."""
+        return self.score is not None and not self._granularities[0].whole
+
+    @property
+    def choice(self) -> Any:
+        """Which whole layers and matrices train: :attr:`layers`, or what the score says of them; None for all."""
+        if self.score is None or self.inside:
+            return self.layers
+        if not isinstance(self.granularity, Granularity):
+            raise ValueError(
+                f"{self.granularity}: whole weights are selected at one granularity; use include for patterns"
+            )
+        return layers.Scored(self.score, self.granularity, self.budget, self.pool, self.largest)
 
     def paths(self, shapes: Mapping[str, Any], linear: tuple[str, ...]) -> list[str]:
         """The selected paths among ``shapes``; ``linear`` are those that count as matrices inside layers."""
@@ -60,11 +94,11 @@ class Select:
         excluded = tree.matcher(self.exclude)
         return [p for p in chosen if not (self.exclude and excluded(p))]
 
-    def unit_of(self, path: str, shape: Sequence[int]) -> Unit | None:
+    def granularity_of(self, path: str, shape: Sequence[int]) -> Granularity | None:
         """The unit of one weight, its extents fitted to the weight where it leaves them open; None for a weight left out."""
-        if isinstance(self.unit, Unit):
-            return self.unit.fitted(tuple(shape))
-        found = (unit.fitted(tuple(shape)) for pattern, unit in self.unit if re.search(pattern, path))
+        if isinstance(self.granularity, Granularity):
+            return self.granularity.fitted(tuple(shape))
+        found = (unit.fitted(tuple(shape)) for pattern, unit in self.granularity if re.search(pattern, path))
         return next(found, None)
 
 
@@ -74,10 +108,8 @@ class Method:
 
     also: patterns trained in place beside them (a task head, norms). freeze: patterns that never train, whatever else
     says so. penalties: what is added to the loss (:mod:`jft.methods.penalties`). rule: what is done to gradients and
-    values at every step (:mod:`jft.methods.rules`). schedule: when parts are selected anew
-    (:mod:`jft.methods.schedules`). decide: ``decide(probe) -> {path: layers}``, for methods that find from the base and
-    the data, once, which whole layers or matrices train; None for layers means the whole leaf. name and options say where
-    it came from and go into every manifest.
+    values at every step (:mod:`jft.methods.update_rules`). schedule: when parts are selected anew
+    (:mod:`jft.methods.schedules`). name and options say where it came from and go into every manifest.
 
     forward: ``standard``, the model at the changed weights; or ``linearized``, ``f(theta0) + J(theta0) tau``: the weights
     stay the base, and outputs are linear in their change tau (:mod:`jft.tangent`). until: the site up to which a
@@ -91,7 +123,6 @@ class Method:
     penalties: tuple[Any, ...] = ()
     rule: Any = None
     schedule: Any = None
-    decide: Any = None
     forward: Literal["standard", "linearized"] = "standard"
     until: str | None = None
     name: str = "custom"
@@ -118,16 +149,15 @@ class Method:
         linear = tuple(model.linear_paths(params)) if stacked else _matrices(shapes)
         chosen = self.select.paths(shapes, linear)
         leaves: dict[str, Parametrisation] = {}
-        if self.select.score is not None:
+        choice = self.select.choice
+        if self.select.inside:
             leaves = _parts(chosen, shapes, self.select, self.train, stacked)
-        elif self.select.table is not None:
-            given = self.select.table
-            table = given({p: tuple(shapes[p].shape) for p in chosen}) if callable(given) else dict(given)
-            leaves = cuts.by_table(table, shapes, self.train)
-        elif self.select.layers is None:
+        elif choice is None or self.undecided:
             leaves = dict.fromkeys(chosen, self.train)
+        elif isinstance(choice, layers.Depth):
+            leaves = layer_runs.by_layer(chosen, shapes, choice, self.train, stacked)
         else:
-            leaves = cuts.by_layer(chosen, shapes, self.select.layers, self.train, stacked)
+            leaves = layer_runs.by_table(choice({p: tuple(shapes[p].shape) for p in chosen}), shapes, self.train)
         if self.also:
             leaves |= dict.fromkeys(tree.matching(shapes, self.also, "also"), InPlace())
         if self.freeze:
@@ -150,13 +180,19 @@ class Method:
         plan = Plan(self, ordered, tuple(shapes), jax.tree.structure(params), structured=stacked)
         return plan.anchored() if self.penalties or self.rule else plan
 
-    def decided(self, table: Mapping[str, Sequence[int] | None]) -> Method:
-        """The method after :attr:`decide` has come to ``table``."""
-        pairs = tuple((p, None if layers is None else tuple(map(int, layers))) for p, layers in table.items())
-        return dataclasses.replace(self, select=dataclasses.replace(self.select, table=pairs), decide=None)
+    @property
+    def undecided(self) -> layers.Choice | None:
+        """What still has to say, from the base and the data, which whole layers and matrices train; None for nothing."""
+        choice = self.select.choice
+        return choice if getattr(choice, "from_data", False) else None
+
+    def decided(self, table: layers.Table) -> Method:
+        """The method after :attr:`undecided` has come to ``table``."""
+        select = dataclasses.replace(self.select, layers=table, score=None)
+        return dataclasses.replace(self, select=select)
 
     def __hash__(self) -> int:
-        parts = (self.select, self.train, self.also, self.freeze, self.penalties, self.rule, self.schedule, self.decide)
+        parts = (self.select, self.train, self.also, self.freeze, self.penalties, self.rule, self.schedule)
         return hash((self.name, self.forward, self.until, *parts))
 
 
@@ -164,16 +200,14 @@ def _parts(
     chosen: list[str], shapes: Mapping[str, Any], select: Select, train: Parametrisation, stacked: bool
 ) -> dict[str, Parametrisation]:
     """Parametrisations of what is selected inside weights: those that have such parts."""
-    if select.budget is None:
-        raise ValueError("a selection by score needs a budget: how much of it is selected (select.budget)")
     leaves: dict[str, Parametrisation] = {}
     for path in chosen:
         shape = shapes[path].shape
-        unit = select.unit_of(path, shape)
+        unit = select.granularity_of(path, shape)
         if unit is not None and unit.axes <= len(shape) - lead(path, len(shape), stacked):
-            leaves[path] = train.fitted(unit=unit)
+            leaves[path] = train.fitted(granularity=unit)
     if not leaves:
-        raise ValueError(f"none of the weights that include={select.include} names is made of {select.unit}")
+        raise ValueError(f"none of the weights that include={select.include} names is made of {select.granularity}")
     return leaves
 
 
@@ -214,9 +248,9 @@ class Plan:
         """The paths inside which parts are selected, so that :meth:`init` needs to be told which."""
         return tuple(p for p, how in self.leaves.items() if how.selects)
 
-    def unit(self, path: str, shape: Sequence[int]) -> Unit:
+    def granularity(self, path: str, shape: Sequence[int]) -> Granularity:
         """As what the parts of a weight are selected that :attr:`selects` names."""
-        unit = self.method.select.unit_of(path, shape)
+        unit = self.method.select.granularity_of(path, shape)
         if unit is None:
             raise ValueError(f"{self.method.name!r} selects nothing inside {path}")
         return unit

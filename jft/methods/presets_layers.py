@@ -5,16 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from jft.methods.decisions import ByScore, Correlation, Greedy, Green, LayerFisher, RangeSearch
+from jft.methods.layer_schedules import Decided, Redraw, Unfreezing
+from jft.methods.layer_search import Correlation, Greedy, Green, RangeSearch
 from jft.methods.parametrise import InPlace
 from jft.methods.plan import Method, Select
 from jft.methods.registry import patterns, register
 from jft.methods.soft_mask import SoftMask
-from jft.methods.stages import Between, Decided, Halves, Last, LastOf, Redraw, Spaced, Unfreezing
+from jft.select.budget import PerLeaf
+from jft.select.granularity import Layer
+from jft.select.layers import Between, Halves, Last, LastOf, Spaced
 from jft.select.probe import Per
+from jft.select.scores import Fisher
 
 Names = Sequence[str] | str
 INSIDE = (r"(^|/)(layers?|blocks?|h)(/|_)",)
+
+
+def _by_score(score: Any, k: int, include: Names, exclude: Names, **how: Any) -> Select:
+    """The ``k`` layers of each stack with the best scores."""
+    chosen = {"granularity": Layer(), "budget": PerLeaf(count=k), **how}
+    return Select(patterns(include), patterns(exclude), score=score, **chosen)
 
 
 @register("uniform_layers", paper="Wang et al. 2024, arXiv:2412.12785")
@@ -68,8 +78,8 @@ def layers_by_score(
     square correlation of what enters each layer with it (:func:`jft.select.activations.correlation`): the abstract does not
     give the paper's own. score: any other, ``score(probe) -> {"layers": [L]}``. Found once, from the first ``batches``.
     """
-    decide = ByScore(score or Correlation(target, batches, pool=pool), k, largest)
-    return Method(Select(patterns(include), patterns(exclude)), InPlace(), decide=decide)
+    score = score or Correlation(target, batches, pool=pool)
+    return Method(_by_score(score, k, include, exclude, largest=largest), InPlace())
 
 
 @register("subtuning", paper="Kaplun et al. 2023, arXiv:2302.06354")
@@ -89,8 +99,8 @@ def subtuning(
     ``most`` layers (0: no limit): up to ``L (L + 1) / 2`` short runs, or with ``shortlist`` n about ``L + n^2 / 2``. The
     paper's variant that cross-validates is not offered. The head always trains: ``also="^classifier/"``.
     """
-    decide = Greedy(steps, metric, tolerance, most, shortlist)
-    return Method(Select(patterns(include), patterns(exclude)), InPlace(), decide=decide)
+    search = Greedy(steps, metric, tolerance, most, shortlist)
+    return Method(Select(patterns(include), patterns(exclude), layers=search), InPlace())
 
 
 @register("surgical_fisher", paper="Lodha et al. 2023, arXiv:2310.17041")
@@ -108,8 +118,7 @@ def surgical_fisher(
     base. per: ``batch`` squares gradients of whole batches instead, cheaper, and another quantity; ``examples`` then counts
     batches. The task head trains with ``also="^classifier/"``.
     """
-    decide = ByScore(LayerFisher(examples, per, pool), k)
-    return Method(Select(patterns(include), patterns(exclude)), InPlace(), decide=decide)
+    return Method(_by_score(Fisher(examples, per), k, include, exclude, pool=pool), InPlace())
 
 
 @register("green_trainer", paper="Huang et al. 2023, arXiv:2309.13192")
@@ -130,7 +139,7 @@ def green_trainer(
     """
     green = Green(fraction, batches, of)
     schedule = Decided(green, every) if every else None
-    return Method(Select(patterns(include), patterns(exclude)), InPlace(), decide=green, schedule=schedule)
+    return Method(Select(patterns(include), patterns(exclude), layers=green), InPlace(), schedule=schedule)
 
 
 @register("half_finetuning", paper="Hui et al. 2024, arXiv:2404.18466")
@@ -152,7 +161,7 @@ def half_finetuning(
     """
     several = bool(every) or stages > 1
     schedule = Redraw(every, 0 if every else stages) if several else None
-    select = Select(patterns(include), patterns(exclude), table=Halves(draw, outside=outside))
+    select = Select(patterns(include), patterns(exclude), layers=Halves(draw, outside=outside))
     return Method(select, InPlace(), schedule=schedule)
 
 
@@ -178,8 +187,8 @@ def cofitune(
     """
     rule = SoftMask(batches, dropout) if soft_mask else None
     if search:
-        decide = RangeSearch(search, metric, modules=tuple(map(tuple, groups)))
-        return Method(Select((r"(attn|mlp)/(q|k|v|o|up|gate|down)/",)), InPlace(), rule=rule, decide=decide)
+        found = RangeSearch(search, metric, modules=tuple(map(tuple, groups)))
+        return Method(Select((r"(attn|mlp)/(q|k|v|o|up|gate|down)/",), layers=found), InPlace(), rule=rule)
     return Method(Select(patterns(modules), layers=Between(*depth)), InPlace(), rule=rule)
 
 
@@ -204,4 +213,4 @@ def skip_tuning(vision: int = 4, text: int = 4, projections: bool = True) -> Met
     ``finetune(suffix, params, ...)`` on what it gave; and from comparing each batch with few classes
     (:func:`jft.select.classes.likely_classes`). The parameters, and the task vector, are those of the whole model.
     """
-    return Method(Select(table=LastOf((("vision", vision), ("text", text)), projections)), InPlace())
+    return Method(Select(layers=LastOf((("vision", vision), ("text", text)), projections)), InPlace())

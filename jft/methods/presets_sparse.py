@@ -10,8 +10,8 @@ from jft.methods.penalties import Nuclear
 from jft.methods.plan import Method, Select
 from jft.methods.registry import patterns, register
 from jft.methods.schedules import DropAndGrow, Refresh, StillSmall
-from jft.select import budget, scores, units
-from jft.select.unit import How
+from jft.select import budget, granularity, scores
+from jft.select.granularity import How
 
 Names = Sequence[str] | str
 SCORES: dict[str, scores.Score] = {
@@ -51,7 +51,7 @@ def block_sparse(
         patterns(exclude),
         linear_only=True,
         score=score,
-        unit=units.Block(*block),
+        granularity=granularity.Block(*block),
         pool=pool,
         budget=where[scope](density=density, round="nearest"),
     )

@@ -9,16 +9,16 @@ from jft.methods.parametrise import InPlace
 from jft.methods.plan import Method, Select
 from jft.methods.registry import patterns, register
 from jft.methods.schedules import Refresh
-from jft.select import budget, memory, scores, structured, units
+from jft.select import budget, granularity, memory, scores, structured
+from jft.select.granularity import How
 from jft.select.heads import rolled
-from jft.select.unit import How
 
 Names = Sequence[str] | str
 CHOSEN = budget.Beyond(0.0)
 RANDOM = scores.Random()
 SIDES = (
-    (r"attn/o/w$|mlp/down/w$", units.Row()),
-    (r"attn/(q|k|v)/w$|mlp/(up|gate)/w$", units.Column()),
+    (r"attn/o/w$|mlp/down/w$", granularity.Row()),
+    (r"attn/(q|k|v)/w$|mlp/(up|gate)/w$", granularity.Column()),
 )
 
 
@@ -51,7 +51,7 @@ def s2ft(
         raise ValueError("s2ft with o, v, down and up all 0 trains nothing")
     choice = structured.HeadsAndChannels(o, v, down, up, score, largest)
     select = Select(
-        (rf"(^|/)({wanted})/w$",), patterns(exclude), linear_only=True, score=choice, unit=SIDES, budget=CHOSEN
+        (rf"(^|/)({wanted})/w$",), patterns(exclude), linear_only=True, score=choice, granularity=SIDES, budget=CHOSEN
     )
     return Method(select, InPlace())
 
@@ -80,7 +80,7 @@ def smt(
         patterns(exclude),
         linear_only=True,
         score=scores.Accumulated(batches),
-        unit=units.Block(*block),
+        granularity=granularity.Block(*block),
         pool=pool,
         budget=budget.ByPattern(tuple((name, budget.Globally(density=fraction)) for name, fraction in parts)),
     )
@@ -103,7 +103,7 @@ def esft(
         (r"/experts/",),
         patterns(exclude),
         score=structured.ExpertUse(share, kind, batches),
-        unit=units.Expert(),
+        granularity=granularity.Expert(),
         budget=CHOSEN,
     )
     return Method(select, InPlace())
@@ -128,7 +128,7 @@ def precise_sft(
     """
     include = r"attn/(q|k|v|o)/w$" + (r"|mlp/(up|gate|down)/w$" if mlps else "")
     choice = structured.PatchedHeads(heads, mlps, batches, counterfactual, freeze)
-    select = Select((include,), patterns(exclude), linear_only=True, score=choice, unit=SIDES, budget=CHOSEN)
+    select = Select((include,), patterns(exclude), linear_only=True, score=choice, granularity=SIDES, budget=CHOSEN)
     return Method(select, InPlace())
 
 
@@ -147,7 +147,7 @@ def sparse_memory(
     select = Select(
         (r"(^|/)memory/table$",),
         score=structured.Slots(background, batches),
-        unit=units.Row(),
+        granularity=granularity.Row(),
         budget=budget.Globally(count=slots),
     )
     return Method(select, InPlace(), schedule=Refresh(every) if every else None)

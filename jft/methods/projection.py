@@ -15,10 +15,10 @@ from jft.methods.parametrise import InPlace
 from jft.methods.plan import Method, Plan
 from jft.methods.schedules import Renewal, Schedule, Standing
 from jft.select.budget import Everything
+from jft.select.granularity import Entry
 from jft.select.probe import Probe
 from jft.select.scores import Magnitude
 from jft.select.threshold import top
-from jft.select.units import Entry
 
 Array = jax.Array
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,7 +52,16 @@ def register(name: str, *, paper: str) -> Callable[[Callable[..., Method]], Call
 
 def entries() -> dict[str, Entry]:
     """All presets by name."""
+    _load()
     return dict(sorted(_ENTRIES.items()))
+
+
+@functools.cache
+def _load() -> None:
+    """Import every module of :mod:`jft.presets`, which registers what is there."""
+    folder = importlib.import_module("jft.presets")
+    for module in pkgutil.iter_modules(folder.__path__):
+        importlib.import_module(f"{folder.__name__}.{module.name}")
 
 
 def method(
@@ -65,6 +77,7 @@ def method(
 
     Raises ``ValueError`` for an unknown name or option, with the nearest known one.
     """
+    _load()
     if name not in _ENTRIES:
         raise ValueError(f"method {name!r} is unknown{nearest(name, _ENTRIES)}; `jft methods` lists them all")
     entry = _ENTRIES[name]

@@ -107,7 +107,7 @@ class After(Schedule):
         chosen = {}
         for path in plan.selects:
             shape, lead = probe.params[path].shape, probe.lead(path)
-            unit = plan.unit(path, shape)
+            unit = plan.granularity(path, shape)
             nothing = jnp.zeros(unit.units(shape, lead), bool)
             chosen[path] = unit.locate(nothing, lead, grids.get(path, (1, 1)))
         return chosen
@@ -146,7 +146,7 @@ class StillSmall(Schedule):
             how, zeros = plan.leaves[path], jnp.zeros(kept[path]["w"].shape, jnp.float32)
             small = (jnp.abs(trained[path]) <= threshold).astype(jnp.float32)
             mask = how.spread(kept[path], small, zeros) > 0
-            unit = plan.unit(path, mask.shape)
+            unit = plan.granularity(path, mask.shape)
             chosen[path] = unit.locate(mask, standing.probe.lead(path), standing.grids.get(path, (1, 1)))
         return Renewal(chosen)
 
@@ -194,7 +194,7 @@ class DropAndGrow(Schedule):
                 continue
             kept, lead = standing.kept[path], standing.probe.lead(path)
             mask = _replaced(how, kept, change[path], grown[path], share, lead, self.grow == "gradient")
-            unit = standing.plan.unit(path, kept["w"].shape)
+            unit = standing.plan.granularity(path, kept["w"].shape)
             chosen[path] = unit.locate(mask, lead, standing.grids.get(path, (1, 1)))
         return Renewal(chosen, seeds=seeds, age=self.batches if seeds else 0)
 

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 
 from jft import tree
+from jft.delta import ExpertLayout, SliceLayout
+from jft.delta.changed import COLUMNS, ROWS
 from jft.methods.plan import Plan
 from jft.select import budget
 from jft.select.probe import Probe
@@ -26,7 +28,7 @@ def choose(plan: Plan, probe: Probe, grids: Mapping[str, tuple[int, int]]) -> di
     units, masks, costs, leads, shapes = {}, {}, {}, {}, {}
     for path in plan.selects:
         shapes[path], leads[path] = tuple(probe.params[path].shape), probe.lead(path)
-        units[path] = plan.unit(path, shapes[path])
+        units[path] = plan.granularity(path, shapes[path])
         of_units = scores[path].shape == units[path].units(shapes[path], leads[path])
         masks[path] = scores[path] if of_units else units[path].pool(scores[path], leads[path], select.pool)
         costs[path] = math.prod(shapes[path]) // tree.size(masks[path])
@@ -45,16 +47,17 @@ def expected(plan: Plan, shapes: Mapping[str, Any], grids: Mapping[str, tuple[in
     for path in plan.selects:
         shape = tuple(shapes[path].shape)
         lead = leading(path, len(shape), plan.structured)
-        unit, grid = plan.unit(path, shape), grids.get(path, (1, 1))
+        unit, grid = plan.granularity(path, shape), grids.get(path, (1, 1))
         mask = jax.ShapeDtypeStruct(unit.units(shape, lead), bool)
-        lead = lead - 1 if unit.parts == "experts" else lead  # experts compete with each other
+        layout = unit.layout
+        lead = lead - 1 if isinstance(layout, ExpertLayout) else lead  # experts compete with each other
         matrix = math.prod(mask.shape[lead:])
         score = plan.method.select.score
         says = hasattr(score, "share")  # a score that chooses by itself
         share = score.share(path, matrix) if says else _share(plan.method.select.budget, matrix, shape, lead, path)
-        rows = math.prod(shape[lead:]) // matrix // shape[-1] if unit.parts == "rows" else 1
-        columns = math.prod(shape[lead:]) // matrix // shape[-2] if unit.parts == "columns" else 1
-        cut = {"rows": grid[:1], "columns": grid[1:]}.get(unit.parts or "", grid)
+        rows = math.prod(shape[lead:]) // matrix // shape[-1] if layout == SliceLayout(ROWS) else 1
+        columns = math.prod(shape[lead:]) // matrix // shape[-2] if layout == SliceLayout(COLUMNS) else 1
+        cut = (grid[:1] if layout.axis == ROWS else grid[1:]) if isinstance(layout, SliceLayout) else grid
         # A head takes a slot for each of its rows or columns.
         slots = -(-share * rows * columns // math.prod(cut))
         chosen[path] = jax.eval_shape(lambda m, u=unit, n=lead, g=grid, c=slots: u.locate(m, n, g, c), mask)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jft import tree
-from jft.methods.rules import Rule
+from jft.methods.update_rules import Rule
 from jft.select import agreement
 from jft.select.probe import Probe
 

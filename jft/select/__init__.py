@@ -1,9 +1,21 @@
 """What to fine-tune: scores, the units they are pooled into, and exact budgets found without sorting or gathering."""
 
 from jft.select.budget import Everything, Flops, Globally, PerLayer, PerLeaf, PerMatrix, choose, plan_flops
+from jft.select.granularity import (
+    Block,
+    Channel,
+    Column,
+    Entry,
+    Expert,
+    Granularity,
+    Head,
+    Layer,
+    Matrix,
+    Name,
+    Row,
+    spread,
+)
 from jft.select.threshold import top, top_each, top_together
-from jft.select.unit import Unit
-from jft.select.units import Block, Channel, Column, Entry, Expert, Head, Layer, Matrix, Name, Row, spread
 
 __all__ = [
     "Block",
@@ -14,6 +26,7 @@ __all__ = [
     "Expert",
     "Flops",
     "Globally",
+    "Granularity",
     "Head",
     "Layer",
     "Matrix",
@@ -22,7 +35,6 @@ __all__ = [
     "PerLeaf",
     "PerMatrix",
     "Row",
-    "Unit",
     "choose",
     "plan_flops",
     "spread",

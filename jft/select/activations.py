@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jft import tree
 from jft.dot import dot
 from jft.models.batch import inputs
 from jft.models.core import Hooks, is_jft_model
@@ -144,28 +143,6 @@ def until(scores: Any, p: float) -> np.ndarray:
     out = np.zeros(scores.shape, bool)
     np.put_along_axis(out, order, chosen, axis=-1)
     return out
-
-
-def by_layer(scores: Mapping[str, Array], pool: Literal["sum", "mean"] = "sum") -> dict[str, Array]:
-    """``{"layers": [L]}``: scores of all weights of each layer together, for each stack of layers.
-
-    Of :class:`jft.select.scores.Fisher` it is the score by which surgical fine-tuning picks layers (Lodha et al. 2023,
-    arXiv:2310.17041). ``mean`` is over the layer's weights. Weights outside layers are left out.
-    """
-    if pool not in ("sum", "mean"):
-        raise ValueError(f"pool is {pool!r}; choose one of sum, mean")
-    sums: dict[str, Array] = {}
-    sizes: dict[str, int] = {}
-    for path, score in scores.items():
-        stack = tree.stack_of(path)
-        if stack is None:
-            continue
-        total = jnp.sum(score.astype(jnp.float32), axis=tuple(range(1, score.ndim)))
-        sums[stack] = sums[stack] + total if stack in sums else total
-        sizes[stack] = sizes.get(stack, 0) + score.size // score.shape[0]
-    if not sums:
-        raise ValueError(f"none of the scored weights is in a layer: {', '.join(scores)}")
-    return sums if pool == "sum" else {stack: x / sizes[stack] for stack, x in sums.items()}
 
 
 @dataclasses.dataclass(frozen=True)

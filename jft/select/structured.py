@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.select import activations, memory
+from jft.select.granularity import spread
 from jft.select.heads import patching, rolled
 from jft.select.probe import Probe
 from jft.select.scores import Random, Score, Scores
 from jft.select.threshold import top, top_each
-from jft.select.units import spread
 
 Array = jax.Array
 

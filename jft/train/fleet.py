@@ -68,8 +68,8 @@ def train(asked: Asked) -> list[Run]:
         return selection.probe_of(own, model, params, stream, mesh, *rest)
 
     decided = before.decided
-    if found[0].method.decide:
-        every = [decided or dict(m.method.decide(look(i, m.whole(params)))) for i, m in enumerate(found)]
+    if found[0].method.undecided:
+        every = [decided or dict(m.method.undecided(look(i, m.whole(params)))) for i, m in enumerate(found)]  # type: ignore[misc]
         plans = [m.method.decided(d).plan(params, model) for m, d in zip(found, every, strict=True)]
         decided = every[0]
     plans = [members.sharing(plan.anchored() if chosen.to_base else plan) for plan in plans]

@@ -115,8 +115,8 @@ def _train(asked: Asked) -> Run:
         eval_batches=asked.eval_batches,
     )
     decided = before.decided
-    if method.decide:
-        decided = decided or dict(method.decide(look(params)))
+    if method.undecided:
+        decided = decided or dict(method.undecided(look(params)))
         plan = method.decided(decided).plan(params, model)
     parts = before.chosen
     if plan.selects and not parts:

@@ -15,8 +15,9 @@ from jft import parallel, tree
 from jft.methods import InPlace, Method, Plan, Select, selecting
 from jft.methods.parametrise import Parametrisation
 from jft.methods.schedules import Standing
+from jft.select.granularity import Block
+from jft.select.layers import Listed
 from jft.select.probe import Probe
-from jft.select.units import Block
 from jft.train import evaluation, renewal, step
 from jft.train.feed import Feed
 from jft.train.probe import LoopProbe
@@ -50,8 +51,8 @@ def method_at(method: Method, made: int, steps: int) -> Method:
 
 def decided(plan: Plan) -> dict[str, Any] | None:
     """The table of whole layers that ``plan`` trains, where its method has come to one."""
-    table = plan.method.select.table
-    return None if table is None or callable(table) else dict(table)
+    chosen = plan.method.select.layers
+    return dict(chosen.pairs) if isinstance(chosen, Listed) else None
 
 
 def begin(plan: Plan, probe: Probe, cells: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
@@ -188,7 +189,7 @@ def grids(plan: Plan, params: Any, mesh: Any) -> Mapping[str, tuple[int, int]]:
     for path, x in tree.flatten(params).items():
         if path in plan.selects:
             spec = (*specs[path], *(None,) * len(x.shape))[: len(x.shape)]
-            unit = plan.unit(path, x.shape)
+            unit = plan.granularity(path, x.shape)
             block = (unit.rows, unit.columns) if isinstance(unit, Block) else (1, 1)
             wanted = [parallel.shards(axis, mesh) for axis in (None, *spec)[-2:]]
             sizes = [n // b for n, b in zip((1, *x.shape)[-2:], block, strict=True)]

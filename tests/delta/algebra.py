@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from jft.delta import Blocks, Dense, DiagonalBlocks, Entries, LowRank, Rows, Slices, Sum
+from jft.delta import NM, Blocks, Dense, DiagonalBlocks, Entries, LowRank, Rows, Slices, Sum
 
 SHAPE = (4, 24, 20)
-SPARSE = ("rows", "no_rows", "entries", "no_entries", "blocks", "tall_blocks", "slices", "columns")
+SPARSE = ("rows", "no_rows", "entries", "no_entries", "blocks", "tall_blocks", "slices", "columns", "n_m")
 KINDS = ("dense", "low_rank", "diagonal_blocks", *SPARSE, "sum", "wide_sum")
 
 
@@ -35,10 +35,13 @@ def make(kind, seed, shape=SHAPE):
         grid = (int(np.prod(lead)), rows // b, columns // c)
         at = np.stack(np.unravel_index(rng.permutation(np.prod(grid))[:6], grid), axis=-1)
         return Blocks(jnp.asarray(at, jnp.int32), draw(6, b, c), shape)
-    if kind in ("slices", "columns"):
+    if kind in ("slices", "columns", "n_m"):
         axis, extent, other = (-2, rows, columns) if kind == "slices" else (-1, columns, rows)
         at = jnp.asarray(rng.permutation(int(np.prod(lead)) * extent)[:7], jnp.int32)
         return Slices(at, draw(7, other), shape, axis)
+    if kind == "n_m":
+        offsets = np.argsort(rng.random((*lead, rows // 4, 4, columns)), axis=-2)[..., :1, :]
+        return NM(jnp.asarray(offsets, jnp.int8), draw(*offsets.shape), shape, 4)
     if kind == "sum":
         return Sum((make("rows", seed + 1, shape), make("low_rank", seed + 2, shape)))
     return Sum((make("dense", seed + 1, shape), make("rows", seed + 2, shape), make("low_rank", seed + 3, shape)))
@@ -74,6 +77,11 @@ def reference(encoding):
         b, c = values.shape[1:]
         for (m, i, j), value in zip(np.asarray(encoding.indices), values, strict=True):
             matrices[m, i * b : (i + 1) * b, j * c : (j + 1) * c] = value
+    elif isinstance(encoding, NM):
+        for where in np.ndindex(*values.shape):
+            *index, group, slot, column = where
+            along = group * encoding.m + np.asarray(encoding.offsets)[where]
+            out[(*index, along, column) if encoding.axis == -2 else (*index, group, slot)] = values[where]
     elif isinstance(encoding, Slices):
         for index, value in zip(np.asarray(encoding.indices), values, strict=True):
             m, i = divmod(index, out.shape[encoding.axis])

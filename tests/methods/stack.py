@@ -176,7 +176,7 @@ def _entries(units, chosen):
 def masks(finished):
     """Which entries of each weight trained at the end of a run."""
     chosen = finished.state.chosen
-    found = _entries(tuple((p, finished.plan.unit(p, SHAPES[p])) for p in chosen), chosen)
+    found = _entries(tuple((p, finished.plan.granularity(p, SHAPES[p])) for p in chosen), chosen)
     return {p: np.asarray(found[p]) for p in chosen}
 
 

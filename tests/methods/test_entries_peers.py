@@ -49,7 +49,7 @@ def select(method, model, params):
 def mask_of(plan, kept, path):
     """``[L, I, O]``."""
     shape = kept[path]["w"].shape
-    return np.asarray(plan.unit(path, shape).mask_of(kept[path]["at"], shape, lead(path, 3, True)))
+    return np.asarray(plan.granularity(path, shape).mask_of(kept[path]["at"], shape, lead(path, 3, True)))
 
 
 def dense(plan, kept, values, path):

@@ -10,7 +10,7 @@ from jft import delta, tree
 from jft.dot import dot, transpose
 from jft.methods import LowRank, Method, Select
 from jft.parallel import make_mesh
-from jft.select import budget, scores, units
+from jft.select import budget, granularity, scores
 from tests.methods import stack
 from tests.methods.decoder import dense
 from tests.methods.stack import DATA, DOWN, UP
@@ -171,9 +171,12 @@ def test_a_low_rank_change_beside_any_selection_by_hand():
     check(stack.run(Method(select, LowRank(RANK, ALPHA)), 2), expected, masks)
 
 
-@pytest.mark.parametrize("unit", [units.Block(2, 2), units.Row(), units.Column()], ids=["blocks", "rows", "columns"])
+UNITS = {"blocks": granularity.Block(2, 2), "rows": granularity.Row(), "columns": granularity.Column()}
+
+
+@pytest.mark.parametrize("unit", UNITS.values(), ids=UNITS)
 def test_other_units_beside_a_low_rank_change(unit):
-    select = Select(linear_only=True, score=scores.Magnitude(), unit=unit, budget=budget.PerMatrix(count=2))
+    select = Select(linear_only=True, score=scores.Magnitude(), granularity=unit, budget=budget.PerMatrix(count=2))
     finished = stack.run(Method(select, LowRank(RANK, ALPHA)), 2)
     masks = stack.masks(finished)
     expected = Both(factors())

@@ -12,7 +12,7 @@ from jft.dot import dot
 from jft.models import DecoderConfig, Model, T5Config
 from jft.models.core import Hooks
 from jft.models.moe import Experts, route
-from jft.select import activations, heads, scores
+from jft.select import activations, heads, layers, scores
 from jft.train.objectives import Contrastive, LanguageModel, Seq2Seq
 from jft.train.probe import LoopProbe
 from tests.train import tools
@@ -256,11 +256,11 @@ def test_by_layer():
     table = {p: r.random(shape).astype(np.float32) for p, shape in table.items()}
     up, scale, text = (np.asarray(table[p], np.float64) for p in list(table)[1:])
     sums = {"layers": up.sum((1, 2)) + scale.sum(1), "text/layers": text.sum((1, 2))}
-    found = activations.by_layer(table)
+    found = layers.pooled_layers(table)
     assert set(found) == set(sums)
     for stack in sums:
         np.testing.assert_allclose(found[stack], sums[stack], rtol=1e-6)
-    np.testing.assert_allclose(activations.by_layer(table, "mean")["layers"], sums["layers"] / 12, rtol=1e-6)
+    np.testing.assert_allclose(layers.pooled_layers(table, "mean")["layers"], sums["layers"] / 12, rtol=1e-6)
 
 
 def test_towers_and_decoders_read_their_own_tokens():
@@ -315,8 +315,8 @@ CONTRASTIVE = Contrastive()
         (lambda p: activations.experts(probe_of(MIXTURE), 1, "count"), "kind is 'count'"),
         (lambda p: activations.until([[1.0, 2.0]], 0), "p is 0"),
         (lambda p: activations.until([[0.0, 0.0]], 0.5), "not all zero in a row"),
-        (lambda p: activations.by_layer({"head/w": np.ones(3)}), "none of the scored weights is in a layer: head/w"),
-        (lambda p: activations.by_layer({"layers/a": np.ones(3)}, "max"), "pool is 'max'"),
+        (lambda p: layers.pooled_layers({"head/w": np.ones(3)}), "none of the scored weights is in a layer: head/w"),
+        (lambda p: layers.pooled_layers({"layers/a": np.ones(3)}, "median"), "pool 'median' is unknown"),
         (lambda p: activations.correlation(p, lambda o, b: b["segments"][:, 0], 1), "same for all examples"),
         (lambda p: activations.correlation(p, prior, 1, "layers/out"), "no site 'layers/out'"),
         (lambda p: activations.correlation(p, prior, 1, pool="first"), "pool is 'first'"),

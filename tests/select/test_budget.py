@@ -43,7 +43,7 @@ def groups(kind):
 
 
 def greedy(values, kind, amount, costs=ONE, largest=True, unfit="stop"):
-    """Unit by unit in the order of the scores (a stable sort), while what ``amount`` gives for the group lasts."""
+    """Granularity by unit in the order of the scores (a stable sort), while what ``amount`` gives for the group lasts."""
     masks = {p: np.zeros(s, bool) for p, s in SHAPES.items()}
     values = {p: np.asarray(x) for p, x in values.items()}
     for group in groups(kind):

@@ -9,7 +9,7 @@ import pytest
 
 import jft
 from jft.methods import InPlace, Method, Select
-from jft.select import budget, scores, units
+from jft.select import budget, granularity, scores
 from jft.train import NonFiniteError, job, stacked
 from jft.train.checkpoints import Changed
 from tests.methods import toy
@@ -21,7 +21,7 @@ RATES = (1e-2, 3e-3, 2e-2)
 
 def sparse(seed, unit, density=0.2):
     return Method(
-        Select(("w$",), score=scores.Random(seed), unit=unit, budget=budget.Globally(density=density)),
+        Select(("w$",), score=scores.Random(seed), granularity=unit, budget=budget.Globally(density=density)),
         InPlace(),
         name="parts",
     )
@@ -31,10 +31,10 @@ METHODS = {
     "lora": lambda i: {"name": "lora", "rank": 2},
     "bitfit": lambda i: "bitfit",
     "full": lambda i: "full",
-    "entries": lambda i: sparse(i, units.Entry()),
-    "blocks": lambda i: sparse(i, units.Block(4, 1), 0.3),
+    "entries": lambda i: sparse(i, granularity.Entry()),
+    "blocks": lambda i: sparse(i, granularity.Block(4, 1), 0.3),
     "linearized": lambda i: "linearized",
-    "linearized blocks": lambda i: dataclasses.replace(sparse(i, units.Block(4, 1), 0.3), forward="linearized"),
+    "linearized blocks": lambda i: dataclasses.replace(sparse(i, granularity.Block(4, 1), 0.3), forward="linearized"),
     "l_lora": lambda i: {"name": "l_lora", "rank": 2},
 }
 
@@ -98,7 +98,10 @@ def test_each_member_is_its_own_run(name, together, monkeypatch):
         np.testing.assert_allclose(run.evaluation["loss"], own_run(name, i).evaluation["loss"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("unit", [units.Entry(), units.Block(4, 2), units.Row()], ids=["entries", "blocks", "rows"])
+UNITS = {"entries": granularity.Entry(), "blocks": granularity.Block(4, 2), "rows": granularity.Row()}
+
+
+@pytest.mark.parametrize("unit", UNITS.values(), ids=UNITS)
 def test_selections_of_unequal_size_in_a_stacked_model(unit, monkeypatch):
     """Structured weights under the scan over layers; smaller selections are padded to the largest."""
     monkeypatch.setitem(stacked.TOGETHER, "cpu", 8)
@@ -111,7 +114,8 @@ def test_selections_of_unequal_size_in_a_stacked_model(unit, monkeypatch):
     ]
     methods = [
         Method(
-            Select(linear_only=True, score=scores.Random(i), unit=unit, budget=budget.Globally(density=d)), InPlace()
+            Select(linear_only=True, score=scores.Random(i), granularity=unit, budget=budget.Globally(density=d)),
+            InPlace(),
         )
         for i, d in enumerate((0.1, 0.3))
     ]

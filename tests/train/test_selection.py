@@ -26,10 +26,10 @@ METHODS = {
 def rows():
     """Half of the rows of two kinds of matrices, by magnitude: a composition by hand."""
     from jft.methods import InPlace, Method, Select
-    from jft.select import budget, scores, units
+    from jft.select import budget, granularity, scores
 
-    unit = ((r"attn/o/w$", units.Row()), (r"mlp/up/w$", units.Column()))
-    select = Select(linear_only=True, score=scores.Magnitude(), unit=unit, budget=budget.PerMatrix(density=0.5))
+    unit = ((r"attn/o/w$", granularity.Row()), (r"mlp/up/w$", granularity.Column()))
+    select = Select(linear_only=True, score=scores.Magnitude(), granularity=unit, budget=budget.PerMatrix(density=0.5))
     return Method(select, InPlace(), name="rows and columns")
 
 

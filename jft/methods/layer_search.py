@@ -1,7 +1,4 @@
-"""Decisions: which whole layers or matrices train, found once from the base and the data.
-
-Each is a frozen value, ``decide(probe) -> {path: layers}`` (None: the whole weight), for :attr:`jft.methods.Method.decide`.
-"""
+"""Searches for the whole layers or matrices that train, by training and evaluating, from the base and the data."""
 
 from __future__ import annotations
 
@@ -15,14 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import tree
-from jft.delta.numeric import host
 from jft.models.core import is_jft_model
-from jft.select import activations, backward, scores
+from jft.select import activations, backward
 from jft.select.budget import Flops
-from jft.select.probe import Per, Probe
+from jft.select.layers import Choice, Table, table_of
+from jft.select.probe import Probe
 
 Array = jax.Array
-Table = dict[str, list[int] | None]
 HIGHER_IS_BETTER = ("accuracy",)
 
 
@@ -36,45 +32,6 @@ def stacks(probe: Probe) -> dict[str, int]:
     if not found:
         raise ValueError(f"none of the candidates is in a layer: {', '.join(probe.paths[:3])}")
     return found
-
-
-def table_of(probe: Probe, layers: Mapping[str, Iterable[int]]) -> Table:
-    """``{path: layers}`` of the candidates in ``layers`` of each stack."""
-    chosen = {stack: sorted(map(int, own)) for stack, own in layers.items()}
-    return {p: chosen[s] for p in probe.paths if (s := tree.stack_of(p)) is not None and chosen.get(s)}
-
-
-@dataclasses.dataclass(frozen=True)
-class ByScore:
-    """The ``k`` layers of each stack with the largest ``score(probe) -> {stack: [L]}``, or the smallest; ties: the lower."""
-
-    score: Callable[[Probe], Mapping[str, Array]]
-    k: int
-    largest: bool = True
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"k is {self.k}; choose at least 1 layer")
-
-    def __call__(self, probe: Probe) -> Table:
-        found = {s: host(x) for s, x in self.score(probe).items()}
-        for stack, values in found.items():
-            if self.k > len(values):
-                raise ValueError(f"k is {self.k}, and {stack} has {len(values)} layers")
-        order = {s: np.argsort(-x if self.largest else x, kind="stable") for s, x in found.items()}
-        return table_of(probe, {s: i[: self.k] for s, i in order.items()})
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerFisher:
-    """Diagonal Fisher information of each layer's weights together: see :class:`jft.select.scores.Fisher`."""
-
-    count: int
-    per: Per = "example"
-    pool: Literal["sum", "mean"] = "sum"
-
-    def __call__(self, probe: Probe) -> dict[str, Array]:
-        return activations.by_layer(scores.Fisher(self.count, self.per)(probe), self.pool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +93,7 @@ def _better(metric: str, metrics: Mapping[str, float]) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class Greedy:
+class Greedy(Choice):
     """SubTuning's search: layers are added one by one, each time the one with which tuning evaluates best.
 
     Every candidate is trained from the base for ``steps`` and evaluated; the search ends where the best one gains less than
@@ -149,6 +106,7 @@ class Greedy:
     tolerance: float = 0.0
     most: int = 0
     shortlist: int = 0
+    from_data = True
 
     def __call__(self, probe: Probe) -> Table:
         order = [(stack, i) for stack, length in stacks(probe).items() for i in range(length)]
@@ -181,7 +139,7 @@ def _table(probe: Probe, layers: Iterable[tuple[str, int]]) -> Table:
 
 
 @dataclasses.dataclass(frozen=True)
-class RangeSearch:
+class RangeSearch(Choice):
     """CoFiTune's coarse step: a search over ranges of layers and modules by what tuning them evaluates to.
 
     Level by level: the ranges that ``parts`` cut the depth into (halves, then quarters) are tried inside the range found
@@ -193,6 +151,7 @@ class RangeSearch:
     metric: str = "loss"
     parts: tuple[int, ...] = (2, 4)
     modules: tuple[tuple[str, ...], ...] = ()
+    from_data = True
 
     def __call__(self, probe: Probe) -> Table:
         lengths = stacks(probe)
@@ -226,7 +185,7 @@ def narrowed(table: Table, modules: Iterable[str]) -> Table:
 
 
 @dataclasses.dataclass(frozen=True)
-class Green:
+class Green(Choice):
     """GreenTrainer's choice: the tensors whose update lowers the loss most, within a fraction of the FLOPs of a full step.
 
     Importance of a tensor is ``-sum(g * dw)``, g the mean gradient of ``batches`` batches and dw what the run's optimizer
@@ -239,6 +198,7 @@ class Green:
     batches: int = 1
     of: Literal["step", "backward"] = "step"
     resolution: int = 1000
+    from_data = True
 
     def __call__(self, probe: Probe) -> Table:
         chain = backward.chain(probe)

@@ -1,7 +1,12 @@
-"""The units there are: entries, blocks, rows, columns, heads, experts, and weights as a whole. See :mod:`jft.select.unit`.
+"""`Granularity`: what is selected as one thing, from single entries to whole layers.
+
+A weight is ``[*lead, I, O]`` (or a vector ``[*lead, D]``); the first ``lead`` axes, layers and experts, are batch. A
+granularity pools a score like the weight into one number per unit, expands a mask of units to one of entries, and turns a
+mask of units into ``at``, the int32 coordinates of :mod:`jft.delta.selected`: the last axes are cut into an even grid of
+cells, coordinates are local to their cell, sorted row-major and padded at the end with distinct ones beyond the cell.
 
 =================  ============================  =============================================
-unit               mask of units                 ``at``
+granularity        mask of units                 ``at``
 =================  ============================  =============================================
 `Entry`            ``[*lead, I, O]``             ``[*lead, gi, gj, k, 2]``
 `Entry`, vectors   ``[*lead, D]``                ``[*lead, g, k, 1]``
@@ -19,16 +24,147 @@ unit               mask of units                 ``at``
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jft.delta import BlockLayout, EntryLayout, ExpertLayout, Layout, SliceLayout
+from jft.delta.changed import COLUMNS, ROWS
 from jft.select import places
-from jft.select.unit import Parts, Unit, shape_of
 
 Array = jax.Array
+How = Literal["sum", "mean", "max", "l2", "abs_mean"]
 Axis = Literal["rows", "columns"]
+
+POOLS = {
+    "sum": lambda x, axes: jnp.sum(x, axes),
+    "mean": lambda x, axes: jnp.mean(x, axes),
+    "max": lambda x, axes: jnp.max(x, axes),
+    "l2": lambda x, axes: jnp.sqrt(jnp.sum(jnp.square(x), axes)),
+    "abs_mean": lambda x, axes: jnp.mean(jnp.abs(x), axes),
+}
+
+
+class Granularity:
+    """What is selected as one. ``axes``: how many axes after the leading ones a weight must have to be cut into it."""
+
+    axes: ClassVar[int] = 0
+
+    @property
+    def layout(self) -> Layout | None:
+        """How selected parts and their values lie in arrays; None where weights are selected as a whole."""
+        return None
+
+    @property
+    def whole(self) -> bool:
+        """Whether weights, or all of a layer, are in or out as a whole."""
+        return self.layout is None
+
+    def fitted(self, shape: tuple[int, ...], grid: tuple[int, ...] = (1, 1)) -> Granularity:
+        """The unit with its extents for a weight of ``shape`` cut into ``grid`` cells, where it leaves them open."""
+        return self
+
+    def _cut(self, shape: tuple[int, ...], lead: int) -> tuple[int | None, ...]:
+        """For each axis of ``shape`` into how many units it is cut; None where one unit spans it."""
+        raise TypeError(f"{type(self).__name__} does not say how it cuts a weight")
+
+    def units(self, shape: Any, lead: int) -> tuple[int, ...]:
+        """The shape of the mask of units of a weight of ``shape`` (anything with a shape, or one).
+
+        Raises ``ValueError`` where a weight of that shape is not made of such units.
+        """
+        return tuple(n for n in self._cuts(shape, lead) if n is not None)
+
+    def _cuts(self, shape: Any, lead: int) -> tuple[int | None, ...]:
+        shape = shape_of(shape)
+        if not 0 <= lead <= len(shape) - self.axes:
+            raise ValueError(
+                f"{self} selects inside weights of at least {self.axes} axes after the leading ones; "
+                f"shape {shape} with {lead} leading axes has {len(shape) - lead}"
+            )
+        counts = self._cut(shape, lead)
+        for axis, n in enumerate(counts):
+            if n is not None and (n < 1 or shape[axis] % n):
+                raise ValueError(f"axis {axis} of shape {shape} does not divide into {n} units of {self}")
+        return counts
+
+    def pool(self, score: Array, lead: int, how: How = "sum") -> Array:
+        """Scores of units, float32: the sum, mean, max, root of the summed squares, or mean size of those inside.
+
+        Sums are in float32, in the order XLA adds: over an axis that is sharded their last bit may depend on the mesh.
+        """
+        if how not in POOLS:
+            raise ValueError(f"pool {how!r} is unknown; choose one of {', '.join(POOLS)}")
+        counts = self._cuts(score, lead)
+        shape: list[int] = []
+        inside: list[int] = []
+        for n, size in zip(counts, score.shape, strict=True):
+            if n is None:
+                inside.append(len(shape))
+                shape.append(size)
+            else:
+                shape.append(n)
+                if n < size:
+                    inside.append(len(shape))
+                    shape.append(size // n)
+        return POOLS[how](score.astype(jnp.float32).reshape(shape), tuple(inside))
+
+    def expand(self, mask: Array, shape: Any, lead: int) -> Array:
+        """A mask of entries, bool ``shape``, from a mask of units."""
+        shape = shape_of(shape)
+        counts = self._cuts(shape, lead)
+        expected = tuple(n for n in counts if n is not None)
+        if tuple(mask.shape) != expected:
+            raise ValueError(f"a mask of {self} of a weight of shape {shape} has shape {expected}, not {mask.shape}")
+        narrow, wide = [], []
+        for n, size in zip(counts, shape, strict=True):
+            narrow += [1, 1] if n is None else [n, 1]
+            wide += [1, size] if n is None else [n, size // n]
+        return jnp.broadcast_to(mask.astype(bool).reshape(narrow), wide).reshape(shape)
+
+    def locate(self, mask: Array, lead: int, grid: tuple[int, ...] = (1, 1), capacity: int | None = None) -> Array:
+        """``at`` (see above) of a mask of units, for a weight whose last two axes are cut into ``grid`` cells.
+
+        Rows go by the first number of the grid, columns and vectors by the last. capacity: slots for each cell; None for
+        as many as the fullest needs, which is looked up on the host; under ``jit`` it must be given, and a cell that
+        selects more keeps its first. Each cell is computed where it lies.
+
+        Raises ``ValueError`` where the grid does not divide the units, or a cell selects more than the capacity.
+        """
+        raise ValueError(f"{self} selects whole weights, which have no places inside; use its mask, or expand it")
+
+    def mask_of(self, at: Array, shape: Any, lead: int) -> Array:
+        """The mask of units that :meth:`locate` made into ``at``, for a weight of ``shape``."""
+        raise ValueError(f"{self} selects whole weights, which have no places inside")
+
+    def counts(self, at: Array, extent: int) -> Array:
+        """How many of the slots of each cell are no padding, int32; ``extent``: that of a cell along the first coordinate."""
+        return jnp.sum(self._first(at) < extent, axis=-1, dtype=jnp.int32)
+
+    def _first(self, at: Array) -> Array:
+        """The first coordinate of every slot."""
+        if self.layout is None:
+            raise ValueError(f"{self} selects whole weights, which have no places inside")
+        return self.layout.first(at)
+
+    def padding(self, at: Array, shape: Any) -> float:
+        """The fraction of slots that are padding, in ``[0, 1]``: what cells and layers that select fewer cost."""
+        slots = jax.eval_shape(self._first, at).shape
+        if not math.prod(slots):
+            return 0.0
+        used = np.asarray(jax.device_get(self.counts(at, self._extent(at, shape_of(shape)))), np.int64).sum()
+        return 1.0 - float(used) / math.prod(slots)
+
+    def _extent(self, at: Array, shape: tuple[int, ...]) -> int:
+        raise ValueError(f"{self} selects whole weights, which have no places inside")
+
+
+def shape_of(x: Any) -> tuple[int, ...]:
+    """The shape of what has one, or the shape itself."""
+    return tuple(x.shape) if hasattr(x, "shape") else tuple(x)
 
 
 def _grid(grid: tuple[int, ...], axes: int) -> tuple[int, ...]:
@@ -38,14 +174,14 @@ def _grid(grid: tuple[int, ...], axes: int) -> tuple[int, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry(Unit):
+class Entry(Granularity):
     """Single weights, of matrices and of vectors."""
 
     axes: ClassVar[int] = 1
 
     @property
-    def parts(self) -> Parts:
-        return "entries"
+    def layout(self) -> Layout:
+        return EntryLayout()
 
     def _cut(self, shape: tuple[int, ...], lead: int) -> tuple[int | None, ...]:
         if len(shape) > lead + 2:
@@ -64,7 +200,7 @@ class Entry(Unit):
 
 
 @dataclasses.dataclass(frozen=True)
-class Block(Unit):
+class Block(Granularity):
     """Blocks of ``rows x columns`` weights.
 
     auto: an extent that does not divide its axis is replaced by the largest divisor of the axis below it (of the axis
@@ -82,8 +218,8 @@ class Block(Unit):
             raise ValueError(f"a block of {self.rows} x {self.columns} holds nothing")
 
     @property
-    def parts(self) -> Parts:
-        return "blocks"
+    def layout(self) -> Layout:
+        return BlockLayout(self.rows, self.columns)
 
     def fitted(self, shape: tuple[int, ...], grid: tuple[int, ...] = (1, 1)) -> Block:
         """The block whose extents divide the last two axes of ``shape`` inside each of ``grid`` cells."""
@@ -120,7 +256,7 @@ def _divisor(n: int, limit: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Slice(Unit):
+class _Slice(Granularity):
     """Whole rows, or whole columns, in runs of ``size``."""
 
     axes: ClassVar[int] = 2
@@ -132,8 +268,8 @@ class _Slice(Unit):
         return 1
 
     @property
-    def parts(self) -> Parts:
-        return self._axis()
+    def layout(self) -> Layout:
+        return SliceLayout(ROWS if self._axis() == "rows" else COLUMNS)
 
     def _cut(self, shape: tuple[int, ...], lead: int) -> tuple[int | None, ...]:
         n = self._of(shape) // self._size()
@@ -228,7 +364,7 @@ class Head(_Slice):
 
 
 @dataclasses.dataclass(frozen=True)
-class Matrix(Unit):
+class Matrix(Granularity):
     """Whole matrices (or vectors): one for each index of the leading axes."""
 
     def _cut(self, shape: tuple[int, ...], lead: int) -> tuple[int | None, ...]:
@@ -236,7 +372,7 @@ class Matrix(Unit):
 
 
 @dataclasses.dataclass(frozen=True)
-class Expert(Unit):
+class Expert(Granularity):
     """The matrices of one expert, of weights ``[L, E, I, O]`` (or ``[E, I, O]``)."""
 
     axes: ClassVar[int] = 2
@@ -247,8 +383,8 @@ class Expert(Unit):
         return *shape[:-2], None, None
 
     @property
-    def parts(self) -> Parts:
-        return "experts"
+    def layout(self) -> Layout:
+        return ExpertLayout()
 
     def locate(self, mask: Array, lead: int, grid: tuple[int, ...] = (1, 1), capacity: int | None = None) -> Array:
         return places.locate(mask, (1,), capacity)[..., 0, :, 0]
@@ -261,7 +397,7 @@ class Expert(Unit):
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer(Unit):
+class Layer(Granularity):
     """All of a weight that belongs to one layer: one unit for each index of the first axis of a stack."""
 
     def _cut(self, shape: tuple[int, ...], lead: int) -> tuple[int | None, ...]:
@@ -270,7 +406,7 @@ class Layer(Unit):
 
 
 @dataclasses.dataclass(frozen=True)
-class Name(Unit):
+class Name(Granularity):
     """All that stands under one path, every layer of it: a single unit."""
 
     def _cut(self, shape: tuple[int, ...], lead: int) -> tuple[int | None, ...]:

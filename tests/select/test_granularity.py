@@ -6,9 +6,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jft.delta import BlockLayout, EntryLayout
 from jft.parallel import make_mesh
 from jft.select import places, top_each
-from jft.select.units import Block, Channel, Column, Entry, Expert, Head, Layer, Matrix, Name, Row, spread
+from jft.select.granularity import Block, Channel, Column, Entry, Expert, Head, Layer, Matrix, Name, Row, spread
 
 HOW = {
     "sum": np.sum,
@@ -89,7 +90,7 @@ def test_locate(case, density):
     unit, shape, lead, grid, extents = PLACED[case]
     mask = np.random.default_rng(2).random(unit.units(shape, lead)) < density
     at = np.asarray(unit.locate(jnp.asarray(mask), lead, grid))
-    places_ = at if unit.parts in ("entries", "blocks") else at[..., None]
+    places_ = at if isinstance(unit.layout, EntryLayout | BlockLayout) else at[..., None]
     lines = np.repeat(mask, unit.size, -1) if isinstance(unit, Head) else mask
     counts = tuple(n // e for n, e in zip(lines.shape[lead:], extents, strict=True))
     assert at.dtype == np.int32 and places_.shape[:-2] == (*shape[:lead], *counts)

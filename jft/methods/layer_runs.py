@@ -8,6 +8,7 @@ from typing import Any
 
 from jft.methods.layers import SomeLayers
 from jft.methods.parametrise import InPlace, Parametrisation
+from jft.select.layers import Depth
 from jft.tree import layer_of, stack_of
 
 
@@ -61,7 +62,7 @@ def _runs(train: Parametrisation, sizes: tuple[int, ...], trains: tuple[bool, ..
 
 
 def _resolve(layers: Any, length: int) -> frozenset[int]:
-    layers = layers.of(length) if hasattr(layers, "of") else layers
+    layers = layers.of(length) if isinstance(layers, Depth) else layers
     outside = [i for i in layers if not -length <= i < length]
     if outside:
         raise ValueError(f"layer {outside[0]} does not exist: the model has {length} layers (0 to {length - 1})")

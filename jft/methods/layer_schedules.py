@@ -1,0 +1,77 @@
+"""Schedules of layers: which whole layers and matrices train changes on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jft.methods.plan import Method
+from jft.methods.schedules import Renewal, Schedule, Standing
+from jft.select.layers import Choice, Last
+
+
+@dataclasses.dataclass(frozen=True)
+class Staged(Schedule):
+    """Stages of ``every`` steps each, or ``stages`` of equal length. What is dropped keeps its value."""
+
+    every: int = 0
+    stages: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.every > 0) == (self.stages > 0) or min(self.every, self.stages) < 0:
+            raise ValueError(f"every={self.every} and stages={self.stages}: give one of them, at least 1")
+
+    def stage(self, step: int, steps: int) -> int:
+        """The stage, from 0, of update ``step`` out of ``steps``."""
+        return step // self.every if self.every else step * self.stages // steps
+
+    def due(self, step: int, steps: int) -> bool:
+        return step > 0 and self.stage(step, steps) != self.stage(step - 1, steps)
+
+    def method_at(self, method: Method, step: int, steps: int) -> Method:
+        return dataclasses.replace(method, select=self.select(method.select, self.stage(step, steps)))
+
+    def select(self, select: Any, stage: int) -> Any:
+        """What is selected in ``stage``."""
+        raise NotImplementedError
+
+    def renew(self, standing: Standing) -> Renewal:
+        return Renewal({}, method=self.method_at(standing.plan.method, standing.step, standing.steps))
+
+
+@dataclasses.dataclass(frozen=True)
+class Unfreezing(Staged):
+    """The last layers first: ``first`` of them, then ``by`` more in each stage; with ``stages``, an equal share in each."""
+
+    first: int = 1
+    by: int = 1
+
+    def select(self, select: Any, stage: int) -> Any:
+        last = Last(share=(stage + 1, self.stages)) if self.stages else Last(self.first + stage * self.by)
+        return dataclasses.replace(select, layers=last)
+
+
+@dataclasses.dataclass(frozen=True)
+class Redraw(Staged):
+    """Another draw of :class:`Halves` in each stage."""
+
+    def select(self, select: Any, stage: int) -> Any:
+        return dataclasses.replace(select, layers=dataclasses.replace(select.layers, draw=stage))
+
+
+@dataclasses.dataclass(frozen=True)
+class Decided(Schedule):
+    """Every ``every`` steps ``choice`` again, from the weights as they then are and the batches that come next."""
+
+    choice: Choice
+    every: int
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"a decision every {self.every} steps; at least 1")
+
+    def due(self, step: int, steps: int) -> bool:
+        return step > 0 and step % self.every == 0
+
+    def renew(self, standing: Standing) -> Renewal:
+        return Renewal({}, method=standing.plan.method.decided(self.choice(standing.probe)))
