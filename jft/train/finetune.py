@@ -12,7 +12,7 @@ import jax
 
 from jft.methods import Method
 from jft.train import preflight, trainable
-from jft.train.members import Fleet, Single
+from jft.train.members import Fleet, Members
 from jft.train.metrics import Logging
 from jft.train.objectives import Objective
 from jft.train.preemption import Preempted, Watch
@@ -82,13 +82,15 @@ def finetune(
     :class:`jft.parallel.MemoryBudgetError` where it would not fit, ``Changed`` where the workdir holds another run.
     """
     # What to do.
-    given = RunConfig(model, steps, objective, mesh, dtype, accumulate, eval_every, eval_batches, options(Logging, log))
+    config = RunConfig(
+        model, steps, objective, mesh, dtype, accumulate, eval_every, eval_batches, options(Logging, log)
+    )
     shared = {"data": data, "eval_data": eval_data, "seed": seed, "optimizer": optimizer, "method": method}
     shared |= {"manifest": manifest, "workdir": workdir}
-    members = Single(shared, params) if fleet is None else Fleet(fleet, shared, params)
-    members.check(given)
+    members = Members(shared, params) if fleet is None else Fleet(fleet, shared, params)
+    members.check(config)
     streams = Streams(members)
-    config = given.filled(params, streams.feed(0).peek())
+    config = config.filled(params, streams.feed(0).peek())
     workdir = None if workdir is None else Path(workdir)
 
     # What trains: by name, or as the run that is taken up says, or found now from the base and the first batches.
@@ -155,7 +157,7 @@ def _loop(training: Training, report: Report, watch: Watch | None, begin: int) -
             raise ValueError(f"{error}; the state after step {n} is saved in {checkpoints.directory}") from error
         rates = [member.optimizer.rate(n, config.steps) for member in training.members]
         metrics, done = training.step(batch, rates), n + 1
-        report.given(done, first)
+        report.count(done, first)
         if pending is not None:
             fetch(pending)
         pending = Pending(done, metrics, rates, positions)

@@ -57,11 +57,12 @@ def _json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=said))
 
 
-def write_config(workdir: Path | None, said: Mapping[str, Any]) -> None:
-    """Write what the caller says of the run under ``config`` to its ``config.json``, if it has a folder."""
-    if workdir is not None and "config" in said and jax.process_index() == 0:
+def write_config(workdir: Path | None, manifest: Mapping[str, Any]) -> None:
+    """Make the folder of a run that has one, and write its manifest's ``config`` to ``config.json`` there."""
+    if workdir is not None and jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        files.write_text(workdir / "config.json", json.dumps(said["config"], indent=2, default=str) + "\n")
+        if "config" in manifest:
+            files.write_text(workdir / "config.json", json.dumps(manifest["config"], indent=2, default=str) + "\n")
 
 
 def refuse_another(workdir: Path | None, itself: Mapping[str, Any]) -> None:

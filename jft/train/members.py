@@ -1,4 +1,4 @@
-"""`Single` and `Fleet`: all that the loop knows of whether it trains one run, or several side by side.
+"""`Members` and `Fleet`: all that the loop knows of whether it trains one run, or several side by side.
 
 Every member of a fleet is a run as :func:`jft.finetune` would have made it, with its own data, seed, learning rate and
 selection: its result is the same to rounding. The base, the reading of data that members have in common, compilation, and the
@@ -24,22 +24,13 @@ from jft.train.run import NonFiniteError
 from jft.train.run_config import RunConfig
 
 
-class Single:
-    """A run by itself: one member, and no axis for it."""
+class Members(list[Member]):
+    """The members of a run by itself: one, and no axis for it."""
 
     stacked = False
 
     def __init__(self, shared: Options, base: Any):
-        self._members = [member("", {"workdir": shared["workdir"]}, shared, base)]
-
-    def __len__(self) -> int:
-        return len(self._members)
-
-    def __iter__(self) -> Iterator[Member]:
-        return iter(self._members)
-
-    def __getitem__(self, index: int) -> Member:
-        return self._members[index]
+        super().__init__([member("", {"workdir": shared["workdir"]}, shared, base)])
 
     def check(self, config: RunConfig) -> None:
         """Refuse what cannot be trained, evaluated or logged."""
@@ -74,18 +65,12 @@ class Single:
         """What checkpoints say of the run, from what they would say of each member."""
         return each[0]
 
-    def kept(self, step: int, directory: Any) -> str:
-        """What becomes of the state of a member that stops after ``step``; directory: of checkpoints, if there are any."""
-        if directory is None:
-            return "no workdir, so no state was saved"
-        return f"the state after step {step} is saved in {directory}"
-
-    def end(self, errors: Sequence[Any], directory: Any, step: int, positions: list[Any]) -> NonFiniteError:
-        """Why a run ends after ``step`` of which no member is left."""
+    def end(self, errors: Sequence[Any], saved: str, step: int, positions: list[Any]) -> NonFiniteError:
+        """Why a run ends after ``step`` of which no member is left; saved: what became of its state."""
         return errors[0]
 
 
-class Fleet(Single):
+class Fleet(Members):
     """Several runs over one base, trained by one program: what each has of its own is stacked.
 
     A member whose loss is not finite stays at its last good state, and its :attr:`Run.error` says so; the others go on.
@@ -100,7 +85,7 @@ class Fleet(Single):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two members of the fleet are called {name!r}; give each a name of its own")
-        self._members = [member(name, one, shared, base) for name, one in zip(names, given, strict=True)]
+        list.__init__(self, [member(name, one, shared, base) for name, one in zip(names, given, strict=True)])
 
     def apply(self, model: Any, mesh: Any) -> Any:
         return step.apply_of(model)  # members may lie over the mesh where rows would
@@ -111,23 +96,22 @@ class Fleet(Single):
         return plans
 
     def chosen(self, each: list[dict[str, Any]], params: Any) -> dict[str, Any]:
-        shapes = {p: x.shape for p, x in tree.flatten(params).items()}
-        return {p: np.stack(_padded([c[p] for c in each], p, max(shapes[p]))) for p in each[0]}
+        flat = tree.flatten(params)
+        return {p: np.stack(_padded([c[p] for c in each], p, max(flat[p].shape))) for p in each[0]}
 
-    def compile_step(self, recipe: step.Recipe, params: Any, chosen: Any, mesh: Any, differ: bool) -> step.Step:
-        return self._compiled(recipe, params, chosen, mesh, differ, len(self))
-
-    def _compiled(self, recipe: step.Recipe, params: Any, chosen: Any, mesh: Any, differ: bool, members: int) -> Any:
-        owned = {path: True for m in self for path in m.params}
+    def compile_step(
+        self, recipe: step.Recipe, params: Any, chosen: Any, mesh: Any, differ: bool, members: int = 0
+    ) -> step.Step:
+        owned = {path for m in self for path in m.params}
         one = {p: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for p, x in chosen.items()}
-        return stacked.compile_step(recipe, params, owned, one, mesh, members, differ)
+        return stacked.compile_step(recipe, params, owned, one, mesh, members or len(self), differ)
 
     def remedies(self, update: Any, params: Any, chosen: Any, batch: Any) -> Any:
         def fewer() -> Iterator[tuple[str, int]]:
             differ, mesh = update.axes.batch, update.layout.mesh
             members = len(self) // 2
             while members:
-                part = self._compiled(update.recipe, params, chosen, mesh, differ, members)
+                part = self.compile_step(update.recipe, params, chosen, mesh, differ, members)
                 rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((members, *x.shape[1:]), x.dtype), batch)  # noqa: B023
                 yield f"{members} members", preflight.needs(part, rows if differ else batch, params).total
                 members //= 2
@@ -137,11 +121,7 @@ class Fleet(Single):
     def identity(self, each: list[dict[str, Any]]) -> dict[str, Any]:
         return {"fleet": {m.name: facts for m, facts in zip(self, each, strict=True)}}
 
-    def kept(self, step: int, directory: Any) -> str:
-        return f"it stays at the state after step {step}"
-
-    def end(self, errors: Sequence[Any], directory: Any, step: int, positions: list[Any]) -> NonFiniteError:
-        saved = "no workdir, so no state was saved" if directory is None else f"their states are saved in {directory}"
+    def end(self, errors: Sequence[Any], saved: str, step: int, positions: list[Any]) -> NonFiniteError:
         text = "\n".join(map(str, errors))
         return NonFiniteError(f"no member of the fleet is left; {saved}:\n{text}", step, positions)
 

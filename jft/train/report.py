@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from jft.train import feed, identity, overview, preflight
-from jft.train.member import Member
 from jft.train.metrics import Metrics
 from jft.train.optimizers import Given
 from jft.train.progress import Meter, Progress
@@ -27,25 +26,21 @@ class Report:
         self._log, self._steps, primary = config.log, config.steps, jax.process_index() == 0
         example = overview.example(training.streams.feed(0).peek(), config.objective, tokenizer)
         # Not before: a start that was refused leaves the config of the run that is there.
+        self._metrics = []
         for member in members:
-            if member.workdir is not None and primary:
-                member.workdir.mkdir(parents=True, exist_ok=True)
             identity.write_config(member.workdir, member.manifest)
-        self._metrics = [self._opened(m, begin, primary) for m in members]
+            # A member of a fleet may have no folder where others have.
+            tensorboard = config.log.tensorboard and (member.workdir is not None or not members.stacked)
+            self._metrics.append(Metrics(member.workdir, begin, tensorboard, config.log.wandb, primary))
         self._progress = Progress(config.steps, begin, config.log.progress and primary)
         times = 1 if training.streams.differ else len(members)
         work = preflight.work(training.update, batch, training.params, times)
         self._meter = Meter(work)
         self._introduce(f"step takes {memory}; FLOPs by {work.source}", example, begin)
 
-    def _opened(self, member: Member, begin: int, primary: bool) -> Metrics:
-        # A member of a fleet may have no folder where others have.
-        tensorboard = self._log.tensorboard and (member.workdir is not None or not member.name)
-        return Metrics(member.workdir, begin, tensorboard, self._log.wandb, primary)
-
     def _introduce(self, costs: str, example: str, begin: int) -> None:
         run, layout = self._training, self._training.update.layout
-        plan, trained = run.update.recipe.plan, run.update.single.state.trained
+        plan, trained = run.update.recipe.plan, run.update.single.trained
         shardings = None if layout.mesh is None else layout.params
         self.say(overview.text(overview.rows(run.params, trained, shardings)))
         names = ", ".join(member.name for member in run.members)
@@ -66,7 +61,7 @@ class Report:
         """All rows of one member, those of the parts before included."""
         return self._metrics[index].rows
 
-    def given(self, done: int, batch: Any) -> None:
+    def count(self, done: int, batch: Any) -> None:
         """Update ``done`` was given to the devices; ``batch``: a host batch of one member."""
         self._meter.add(feed.rows(batch) * jax.process_count(), feed.tokens(batch) * jax.process_count())
         self._progress.advance(done)
@@ -84,7 +79,7 @@ class Report:
                 rows.append(values | lr | speed)
                 metrics.write(pending.step, "train", rows[-1])
         mean = {k: float(np.mean([row[k] for row in rows])) for k in rows[0]}
-        if len(self._metrics) > 1:
+        if self._training.members.stacked:
             mean.pop("lr", None)  # each has its own
         self._progress.show(pending.step, "train", mean)
 

@@ -102,10 +102,9 @@ def measured(update: step.Step, held: Holdings, probes: Sequence[Callable[[], An
         return held
     memory = held.state.memory
     each = [rule.measure(plan, look(), take(memory, i) if update.stack else memory) for i, look in enumerate(probes)]
-    if each[0] is None:
-        return held
-    found = jax.device_put(join(each, update.holdings.state.memory), update.layout.state.memory)
-    return dataclasses.replace(held, state=dataclasses.replace(held.state, memory=found))
+    if each[0] is not None:
+        memory = jax.device_put(join(each, update.holdings.state.memory), update.layout.state.memory)
+    return dataclasses.replace(held, state=dataclasses.replace(held.state, memory=memory))
 
 
 def go_back(update: step.Step, held: Holdings, state: State) -> Holdings:

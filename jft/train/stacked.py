@@ -39,24 +39,19 @@ class Axes:
 
 
 class StackedStep(step.Step):
-    """:class:`jft.train.step.Step` for a fleet. one, single: layout and shapes of what a member by itself holds."""
+    """:class:`jft.train.step.Step` for a fleet. one: the layout of a member by itself."""
 
-    def __init__(
-        self, recipe: step.Recipe, layout: Layout, holdings: Holdings, axes: Axes, one: Layout, single: Holdings
-    ):
-        self.recipe, self.layout, self.axes, self.one, self.single = recipe, layout, axes, one, single
+    def __init__(self, recipe: step.Recipe, layout: Layout, one: Layout, holdings: Holdings, axes: Axes):
+        self.recipe, self.layout, self.one, self.axes = recipe, layout, one, axes
         self.holdings = abstract(holdings, layout.holdings)
+        self.single = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), holdings.state)
         self.stack = (axes.members,)
         flags = jax.tree.unflatten(jax.tree.structure(holdings.frozen), axes.frozen)
         # The rows of a batch are told where to lie only where the members' axis does not take their place.
         mesh = layout.mesh if _whole_members(layout) else None
+        one_step = functools.partial(step.step, recipe, mesh)
         self._jitted = jax.jit(
-            over_members(
-                functools.partial(step.step, recipe, mesh),
-                (True, {}, flags, axes.batch, True, True),
-                axes.members,
-                axes.together,
-            ),
+            over_members(one_step, (True, {}, flags, axes.batch, True, True), axes.members, axes.together),
             donate_argnums=(0,),
             out_shardings=(layout.state, {}, layout.replicated),
         )
@@ -79,58 +74,44 @@ def _whole_members(layout: Layout) -> bool:
 
 
 def compile_step(
-    recipe: step.Recipe,
-    params: Any,
-    owned: Mapping[str, bool],
-    chosen: Mapping[str, Any],
-    mesh: Any,
-    members: int,
-    batch: bool,
+    recipe: step.Recipe, params: Any, owned: set[str], chosen: Mapping[str, Any], mesh: Any, members: int, batch: bool
 ) -> StackedStep:
-    """The step of a fleet, from shapes: the base ``params``, of which each member has those that ``owned`` flags for
-    itself, and the selection ``chosen`` of one member. batch: whether batches differ.
+    """The step of a fleet, from shapes: the base ``params``, of which each member has those at ``owned`` for itself,
+    and the selection ``chosen`` of one member. batch: whether batches differ.
     """
     plan = recipe.plan
     single = setup.shapes(recipe, params, chosen)
     one = lay_out(params, plan, single, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    flags = tree.like(params, {p: owned.get(p, False) for p in tree.flatten(params)})
+    flags = tree.like(params, {p: p in owned for p in tree.flatten(params)})
     kept, _ = depends(plan.init, (key, params, chosen), (True, flags, jax.tree.map(lambda _: True, chosen)))
     frozen, live, _ = plan.detach(kept)
     if live:
         raise ValueError(f"{', '.join(live)} would be written into, and the members of a fleet share them")
     together = TOGETHER.get(one.device.platform, members) if mesh is None else members
     axes = Axes(members, tuple(jax.tree.leaves(frozen)), batch, min(together, members))
-    held = Holdings(_stacked(single.state, members), {}, _flagged(single.frozen, frozen, members))
-    return _make(recipe, _widened(one, frozen, members, batch), held, axes, one, single)
+    stack = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct((members, *x.shape), x.dtype))
+    owns = jax.tree.map(lambda x, own: stack(x) if own else x, single.frozen, frozen)
+    held = Holdings(stack(single.state), {}, owns)
+    return _make(recipe, _widened(one, frozen, members, batch), one, held, axes)
 
 
-def _make(
-    recipe: step.Recipe, layout: Layout, held: Holdings, axes: Axes, one: Layout, single: Holdings
-) -> StackedStep:
+def _make(recipe: step.Recipe, layout: Layout, one: Layout, held: Holdings, axes: Axes) -> StackedStep:
     """A fleet's step that was made before for equals, with its compiled programs, or a new one."""
     key = step.Key(recipe, layout, held, axes)
     try:
         hash(key)
     except TypeError:
-        return StackedStep(recipe, layout, held, axes, one, single)
+        return StackedStep(recipe, layout, one, held, axes)
     if key not in _made:
         while len(_made) >= MOST:
             _made.pop(next(iter(_made)))
-        _made[key] = StackedStep(recipe, layout, held, axes, one, single)
+        _made[key] = StackedStep(recipe, layout, one, held, axes)
     return _made[key]
 
 
 MOST = 8  # steps of fleets that are kept
 _made: dict[Any, StackedStep] = {}
-
-
-def _stacked(value: Any, members: int) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((members, *x.shape), x.dtype), value)
-
-
-def _flagged(value: Any, flags: Any, members: int) -> Any:
-    return jax.tree.map(lambda x, owns: _stacked(x, members) if owns else x, value, flags)
 
 
 def _widened(one: Layout, flags: Any, members: int, batch: bool) -> Layout:

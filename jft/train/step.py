@@ -184,14 +184,15 @@ class Step:
     """The step of a recipe on a layout, compiled ahead of time for each batch shape it meets.
 
     start: the optimizer's first state of trained values, compiled once as well. stack: the shape of what members have one
-    number each of, as learning rates: () for a run by itself. single: shapes of what one member holds.
+    number each of, as learning rates: () for a run by itself. single: shapes of one member's state.
     """
 
     stack: tuple[int, ...] = ()
 
     def __init__(self, recipe: Recipe, layout: Layout, holdings: Holdings):
         self.recipe, self.layout = recipe, layout
-        self.holdings = self.single = abstract(holdings, layout.holdings)
+        self.holdings = abstract(holdings, layout.holdings)
+        self.single = self.holdings.state
         self._jitted = jax.jit(
             functools.partial(step, recipe, layout.mesh),
             donate_argnums=(0, 1),

@@ -10,14 +10,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jft import tree
 from jft.train import feed
-from jft.train.members import Single
+from jft.train.members import Members
 from jft.train.state import Layout
 
 
 class Streams:
     """The data of all members: what several have in common is read once."""
 
-    def __init__(self, members: Single):
+    def __init__(self, members: Members):
         self._members = members
         data = {id(m.data): m.data for m in members}
         places = {key: i for i, key in enumerate(data)}

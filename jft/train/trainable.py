@@ -10,7 +10,7 @@ from typing import Any
 from jft import tree
 from jft.methods import Plan
 from jft.train import selection, step
-from jft.train.members import Single
+from jft.train.members import Members
 from jft.train.run_config import RunConfig
 from jft.train.streams import Streams
 
@@ -30,22 +30,15 @@ class Trainable:
     probe: Callable[[int, Any], Any]
 
 
-def find(config: RunConfig, members: Single, streams: Streams, params: Any, workdir: Path | None) -> Trainable:
+def find(config: RunConfig, members: Members, streams: Streams, params: Any, workdir: Path | None) -> Trainable:
     """What trains: by name, or as the run in ``workdir`` that is taken up says, or found now."""
     before = selection.saved(workdir)
     # The newest state is that of the update before: what is due at its step is still to come.
     made = max(before.step - 1, 0)
     plans = [selection.method_at(m.method, made, config.steps).plan(m.start(params), config.model) for m in members]
-    optimizer = members[0].optimizer
-    recipe = step.Recipe(
-        members.apply(config.model, config.mesh),
-        plans[0],
-        config.objective,
-        optimizer.unscheduled(),
-        config.accumulate,
-        config.dtype,
-        optimizer.decayed(tree.flatten(params)),
-    )
+    apply, loss, optimizer = members.apply(config.model, config.mesh), config.objective, members[0].optimizer
+    decayed = optimizer.decayed(tree.flatten(params))
+    recipe = step.Recipe(apply, plans[0], loss, optimizer.unscheduled(), config.accumulate, config.dtype, decayed)
     recipes = [dataclasses.replace(recipe, plan=plan) for plan in plans]
 
     def probe(index: int, params: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jft import delta, tree
 from jft.train import evaluation, identity, preflight, run, selection, settling, setup
-from jft.train.members import Single
+from jft.train.members import Members
 from jft.train.run import NonFiniteError, Pending, Run
 from jft.train.run_config import RunConfig, options
 from jft.train.state import Holdings
@@ -23,34 +23,30 @@ from jft.train.trainable import Trainable
 class Training:
     """What members hold on the devices after their last step, how it is saved, and what comes of it.
 
-    held: None before :meth:`begin`. errors: of members that have stopped. sound: what the last step said of its losses, and
-    of those before.
+    held, sound: from :meth:`begin` on; sound: whether the losses and gradients of all steps so far were finite. errors: of
+    members that have stopped.
     """
 
     held: Holdings
     sound: Any
 
     def __init__(
-        self, config: RunConfig, members: Single, streams: Streams, trains: Trainable, update: Step, params: Any
+        self, config: RunConfig, members: Members, streams: Streams, trains: Trainable, update: Step, params: Any
     ):
         self.config, self.members, self.streams, self.update, self.params = config, members, streams, update, params
         self._plans, self._chosen, self._probe = trains.plans, trains.chosen, trains.probe
         self._batch = preflight.global_shapes(streams.feed(0).peek())
         self._settled: settling.Settled = {}
         self._facts = [self._describe(i) for i in range(len(members))]
-        self._bases = self._described_bases()
+        shared = delta.describe_base(params)  # read once
+        self._bases = [delta.describe_base(m.start(params)) if m.params else shared for m in members]
         self.checkpoints: Any = None
         self.errors: list[NonFiniteError | None] = [None] * len(members)
 
     def _describe(self, i: int) -> dict[str, Any]:
         member, config = self.members[i], self.config
-        rest = config.objective, self.update.single.state, self._batch, config.dtype, member.seed
+        rest = config.objective, self.update.single, self._batch, config.dtype, member.seed
         return identity.describe(member.method, member.optimizer, *rest)
-
-    def _described_bases(self) -> list[dict[str, Any]]:
-        """The base of each member, as manifests name it; the shared one is read once."""
-        shared = delta.describe_base(self.params)
-        return [delta.describe_base(m.start(self.params)) if m.params else shared for m in self.members]
 
     def begin(self, workdir: Path | None, checkpoint: Any, decided: Any, donate: bool) -> int:
         """Open the checkpoints, and hold what they have; the step that training goes on from, 0 without any."""
@@ -63,8 +59,7 @@ class Training:
         begin = self.checkpoints.latest or 0 if self.checkpoints else 0
         if begin > self.config.steps:
             raise ValueError(
-                f"the run in {workdir} stands at step {begin}, beyond steps={self.config.steps}; ask for at least "
-                "that many"
+                f"the run in {workdir} stands at step {begin}, beyond steps={self.config.steps}; ask for at least that many"
             )
         seeds, overlays = [m.seed for m in members], [m.params for m in members]
         if begin:
@@ -114,38 +109,34 @@ class Training:
         if not fresh:
             return []
         values, done = pending.each(), pending.step - 1
-        directory = self.checkpoints.directory if self.checkpoints else None
-        then = self.members.kept(done, directory)
+        saved, then = "no workdir, so no state was saved", f"it stays at the state after step {done}"
+        if self.checkpoints:
+            saved = f"the state after step {done} is saved in {self.checkpoints.directory}"
         for i in fresh:
             position, label = pending.positions[self.streams.of[i]], self.members[i].label
-            self.errors[i] = NonFiniteError.of(values[i], done, position, then, label)
+            self.errors[i] = NonFiniteError.of(values[i], done, position, then if label else saved, label)
         if all(self.errors):
             self.save(done, pending.positions)
-            raise self.members.end(self.errors, directory, done, pending.positions)
+            raise self.members.end(self.errors, saved, done, pending.positions)
         return [error for i in fresh if (error := self.errors[i])]
 
     def save(self, done: int, positions: list[Any], scores: list[dict[str, float]] | None = None) -> None:
         """Write a checkpoint, where the run has a workdir. scores: of an evaluation of this very state."""
-        if not self.checkpoints:
-            return
-        position, score = positions, None
-        if not self.members.stacked:
-            position, score = positions[0], scores[0] if scores else None
-        self.checkpoints.save(self.held.state, done, position, score, self._settled)
+        if self.checkpoints:
+            rest = (positions, None) if self.members.stacked else (positions[0], scores[0] if scores else None)
+            self.checkpoints.save(self.held.state, done, *rest, self._settled)
 
     def evaluate(self) -> list[dict[str, float]]:
         """Each member on its own evaluation data, by one compiled function; nothing for one without."""
         config, recipe = self.config, self.update.recipe
         score = evaluation.sums(recipe.apply, config.objective, recipe.plan, config.dtype)
-        out: list[dict[str, float]] = []
+        scores: list[dict[str, float]] = [{} for _ in self.members]
         for i, member in enumerate(self.members):
-            if member.eval_data is None:
-                out.append({})
-                continue
-            state, kept = self.update.member(self.held, i)
-            given = member.eval_data, config.objective, config.mesh, config.eval_batches
-            out.append(evaluation.mean(score, (kept, state.trained), *given))
-        return out
+            if member.eval_data is not None:
+                state, kept = self.update.member(self.held, i)
+                rest = member.eval_data, config.objective, config.mesh, config.eval_batches
+                scores[i] = evaluation.mean(score, (kept, state.trained), *rest)
+        return scores
 
     def restore_best(self) -> list[dict[str, float]]:
         """Go back to the best checkpoint, where one is kept; its evaluation."""
@@ -166,7 +157,7 @@ class Training:
         return Run(plan, state, rows, scores, vector, base, kept, error)
 
 
-def _open(workdir: Path | None, checkpoint: Any, facts: Any, decided: Any, members: Single, config: RunConfig) -> Any:
+def _open(workdir: Path | None, checkpoint: Any, facts: Any, decided: Any, members: Members, config: RunConfig) -> Any:
     """The checkpoints of a run that has a workdir; the module that knows Orbax is loaded for them alone."""
     if workdir is None:
         if checkpoint:
