@@ -55,7 +55,7 @@ def over_members(fn: Callable, flags: Sequence[Any], members: int, together: int
 
     def one_after_another(*args: Any) -> Any:
         leaves, structure = jax.tree.flatten(args)
-        full = jax.tree.leaves(tuple(_broadcast(f, a) for f, a in zip(flags, args, strict=True)))
+        full = jax.tree.leaves(jax.tree.broadcast(tuple(flags), args))
         stacked = [x for x, differs in zip(leaves, full, strict=True) if differs]
 
         def one(stacked: list) -> Any:
@@ -66,8 +66,3 @@ def over_members(fn: Callable, flags: Sequence[Any], members: int, together: int
         return jax.lax.map(one, stacked, batch_size=together if together > 1 else None)
 
     return one_after_another
-
-
-def _broadcast(flags: Any, value: Any) -> Any:
-    """A prefix of flags as a flag for every leaf."""
-    return jax.tree.map(lambda flag, below: jax.tree.map(lambda _: flag, below), flags, value)

@@ -12,6 +12,7 @@ import jax
 
 from jft.methods import Method
 from jft.train import preflight, trainable
+from jft.train.member import listed, member
 from jft.train.members import Fleet, Members
 from jft.train.metrics import Logging
 from jft.train.objectives import Objective
@@ -87,7 +88,10 @@ def finetune(
     )
     shared = {"data": data, "eval_data": eval_data, "seed": seed, "optimizer": optimizer, "method": method}
     shared |= {"manifest": manifest, "workdir": workdir}
-    members = Members(shared, params) if fleet is None else Fleet(fleet, shared, params)
+    if fleet is None:
+        members = Members([member("", {"workdir": workdir}, shared, params)])
+    else:
+        members = Fleet(listed(fleet, shared, params))
     members.check(config)
     streams = Streams(members)
     config = config.filled(params, streams.feed(0).peek())
@@ -127,7 +131,7 @@ def _loop(training: Training, report: Report, watch: Watch | None, begin: int) -
     Metrics are fetched one step late, so that the next step is queued before the host waits for this one.
     """
     config, streams, checkpoints = training.config, training.streams, training.checkpoints
-    has_evaluation = any(member.eval_data is not None for member in training.members)
+    has_evaluation = any(m.eval_data is not None for m in training.members)
     scores: list[dict[str, float]] = [{} for _ in training.members]
     pending: Pending | None = None
 
@@ -155,7 +159,7 @@ def _loop(training: Training, report: Report, watch: Watch | None, begin: int) -
                 raise
             training.save(n, positions)
             raise ValueError(f"{error}; the state after step {n} is saved in {checkpoints.directory}") from error
-        rates = [member.optimizer.rate(n, config.steps) for member in training.members]
+        rates = [m.optimizer.rate(n, config.steps) for m in training.members]
         metrics, done = training.step(batch, rates), n + 1
         report.count(done, first)
         if pending is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,18 @@ def member(name: str, given: Options, shared: Options, base: Any) -> Member:
     )
 
 
-def check_name(index: int, given: Options) -> str:
+def listed(fleet: Sequence[Options], shared: Options, base: Any) -> list[Member]:
+    """The members that a fleet lists. Raises ``ValueError`` where there is none, and for names that stand twice."""
+    if not fleet:
+        raise ValueError("fleet is empty; list at least one member, as {'data': ..., 'lr': ..., 'seed': ...}")
+    names = [_name(i, given) for i, given in enumerate(fleet)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two members of the fleet are called {name!r}; give each a name of its own")
+    return [member(name, given, shared, base) for name, given in zip(names, fleet, strict=True)]
+
+
+def _name(index: int, given: Options) -> str:
     """The name of a member of a fleet, which must be a folder's; its keys must be known."""
     name = str(given.get("name", index))
     for key in given:

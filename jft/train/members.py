@@ -19,7 +19,7 @@ from jft import tree
 from jft.methods import Plan
 from jft.methods.parametrise import Parametrisation
 from jft.train import preflight, setup, stacked, step
-from jft.train.member import Member, Options, check_name, member
+from jft.train.member import Member
 from jft.train.run import NonFiniteError
 from jft.train.run_config import RunConfig
 
@@ -28,9 +28,6 @@ class Members(list[Member]):
     """The members of a run by itself: one, and no axis for it."""
 
     stacked = False
-
-    def __init__(self, shared: Options, base: Any):
-        super().__init__([member("", {"workdir": shared["workdir"]}, shared, base)])
 
     def check(self, config: RunConfig) -> None:
         """Refuse what cannot be trained, evaluated or logged."""
@@ -77,15 +74,6 @@ class Fleet(Members):
     """
 
     stacked = True
-
-    def __init__(self, given: Sequence[Options], shared: Options, base: Any):
-        if not given:
-            raise ValueError("fleet is empty; list at least one member, as {'data': ..., 'lr': ..., 'seed': ...}")
-        names = [check_name(i, one) for i, one in enumerate(given)]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two members of the fleet are called {name!r}; give each a name of its own")
-        list.__init__(self, [member(name, one, shared, base) for name, one in zip(names, given, strict=True)])
 
     def apply(self, model: Any, mesh: Any) -> Any:
         return step.apply_of(model)  # members may lie over the mesh where rows would

@@ -123,8 +123,7 @@ def _widened(one: Layout, flags: Any, members: int, batch: bool) -> Layout:
     axis = "data" if size > 1 and members % size == 0 else None
 
     def wide(place: NamedSharding) -> NamedSharding:
-        inner = (_without(axis, part) for part in place.spec)
-        return NamedSharding(mesh, PartitionSpec(axis, *inner))
+        return NamedSharding(mesh, PartitionSpec(axis, *(_without(axis, part) for part in place.spec)))
 
     held = one.holdings
     frozen = jax.tree.map(lambda place, owns: wide(place) if owns else place, held.frozen, flags)

@@ -21,7 +21,7 @@ class Streams:
         self._members = members
         data = {id(m.data): m.data for m in members}
         places = {key: i for i, key in enumerate(data)}
-        self.of = [places[id(m.data)] for m in members]
+        self.stream_of = [places[id(m.data)] for m in members]
         self._feeds = [feed.Feed(x) for x in data.values()]
 
     @property
@@ -31,7 +31,7 @@ class Streams:
 
     def feed(self, member: int) -> feed.Feed:
         """The data of one member."""
-        return self._feeds[self.of[member]]
+        return self._feeds[self.stream_of[member]]
 
     def positions(self) -> list[Any]:
         """Where each stream stands, JSON."""
@@ -56,7 +56,7 @@ class Streams:
             try:
                 batches.append(x.next(n, objective))
             except ValueError as error:
-                raise ValueError(f"{self._members[self.of.index(i)].label}{error}") from None
+                raise ValueError(f"{self._members[self.stream_of.index(i)].label}{error}") from None
         return batches[0], self._joined(batches)
 
     def put(self, batch: Any, layout: Layout) -> Any:
@@ -80,11 +80,11 @@ class Streams:
             other = tree.flatten(batch)
             kinds = [{p: (x.shape, x.dtype) for p, x in flat.items()} for flat in (first, other)]
             if kinds[0] != kinds[1]:
-                names = [self._members[self.of.index(j)].name for j in (0, i)]
+                names = [self._members[self.stream_of.index(j)].name for j in (0, i)]
                 path = next(p for p in {**first, **other} if kinds[0].get(p) != kinds[1].get(p))
                 shown = [f"{k[path][0]} {k[path][1]}" if path in k else "nothing" for k in kinds]
                 raise ValueError(
                     f"batches of members {names[0]!r} and {names[1]!r} differ in {path}: {shown[0]} and {shown[1]}; the "
                     "members of a fleet train on batches of one shape (the same batch_size, max_length and fields)"
                 )
-        return jax.tree.map(lambda *x: np.stack([x[i] for i in self.of]), *batches)
+        return jax.tree.map(lambda *x: np.stack([x[i] for i in self.stream_of]), *batches)

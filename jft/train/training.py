@@ -113,7 +113,7 @@ class Training:
         if self.checkpoints:
             saved = f"the state after step {done} is saved in {self.checkpoints.directory}"
         for i in fresh:
-            position, label = pending.positions[self.streams.of[i]], self.members[i].label
+            position, label = pending.positions[self.streams.stream_of[i]], self.members[i].label
             self.errors[i] = NonFiniteError.of(values[i], done, position, then if label else saved, label)
         if all(self.errors):
             self.save(done, pending.positions)
