@@ -62,8 +62,8 @@ class Members(list[Member]):
         """What checkpoints say of the run, from what they would say of each member."""
         return each[0]
 
-    def end(self, errors: Sequence[Any], saved: str, step: int, positions: list[Any]) -> NonFiniteError:
-        """Why a run ends after ``step`` of which no member is left; saved: what became of its state."""
+    def end(self, errors: Sequence[Any], directory: Any, step: int, positions: list[Any]) -> NonFiniteError:
+        """Why a run ends after ``step`` of which no member is left; directory: of its checkpoints, if it has any."""
         return errors[0]
 
 
@@ -109,7 +109,8 @@ class Fleet(Members):
     def identity(self, each: list[dict[str, Any]]) -> dict[str, Any]:
         return {"fleet": {m.name: facts for m, facts in zip(self, each, strict=True)}}
 
-    def end(self, errors: Sequence[Any], saved: str, step: int, positions: list[Any]) -> NonFiniteError:
+    def end(self, errors: Sequence[Any], directory: Any, step: int, positions: list[Any]) -> NonFiniteError:
+        saved = f"their states are saved in {directory}" if directory else "no workdir, so no state was saved"
         text = "\n".join(map(str, errors))
         return NonFiniteError(f"no member of the fleet is left; {saved}:\n{text}", step, positions)
 

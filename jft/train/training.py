@@ -106,18 +106,18 @@ class Training:
         """Stop members whose loss or gradient was not finite, and the run where none is left: their state has not moved."""
         sound = np.atleast_1d(np.asarray(pending.metrics["sound"]))
         fresh = [i for i in np.flatnonzero(~sound).tolist() if self.errors[i] is None]
-        if not fresh:
-            return []
-        values, done = pending.each(), pending.step - 1
-        saved, then = "no workdir, so no state was saved", f"it stays at the state after step {done}"
-        if self.checkpoints:
-            saved = f"the state after step {done} is saved in {self.checkpoints.directory}"
+        values, done = pending.each() if fresh else [], pending.step - 1
+        directory = self.checkpoints.directory if self.checkpoints else None
+        saved = (
+            f"the state after step {done} is saved in {directory}" if directory else "no workdir, so no state was saved"
+        )
+        then = f"it stays at the state after step {done}" if self.members.stacked else saved
         for i in fresh:
             position, label = pending.positions[self.streams.stream_of[i]], self.members[i].label
-            self.errors[i] = NonFiniteError.of(values[i], done, position, then if label else saved, label)
+            self.errors[i] = NonFiniteError.of(values[i], done, position, then, label)
         if all(self.errors):
             self.save(done, pending.positions)
-            raise self.members.end(self.errors, saved, done, pending.positions)
+            raise self.members.end(self.errors, directory, done, pending.positions)
         return [error for i in fresh if (error := self.errors[i])]
 
     def save(self, done: int, positions: list[Any], scores: list[dict[str, float]] | None = None) -> None:
