@@ -6,7 +6,17 @@ import difflib
 from collections.abc import Iterable
 
 
-def nearest(word: object, known: Iterable[str]) -> str:
-    """``" (did you mean 'train'?)"``, or nothing where no known word is near."""
-    close = difflib.get_close_matches(str(word), list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+def nearest(
+    word: object,
+    known: Iterable[object],
+    n: int = 1,
+    cutoff: float = 0.6,
+    hint: str = " (did you mean '{}'?)",
+    otherwise: str = "",
+) -> str:
+    """``" (did you mean 'train'?)"``: ``hint`` with the known words nearest to ``word``; ``otherwise`` where none is near.
+
+    n: words at the most, nearest first, joined by commas. cutoff: how alike they must be, of 0 (any will do) to 1 (equal).
+    """
+    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=n, cutoff=cutoff)
+    return hint.format(", ".join(close)) if close else otherwise

@@ -6,7 +6,6 @@ weights" speaks of paths, so that a selection written for one model reads the sa
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
 import re
@@ -16,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jft.names import nearest
 
 Tree = Any
 SEPARATOR = "/"
@@ -90,10 +91,42 @@ def matching(paths: Iterable[str], patterns: str | Iterable[str], what: str = "p
     for pattern in patterns:
         hit = matcher(pattern)
         if not any(hit(p) for p in paths):
-            near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
-            raise ValueError(f"{what} {pattern!r} matches no weight; nearest paths: {', '.join(near)}")
+            near = nearest(pattern, paths, n=3, cutoff=0.0, hint="; nearest paths: {}")
+            raise ValueError(f"{what} {pattern!r} matches no weight{near}")
     hit = matcher(patterns)
     return [p for p in paths if hit(p)]
+
+
+# How other libraries number the layers that they do not stack.
+_NUMBERED = re.compile(r"(?:^|/)(?:layers?|blocks?|h)[/_](\d+)(?=/|$)")
+
+
+def stack_of(path: str) -> str | None:
+    """The stack of layers that a leaf or site belongs to: ``text/layers`` of ``text/layers/mlp/up/w``; None outside layers.
+
+    Leaves of a stack of jft's own models begin with the axis L. ``layers`` is a whole key that has others below it.
+    """
+    head, found, _ = f"/{path}".partition("/layers/")
+    return f"{head}/layers"[1:] if found else None
+
+
+def stacks(leaves: Mapping[str, Any]) -> dict[str, int]:
+    """``{"text/layers": L}``: the stacks of ``{path: array or shape struct}`` and how many layers each has."""
+    found: dict[str, int] = {}
+    for path, leaf in leaves.items():
+        stack = stack_of(path)
+        if stack is not None:
+            found.setdefault(stack, leaf.shape[0])
+    return found
+
+
+def layer_of(path: str) -> tuple[str, int] | None:
+    """The layer that a path carries the number of, and the number: ``("h_3", 3)`` of ``h_3/kernel``; None without one.
+
+    Layers are numbered under ``layer``, ``layers``, ``block``, ``blocks`` or ``h``, as ``blocks/3/...`` or ``blocks_3/...``.
+    """
+    found = _NUMBERED.search(path)
+    return (path[: found.end()], int(found[1])) if found else None
 
 
 def partition(tree: Tree, keep: Callable[[str], bool]) -> tuple[Tree, Tree]:

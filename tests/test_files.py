@@ -31,3 +31,8 @@ def test_nothing_is_seen_before_the_end(tmp_path):
 def test_nearest():
     assert nearest("lorra", ["full", "lora"]) == " (did you mean 'lora'?)"
     assert nearest("zzz", ["full", "lora"]) == ""
+    assert nearest("zzz", ["full", "lora"], otherwise="; known: full, lora") == "; known: full, lora"
+    assert nearest("stpes", ["steps", "step", "seed"], n=2, hint=": {}") == ": steps, step"
+    assert nearest("zzz", ["full"], cutoff=0.0, hint="; nearest: {}") == "; nearest: full"
+    assert nearest(1, [1, 2]) == " (did you mean '1'?)"
+    assert nearest("x", [], cutoff=0.0) == ""

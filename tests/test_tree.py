@@ -44,6 +44,39 @@ def test_matching_names_the_nearest_paths():
         tree.matcher("(")
 
 
+@pytest.mark.parametrize(
+    ("path", "stack", "layer"),
+    [
+        ("layers/attn/q/w", "layers", None),
+        ("text/layers/mlp/up/w", "text/layers", None),
+        ("encoder/layers/mlp/down/b", "encoder/layers", None),
+        ("memory/layers/layers/w", "memory/layers", None),  # the first
+        ("layers/3/kernel", "layers", ("layers/3", 3)),
+        ("layers_3/kernel", None, ("layers_3", 3)),
+        ("encoder/blocks/12/mlp/w", None, ("encoder/blocks/12", 12)),
+        ("h/0/h/1/w", None, ("h/0", 0)),
+        ("block_7", None, ("block_7", 7)),
+        ("sublayers/attn/w", None, None),
+        ("layers_norm/w", None, None),
+        ("my-layers/w", None, None),
+        ("player_3/w", None, None),
+        ("layers_3x/w", None, None),
+        ("layers", None, None),  # nothing below it
+        ("head/w", None, None),
+    ],
+)
+def test_the_stack_and_the_layer_of_a_path(path, stack, layer):
+    assert tree.stack_of(path) == stack
+    assert tree.layer_of(path) == layer
+
+
+def test_stacks_and_their_lengths():
+    shapes = {"embed/table": (5, 4), "text/layers/b": (2, 4), "text/layers/w": (2, 4, 4), "vision/layers/w": (3, 4, 4)}
+    leaves = {p: jax.ShapeDtypeStruct(shape, jnp.float32) for p, shape in shapes.items()}
+    assert tree.stacks(leaves) == {"text/layers": 2, "vision/layers": 3}
+    assert tree.stacks({}) == {}
+
+
 def test_partition_and_combine():
     first, second = tree.partition(PARAMS, tree.matcher("^head"))
     assert list(tree.flatten(first)) == ["head/w"]

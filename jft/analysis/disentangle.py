@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.analysis.points import STANDARD, Forward, grid, readings, weighing
+from jft.compiled import program_cache
 from jft.delta import TaskVector
-from jft.tangent.programs import once
 from jft.train.objectives import Objective
 
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -99,7 +99,7 @@ def _error(
     return total / weight
 
 
-@once
+@program_cache
 def _compared(objective: Any, read: Callable | None) -> Callable:
     def values(outputs: Any, batch: Any) -> dict[str, Any]:
         value = jnp.argmax(outputs, axis=-1) if read is None else read(outputs)

@@ -11,8 +11,8 @@ import numpy as np
 
 from jft import parallel, tangent
 from jft.analysis.points import grid, moved, weighing
+from jft.compiled import program_cache
 from jft.delta import TaskVector
-from jft.tangent.programs import once
 from jft.train import feed
 from jft.train.objectives import Objective
 from jft.train.state import find_mesh
@@ -54,7 +54,7 @@ def linearity(
     return [_row(float(a), total, objective) for a, total in zip(grid, totals, strict=True)]
 
 
-@once
+@program_cache
 def _compare(apply: Any, objective: Any) -> Any:
     """Jitted ``(params, f(theta0), J tau [1, ...], a, batch) -> sums over the batch``."""
 

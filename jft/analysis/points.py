@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from jft import delta, parallel, tangent
+from jft.compiled import program_cache
 from jft.delta import TaskVector
-from jft.tangent.programs import once
 from jft.train import evaluation, feed
 from jft.train.objectives import Objective
 from jft.train.state import find_mesh
@@ -115,7 +115,7 @@ def moved(params: Any, taus: Sequence[TaskVector], alpha: Iterable[float]) -> An
     return move(params, [TaskVector(tau.deltas) for tau, _ in used], numbers)
 
 
-@once
+@program_cache
 def _mover(places: tuple[Any, ...], structure: Any) -> Callable:
     def move(params: Any, taus: Sequence[TaskVector], alpha: jax.Array) -> Any:
         return delta.apply(params, TaskVector.combine(taus, list(alpha)), check=False)
@@ -123,7 +123,7 @@ def _mover(places: tuple[Any, ...], structure: Any) -> Callable:
     return jax.jit(move, out_shardings=jax.tree.unflatten(structure, places))
 
 
-@once
+@program_cache
 def _reader(apply: Callable, read: Read) -> Callable:
     return jax.jit(lambda params, batch: read(apply(params, batch), batch))
 
@@ -156,7 +156,7 @@ def weighing(objective: Objective) -> Any:
     return objective
 
 
-@once
+@program_cache
 def summed(objective: Objective) -> Read:
     """Sums of loss, metrics and weight; one function for equal objectives, so that they share programs."""
     return functools.partial(evaluation.batch_sums, objective)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jft import terminal
 from jft.cli.errors import Parser, UsageError
 
 METHODS = (
@@ -41,9 +42,6 @@ def _mesh(text: str) -> tuple[tuple[str, int], ...]:
 
 
 def _table(costs: Sequence[Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from jft.parallel.memory import human
 
     first = costs[0]
@@ -67,15 +65,9 @@ def _table(costs: Sequence[Any]) -> None:
     columns += [("peak / device", lambda c: human(c.peak) if c.fits else f"over {human(c.peak)}, does not fit")]
     if first.seconds:
         columns += [("s / step", lambda c: f"{c.seconds:.2f}"), (relative, lambda c: f"{c.times(first):.3g}")]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for header, _ in columns:
-        table.add_column(header, justify="left" if header == "method" else "right")
-    for c in costs:
-        table.add_row(*(cell(c) for _, cell in columns))
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 150)
-    console.print(table, markup=False)
+    headers = [header for header, _ in columns]
+    rows = [[cell(c) for _, cell in columns] for c in costs]
+    terminal.show(terminal.table(headers, rows, left=("method",), fold=headers))
 
 
 def main(argv: Sequence[str]) -> int:

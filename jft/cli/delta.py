@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jft import terminal
 from jft.cli.errors import Parser, UsageError
 
 EXAMPLES = """\
@@ -213,19 +214,9 @@ def _print_manifest(manifest: dict[str, Any]) -> None:
 
 def _print_table(columns: list[str], rows: list[dict[str, Any]]) -> None:
     """Rows under headers; the last row is the total."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(
-            column.replace("_", " "), justify="left" if column in ("path", "encoding") else "right", no_wrap=True
-        )
-    for i, row in enumerate(rows):
-        table.add_row(
-            *(_cell(column, row.get(column, "")) for column in columns), style="bold" if i == len(rows) - 1 else None
-        )
-    Console(highlight=False, markup=False).print(table)
+    headers = [column.replace("_", " ") for column in columns]
+    cells = [[_cell(column, row.get(column, "")) for column in columns] for row in rows]
+    terminal.show(terminal.table(headers, cells, left=("path", "encoding"), total=True))
 
 
 def _cell(column: str, value: Any) -> str:

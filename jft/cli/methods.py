@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from jft import terminal
 from jft.cli.errors import Parser, UsageError
 from jft.names import nearest
 
@@ -52,18 +53,9 @@ def _stores(train: Any) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for header in ("method", "what it does", "options", "paper"):
-        table.add_column(header, overflow="fold", no_wrap=header == "method")
-    for row in rows:
-        table.add_row(row["name"], row["summary"], ", ".join(row["options"]), row["paper"])
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 150)
-    console.print(table, markup=False)
+    headers = ("method", "what it does", "options", "paper")
+    cells = [(row["name"], row["summary"], ", ".join(row["options"]), row["paper"]) for row in rows]
+    terminal.show(terminal.table(headers, cells, left=headers, fold=headers[1:]))
 
 
 def _card(row: dict[str, Any], doc: str) -> None:

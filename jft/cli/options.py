@@ -3,6 +3,9 @@
 A config file is Python with ``get_config() -> ConfigDict`` (or ``get_config(arg)``, where ``:ARG`` is passed as it is).
 An override must name a key that is there, or one inside a part that its owner reads freely and checks itself
 (``method``: the preset's options; ``data``, ``eval_data``: the source's). Values are Python literals, else strings.
+
+Not by ``ml_collections.config_flags``: there either every key may be added or none, a part that is not there is never made,
+and what is None, a list, or one or many (``data.classes``) cannot be set.
 """
 
 from __future__ import annotations

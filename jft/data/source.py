@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jft.data.errors import DataError, nearest
+from jft.data.errors import DataError, hint
 
 # The seed of every fixed choice of rows (held-out part, few-shot, limit). Changing it would change published splits.
 SPLIT_SEED = 0
@@ -45,7 +45,7 @@ def field_of(source: Source, index: int, field: str, record: Mapping[str, Any] |
     """``source[index][field]``; a missing field is a :class:`DataError` naming place and nearest field."""
     record = source[index] if record is None else record
     if field not in record:
-        raise DataError(f"{source.where(index)}: no field {field!r}.{nearest(field, record)}")
+        raise DataError(f"{source.where(index)}: no field {field!r}.{hint(field, record)}")
     return record[field]
 
 

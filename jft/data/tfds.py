@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from jft.data.errors import DataError
 from jft.data.source import Source
+from jft.names import nearest
 
 
 class _Quiet(logging.Filter):
@@ -37,9 +37,8 @@ def _builder(name: str | None, directory: str | None, data_dir: str | None) -> A
         return tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
         known = tfds.core.registered.list_imported_builders()
-        close = difflib.get_close_matches(str(name).split("/")[0].split(":")[0], known, n=3)
-        hint = f" Nearest: {', '.join(close)}." if close else ""
-        raise DataError(f"tfds: no data set named {name!r}.{hint}") from None
+        near = nearest(str(name).split("/")[0].split(":")[0], known, n=3, hint=" Nearest: {}.")
+        raise DataError(f"tfds: no data set named {name!r}.{near}") from None
     except (ValueError, AssertionError, ModuleNotFoundError) as error:
         raise DataError(f"tfds: {name!r} cannot be built: {str(error).splitlines()[0]}") from error
 

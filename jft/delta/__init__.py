@@ -2,27 +2,42 @@
 
 from jft.delta import file
 from jft.delta.bit_mask import BitMask
-from jft.delta.blocks import Blocks
+from jft.delta.blocks import BlockLayout, Blocks
+from jft.delta.changed import Change, Changed, Leaf, Matrices
+from jft.delta.diagonal import DiagonalBlocks
 from jft.delta.encoding import Dense, Encoding, Sum
-from jft.delta.entries import Entries
+from jft.delta.entries import Entries, EntryLayout
+from jft.delta.experts import ExpertLayout
 from jft.delta.gate import Gate
 from jft.delta.low_rank import LowRank
 from jft.delta.manifest import BaseMismatch, derive, describe, describe_base
 from jft.delta.registry import kinds, register, rule
 from jft.delta.rows import Rows
-from jft.delta.slices import Slices
+from jft.delta.selected import Layout, Selected
+from jft.delta.slices import SliceLayout, Slices
 from jft.delta.task_vector import TaskVector, apply, revert
 
 __all__ = [
     "BaseMismatch",
     "BitMask",
+    "BlockLayout",
     "Blocks",
+    "Change",
+    "Changed",
     "Dense",
+    "DiagonalBlocks",
     "Encoding",
     "Entries",
+    "EntryLayout",
+    "ExpertLayout",
     "Gate",
+    "Layout",
+    "Leaf",
     "LowRank",
+    "Matrices",
     "Rows",
+    "Selected",
+    "SliceLayout",
     "Slices",
     "Sum",
     "TaskVector",

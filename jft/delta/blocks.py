@@ -10,12 +10,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jft.delta.changed import COLUMNS, ROWS, Change, Matrices
 from jft.delta.encoding import Encoding, unravel
 from jft.delta.entries import Entries
 from jft.delta.low_rank import LowRank
-from jft.delta.numeric import inner, matmul, visible
+from jft.delta.numeric import host, inner, matmul, visible
 from jft.delta.registry import register, rule
+from jft.delta.selected import (
+    Layout,
+    below,
+    cells,
+    flat_index,
+    joined,
+    over_leading,
+    pad_axis,
+    padded_coordinates,
+    stacked,
+    whole_coordinates,
+)
 from jft.delta.sparse import Sparse, find, pick, row_major, united
+from jft.kernels import blocks as kernel
 
 Array = jax.Array
 
@@ -103,6 +117,13 @@ class Blocks(Sparse):
         rows, columns = row * b + jnp.arange(b, dtype=jnp.int32)[:, None], column * c + jnp.arange(c, dtype=jnp.int32)
         return spread(rows), spread(columns), jnp.asarray(self.values).reshape(-1)
 
+    def stacked(self) -> Change:
+        if len(self.shape) < 2 or not visible(self.indices, self.values):
+            return super().stacked()
+        indices, (b, c) = host(self.indices), self.block
+        layout, extent = BlockLayout(b, c), self.shape[-2] // b
+        return stacked(layout, indices[:, 0], indices[:, 1:], host(self.values), self.shape, extent)
+
     def take(self, rows: Array, columns: Array) -> Array:
         b, c = self.block
         place = find(rows // b, columns // c, *self.grid(jnp.asarray(self.indices)))
@@ -145,3 +166,67 @@ def _blocks_of_product(x: Blocks, y: LowRank) -> Array:
     left = jnp.asarray(y.a).reshape(*lead, height, b, rank)[(*matrix, i)]
     right = jnp.swapaxes(jnp.asarray(y.b).reshape(*lead, rank, width, c), -3, -2)[(*matrix, j)]
     return inner(matmul(x.values, jnp.swapaxes(right, -1, -2)), left)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockLayout(Layout):
+    """Blocks of ``height x width`` in programs: ``at[*lead, gi, gj, n, 2]`` in blocks, values ``[*lead, gi, gj, n, b, c]``."""
+
+    height: int
+    width: int
+    matrices = Matrices()
+
+    def axes(self, at: Any) -> tuple[tuple, tuple]:
+        return (..., ROWS, COLUMNS, None, None), (..., ROWS, COLUMNS, None, None, None)
+
+    def lead(self, at: Any) -> int:
+        return len(at.shape) - 4
+
+    def gather(self, w: Array, at: Array) -> Array:
+        block = self.height, self.width
+        numbers = jax.lax.GatherDimensionNumbers(offset_dims=(1, 2), collapsed_slice_dims=(), start_index_map=(0, 1))
+
+        def one(cell: Array, at: Array) -> Array:
+            starts = at * jnp.asarray(block, at.dtype)
+            return jax.lax.gather(cell, starts, numbers, block, mode="fill", fill_value=0, unique_indices=True)
+
+        return over_leading(one, at.ndim - 2)(cells(w, at.shape[-4:-2]), at)
+
+    def put(self, w: Array, at: Array, values: Array) -> Array:
+        block = self.height, self.width
+        numbers = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=(1, 2), inserted_window_dims=(), scatter_dims_to_operand_dims=(0, 1)
+        )
+
+        def one(cell: Array, at: Array, values: Array) -> Array:
+            starts = at * jnp.asarray(block, at.dtype)
+            return jax.lax.scatter(cell, starts, values, numbers, mode="drop", unique_indices=True)
+
+        done = over_leading(one, at.ndim - 2)(cells(w, at.shape[-4:-2]), at, values.astype(w.dtype))
+        return joined(done, 2)
+
+    def product(self, x: Array, at: Array, values: Array, shape: tuple[int, ...]) -> Array:
+        return kernel.block_product(x, at, values, shape)  # type: ignore[arg-type]  # a matrix has two axes
+
+    def transposed(self, at: Array, values: Array) -> tuple[Layout, Array, Array]:
+        values = jnp.swapaxes(jnp.swapaxes(values, -5, -4), -2, -1)
+        return BlockLayout(self.width, self.height), jnp.swapaxes(at, -4, -3)[..., ::-1], values
+
+    def count(self, at: Array, shape: tuple[int, ...]) -> Array:
+        return below(at[..., 0], shape[-2] // self.height // at.shape[-4]) * (self.height * self.width)
+
+    def encode(self, at: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> Blocks:
+        lead, grid = shape[:-2], at.shape[-4:-2]
+        counts = [shape[-2] // self.height // grid[0], shape[-1] // self.width // grid[1]]
+        index, valid = whole_coordinates(at, grid, counts)
+        matrix = flat_index(lead, index[: len(lead)], valid.sum())
+        where = np.stack([matrix, *index[-2:]], axis=-1)
+        order = np.lexsort((where[:, 2], where[:, 1], where[:, 0]))
+        return Blocks(jnp.asarray(where[order], jnp.int32), jnp.asarray(values[valid][order]), shape)
+
+    def slots(self, at: Any) -> int:
+        return at.shape[-2]
+
+    def pad(self, at: Array, values: Array, most: int, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        extent = shape[-2] // self.height // at.shape[-4]
+        return padded_coordinates(at, most, extent), pad_axis(values, -3, most)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import tree
+from jft.delta.changed import Change, Leaf
 from jft.delta.numeric import count_nonzero, inner, wide
 from jft.delta.registry import by_rule, kinds, register
 
@@ -67,6 +68,10 @@ class Encoding(abc.ABC):
     @abc.abstractmethod
     def scaled(self: E, c: Any) -> E:
         """``c * delta`` for a scalar ``c``, in the same encoding."""
+
+    def stacked(self) -> Change:
+        """The same in the form in which programs hold it; whole where there is none, or indices cannot be looked at."""
+        return self if isinstance(self, Change) else Dense(self.dense())
 
     def add_to(self, w: Array) -> Array:
         """``w + delta`` for a float32 ``w``."""
@@ -270,10 +275,13 @@ def _whole(parts: list[Encoding]) -> Encoding:
 
 @register("dense", data=("value",))
 @dataclasses.dataclass(frozen=True, eq=False)
-class Dense(Encoding):
+class Dense(Encoding, Change):
     """Every entry: ``value [...]``."""
 
     value: Array
+    factors = ("value",)
+    is_array = True
+    leaves = Leaf()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -285,6 +293,12 @@ class Dense(Encoding):
 
     def dense(self) -> Array:
         return wide(self.value)
+
+    def whole(self, dtype: Any) -> Array:
+        return self.value.astype(dtype)
+
+    def transposed(self) -> Dense:
+        return self._with(value=jnp.swapaxes(self.value, -1, -2))
 
     def scaled(self, c: Any) -> Dense:
         return self._with(value=wide(self.value) * c)

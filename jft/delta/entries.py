@@ -14,9 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.delta import elias_fano
+from jft.delta.changed import COLUMNS, ROWS, Change
 from jft.delta.encoding import Dense, Encoding, Sum, entry_index
 from jft.delta.numeric import host, inner, visible
 from jft.delta.registry import register, rule
+from jft.delta.selected import (
+    Layout,
+    below,
+    cells,
+    flat_index,
+    joined,
+    over_leading,
+    pad_axis,
+    padded_coordinates,
+    stacked,
+    whole_coordinates,
+)
 from jft.delta.sparse import Sparse, find, overlaid, pick, row_major, united
 
 Array = jax.Array
@@ -110,6 +123,14 @@ class Entries(Sparse):
         rows, columns = _split(keys, self.shape)
         return self._with(rows=rows, columns=columns, values=values)
 
+    def stacked(self) -> Change:
+        if len(self.shape) < 2 or not visible(self.rows, self.columns, self.values):
+            return super().stacked()
+        extent = self.shape[-2]
+        matrix, row = np.divmod(host(self.rows).astype(np.int64), extent)
+        part = np.stack([row, host(self.columns)], axis=-1)
+        return stacked(EntryLayout(), matrix, part, host(self.values), self.shape, extent)
+
     def keys(self) -> np.ndarray:
         """``row * columns + column`` of every entry, int64, in this process's memory."""
         return host(self.rows).astype(np.int64) * self.shape[-1] + host(self.columns)
@@ -164,3 +185,76 @@ def _matched(x: Entries, y: Entries) -> Array | None:
     place = np.searchsorted(other[:-1], own)
     hit = np.flatnonzero(other[place] == own)
     return inner(x.values[hit], y.values[place[hit]])
+
+
+@dataclasses.dataclass(frozen=True)
+class EntryLayout(Layout):
+    """Single entries in programs: ``at[*lead, gi, gj, k, 2]`` (row, column), values ``[*lead, gi, gj, k]``.
+
+    A vector ``[*lead, D]`` has ``at[*lead, g, k, 1]`` and values ``[*lead, g, k]``. Matrix units cannot skip single entries, so
+    the gradient of one layer's weight is formed and gathered where it arises; under a scan no other layer's exists with it.
+    """
+
+    def axes(self, at: Any) -> tuple[tuple, tuple]:
+        cell = (ROWS, COLUMNS) if at is None or at.shape[-1] == 2 else (COLUMNS,)
+        return (..., *cell, None, None), (..., *cell, None)
+
+    def lead(self, at: Any) -> int:
+        return len(at.shape) - 2 - at.shape[-1]
+
+    def _grid(self, at: Any) -> tuple[int, ...]:
+        return at.shape[-2 - at.shape[-1] : -2]
+
+    def gather(self, w: Array, at: Array) -> Array:
+        def one(cell: Array, at: Array) -> Array:
+            index = tuple(at[:, i] for i in range(at.shape[-1]))
+            return cell.at[index].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
+
+        return over_leading(one, at.ndim - 2)(cells(w, self._grid(at)), at)
+
+    def put(self, w: Array, at: Array, values: Array) -> Array:
+        values = values.astype(w.dtype)
+        if self.lead(at) and w.shape[0] > 1:
+            return jax.lax.platform_dependent(w, at, values, tpu=self._put_in_turn, default=self._put)
+        return self._put(w, at, values)
+
+    def _put(self, w: Array, at: Array, values: Array) -> Array:
+        def one(cell: Array, at: Array, values: Array) -> Array:
+            index = tuple(at[:, i] for i in range(at.shape[-1]))
+            return cell.at[index].set(values, mode="drop", unique_indices=True, indices_are_sorted=True)
+
+        return joined(over_leading(one, at.ndim - 2)(cells(w, self._grid(at)), at, values), at.shape[-1])
+
+    def _put_in_turn(self, w: Array, at: Array, values: Array) -> Array:
+        """As ``_put``, layer by layer: a TPU scatters single entries into a flat copy, which is then one of a layer."""
+
+        def write(i: Array, w: Array) -> Array:
+            layer = self._put(*(jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False) for x in (w, at, values)))
+            return jax.lax.dynamic_update_index_in_dim(w, layer, i, 0)
+
+        return jax.lax.fori_loop(0, w.shape[0], write, w)
+
+    def count(self, at: Array, shape: tuple[int, ...]) -> Array:
+        return below(at[..., 0], shape[-at.shape[-1]] // self._grid(at)[0])
+
+    def encode(self, at: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> Entries:
+        n = at.shape[-1]
+        lead, extent = shape[: len(shape) - n], shape[len(shape) - n :]
+        grid = at.shape[len(lead) : len(lead) + n]
+        index, valid = whole_coordinates(at, grid, [size // g for size, g in zip(extent, grid, strict=True)])
+        *leading, columns = [*index[: len(lead)], *index[-n:]]
+        rows = flat_index(shape[:-1], leading, valid.sum())
+        order = np.lexsort((columns, rows))
+        return Entries(
+            jnp.asarray(rows[order], jnp.int32),
+            jnp.asarray(columns[order], jnp.int32),
+            jnp.asarray(values[valid][order]),
+            shape,
+        )
+
+    def slots(self, at: Any) -> int:
+        return at.shape[-2]
+
+    def pad(self, at: Array, values: Array, most: int, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        extent = shape[-at.shape[-1]] // self._grid(at)[0]
+        return padded_coordinates(at, most, extent), pad_axis(values, -1, most)

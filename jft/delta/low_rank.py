@@ -1,23 +1,25 @@
-"""`LowRank`: a delta that is a product of two thin matrices."""
+"""`LowRank`: a delta that is a product of two matrices of few columns and rows."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from jft.delta.changed import COLUMNS, ROWS, Change, Leaf
 from jft.delta.encoding import Encoding
 from jft.delta.numeric import inner, matmul, wide
 from jft.delta.registry import register, rule
+from jft.dot import accumulator, dot, grouped_dot, take
 
 Array = jax.Array
 
 
 @register("low_rank", data=("a", "b"))
 @dataclasses.dataclass(frozen=True, eq=False)
-class LowRank(Encoding):
+class LowRank(Encoding, Change):
     """``delta = a @ b`` on the last two axes: a ``[..., I, r]``, b ``[..., r, O]``, any scale already in ``b``.
 
     Leading axes (layers, experts) are batched. Sums of two are exact: the factors are concatenated, so ranks add. ``dot``
@@ -27,6 +29,8 @@ class LowRank(Encoding):
 
     a: Array
     b: Array
+    factors = ("a", "b")
+    leaves: ClassVar[dict[str, Leaf]] = {"a": Leaf((..., ROWS, None)), "b": Leaf((..., None, COLUMNS))}
 
     def __post_init__(self) -> None:
         a, b = tuple(self.a.shape), tuple(self.b.shape)
@@ -50,6 +54,23 @@ class LowRank(Encoding):
 
     def dense(self) -> Array:
         return matmul(self.a, self.b)
+
+    def whole(self, dtype: Any) -> Array:
+        return jnp.matmul(self.a, self.b, preferred_element_type=accumulator(self.b.dtype)).astype(dtype)
+
+    # Never formed: two products more than ``x @ w``, by way of r numbers.
+
+    def product(self, x: Array) -> Array:
+        return dot(dot(x, self.a), self.b)
+
+    def grouped_product(self, x: Array, sizes: Array) -> Array:
+        return grouped_dot(grouped_dot(x, self.a, sizes), self.b, sizes)
+
+    def rows(self, ids: Array) -> Array:
+        return dot(take(self.a, ids, self.a.dtype), self.b)
+
+    def transposed(self) -> LowRank:
+        return self._with(a=jnp.swapaxes(self.b, -1, -2), b=jnp.swapaxes(self.a, -1, -2))
 
     def scaled(self, c: Any) -> LowRank:
         return self._with(b=wide(self.b) * c)

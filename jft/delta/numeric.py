@@ -53,8 +53,8 @@ def visible(*arrays: Any) -> bool:
 
 
 def host(x: Any) -> np.ndarray:
-    """``x`` in this process's memory, contiguous; gathered where it is spread over processes, all of which must call."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    """``x`` in this process's memory, contiguous; gathered where not :func:`visible`: then all processes must call."""
+    if not visible(x) and isinstance(x, jax.Array):
         from jax.experimental import multihost_utils
 
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -5,17 +5,29 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jft.delta.changed import COLUMNS, ROWS, Change, Matrices
 from jft.delta.encoding import Encoding, unravel
 from jft.delta.entries import Entries
 from jft.delta.low_rank import LowRank
-from jft.delta.numeric import inner, visible, wide
+from jft.delta.numeric import host, inner, visible, wide
 from jft.delta.registry import register, rule
+from jft.delta.selected import (
+    Layout,
+    below,
+    flat_index,
+    over_leading,
+    pad_axis,
+    padded_coordinates,
+    stacked,
+    whole_coordinates,
+)
 from jft.delta.sparse import Sparse, pick, united
 
 Array = jax.Array
@@ -135,6 +147,15 @@ class Slices(Slicing):
         inputs, outputs = self.shape[-2:]
         return rows // inputs * outputs + columns, rows % inputs
 
+    def stacked(self) -> Change:
+        if not visible(self.indices, self.values):
+            return super().stacked()
+        extent, lead = self.shape[self.axis], len(self.shape) - 2
+        matrix, part = np.divmod(host(self.indices).astype(np.int64), extent)
+        found = stacked(SliceLayout(self.axis), matrix, part[:, None], host(self.values), self.shape, extent)
+        values = found.values if self.axis == ROWS else jnp.moveaxis(found.values, -1, lead)
+        return found.replace(at=found.at[..., 0], values=values)
+
     @classmethod
     def of(cls, delta: Encoding, axis: int = -2) -> Slices:
         """``delta`` as slices: all that hold an entry it stores (:meth:`jft.delta.Entries.of`)."""
@@ -178,3 +199,96 @@ def _slices_of_product(x: Slices, y: LowRank) -> Array:
     m, values = x.indices // x.shape[x.axis], wide(x.values)
     add = lambda k, total: total + jnp.sum(values * across[x.indices, k][:, None] * along[m, :, k])
     return jax.lax.fori_loop(0, y.rank, add, jnp.zeros((), values.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceLayout(Layout):
+    """Whole rows (``axis`` -2) or columns (-1) in programs: ``at[*lead, g, r]``.
+
+    Values ``[*lead, g, r, O]`` of rows, ``[*lead, I, g, r]`` of columns. For ``y = x @ w`` the gradient of rows needs only
+    their columns of ``x``, so no more of ``x`` is kept for the backward pass; that of columns needs only their columns of
+    ``dy``. Both are dense products: no kernel would be faster.
+    """
+
+    axis: int
+
+    @property
+    def matrices(self) -> Matrices:  # type: ignore[override]
+        """The rows, or columns, that train of one matrix are one."""
+        return Matrices((-3, -2), (-1,)) if self.axis == ROWS else Matrices((-3,), (-2, -1))
+
+    def axes(self, at: Any) -> tuple[tuple, tuple]:
+        return (..., self.axis, None), (..., ROWS, None, COLUMNS) if self.axis == ROWS else (..., ROWS, COLUMNS, None)
+
+    def lead(self, at: Any) -> int:
+        return len(at.shape) - 2
+
+    def _each_cell(self, fn: Callable[..., Array], w: Array, at: Array, *values: Array) -> Array:
+        """``fn(cell, at, *values)`` over the leading axes and the cells, at the place where these stand in ``w``."""
+        g, size = at.shape[-2], w.shape[self.axis] // at.shape[-2]
+        place = at.ndim - 2 if self.axis == ROWS else at.ndim - 1
+        w = w.reshape(*w.shape[:place], g, size, *w.shape[place + 1 :])
+        place -= at.ndim - 2
+        over_cells = jax.vmap(fn, in_axes=(place, 0, *(place for _ in values)), out_axes=place)
+        return over_leading(over_cells, at.ndim - 2)(w, at, *values)
+
+    def gather(self, w: Array, at: Array) -> Array:
+        def one(cell: Array, at: Array) -> Array:
+            return jnp.take(cell, at, axis=self.axis, mode="fill", fill_value=0)
+
+        return self._each_cell(one, w, at)
+
+    def put(self, w: Array, at: Array, values: Array) -> Array:
+        def one(cell: Array, at: Array, values: Array) -> Array:
+            index = at if self.axis == ROWS else (slice(None), at)
+            return cell.at[index].set(values, mode="drop", unique_indices=True)
+
+        return self._each_cell(one, w, at, values.astype(w.dtype)).reshape(w.shape)
+
+    def product(self, x: Array, at: Array, values: Array, shape: tuple[int, ...]) -> Array:
+        index = _whole_index(at, shape[self.axis])
+        if self.axis == ROWS:
+            taken = jnp.take(x, index, axis=-1, mode="fill", fill_value=0)
+            return taken @ values.reshape(-1, shape[1]).astype(x.dtype)
+        part = x @ values.reshape(shape[0], -1).astype(x.dtype)
+        return jnp.zeros((*x.shape[:-1], shape[1]), x.dtype).at[..., index].add(part, mode="drop")
+
+    def rows(self, ids: Array, at: Array, values: Array, shape: tuple[int, ...]) -> Array | None:
+        if self.axis == COLUMNS:
+            return None
+        index = _whole_index(at, shape[0])
+        count = index.shape[0]
+        slots = jnp.full(shape[0], count, jnp.int32).at[index].set(jnp.arange(count, dtype=jnp.int32), mode="drop")
+        return jnp.take(values.reshape(-1, values.shape[-1]), slots[ids], axis=0, mode="fill", fill_value=0)
+
+    def transposed(self, at: Array, values: Array) -> tuple[Layout, Array, Array]:
+        lead = at.ndim - 2
+        source, target = (-1, lead) if self.axis == ROWS else (lead, -1)
+        return SliceLayout(ROWS + COLUMNS - self.axis), at, jnp.moveaxis(values, source, target)
+
+    def count(self, at: Array, shape: tuple[int, ...]) -> Array:
+        return below(at, shape[self.axis] // at.shape[-2]) * shape[ROWS + COLUMNS - self.axis]
+
+    def encode(self, at: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> Slices:
+        lead, size, g = shape[:-2], shape[self.axis], at.shape[-2]
+        index, valid = whole_coordinates(at[..., None], (g,), [size // g])
+        flat = flat_index((*lead, size), index, valid.sum())
+        if self.axis == COLUMNS:
+            values = np.moveaxis(values, len(lead), -1)
+        return Slices(jnp.asarray(flat, jnp.int32), jnp.asarray(values[valid]), shape, self.axis)
+
+    def slots(self, at: Any) -> int:
+        return at.shape[-1]
+
+    def pad(self, at: Array, values: Array, most: int, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        extent = shape[self.axis] // at.shape[-2]
+        return padded_coordinates(at[..., None], most, extent)[..., 0], pad_axis(
+            values, -2 if self.axis == ROWS else -1, most
+        )
+
+
+def _whole_index(at: Array, size: int) -> Array:
+    """Coordinates ``at[g, r]`` inside cells along the whole axis of ``size``, ``[g * r]``; those of padding past its end."""
+    extent = size // at.shape[-2]
+    start = jnp.arange(at.shape[-2], dtype=jnp.int32)[:, None] * extent
+    return jnp.where(at < extent, at + start, size).reshape(-1)

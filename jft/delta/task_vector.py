@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import tree
+from jft.compiled import program_cache
 from jft.delta import manifest as manifests
 from jft.delta.encoding import Dense, Encoding, standing_alone
 from jft.delta.numeric import concrete, wide
@@ -286,7 +286,7 @@ def _applied(delta: Encoding, w: Any, scale: Any, donate: bool) -> Array:
     return delta.apply_to(jnp.asarray(w), scale)
 
 
-@functools.lru_cache(maxsize=256)
+@program_cache(maxsize=256)
 def _apply_as(sharding: Any, donate: bool) -> Callable[[Array, Encoding, Any], Array]:
     """One fused program, its result where the weight is: float32 copies live only inside it."""
     program = lambda w, delta, scale: delta.apply_to(w, scale)

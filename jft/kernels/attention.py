@@ -1,8 +1,8 @@
-"""Attention in memory linear in the number of tokens, with derivatives in both modes.
+"""Attention, and the rule of which keys a query sees: all scores at once, or block by block in memory linear in tokens.
 
-Flash attention (Dao et al. 2022, arXiv:2205.14135) in plain JAX: scores exist for one block of queries and one of keys at a
-time. Fused kernels have a rule for reverse mode and refuse ``jax.jvp``. Here the rule is that of forward mode, linear in the
-tangents: with ``p_ij = exp(s_ij - lse_i)``,
+The second is flash attention (Dao et al. 2022, arXiv:2205.14135) in plain JAX, with derivatives in both modes: scores exist
+for one block of queries and one of keys at a time. Fused kernels have a rule for reverse mode and refuse ``jax.jvp``. Here
+the rule is that of forward mode, linear in the tangents: with ``p_ij = exp(s_ij - lse_i)``,
 
     do_i = sum_j p_ij (ds_ij v_j + dv_j) - (sum_j p_ij ds_ij) o_i,    dlse_i = sum_j p_ij ds_ij,
 
@@ -25,16 +25,64 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jft.kernels.mask import Mask
-
 Array = jax.Array
 
 
-class Terms(NamedTuple):
-    """What scores are made of besides q and k: ``scale []``, and ``bias [H, T, S]`` or None."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Query t sees key s if both are of one segment, and, where the mask is causal or has a window, by their places.
 
-    scale: Array
-    bias: Array | None
+    q_segments int ``[B, T]``, k_segments int ``[B, S]``, B possibly 1 for rows that are alike; segment 0 is padding, and is
+    seen by nobody. Places count tokens of the row, from 0. causal: ``s <= t``. window: ``|t - s| < window``, an int or a
+    traced scalar, so that layers of a scan may differ.
+    """
+
+    q_segments: Array
+    k_segments: Array
+    window: Array | int | None = None
+    causal: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @classmethod
+    def within(cls, segments: Array, **rules: Any) -> Mask:
+        """Of tokens ``segments[B, T]`` that look at each other."""
+        return cls(segments, segments, **rules)
+
+    def dense(self) -> Array:
+        """Bool ``[B, T, S]``."""
+        return self.block(0, 0, self.q_segments.shape[-1], self.k_segments.shape[-1])
+
+    def block(self, row: Array | int, column: Array | int, rows: int, columns: int) -> Array:
+        """Bool ``[B, rows, columns]``: the queries from ``row`` on, the keys from ``column`` on."""
+        q = jax.lax.dynamic_slice_in_dim(self.q_segments, row, rows, axis=-1)[..., :, None]
+        k = jax.lax.dynamic_slice_in_dim(self.k_segments, column, columns, axis=-1)[..., None, :]
+        distance = (row + jnp.arange(rows))[:, None] - (column + jnp.arange(columns))
+        visible = (q == k) & (k > 0)
+        if self.causal:
+            visible &= distance >= 0
+        if self.window is not None:
+            visible &= jnp.abs(distance) < self.window
+        return visible
+
+    def padded(self, rows: int, columns: int) -> Mask:
+        """The same for ``rows`` queries and ``columns`` keys, those that are new being padding."""
+
+        def pad(segments: Array, size: int) -> Array:
+            return jnp.pad(segments, ((0, 0), (0, size - segments.shape[-1])))
+
+        return dataclasses.replace(
+            self, q_segments=pad(self.q_segments, rows), k_segments=pad(self.k_segments, columns)
+        )
+
+    def reaches(self, row: Array | int, column: Array | int, rows: int, columns: int) -> Array | bool:
+        """Whether a pair of this block is of places that see each other; segments aside."""
+        reached: Array | bool = True
+        if self.causal:
+            reached = column < row + rows
+        if self.window is not None:
+            gap = jnp.maximum(row - (column + columns - 1), column - (row + rows - 1))
+            reached &= gap < self.window
+        return reached
 
 
 def attention(
@@ -46,7 +94,63 @@ def attention(
     scale: float | Array,
     softcap: float | None = None,
     bias: Array | None = None,
-    block: int = 512,
+    block: int | None = None,
+) -> Array:
+    """``softmax(scale * q k^T + bias) v`` with grouped queries: all scores at once, or ``block`` queries and keys at a time.
+
+    q ``[B, T, H, K]``, k and v ``[B, S, G, K]`` with H a multiple of G; mask None: every query sees every key; bias
+    ``[H, T, S]`` or None. Scores and softmax are float32 or wider; ``softcap`` c replaces a score s by ``c tanh(s / c)``.
+    A query that sees nothing (padding) gets the mean of all values: finite, and read by nobody. Returns ``[B, T, H, K]``.
+    """
+    if block is not None:
+        return blockwise_attention(q, k, v, mask, scale=scale, softcap=softcap, bias=bias, block=block)
+    B, T, H, K = q.shape
+    G = k.shape[2]
+    precise = jnp.promote_types(q.dtype, jnp.float32)
+    q = q.reshape(B, T, G, H // G, K)
+    scores = jnp.einsum("btghk,bsgk->bghts", q, k, preferred_element_type=precise) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.astype(precise).reshape(1, G, H // G, *bias.shape[1:])
+    if mask is not None:
+        scores = jnp.where(mask.dense()[:, None, None], scores, jnp.finfo(precise).min)
+    weights = softmax(scores)
+    out = jnp.einsum("bghts,bsgk->btghk", weights.astype(v.dtype), v, preferred_element_type=precise)
+    return out.reshape(B, T, H, K).astype(v.dtype)
+
+
+@jax.custom_jvp
+def softmax(s: Array) -> Array:
+    """``exp(s - max) / sum`` over the last axis, keeping its own value alone for the backward pass."""
+    e = jnp.exp(s - jnp.max(s, axis=-1, keepdims=True))
+    return e / jnp.sum(e, axis=-1, keepdims=True)
+
+
+@softmax.defjvp
+def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    p = softmax(*primals)
+    moved = p * tangents[0]
+    return p, moved - p * jnp.sum(moved, axis=-1, keepdims=True)
+
+
+class Terms(NamedTuple):
+    """What scores are made of besides q and k: ``scale []``, and ``bias [H, T, S]`` or None."""
+
+    scale: Array
+    bias: Array | None
+
+
+def blockwise_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask | None,
+    *,
+    scale: float | Array,
+    softcap: float | None = None,
+    bias: Array | None = None,
+    block: int,
 ) -> Array:
     """``softmax(scale * q k^T + bias) v`` with grouped queries; no array of T x S elements is formed.
 

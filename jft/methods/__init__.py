@@ -9,23 +9,23 @@ from jft.methods import presets_masked as presets_masked
 from jft.methods import presets_sparse as presets_sparse
 from jft.methods import presets_structured as presets_structured
 from jft.methods import presets_updates as presets_updates
-from jft.methods.layers import InPlaceLayers
-from jft.methods.parametrise import InPlace, LowRank, LowRankFixed, Parametrisation
+from jft.methods.layers import SomeLayers
+from jft.methods.low_rank import LowRank, LowRankFixed
+from jft.methods.parametrise import InPlace, InPlaceSelected, Parametrisation
 from jft.methods.plan import Method, Plan, Select
 from jft.methods.registry import Entry, entries, method, register
-from jft.methods.sparse import Selected
 
 __all__ = [
     "Entry",
     "InPlace",
-    "InPlaceLayers",
+    "InPlaceSelected",
     "LowRank",
     "LowRankFixed",
     "Method",
     "Parametrisation",
     "Plan",
     "Select",
-    "Selected",
+    "SomeLayers",
     "entries",
     "method",
     "register",

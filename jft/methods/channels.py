@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from jft import delta
+from jft.delta.changed import COLUMNS
+from jft.dot import dot, grouped_dot, take
 from jft.methods.formed import straight_through
-from jft.methods.parametrise import Parametrisation, padded
+from jft.methods.parametrise import Parametrisation
 from jft.methods.penalties import absolute
 from jft.methods.rules import Rule
-from jft.models.core import dot, grouped_dot, take
 
 Array = jax.Array
 
@@ -80,7 +80,9 @@ class Sparsified(Parametrisation):
     scaled: bool = True
     exact = True
 
-    def init(self, key: Array, w: Array, at: Array | None = None) -> tuple[Array, dict[str, Array]]:
+    def init(
+        self, key: Array, w: Array, at: Array | None = None, base: Array | None = None
+    ) -> tuple[Array, dict[str, Array]]:
         if w.ndim < 2 or self.rank < 1:
             raise ValueError(f"a weight of shape {w.shape} has no operator of rank {self.rank} on its output channels")
         *lead, _, width = w.shape
@@ -102,14 +104,19 @@ class Sparsified(Parametrisation):
         parts = (kept, trained["a"], trained["b"], self.factor(trained))
         return SparsifiedWeight(*parts) if structured else _formed(*parts).astype(kept.dtype)
 
-    def encode(self, base: Array, kept: Array, trained: dict[str, Array]) -> delta.Encoding:
-        formed = _formed(base, trained["a"], trained["b"], self.factor(trained))
-        return delta.Dense(formed - base.astype(jnp.float32))
+    def encode(self, base: Array | None, kept: Array, trained: dict[str, Array]) -> delta.Encoding:
+        formed = _formed(kept, trained["a"], trained["b"], self.factor(trained))
+        return delta.Dense(formed - kept.astype(jnp.float32))
 
-    def change(self, kept: Array, trained: dict[str, Array]) -> dict[str, Array]:
-        """b and the scale's distance from 1; a and the mask count as zero."""
-        still = {name: jnp.zeros_like(x) for name, x in trained.items()}
-        return still | {"b": trained["b"]} | ({"scale": trained["scale"] - 1} if self.scaled else {})
+    def leaves(self, at: Any = None) -> tuple[Any, Any]:
+        """b and the scale's distance from 1 are the distance from the base."""
+        channel = delta.Leaf((..., COLUMNS), matrices=None, origin=None)
+        trained = {
+            "a": delta.Leaf((..., COLUMNS, None), origin=None),
+            "b": delta.Leaf((..., None, COLUMNS)),
+            "mask": channel,
+        }
+        return delta.Leaf(), trained | ({"scale": dataclasses.replace(channel, origin=1.0)} if self.scaled else {})
 
     def penalty(self, kept: Array, trained: dict[str, Array]) -> Array | None:
         """``identity * mean((a^T a - 1)^2)``, summed over modules."""
@@ -117,15 +124,6 @@ class Sparsified(Parametrisation):
             return None
         gram = jnp.einsum("...or,...os->...rs", trained["a"], trained["a"])
         return self.identity * jnp.sum(jnp.mean(jnp.square(gram - jnp.eye(self.rank)), axis=(-1, -2)))
-
-    def matrices(self, trained: dict[str, Array]) -> dict[str, Any]:
-        return {name: x if name in ("a", "b") else None for name, x in super().matrices(trained).items()}
-
-    def specs(self, spec: PartitionSpec, w: Any, at: Any = None) -> tuple[Any, Any]:
-        *lead, _, width = padded(spec, len(w.shape))
-        vector = PartitionSpec(*lead, width)
-        trained = {"a": PartitionSpec(*lead, width, None), "b": PartitionSpec(*lead, None, width), "mask": vector}
-        return spec, trained | ({"scale": vector} if self.scaled else {})
 
 
 def _masks(trained: Mapping[str, Any]) -> dict[str, Array]:

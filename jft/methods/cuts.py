@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from jft.methods.layers import InPlaceLayers, SomeLayers
+from jft.methods.layers import SomeLayers
 from jft.methods.parametrise import InPlace, Parametrisation
-
-LAYER_IN_PATH = re.compile(r"(?:^|/)(?:layers?|blocks?|h)(?:/|_)(\d+)(?:/|$)")
+from jft.tree import layer_of, stack_of
 
 
 def by_layer(
@@ -18,20 +16,14 @@ def by_layer(
 ) -> dict[str, Parametrisation]:
     """Parametrisations for some layers only: runs of a stacked leaf, or the paths that carry the layer's number."""
     if stacked:
-        inside = {p: layers for p in chosen if stack(p) is not None}
-        every = {stack(p) for p in shapes} - {None}
+        inside = {p: layers for p in chosen if stack_of(p) is not None}
+        every = {stack_of(p) for p in shapes} - {None}
         return by_table(inside, shapes, train, cut=dict.fromkeys(every, layers))
-    numbered = {p: int(m[1]) for p in shapes if (m := LAYER_IN_PATH.search(p))}
+    numbered = {p: layer[1] for p in shapes if (layer := layer_of(p))}
     if not numbered:
         raise ValueError("this model's paths carry no layer numbers (layers/3/...); select by pattern instead")
     wanted = _resolve(layers, max(numbered.values()) + 1)
     return {p: train for p in chosen if numbered.get(p) in wanted}
-
-
-def stack(path: str) -> str | None:
-    """The stack of layers that a leaf belongs to, ``layers/`` or ``text/layers/``; None for what is in none."""
-    found = re.match(r"(.*?\b)?layers/", path)
-    return found[0] if found else None
 
 
 def by_table(
@@ -42,10 +34,10 @@ def by_table(
     cut: ``{stack: layers}``, where stacks are cut besides.
     """
     leaves: dict[str, Parametrisation] = {p: train for p, layers in table.items() if layers is None}
-    for name in dict.fromkeys(stack(p) for p in shapes):
+    for name in dict.fromkeys(stack_of(p) for p in shapes):
         if name is None:
             continue
-        mine = {p: shapes[p].shape[0] for p in shapes if stack(p) == name and p not in leaves}
+        mine = {p: shapes[p].shape[0] for p in shapes if stack_of(p) == name and p not in leaves}
         named = {p: _resolve(table[p] or (), n) for p, n in mine.items() if p in table}
         length = max(mine.values(), default=0)
         besides = _resolve((cut or {}).get(name, ()), length)
@@ -61,8 +53,8 @@ def by_table(
 
 
 def _runs(train: Parametrisation, sizes: tuple[int, ...], trains: tuple[bool, ...]) -> Parametrisation:
-    if isinstance(train, InPlace) or not any(trains):
-        return InPlaceLayers(sizes, trains)
+    if not any(trains):
+        return SomeLayers(InPlace(), sizes, trains)
     if train.live:
         raise ValueError(f"{train} keeps weights that it updates in place; it goes with all layers, or a pattern")
     return SomeLayers(train, sizes, trains)

@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jft import tree
+from jft.delta.numeric import host
+from jft.models.core import is_jft_model
 from jft.select import activations, backward, scores
 from jft.select.budget import Flops
 from jft.select.probe import Per, Probe
@@ -25,25 +28,20 @@ HIGHER_IS_BETTER = ("accuracy",)
 
 def stacks(probe: Probe) -> dict[str, int]:
     """The stacks of layers that have candidates, and how many layers each has."""
-    if not hasattr(probe.model, "linear_paths"):
+    if not is_jft_model(probe.model):
         raise ValueError(
             "layers are told apart in jft's own models, whose weights are stacked; select by pattern instead"
         )
-    found = {s: probe.params[p].shape[0] for p in probe.paths if (s := _stack(p)) is not None}
+    found = tree.stacks({p: probe.params[p] for p in probe.paths})
     if not found:
         raise ValueError(f"none of the candidates is in a layer: {', '.join(probe.paths[:3])}")
     return found
 
 
-def _stack(path: str) -> str | None:
-    head, found, _ = ("/" + path).partition("/layers/")
-    return f"{head}/layers".strip("/") if found else None
-
-
 def table_of(probe: Probe, layers: Mapping[str, Iterable[int]]) -> Table:
     """``{path: layers}`` of the candidates in ``layers`` of each stack."""
     chosen = {stack: sorted(map(int, own)) for stack, own in layers.items()}
-    return {p: chosen[s] for p in probe.paths if (s := _stack(p)) is not None and chosen.get(s)}
+    return {p: chosen[s] for p in probe.paths if (s := tree.stack_of(p)) is not None and chosen.get(s)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +57,7 @@ class ByScore:
             raise ValueError(f"k is {self.k}; choose at least 1 layer")
 
     def __call__(self, probe: Probe) -> Table:
-        found = {s: np.asarray(jax.device_get(x)) for s, x in self.score(probe).items()}
+        found = {s: host(x) for s, x in self.score(probe).items()}
         for stack, values in found.items():
             if self.k > len(values):
                 raise ValueError(f"k is {self.k}, and {stack} has {len(values)} layers")
@@ -126,7 +124,7 @@ class Correlation:
 
     def __call__(self, probe: Probe) -> dict[str, Array]:
         target = FromBatch(self.target) if isinstance(self.target, str) else self.target or Likelihood(probe.objective)
-        stack = re.sub(r"layers/.*", "layers", self.site)
+        stack = tree.stack_of(self.site) or self.site
         return {stack: activations.correlation(probe, target, self.batches, self.site, self.pool)}
 
 
@@ -245,7 +243,9 @@ class Green:
     def __call__(self, probe: Probe) -> Table:
         chain = backward.chain(probe)
         gradient, after = probe.gradient(self.batches), probe.tuned(1)
-        worth = {p: _lowering(gradient[p], after[p], probe.params[p], backward.layered(p)) for p in probe.paths}
+        worth = {
+            p: _lowering(gradient[p], after[p], probe.params[p], tree.stack_of(p) is not None) for p in probe.paths
+        }
         importance = [float(worth[t.path][t.layer]) if t.path in worth else 0.0 for t in chain]
         share = self.fraction
         if self.of == "step":
@@ -262,7 +262,7 @@ class Green:
         for i in plan:
             if importance[i] > 0:
                 tensor = chain[i]
-                layered = backward.layered(tensor.path)
+                layered = tree.stack_of(tensor.path) is not None
                 table[tensor.path] = sorted([*table.get(tensor.path, []), tensor.layer]) if layered else None
         if not table:
             raise ValueError(f"no tensor that would lower the loss fits into {self.fraction} of a step; give more")

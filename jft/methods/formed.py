@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from jft.models.core import dot, grouped_dot, take
+from jft.dot import dot, grouped_dot, take
 
 Array = jax.Array
 

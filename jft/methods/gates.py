@@ -9,12 +9,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from jft import delta
+from jft.delta.changed import COLUMNS, ROWS
+from jft.dot import dot, grouped_dot, take, transpose
 from jft.methods.formed import bound, keys, leading, straight_through
-from jft.methods.parametrise import Parametrisation, padded
-from jft.models.core import dot, grouped_dot, take, transpose
+from jft.methods.parametrise import Parametrisation, moved_from
 
 Array = jax.Array
 
@@ -56,7 +56,9 @@ class HardConcrete(Parametrisation):
         if self.counted not in ("product", "sum"):
             raise ValueError(f"counted {self.counted!r} is unknown; choose product or sum")
 
-    def init(self, key: Array, w: Array, at: Array | None = None) -> tuple[Array, dict[str, Array]]:
+    def init(
+        self, key: Array, w: Array, at: Array | None = None, base: Array | None = None
+    ) -> tuple[Array, dict[str, Array]]:
         trained = {"delta": jnp.zeros(w.shape, jnp.float32), "alpha": jnp.full(w.shape, self.init_alpha, jnp.float32)}
         if self.group:
             trained["group"] = jnp.full(w.shape[: leading(w, self.lead)], self.init_alpha, jnp.float32)
@@ -89,11 +91,7 @@ class HardConcrete(Parametrisation):
             z = z * _spread(self.gate(trained["group"]), z.ndim)
         return z * trained["delta"]
 
-    def change(self, kept: Array, trained: dict[str, Array]) -> dict[str, Array]:
-        """d; gates are not what stays near the base, and count as zero."""
-        return {name: x if name == "delta" else jnp.zeros_like(x) for name, x in trained.items()}
-
-    def encode(self, base: Array, kept: Array, trained: dict[str, Array]) -> delta.Encoding:
+    def encode(self, base: Array | None, kept: Array, trained: dict[str, Array]) -> delta.Encoding:
         change = self.moved(trained)
         sparse = delta.Dense(change).nnz * 12 < change.nbytes
         return delta.Entries.from_dense(change) if sparse else delta.Dense(change)
@@ -109,26 +107,14 @@ class HardConcrete(Parametrisation):
             return self.weight * (jnp.sum(likely) + jnp.sum(shared))
         return self.weight * jnp.sum(likely * _spread(shared, likely.ndim))
 
-    def base(self, kept: Array) -> Array:
-        return kept
+    def tangent(self, kept: Array, trained: dict[str, Array], key: Array | None = None) -> delta.Changed:
+        return moved_from(kept, self.bind(kept, trained, False, key))
 
-    def decays(self, trained: dict[str, Array]) -> dict[str, bool]:
-        return {name: name == "delta" for name in trained}
-
-    def scales(self, trained: dict[str, Array]) -> dict[str, float]:
-        return {name: 1.0 if name == "delta" else self.alpha_rate for name in trained}
-
-    def matrices(self, trained: dict[str, Array]) -> dict[str, Any]:
-        return {name: None if name == "group" else x for name, x in super().matrices(trained).items()}
-
-    def specs(self, spec: PartitionSpec, w: Any, at: Any = None) -> tuple[Any, Any]:
-        trained = {"delta": spec, "alpha": spec}
-        if self.group:
-            trained["group"] = PartitionSpec(*padded(spec, len(w.shape))[: leading(w, self.lead)])
-        return spec, trained
-
-    def placed(self, lead: int) -> HardConcrete:
-        return dataclasses.replace(self, lead=lead)
+    def leaves(self, at: Any = None) -> tuple[Any, Any]:
+        """Gates are not what decays or stays near the base."""
+        gate = delta.Leaf(decays=False, origin=None, rate=self.alpha_rate)
+        trained = {"delta": delta.Leaf(), "alpha": gate}
+        return delta.Leaf(), trained | ({"group": dataclasses.replace(gate, matrices=None)} if self.group else {})
 
 
 def _spread(x: Array, ndim: int) -> Array:
@@ -153,7 +139,9 @@ class Taps(Parametrisation):
     lead: int | None = None
     exact = True
 
-    def init(self, key: Array, w: Array, at: Array | None = None) -> tuple[Array, dict[str, Array]]:
+    def init(
+        self, key: Array, w: Array, at: Array | None = None, base: Array | None = None
+    ) -> tuple[Array, dict[str, Array]]:
         score = jnp.full(w.shape[: leading(w, self.lead)], self.init_score, jnp.float32)
         return w, {"delta": jnp.zeros(w.shape, jnp.float32), "score": score}
 
@@ -170,27 +158,16 @@ class Taps(Parametrisation):
     def bind(self, kept: Array, trained: dict[str, Array], structured: bool, key: Array | None = None) -> Any:
         return bound(self, (kept, trained), kept, leading(kept, self.lead), structured)
 
-    def change(self, kept: Array, trained: dict[str, Array]) -> dict[str, Array]:
-        """d; the score is not what stays near the base, and counts as zero."""
-        return {"delta": trained["delta"], "score": jnp.zeros_like(trained["score"])}
-
-    def encode(self, base: Array, kept: Array, trained: dict[str, Array]) -> delta.Encoding:
+    def encode(self, base: Array | None, kept: Array, trained: dict[str, Array]) -> delta.Encoding:
         active = np.asarray(self.active(trained))
-        values = jnp.where(_spread(jnp.asarray(active), base.ndim), trained["delta"], 0)
+        values = jnp.where(_spread(jnp.asarray(active), kept.ndim), trained["delta"], 0)
         if not active.ndim:
             return delta.Dense(values)
         index = np.flatnonzero(active.reshape(active.shape[0], -1).any(axis=1))
-        return delta.Rows(jnp.asarray(index, jnp.int32), values[index], base.shape)
+        return delta.Rows(jnp.asarray(index, jnp.int32), values[index], kept.shape)
 
-    def matrices(self, trained: dict[str, Array]) -> dict[str, Any]:
-        return {**super().matrices(trained), "score": None}
-
-    def specs(self, spec: PartitionSpec, w: Any, at: Any = None) -> tuple[Any, Any]:
-        lead = padded(spec, len(w.shape))[: leading(w, self.lead)]
-        return spec, {"delta": spec, "score": PartitionSpec(*lead)}
-
-    def placed(self, lead: int) -> Taps:
-        return dataclasses.replace(self, lead=lead)
+    def leaves(self, at: Any = None) -> tuple[Any, Any]:
+        return delta.Leaf(), {"delta": delta.Leaf(), "score": delta.Leaf(origin=None, matrices=None)}
 
 
 @jax.tree_util.register_dataclass
@@ -261,7 +238,9 @@ class Gates(Parametrisation):
         if self.sigma <= 0 or (self.noise is not None and self.noise < 0):
             raise ValueError(f"sigma must be above 0 and noise at least 0; got {self.sigma} and {self.noise}")
 
-    def init(self, key: Array, w: Array, at: Array | None = None) -> tuple[Array, dict[str, Array]]:
+    def init(
+        self, key: Array, w: Array, at: Array | None = None, base: Array | None = None
+    ) -> tuple[Array, dict[str, Array]]:
         if w.ndim < 2:
             raise ValueError(f"gates on channels need a matrix, not a weight of shape {w.shape}; narrow select.include")
         *lead, inputs, outputs = w.shape
@@ -295,12 +274,8 @@ class Gates(Parametrisation):
         """What each entry of the weight is multiplied by, ``[*lead, I or 1, O or 1]``."""
         return math.prod(z[name][..., :, None] if name == "rows" else z[name][..., None, :] for name in z)  # type: ignore[return-value]
 
-    def change(self, kept: Array, trained: dict[str, Array]) -> dict[str, Array]:
-        """How far the gates' parameters have moved from where they started."""
-        return {name: t - self.start for name, t in trained.items()}
-
-    def encode(self, base: Array, kept: Array, trained: dict[str, Array]) -> delta.Encoding:
-        return delta.Gate(self.product(self.gates(trained)), tuple(base.shape))
+    def encode(self, base: Array | None, kept: Array, trained: dict[str, Array]) -> delta.Encoding:
+        return delta.Gate(self.product(self.gates(trained)), tuple(kept.shape))
 
     def penalty(self, kept: Array, trained: dict[str, Array]) -> Array:
         """``weight`` times the expected number of open gates, or their distance from the target."""
@@ -310,10 +285,8 @@ class Gates(Parametrisation):
         away = [jnp.abs(jnp.mean(p, axis=-1) - self.open) for p in likely.values()]
         return self.weight * jnp.sum(sum(away)) / len(away)
 
-    def matrices(self, trained: dict[str, Array]) -> dict[str, None]:
-        return dict.fromkeys(trained)
-
-    def specs(self, spec: PartitionSpec, w: Any, at: Any = None) -> tuple[Any, Any]:
-        *lead, inputs, outputs = padded(spec, len(w.shape))
-        trained = {"rows": PartitionSpec(*lead, inputs), "columns": PartitionSpec(*lead, outputs)}
-        return spec, {name: s for name, s in trained.items() if getattr(self, name)}
+    def leaves(self, at: Any = None) -> tuple[Any, Any]:
+        """How far the gates' parameters have moved from where they started is their distance from the base."""
+        side = {"rows": (..., ROWS), "columns": (..., COLUMNS)}
+        trained = {name: delta.Leaf(axes, matrices=None, origin=self.start) for name, axes in side.items()}
+        return delta.Leaf(), {name: leaf for name, leaf in trained.items() if getattr(self, name)}

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from jft import delta
 from jft.methods.formed import bound, leading, straight_through
-from jft.methods.parametrise import Parametrisation
+from jft.methods.parametrise import Parametrisation, moved_from
 from jft.methods.rules import Rule
 from jft.select.threshold import top_each
 
@@ -40,33 +39,27 @@ class Mask(Parametrisation):
     def form(self, parts: tuple[Array, Array]) -> Array:
         """``w * mask`` in float32, for one matrix."""
         w, s = parts
-        there = self.placed(0).mask(jax.lax.stop_gradient(s))
+        there = self.fitted(lead=0).mask(jax.lax.stop_gradient(s))
         return w.astype(s.dtype) * straight_through(there.astype(s.dtype), self.soft(s))
 
     def bind(self, kept: Array, trained: Array, structured: bool, key: Array | None = None) -> Any:
         return bound(self, (kept, trained), kept, leading(kept, self.lead), structured)
 
-    def change(self, kept: Array, trained: Array) -> Array:
+    def leaves(self, at: Any = None) -> tuple[Any, Any]:
+        return delta.Leaf(), delta.Leaf(decays=False, origin=self._no_base)
+
+    def _no_base(self, kept: Any) -> Array:
         """Refused: scores start from a random draw, and zero means another weight, not the base."""
         raise ValueError(
             f"{type(self).__name__} trains scores, which have no base to stay near; leave out penalties on the change, or "
             "give the scores one of their own (l2)"
         )
 
-    def encode(self, base: Array, kept: Array, trained: Array) -> delta.Encoding:
+    def tangent(self, kept: Array, trained: Array, key: Array | None = None) -> delta.Changed:
+        return moved_from(kept, self.bind(kept, trained, False, key))
+
+    def encode(self, base: Array | None, kept: Array, trained: Array) -> delta.Encoding:
         return delta.BitMask.of(self.mask(trained))
-
-    def specs(self, spec: PartitionSpec, w: Any, at: Any = None) -> tuple[PartitionSpec, PartitionSpec]:
-        return spec, spec
-
-    def base(self, kept: Array) -> Array:
-        return kept
-
-    def decays(self, trained: Any) -> Any:
-        return jax.tree.map(lambda _: False, trained)
-
-    def placed(self, lead: int) -> Self:
-        return dataclasses.replace(self, lead=lead)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +91,7 @@ class Masked(Mask):
                 f"margin is {self.margin}; scores start that far from the threshold, so it must be above 0"
             )
 
-    def init(self, key: Array, w: Array, at: Array | None = None) -> tuple[Array, Array]:
+    def init(self, key: Array, w: Array, at: Array | None = None, base: Array | None = None) -> tuple[Array, Array]:
         """``(w, scores)``; the draw depends on the key and the shape alone."""
         dropped = jax.random.bernoulli(key, float(self.sparsity), w.shape)
         return w, jnp.where(dropped, self.threshold - self.margin, self.threshold + self.margin).astype(jnp.float32)
@@ -134,7 +127,7 @@ class TopMask(Mask):
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep is {self.keep}; it is the fraction of each matrix that stays, above 0 and up to 1")
 
-    def init(self, key: Array, w: Array, at: Array | None = None) -> tuple[Array, Array]:
+    def init(self, key: Array, w: Array, at: Array | None = None, base: Array | None = None) -> tuple[Array, Array]:
         """``(w, scores)``."""
         if self.std is not None:
             return w, self.std * jax.random.normal(key, w.shape, jnp.float32)

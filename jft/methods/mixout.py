@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from jft import delta
 from jft.methods.formed import bound, keys, leading
@@ -42,7 +41,7 @@ class Mixout(Parametrisation):
         if self.unit not in ("neuron", "weight"):
             raise ValueError(f"unit {self.unit!r} is unknown; choose neuron or weight")
 
-    def init(self, key: Array, w: Array, at: Array | None = None) -> tuple[Array, Array]:
+    def init(self, key: Array, w: Array, at: Array | None = None, base: Array | None = None) -> tuple[Array, Array]:
         return w, master(w)
 
     def form(self, parts: tuple[Array, Array, Array | None]) -> Array:
@@ -62,14 +61,8 @@ class Mixout(Parametrisation):
         parts = (kept, trained, keys(key, kept.shape[:lead]))
         return bound(self, parts, kept, lead, structured)
 
-    def change(self, kept: Array, trained: Array) -> Array:
-        return trained - kept.astype(trained.dtype)
+    def leaves(self, at: Any = None) -> tuple[Any, Any]:
+        return delta.Leaf(), delta.Leaf(origin=lambda kept: kept)
 
-    def encode(self, base: Array, kept: Array, trained: Array) -> delta.Encoding:
-        return delta.Dense(trained.astype(jnp.float32) - base.astype(jnp.float32))
-
-    def specs(self, spec: PartitionSpec, w: Any, at: Any = None) -> tuple[PartitionSpec, PartitionSpec]:
-        return spec, spec
-
-    def placed(self, lead: int) -> Mixout:
-        return dataclasses.replace(self, lead=lead)
+    def encode(self, base: Array | None, kept: Array, trained: Array) -> delta.Encoding:
+        return delta.Dense(trained.astype(jnp.float32) - kept.astype(jnp.float32))

@@ -21,7 +21,7 @@ class Penalty(Protocol):
 
 
 def _changes(plan: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> list[Array]:
-    return jax.tree.leaves({p: plan.leaves[p].change(kept[p], t) for p, t in trained.items()})
+    return jax.tree.leaves(plan.change(kept, trained))
 
 
 def _sum(terms: Iterable[Array]) -> Array:
@@ -34,7 +34,7 @@ def absolute(x: Array) -> Array:
 
 
 def _sized(total: Array, plan: Any, kept: Mapping[str, Any], trained: Mapping[str, Any], mean: bool) -> Array:
-    return total / sum(plan.leaves[p].count(kept[p], t) for p, t in trained.items()) if mean else total
+    return total / plan.count(kept, trained) if mean else total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +84,8 @@ class Nuclear:
 
     def __call__(self, plan: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> Array:
         total = jnp.float32(0)
-        for path, t in trained.items():
+        for path, change in plan.change(kept, trained).items():
             how = plan.leaves[path]
-            change = how.change(kept[path], t)
             if how.selects and isinstance(change, jax.Array):
                 change = how.spread(kept[path], change, jnp.zeros(kept[path]["w"].shape, change.dtype))
             if not isinstance(change, jax.Array):

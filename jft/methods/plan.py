@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec
 
 from jft import delta, tangent, tree
 from jft.methods import cuts
-from jft.methods.layers import InPlaceLayers, SomeLayers
-from jft.methods.parametrise import InPlace, LowRank, Parametrisation
-from jft.models.core import STRUCTURED
+from jft.methods.layers import SomeLayers
+from jft.methods.low_rank import LowRank
+from jft.methods.parametrise import InPlace, Parametrisation
+from jft.models.core import STRUCTURED, Runs, is_jft_model
 from jft.select.probe import lead
 from jft.select.unit import How, Unit
 from jft.select.units import Entry
@@ -113,7 +114,7 @@ class Method:
         shapes = tree.flatten(params)
         if not shapes:
             raise ValueError("the model has no parameters to train")
-        stacked = hasattr(model, "linear_paths")
+        stacked = is_jft_model(model)
         linear = tuple(model.linear_paths(params)) if stacked else _matrices(shapes)
         chosen = self.select.paths(shapes, linear)
         leaves: dict[str, Parametrisation] = {}
@@ -135,14 +136,17 @@ class Method:
         integers = [p for p in leaves if not jnp.issubdtype(shapes[p].dtype, jnp.floating)]
         for path in integers:
             leaves.pop(path)
-        if all(isinstance(how, InPlaceLayers) and not any(how.trains) for how in leaves.values()):
+        if all(isinstance(how, SomeLayers) and not any(how.trains) for how in leaves.values()):
             raise ValueError(
                 f"method {self.name!r} selects no weight: include={self.select.include}, freeze={self.freeze}"
             )
         _check(leaves, shapes, self.name)
-        ordered = {p: leaves[p].placed(lead(p, len(shapes[p].shape), stacked)) for p in shapes if p in leaves}
-        if self.forward == "linearized":
-            ordered = {p: how.linearized() for p, how in ordered.items()}
+        linearized = self.forward == "linearized"
+        ordered = {
+            p: leaves[p].fitted(lead=lead(p, len(shapes[p].shape), stacked), linearized=linearized)
+            for p in shapes
+            if p in leaves
+        }
         plan = Plan(self, ordered, tuple(shapes), jax.tree.structure(params), structured=stacked)
         return plan.anchored() if self.penalties or self.rule else plan
 
@@ -167,7 +171,7 @@ def _parts(
         shape = shapes[path].shape
         unit = select.unit_of(path, shape)
         if unit is not None and unit.axes <= len(shape) - lead(path, len(shape), stacked):
-            leaves[path] = train.at(unit)
+            leaves[path] = train.fitted(unit=unit)
     if not leaves:
         raise ValueError(f"none of the weights that include={select.include} names is made of {select.unit}")
     return leaves
@@ -224,14 +228,19 @@ class Plan:
 
     def anchored(self) -> Plan:
         """The same, keeping of the base what it takes to measure the change from it."""
-        return dataclasses.replace(self, leaves={p: how.anchored() for p, how in self.leaves.items()})
+        return dataclasses.replace(self, leaves={p: how.fitted(anchored=True) for p, how in self.leaves.items()})
 
     def init(
-        self, key: jax.Array, params: Any, chosen: Mapping[str, Any] | None = None
+        self,
+        key: jax.Array,
+        params: Any,
+        chosen: Mapping[str, Any] | None = None,
+        base: Mapping[str, jax.Array] | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """``(kept, trained)``, both by path. Trained values are copies, safe to donate; kept ones are ``params``' own.
 
-        chosen: ``{path: at}``, the selected parts of the weights that :attr:`selects` names.
+        chosen: ``{path: at}``, the selected parts of the weights that :attr:`selects` names. base: weights by path that the
+        change is measured from, where ``params`` have trained before.
         """
         kept: dict[str, Any] = {}
         trained: dict[str, Any] = {}
@@ -241,7 +250,8 @@ class Plan:
             if how is None:
                 kept[path], trained[path] = w, None
             else:
-                kept[path], trained[path] = how.init(tree.key_for(key, path), w, chosen.get(path))
+                origin = None if base is None else base[path]
+                kept[path], trained[path] = how.init(tree.key_for(key, path), w, chosen.get(path), origin)
         return kept, {p: t for p, t in trained.items() if jax.tree.leaves(t)}
 
     def bind(
@@ -282,26 +292,27 @@ class Plan:
         """What the model gives for ``batch``, by the method's forward pass; differentiable in ``trained``, as :meth:`bind`."""
         if self.method.forward == "standard":
             return apply(self.bind(kept, trained, dtype, key), batch)
-        leans = {
-            p: self.leaves[p].lean(kept[p], values, self._takes_structured(p), self._noise(p, key))
-            for p, values in trained.items()
-        }
+        tangents = {p: self.leaves[p].tangent(kept[p], t, self._noise(p, key)) for p, t in trained.items()}
 
         def build(weights: Mapping[str, Any]) -> Any:
-            return jax.tree.unflatten(self.structure, [weights[p] if p in weights else kept[p] for p in self.paths])
+            seen = {p: delta.changed.as_seen(w, self._takes_structured(p)) for p, w in weights.items()}
+            return jax.tree.unflatten(self.structure, [seen[p] if p in seen else kept[p] for p in self.paths])
 
         until = self.method.until
         after = None if until is None else self.bind(kept, trained, dtype, key)
-        return tangent.forward(apply, build, leans, batch, until, after)
+        return tangent.forward(apply, build, tangents, batch, until, after)
 
-    def base(self, kept: Mapping[str, Any]) -> Any:
+    def base(self, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> Any:
         """The parameters before training, where everything that trains keeps them."""
-        flat = [self.leaves[p].base(kept[p]) if p in self.leaves else kept[p] for p in self.paths]
+        tangents = {p: how.tangent(kept[p], trained.get(p, ())) for p, how in self.leaves.items()}
+        flat = [_base(tangents[p]) if p in tangents else kept[p] for p in self.paths]
         return jax.tree.unflatten(self.structure, flat)
 
     def commit(self, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
         """``kept`` after an update: live weights hold the new values."""
-        return {p: self.leaves[p].commit(k, trained[p]) if p in trained else k for p, k in kept.items()}
+        live = {p: kept[p] for p in trained if self.leaves[p].live}
+        new = {p: {**k, "w": self.leaves[p].spread(k, trained[p], k["w"])} for p, k in live.items()}
+        return {**kept, **new}
 
     def detach(self, kept: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """``kept`` as ``(frozen, live, chosen)``: what never changes, weights that every update writes into, selections."""
@@ -326,16 +337,25 @@ class Plan:
 
     def change(self, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
         """How far ``trained`` is from the base, shaped like it, of an :meth:`anchored` plan."""
-        return {p: self.leaves[p].change(kept[p], t) for p, t in trained.items()}
+        return {p: self._each(lambda leaf, x, p=p: leaf.change(kept[p], x), p, t) for p, t in trained.items()}
+
+    def count(self, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> Any:
+        """How many values train, padding aside."""
+        one = lambda leaf, x, p: tree.count(x) if leaf.count is None else leaf.count(kept[p])
+        each = {p: self._each(functools.partial(one, p=p), p, t) for p, t in trained.items()}
+        return sum(jax.tree.leaves(each))
+
+    def _each(self, function: Any, path: str, values: Any) -> Any:
+        """``function(leaf, value)`` of every array that trains at ``path``, with what it is."""
+        return jax.tree.map(function, self.leaves[path].leaves()[1], values)
 
     def decays(self, trained: Mapping[str, Any], paths: frozenset[str]) -> dict[str, Any]:
         """Which leaves of ``trained`` weight decay is for, a bool each, where it is for ``paths``."""
-        found = {p: self.leaves[p].decays(t) for p, t in trained.items()}
-        return {p: jax.tree.map(lambda d: d and p in paths, x) for p, x in found.items()}  # noqa: B023
+        return {p: self._each(lambda leaf, _, p=p: leaf.decays and p in paths, p, t) for p, t in trained.items()}
 
     def matrices(self, trained: Mapping[str, Any]) -> dict[str, Any]:
-        """For each leaf of ``trained`` the matrices it stacks, if any (:class:`jft.methods.parametrise.Matrices`)."""
-        return {p: self.leaves[p].matrices(t) for p, t in trained.items()}
+        """For each leaf of ``trained`` the matrices it stacks, if any (:class:`jft.delta.Matrices`)."""
+        return {p: self._each(lambda leaf, x: leaf.stacked_matrices(x.ndim), p, t) for p, t in trained.items()}
 
     def penalty(self, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> jax.Array | None:
         """What the method adds to the loss, once per batch; None where that is nothing."""
@@ -346,7 +366,8 @@ class Plan:
     def merged(self, base: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> Any:
         """Plain parameters after training, in the dtypes and containers of ``base`` (arrays or shapes)."""
         flat = tree.flatten(base)
-        out = {p: self.leaves[p].merged(kept[p], trained.get(p, ())) if p in self.leaves else kept[p] for p in flat}
+        bound = {p: how.bind(kept[p], trained.get(p, ()), structured=False) for p, how in self.leaves.items()}
+        out = {p: bound[p] if p in bound else kept[p] for p in flat}
         return tree.like(base, {p: x.astype(flat[p].dtype) for p, x in out.items()})
 
     def encode(self, base: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, delta.Encoding]:
@@ -356,24 +377,32 @@ class Plan:
 
     def scales(self, trained: Mapping[str, Any]) -> dict[str, Any]:
         """Learning-rate multipliers, shaped like ``trained``."""
-        return {p: self.leaves[p].scales(t) for p, t in trained.items()}
+        return {p: self._each(lambda leaf, _: leaf.rate, p, t) for p, t in trained.items()}
 
     def specs(
         self, specs: Mapping[str, PartitionSpec], params: Any, chosen: Mapping[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Shardings of :meth:`init`'s result, from those of the weights by path."""
-        kept: dict[str, Any] = {}
+        weights, chosen = tree.flatten(params), chosen or {}
+        shapes = jax.eval_shape(self.init, jax.random.key(0), params, chosen)
+        kept: dict[str, Any] = dict(specs)
         trained: dict[str, Any] = {}
-        chosen = chosen or {}
-        for path, w in tree.flatten(params).items():
-            how = self.leaves.get(path)
-            if how is None:
-                kept[path], trained[path] = specs[path], None
-            else:
-                kept[path], trained[path] = how.specs(specs[path], w, chosen.get(path))
-        return kept, {p: t for p, t in trained.items() if t is not None and t != ()}
+        for path, how in self.leaves.items():
+            lay = lambda leaf, x, path=path: leaf.sharding(specs[path], weights[path], x.ndim)
+            of_kept, of_trained = how.leaves(chosen.get(path))
+            kept[path] = jax.tree.map(lay, of_kept, shapes[0][path])
+            if path in shapes[1]:
+                trained[path] = jax.tree.map(lay, of_trained, shapes[1][path])
+        return kept, trained
+
+
+def _base(tangent: Any) -> jax.Array:
+    """The weight that a tangent is at."""
+    if isinstance(tangent, Runs):
+        return jnp.concatenate([delta.changed.base(part) for part in tangent.parts])
+    return delta.changed.base(tangent)
 
 
 def _cut(how: Parametrisation, structured: bool) -> bool:
     """A stack cut into runs is for the scan over layers to take apart, whatever its leaf is called."""
-    return structured and isinstance(how, InPlaceLayers | SomeLayers)
+    return structured and isinstance(how, SomeLayers)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jft.methods.parametrise import InPlace, LowRank
+from jft.methods.low_rank import LowRank
+from jft.methods.parametrise import InPlace
 from jft.methods.plan import Method, Select
 from jft.methods.registry import patterns, register
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from jft.methods.parametrise import InPlace, LowRank, Parametrisation
+from jft.methods.low_rank import LowRank
+from jft.methods.parametrise import InPlace, Parametrisation
 from jft.methods.penalties import L1ToBase
 from jft.methods.plan import Method, Select
 from jft.methods.registry import patterns, register

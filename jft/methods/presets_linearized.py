@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jft.methods.parametrise import InPlace, LowRankFixed
+from jft.methods.low_rank import LowRankFixed
+from jft.methods.parametrise import InPlace
 from jft.methods.plan import Method, Select
 from jft.methods.registry import patterns, register
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from jft.methods.beside import WithLowRank
 from jft.methods.channels import ChannelBudget, Sparsified, Tied
 from jft.methods.diagonal import BlockDiagonal
 from jft.methods.gates import Gates, HardConcrete, Taps
+from jft.methods.low_rank import LowRank, WithLowRank
 from jft.methods.masks import AgreementDropout, Masked, TopMask
 from jft.methods.mixout import Mixout
-from jft.methods.parametrise import InPlace, LowRank
+from jft.methods.parametrise import InPlace
 from jft.methods.penalties import L2SP, L1ToBase, SharedLayers
 from jft.methods.plan import Method, Select
 from jft.methods.projection import Projection

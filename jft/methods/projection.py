@@ -87,7 +87,7 @@ class Projection(Schedule):
     def renew(self, standing: Standing) -> Renewal:
         plan, kept, trained = standing.plan, standing.kept, standing.trained
         support = project(plan, kept, trained, self.density)
-        weights = projected(plan, {p: plan.leaves[p].base(kept[p]) for p in support}, trained, support)
+        weights = projected(plan, {p: kept[p] for p in support}, trained, support)
         entry, lead, cells = Entry(), standing.probe.lead, standing.grids
         chosen = {p: entry.locate(mask, lead(p), cells.get(p, (1, 1))) for p, mask in support.items()}
         return Renewal(chosen, self.method_at(plan.method, standing.step, standing.steps), weights=weights)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from jft import delta
-from jft.methods.around import Around
 from jft.methods.parametrise import InPlace, Parametrisation
 from jft.select.budget import Globally
 from jft.select.threshold import top_each
@@ -19,7 +18,7 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Pruned(Around):
+class Pruned(Parametrisation):
     """``m * w + S``: of each matrix the fraction ``keep`` of entries that is largest in size stays, and selected entries train.
 
     They train from ``m * w``, so one that is pruned away starts at zero. Kept and trained are those of ``first``; the change
@@ -36,26 +35,46 @@ class Pruned(Around):
     def _count(self, matrix: tuple[int, ...]) -> int:
         return Globally(density=self.keep, round="nearest").units(math.prod(matrix), 1, "a matrix")
 
+    @property
+    def live(self) -> bool:  # type: ignore[override]
+        return self.first.live
+
+    @property
+    def selects(self) -> bool:  # type: ignore[override]
+        return self.first.selects
+
     def mask(self, w: Array) -> Array:
         """bool like ``w``: what stays of the base."""
         return top_each(jnp.abs(w.astype(jnp.float32)), self._count(w.shape[-2:]), w.ndim - 2)
 
-    def _left(self, w: Array) -> Array:
-        return jnp.where(self.mask(w), w, jnp.zeros((), w.dtype))
+    def _left(self, w: Array, base: Array) -> Array:
+        """What stays of ``w``: what the mask of the base leaves, and what has trained since."""
+        return jnp.where(self.mask(base) | (w != base), w, jnp.zeros((), w.dtype))
 
-    def init(self, key: Array, w: Array, at: Array | None = None) -> tuple[Any, Any]:
-        return self.first.init(key, self._left(w), at)
+    def fitted(self, *, linearized: bool = False, **told: Any) -> Pruned:
+        if linearized:
+            raise ValueError(
+                "Pruned keeps no base to linearize the model at: the mask is part of its change; use forward='standard'"
+            )
+        return dataclasses.replace(self, first=self.first.fitted(**told))
 
-    def encode(self, base: Array, kept: Any, trained: Any) -> delta.Encoding:
-        return delta.BitMask.of(self.mask(base)) + self.first.encode(self._left(base), kept, trained)
+    def leaves(self, at: Any = None) -> tuple[Any, Any]:
+        return self.first.leaves(at)
 
-    def linearized(self) -> Pruned:
-        raise ValueError(
-            "Pruned keeps no base to linearize the model at: the mask is part of its change; use forward='standard'"
-        )
+    def init(self, key: Array, w: Array, at: Array | None = None, base: Array | None = None) -> tuple[Any, Any]:
+        base = w if base is None else base
+        return self.first.init(key, self._left(w, base), at, self._left(base, base))
 
-    def reset(self, kept: Any, w: Array, base: Array) -> Array:
-        return self.first.reset(kept, w, self._left(base))
+    def bind(self, kept: Any, trained: Any, structured: bool, key: Array | None = None) -> Any:
+        return self.first.bind(kept, trained, structured, key)
 
-    def rebased(self, kept: Any, base: Array) -> Any:
-        return self.first.rebased(kept, self._left(base))
+    def encode(self, base: Array | None, kept: Any, trained: Any) -> delta.Encoding:
+        if base is None:
+            return self.first.encode(None, kept, trained)
+        return delta.BitMask.of(self.mask(base)) + self.first.encode(self._left(base, base), kept, trained)
+
+    def spread(self, kept: Any, values: Any, fill: Array) -> Array:
+        return self.first.spread(kept, values, fill)
+
+    def collect(self, kept: Any, dense: Array) -> Any:
+        return self.first.collect(kept, dense)

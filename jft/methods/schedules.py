@@ -138,7 +138,8 @@ class StillSmall(Schedule):
 
     def renew(self, standing: Standing) -> Renewal:
         plan, kept, trained = standing.plan, standing.kept, standing.trained
-        first = {p: trained[p] - plan.leaves[p].change(kept[p], trained[p]) for p in plan.selects}
+        moved = plan.change(kept, trained)
+        first = {p: trained[p] - moved[p] for p in plan.selects}
         threshold = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(x)) for x in first.values()))
         chosen = {}
         for path in plan.selects:
@@ -186,13 +187,13 @@ class DropAndGrow(Schedule):
     def renew(self, standing: Standing) -> Renewal:
         share = self.rate(standing.step, standing.steps)
         grown, seeds = self._growth(standing.probe)
+        change = standing.plan.change(standing.kept, standing.trained)
         chosen = {}
         for path, how in standing.plan.leaves.items():
             if not how.selects:
                 continue
             kept, lead = standing.kept[path], standing.probe.lead(path)
-            moved = how.change(kept, standing.trained[path])
-            mask = _replaced(how, kept, moved, grown[path], share, lead, self.grow == "gradient")
+            mask = _replaced(how, kept, change[path], grown[path], share, lead, self.grow == "gradient")
             unit = standing.plan.unit(path, kept["w"].shape)
             chosen[path] = unit.locate(mask, lead, standing.grids.get(path, (1, 1)))
         return Renewal(chosen, seeds=seeds, age=self.batches if seeds else 0)

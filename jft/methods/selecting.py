@@ -16,7 +16,7 @@ from jft.select.probe import lead as leading
 
 
 def choose(plan: Plan, probe: Probe, grids: Mapping[str, tuple[int, int]]) -> dict[str, jax.Array]:
-    """``{path: at}`` for the paths that ``plan`` selects inside: the layout of ``at`` is told in :mod:`jft.kernels`.
+    """``{path: at}`` for the paths that ``plan`` selects inside: the layout of ``at`` is told in :mod:`jft.delta.selected`.
 
     grids: into how many cells the last two axes of each weight are cut; one where it is not named. A score may give one
     number for each unit of a weight in place of one for each entry.

@@ -10,25 +10,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jft import tree
 from jft.methods.rules import Rule
 from jft.select import agreement
 from jft.select.probe import Probe
 
 Array = jax.Array
-# A weight's pattern, the unit whose importance scales it, and the axis that the unit lies along, from the end.
+# The pattern of a weight in its layer, the unit whose importance scales it, and the axis of the unit, from the end.
 UNITS = (
-    (r"^(.*layers/)mlp/(?:up|gate)/(?:w|b)$", "mlp/channels", -1),
-    (r"^(.*layers/)mlp/down/(?:w|b)$", "mlp/outputs", -1),
-    (r"^(.*layers/)attn/q/(?:w|b)$", "attn/heads", -1),
-    (r"^(.*layers/)attn/(?:k|v)/(?:w|b)$", "attn/kv_heads", -1),
-    (r"^(.*layers/)attn/o/w$", "attn/heads", -2),
+    (r"mlp/(?:up|gate)/(?:w|b)", "mlp/channels", -1),
+    (r"mlp/down/(?:w|b)", "mlp/outputs", -1),
+    (r"attn/q/(?:w|b)", "attn/heads", -1),
+    (r"attn/(?:k|v)/(?:w|b)", "attn/kv_heads", -1),
+    (r"attn/o/w", "attn/heads", -2),
 )
 
 
 def _unit(path: str) -> tuple[str, int] | None:
     """The name of the unit that scales a weight, and its axis."""
-    found = ((re.match(pattern, path), name, axis) for pattern, name, axis in UNITS)
-    return next(((m[1] + name, axis) for m, name, axis in found if m), None)
+    stack = tree.stack_of(path)
+    if stack is None:
+        return None
+    inside = path.removeprefix(f"{stack}/")
+    return next(((f"{stack}/{name}", axis) for pattern, name, axis in UNITS if re.fullmatch(pattern, inside)), None)
 
 
 @dataclasses.dataclass(frozen=True)

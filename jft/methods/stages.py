@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jft import tree
 from jft.methods.plan import Method
 from jft.methods.schedules import Renewal, Schedule, Standing
 from jft.select.halves import halves
@@ -87,7 +88,7 @@ class LastOf:
     def __call__(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...] | None]:
         table: dict[str, tuple[int, ...] | None] = {}
         for tower, count in self.towers:
-            inside = {p: shape[0] for p, shape in shapes.items() if p.startswith(f"{tower}/layers/")}
+            inside = {p: shape[0] for p, shape in shapes.items() if tree.stack_of(p) == f"{tower}/layers"}
             if not inside:
                 raise ValueError(f"this model has no layers under {tower}/; it takes a CLIP")
             if not 0 <= count <= max(inside.values()):

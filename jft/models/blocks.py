@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jft import tree
+from jft.kernels.attention import Mask, attention
 from jft.models import core
-from jft.models.attention import Mask, attention
 from jft.models.core import Params, Scope
 
 Array = jax.Array
@@ -86,7 +86,7 @@ def attend(
 ) -> Array:
     """Multi-head attention of ``x[B, T, D]`` over ``source[B, S, D]`` (itself by default), projected back to D.
 
-    ``scale`` defaults to ``1/sqrt(K)``; mask, bias: see :func:`jft.models.attention.attention`.
+    ``scale`` defaults to ``1/sqrt(K)``; mask, bias: see :func:`jft.kernels.attention.attention`.
     """
     source = x if source is None else source
 
@@ -96,7 +96,7 @@ def attend(
 
     q, k, v = project("q", x), project("k", source), project("v", source)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out = attention(scope.execution, q, k, v, mask, scale=scale, bias=bias)
+    out = attention(q, k, v, mask, scale=scale, bias=bias, block=scope.execution.block)
     return scope.dot(f"{name}/o", out.reshape(*out.shape[:-2], -1), params["o"])
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jft.dot import take
+from jft.kernels.attention import Mask
 from jft.models import blocks, core
-from jft.models.attention import Mask
 from jft.models.batch import inputs
 from jft.models.core import Execution, Hooks, Params, Scope
 from jft.models.model import Model
@@ -59,8 +60,8 @@ class TextConfig:
         given = inputs(batch)
         blocks.check_length(given.tokens.shape[1], self.positions, given.plain)
         dtype = scope.execution.dtype
-        h = core.take(params["embed"]["table"], given.tokens, dtype)
-        h = scope.site(f"{prefix}embed", h + core.take(params["positions"]["table"], given.positions, dtype))
+        h = take(params["embed"]["table"], given.tokens, dtype)
+        h = scope.site(f"{prefix}embed", h + take(params["positions"]["table"], given.positions, dtype))
         h = blocks.stack(
             scope,
             f"{prefix}layers",

@@ -6,8 +6,7 @@ A jft model is a pure function of nested dicts. Three conventions hold in all of
   ``scale`` and ``bias`` those of a norm. Layers are stacked: everything under ``layers/`` has a leading axis L.
 * Every product ``x @ w`` goes through :meth:`Scope.dot` and every residual-stream value through :meth:`Scope.site`, each
   under its name (that of the parameters: ``layers/attn/q``). Methods read and edit there by passing :class:`Hooks`.
-* A weight may be an array or a *structured weight*: a pytree with ``__jft_dot__(x)`` (and ``__jft_take__(ids)`` where it
-  stands for a table). Its leaves carry the leading L as well, so it slices under ``lax.scan`` like an array.
+* A weight may be an array or a *structured weight* (:mod:`jft.dot`), which slices under ``lax.scan`` like an array.
 """
 
 from __future__ import annotations
@@ -22,18 +21,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jft.dot import accumulator, dot
+
 Array = jax.Array
 Params = Mapping[str, Any]
-
-
-def dot(x: Array, w: Any) -> Array:
-    """``x[..., in] @ w[in, out]`` in the dtype of ``x``, accumulated in float32; ``w`` an array or a structured weight."""
-    if hasattr(w, "__jft_dot__"):
-        return w.__jft_dot__(x)
-    # Rows in one axis: with two, XLA's CPU backend copies a transposed dy before the weight's gradient (2x slower).
-    rows = x.reshape(-1, x.shape[-1]) if x.ndim > 2 and w.ndim == 2 else x
-    y = jnp.matmul(rows, w.astype(x.dtype), preferred_element_type=_accumulator(x.dtype)).astype(x.dtype)
-    return y.reshape(*x.shape[:-1], w.shape[-1]) if rows is not x else y
 
 
 # Leaves that models multiply by or look up, and so may be structured weights; others are read as plain arrays.
@@ -45,53 +36,17 @@ def model_of(apply: Any) -> Any:
     return getattr(apply, "__self__", getattr(apply, "model", apply))
 
 
-def is_own(apply: Any) -> bool:
-    """Whether ``apply`` is that of a jft model, which takes hooks and structured weights; or any other function."""
-    return hasattr(model_of(apply), "linear_paths")
+def is_jft_model(model: Any) -> bool:
+    """Whether this is a :class:`jft.models.Model`, which takes hooks and structured weights, or any other function.
+
+    Of an ``apply``, ask :func:`model_of` first: alone it counts as any other function, whose weights are plain arrays.
+    """
+    return hasattr(model, "linear_paths")
 
 
 def takes_structured(apply: Any, path: str) -> bool:
     """Whether a structured weight may stand at ``path`` of the parameters of ``apply``."""
-    return is_own(apply) and path.rsplit("/", 1)[-1] in STRUCTURED
-
-
-def take(w: Any, ids: Array, dtype: Any) -> Array:
-    """Rows ``ids`` of an embedding table ``w[rows, D]``, in ``dtype``."""
-    if hasattr(w, "__jft_take__"):
-        return w.__jft_take__(ids).astype(dtype)
-    return jnp.take(w, ids, axis=0, mode="clip").astype(dtype)
-
-
-def grouped_dot(x: Array, w: Any, sizes: Array) -> Array:
-    """Rows of ``x[N, in]`` in E consecutive groups of int ``sizes[E]``, each times its own matrix of ``w[E, in, out]``.
-
-    A structured weight takes part by ``__jft_grouped_dot__(x, sizes)``; see :func:`has_grouped_dot`.
-    """
-    if hasattr(w, "__jft_grouped_dot__"):
-        return w.__jft_grouped_dot__(x, sizes)
-    accumulator = _accumulator(x.dtype)
-    return jax.lax.ragged_dot(x, w.astype(x.dtype), sizes, preferred_element_type=accumulator).astype(x.dtype)
-
-
-def has_grouped_dot(w: Any) -> bool:
-    """Whether :func:`grouped_dot` can take ``w``: an array, or a structured weight that says how."""
-    return hasattr(w, "__jft_grouped_dot__") or not hasattr(w, "__jft_dot__")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PerExpert:
-    """Matrices ``w[E, in, out]``, arrays or structured, as one weight: ``[N, in]`` or ``[E, N, in]`` to ``[E, N, out]``."""
-
-    w: Any
-
-    def __jft_dot__(self, x: Array) -> Array:
-        return jax.vmap(dot, in_axes=(0 if x.ndim == 3 else None, 0))(x, self.w)
-
-
-def transpose(w: Any) -> Any:
-    """``w`` with its last two axes swapped, structured or not: a tied output head is ``dot(h, transpose(table))``."""
-    return w.__jft_transpose__() if hasattr(w, "__jft_transpose__") else jnp.swapaxes(w, -1, -2)
+    return is_jft_model(model_of(apply)) and path.rsplit("/", 1)[-1] in STRUCTURED
 
 
 @jax.tree_util.register_dataclass
@@ -123,10 +78,6 @@ def _cut(tree: Any, sizes: tuple[int, ...]) -> list[Any]:
         return jax.lax.slice_in_dim(leaf, starts[i], starts[i] + sizes[i], axis=0)
 
     return [jax.tree.map(lambda leaf: part(leaf, i), tree, is_leaf=_is_runs) for i in range(len(sizes))]  # noqa: B023
-
-
-def _accumulator(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +118,11 @@ class Execution:
     experts: Literal["dense", "ragged"] = "dense"
     attention: Literal["plain", "blockwise"] = "plain"
     attention_block: int = 512
+
+    @property
+    def block(self) -> int | None:
+        """Queries and keys that an attention takes at a time; None for all at once."""
+        return self.attention_block if self.attention == "blockwise" else None
 
     def __post_init__(self) -> None:
         """Refuse an unknown choice before anything is traced."""
@@ -284,27 +240,13 @@ def gated(act: Callable[[Array], Array], gate: Array, up: Array) -> Array:
     return recomputed(lambda gate, up: act(gate) * up)(gate, up)
 
 
-@jax.custom_jvp
-def softmax(s: Array) -> Array:
-    """``exp(s - max) / sum`` over the last axis, keeping its own value alone for the backward pass."""
-    e = jnp.exp(s - jnp.max(s, axis=-1, keepdims=True))
-    return e / jnp.sum(e, axis=-1, keepdims=True)
-
-
-@softmax.defjvp
-def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    p = softmax(*primals)
-    moved = p * tangents[0]
-    return p, moved - p * jnp.sum(moved, axis=-1, keepdims=True)
-
-
 def layer_norm(x: Array, params: Params, eps: float) -> Array:
     """``(x - mean) / sqrt(var + eps) * scale + bias`` over the last axis, in float32 (Ba et al. 2016, arXiv:1607.06450)."""
     return recomputed(functools.partial(_layer_norm, eps))(x, params)
 
 
 def _layer_norm(eps: float, x: Array, params: Params) -> Array:
-    y = x.astype(_accumulator(x.dtype))
+    y = x.astype(accumulator(x.dtype))
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
     y = y * params["scale"].astype(y.dtype)
@@ -320,7 +262,7 @@ def rms_norm(x: Array, params: Params, eps: float, offset: float = 0.0) -> Array
 
 
 def _rms_norm(eps: float, offset: float, x: Array, params: Params) -> Array:
-    y = x.astype(_accumulator(x.dtype))
+    y = x.astype(accumulator(x.dtype))
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
     return (y * (offset + params["scale"].astype(y.dtype))).astype(x.dtype)
 

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from jft import tree
+from jft.dot import take, transpose
+from jft.kernels.attention import Mask, attention
 from jft.models import core
-from jft.models.attention import Mask, attention
 from jft.models.batch import Inputs, inputs
-from jft.models.core import ACTIVATIONS, Execution, Hooks, Params, Scope, layer_norm, rms_norm, take, transpose
+from jft.models.core import ACTIVATIONS, Execution, Hooks, Params, Scope, layer_norm, rms_norm
 from jft.models.memory import Memory, remember
 from jft.models.moe import Experts, moe
 from jft.models.rope import Rope, rotate
@@ -321,13 +322,13 @@ class DecoderConfig:
             q, k = rotate(q, tables), rotate(k, tables)
         scale = self.attention_scale if self.attention_scale is not None else self.head_size**-0.5
         out = attention(
-            scope.execution,
             q,
             k,
             v,
             shared.sees(xs.get("window")),
             scale=scale * xs.get("scale", 1.0),
             softcap=self.attention_softcap,
+            block=scope.execution.block,
         )
         return scope.dot(f"{name}/o", out.reshape(*out.shape[:2], -1), params["o"])
 

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jft.dot import take
+from jft.kernels.attention import Mask
 from jft.models import blocks, core
-from jft.models.attention import Mask
 from jft.models.batch import inputs
 from jft.models.core import Execution, Hooks, Params, Scope
 
@@ -79,8 +80,8 @@ class EncoderConfig:
         given = inputs(batch)
         blocks.check_length(given.tokens.shape[1], self.longest, given.plain)
         dtype = scope.execution.dtype
-        h = core.take(params["embed"]["table"], given.tokens, dtype)
-        h = h + core.take(params["positions"]["table"], given.positions + self.position_offset, dtype)
+        h = take(params["embed"]["table"], given.tokens, dtype)
+        h = h + take(params["positions"]["table"], given.positions + self.position_offset, dtype)
         h = h + self._types(params, batch, given.tokens, dtype)
         h = scope.site("embed", core.layer_norm(h, params["embed_norm"], self.eps))
         h = blocks.stack(
@@ -102,7 +103,7 @@ class EncoderConfig:
             if types is not None:
                 raise ValueError(f"{self.family} has no token types; take 'token_types' out of the batch")
             return 0.0
-        return core.take(params["types"]["table"], jnp.zeros_like(tokens) if types is None else types, dtype)
+        return take(params["types"]["table"], jnp.zeros_like(tokens) if types is None else types, dtype)
 
     def head_defaults(self) -> tuple[str, str]:
         """Pooling and dense layer of a classifier, as the family's own sequence classification has them."""

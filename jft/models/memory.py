@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jft.models.core import Params, Scope, take
+from jft.dot import take
+from jft.models.core import Params, Scope
 
 Array = jax.Array
 

@@ -64,4 +64,4 @@ class Model:
     def linear_paths(self, params: Params | None = None) -> tuple[str, ...]:
         """Paths of the weight matrices inside the layers: what LoRA and sparse methods target by default."""
         flat = tree.flatten(params if params is not None else self.abstract())
-        return tuple(p for p in flat if p.endswith("/w") and ("layers/" in p) and "router" not in p)
+        return tuple(p for p in flat if p.endswith("/w") and tree.stack_of(p) is not None and "router" not in p)

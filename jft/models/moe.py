@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jft.kernels import experts as kernel
-from jft.models.core import Params, PerExpert, Scope, dot, gated, grouped_dot, has_grouped_dot
+from jft.dot import PerExpert, grouped_dot, has_grouped_dot
+from jft.models.core import Params, Scope, gated
 
 Array = jax.Array
 
@@ -32,37 +32,6 @@ class Experts:
         """Refuse more experts per token than there are."""
         if not 1 <= self.per_token <= self.count:
             raise ValueError(f"per_token is {self.per_token}; choose 1 to {self.count}, the number of experts")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ChosenExperts:
-    """The structured weight ``w[E, I, O]`` of E experts, of which only those at ``at[e]`` train, as ``values[e, I, O]``.
-
-    ``w`` holds the values already and is all that the product reads; gradients go to ``values``, and cost e experts, not
-    E (:mod:`jft.kernels.experts`). With ``origin``, the values that ``w`` holds there instead, it is a base that others
-    share, and the product with ``values - origin`` is added. Stacked over layers like any weight: ``w[L, E, I, O]``,
-    ``at[L, e]``.
-    """
-
-    w: Array
-    at: Array
-    values: Array
-    origin: Array | None = None
-
-    def _moved(self) -> Array:
-        return self.values - self.origin.astype(self.values.dtype)  # type: ignore[union-attr]
-
-    def __jft_dot__(self, x: Array) -> Array:
-        """``[N, I]`` or ``[E, N, I]`` to ``[E, N, O]``."""
-        if self.origin is None:
-            return kernel.dot(x, self.w, self.at, self.values)
-        return dot(x, PerExpert(self.w)) + kernel.add_dot(x, self.at, self._moved(), len(self.w))
-
-    def __jft_grouped_dot__(self, x: Array, sizes: Array) -> Array:
-        if self.origin is None:
-            return kernel.grouped_dot(x, self.w, self.at, self.values, sizes)
-        return grouped_dot(x, self.w, sizes) + kernel.add_grouped_dot(x, self.at, self._moved(), sizes)
 
 
 def route(logits: Array, experts: Experts) -> tuple[Array, Array]:
@@ -108,7 +77,7 @@ def _dense(
 
     def product(which: str, x: Array) -> Array:
         w = params[which]["w"]
-        whole = isinstance(w, ChosenExperts) or (hooked and not hasattr(w, "__jft_dot__"))
+        whole = hooked and not hasattr(w, "__jft_dot__")
         return scope.dot(f"{name}/{which}", x, {"w": w if whole else PerExpert(w)})
 
     hidden = gated(act, product("gate", x), product("up", x))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import tree
+from jft.delta.numeric import host
 from jft.models.classifier import Classifier
 from jft.models.hf import heads, reader, registry, writer
 from jft.models.hf.checkpoint import NAMES, read_json
@@ -187,11 +188,7 @@ def _host(leaf: Any, place: tuple[int, ...]) -> np.ndarray:
         # numpy's copy is cached in the array it was made from: in this one, which is gone at once, not the caller's.
         shards = [shard.data for shard in leaf.addressable_shards]
         leaf = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
-    if leaf.is_fully_addressable or leaf.is_fully_replicated:
-        return np.asarray(leaf)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return host(leaf)
 
 
 def _describe(family: Family, config: Any, tensors: list[writer.Tensor], origin: Path | None) -> dict[str, Any]:

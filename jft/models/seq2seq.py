@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jft.dot import take, transpose
+from jft.kernels.attention import Mask
 from jft.models import blocks, core
-from jft.models.attention import Mask
 from jft.models.batch import Inputs, inputs
 from jft.models.core import Execution, Hooks, Params, Scope
 
@@ -100,7 +101,7 @@ class T5Config:
         h = self._decode(scope, params, inputs(batch, "decoder_"), encoded, inputs(batch))
         if self.scale_outputs:
             h = h * self.width**-0.5
-        head = {"w": core.transpose(params["embed"]["table"])} if self.tied else params["head"]
+        head = {"w": transpose(params["embed"]["table"])} if self.tied else params["head"]
         return blocks.finish(scope, scope.dot("head", h, head))
 
     def hidden_states(self, scope: Scope, params: Params, batch: Any) -> Array:
@@ -124,7 +125,7 @@ class T5Config:
     ) -> Array:
         """One side of the model: embeddings, layers, final norm."""
         prefix, mine = f"{side}/layers", params[side]
-        h = scope.site(f"{side}/embed", core.take(params["embed"]["table"], tokens, scope.execution.dtype))
+        h = scope.site(f"{side}/embed", take(params["embed"]["table"], tokens, scope.execution.dtype))
         bias = self._bias(mine["relative"]["table"], tokens.shape[1], bidirectional=encoded is None, dtype=h.dtype)
 
         def normed(x: Array, scales: Params) -> Array:
@@ -150,7 +151,7 @@ class T5Config:
     def _bias(self, table: Any, length: int, bidirectional: bool, dtype: Any) -> Array:
         """``[H, T, T]``: the bias of key k for query q depends on ``k - q`` alone, also within packed segments."""
         distances = np.arange(1 - length, length)
-        per_distance = core.take(
+        per_distance = take(
             table, jnp.asarray(bucket(distances, self.buckets, self.max_distance, bidirectional)), dtype
         )
         index = jnp.arange(length)

@@ -38,7 +38,7 @@ def split(model: Model, layers: int | Mapping[str, int]) -> tuple[Prefix, Model]
     config = model.config
     base = getattr(config, "backbone", config)
     _check(base, whole=base is config)
-    stacks = _stacks(model)
+    stacks = tree.stacks(tree.flatten(model.abstract()))
     if isinstance(layers, Mapping):
         unknown = [name for name in layers if name not in stacks]
         if unknown:
@@ -197,15 +197,6 @@ class _Behind(Scope):
 
 def _key(stack: str) -> str:
     return stack.removesuffix("layers") + "features"
-
-
-def _stacks(model: Model) -> dict[str, int]:
-    """The stacks of layers and how many each has."""
-    found: dict[str, int] = {}
-    for path, leaf in tree.flatten(model.abstract()).items():
-        if path.startswith("layers/") or "/layers/" in path:
-            found.setdefault(path[: path.index("layers/")] + "layers", leaf.shape[0])
-    return found
 
 
 def _check(base: Any, whole: bool) -> None:

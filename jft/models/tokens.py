@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jft.kernels.attention import attention
 from jft.models import blocks, core
-from jft.models.attention import attention
 from jft.models.core import Params, Scope
 from jft.models.model import Model
 from jft.models.segments import collect, cut, inside, length
@@ -138,7 +138,7 @@ def _attend(scope: Scope, name: str, x: Array, params: Params, heads: int) -> tu
         scope.dot(f"{name}/{part}", x, params[part]).reshape(*x.shape[:2], heads, -1) for part in ("q", "k", "v")
     )
     scale = q.shape[-1] ** -0.5
-    out = attention(scope.execution, q, k, v, None, scale=scale)
+    out = attention(q, k, v, None, scale=scale, block=scope.execution.block)
     precise = jnp.promote_types(x.dtype, jnp.float32)
     scores = jnp.einsum("bhk,bshk->bhs", q[:, 0], k, preferred_element_type=precise) * scale
     attended = jnp.mean(jax.nn.softmax(scores, axis=-1), axis=1)

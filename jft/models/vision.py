@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jft.dot import take
 from jft.models import blocks, core, tokens
 from jft.models.core import Execution, Hooks, Params, Scope
 from jft.models.suffix import entering
@@ -122,7 +123,7 @@ class VisionConfig:
 
     def _positions(self, table: Any, size: tuple[int, ...], dtype: Any) -> Array:
         rows, columns = size[0] // self.patch, size[1] // self.patch
-        stored = core.take(table, jnp.arange(self.side**2 + 1), dtype)
+        stored = take(table, jnp.arange(self.side**2 + 1), dtype)
         if (rows, columns) == (self.side, self.side):
             return stored
         grid = stored[1:].reshape(self.side, self.side, self.width)

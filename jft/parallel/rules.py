@@ -138,7 +138,7 @@ def _collapse(names: list[str]) -> Axis:
 
 
 def _generic(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    first = 1 if path.startswith("layers/") or "/layers/" in path else 0
+    first = 0 if tree.stack_of(path) is None else 1
     ways = mesh.shape.get("fsdp", 1)
     fitting = [i for i in range(first, len(shape)) if shape[i] % ways == 0]
     if ways == 1 or not fitting:

@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jft import tree
+from jft.dot import dot
 from jft.models.batch import inputs
-from jft.models.core import Hooks, dot
+from jft.models.core import Hooks, is_jft_model
 from jft.models.moe import route
 from jft.select.probe import Probe
 
@@ -48,7 +50,7 @@ def real(name: str, shape: tuple[int, ...], batch: Any) -> Array:
 
 
 def _hookable(probe: Probe) -> Any:
-    if not hasattr(probe.model, "linear_paths"):
+    if not is_jft_model(probe.model):
         raise ValueError("this score reads inside the model by hooks, which only jft's own models have")
     return probe.model
 
@@ -155,10 +157,9 @@ def by_layer(scores: Mapping[str, Array], pool: Literal["sum", "mean"] = "sum") 
     sums: dict[str, Array] = {}
     sizes: dict[str, int] = {}
     for path, score in scores.items():
-        head, found, _ = ("/" + path).partition("/layers/")
-        if not found:
+        stack = tree.stack_of(path)
+        if stack is None:
             continue
-        stack = f"{head}/layers".strip("/")
         total = jnp.sum(score.astype(jnp.float32), axis=tuple(range(1, score.ndim)))
         sums[stack] = sums[stack] + total if stack in sums else total
         sizes[stack] = sizes.get(stack, 0) + score.size // score.shape[0]

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jft import tree
-from jft.models.core import Hooks
+from jft.models.core import Hooks, is_jft_model
 from jft.select.probe import Probe
 
 # Modules of a layer as the gradient meets them; those of one row read the same input, so that it passes them together.
@@ -52,11 +52,6 @@ class _Length:
         return jnp.max(reads["layers/in"])
 
 
-def layered(path: str) -> bool:
-    """Whether a weight is stacked over layers."""
-    return path.startswith("layers/")
-
-
 def chain(probe: Probe) -> list[Tensor]:
     """All weights of a model with one stack of layers, from the loss down; FLOPs are those of one row of the data.
 
@@ -67,15 +62,14 @@ def chain(probe: Probe) -> list[Tensor]:
     Raises ``ValueError`` for models whose layers are no single stack, or that have weights of unknown place.
     """
     config = getattr(getattr(probe.model, "config", None), "backbone", getattr(probe.model, "config", None))
-    stacks = {p[: p.index("layers/")] for p in probe.params if "layers/" in p}
-    if not hasattr(probe.model, "linear_paths") or stacks != {""}:
+    stacks = tree.stacks(probe.params)
+    if not is_jft_model(probe.model) or list(stacks) != ["layers"]:
         raise ValueError("the cost of a backward pass is known for jft's models with one stack of layers alone")
     length = int(probe.sums(_Length(probe.model), 1))
     mixture = getattr(config, "experts", None)
     share = mixture.per_token / mixture.count if mixture else 1.0
-    layers = next(w.shape[0] for p, w in probe.params.items() if layered(p))
     out = [t for row in BEFORE for t in _row(probe, row, "", None, length, share)]
-    for layer in reversed(range(layers)):
+    for layer in reversed(range(stacks["layers"])):
         for row in LAYER:
             out += _row(probe, row, "layers/", layer, length, share)
     out += [t for row in AFTER for t in _row(probe, row, "", None, length, share)]

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import tree
+from jft.delta.numeric import host
 from jft.select.threshold import top_together
 
 Array = jax.Array
@@ -31,8 +32,6 @@ _ROUND = {
     "floor+1": lambda x: math.floor(x) + 1,
 }
 _GREEDY = 1 << 24  # units that the host goes through one by one
-_NUMBERED = re.compile(r"^(?:.*?/)?(?:layers?|blocks?|h)[/_]\d+(?=/|$)")
-_STACK = re.compile(r"^(?:.*?/)?layers(?=/)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,11 +142,11 @@ class PerLayer(Budget):
     def groups(self, leads: Mapping[str, int]) -> Iterator[tuple[list[str], int]]:
         groups: dict[tuple[str, int], list[str]] = {}
         for path, lead in leads.items():
-            numbered, stack = _NUMBERED.match(path), _STACK.match(path)
-            if numbered:
-                key = numbered.group(), 0
-            elif stack and lead:
-                key = stack.group(), 1
+            layer, stack = tree.layer_of(path), tree.stack_of(path)
+            if layer is not None:
+                key = layer[0], 0
+            elif stack is not None and lead:
+                key = stack, 1
             else:
                 key = path, 0
             groups.setdefault(key, []).append(path)
@@ -299,13 +298,13 @@ def _choose(
     allowed = budget.total(sum(units[p] * costs[p] for p in scores), min(costs.values()), what)
     if sum(map(tree.size, scores.values())) > _GREEDY:
         raise ValueError(f"{what}: too many units of different costs to go through; give a count, or one cost")
-    host = {p: _host(x) for p, x in scores.items()}
-    for path, x in host.items():
+    here = {p: host(x).astype(np.float32) for p, x in scores.items()}
+    for path, x in here.items():
         if np.isnan(x).any():
             raise ValueError(f"{np.isnan(x).sum()} scores of {path} are NaN; a score must be a number or an infinity")
-    masks = {p: np.zeros(x.shape, bool) for p, x in host.items()}
-    for index in np.ndindex(next(iter(host.values())).shape[:lead]):
-        parts = {p: x[index].reshape(-1) for p, x in host.items()}
+    masks = {p: np.zeros(x.shape, bool) for p, x in here.items()}
+    for index in np.ndindex(next(iter(here.values())).shape[:lead]):
+        parts = {p: x[index].reshape(-1) for p, x in here.items()}
         chosen = _greedy(parts, costs, allowed, largest, budget.unfit)
         for path, mask in chosen.items():
             masks[path][index] = mask.reshape(masks[path][index].shape)
@@ -315,15 +314,6 @@ def _choose(
 def _named(scores: Mapping[str, Array]) -> str:
     paths = list(scores)
     return ", ".join(paths[:3]) + (f" and {len(paths) - 3} others" if len(paths) > 3 else "")
-
-
-def _host(x: Array) -> np.ndarray:
-    """All of an array, wherever it lies, in float32."""
-    if not (x.is_fully_addressable or x.is_fully_replicated):
-        from jax.experimental import multihost_utils
-
-        x = multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x, np.float32)
 
 
 def _greedy(

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
 from jft import tree
-
-_STACK = re.compile(r"^(?:.*?/)?layers(?=/)")
 
 
 def halves(shapes: Mapping[str, Sequence[int]], seed: int, draw: int = 0) -> dict[str, tuple[int, ...]]:
@@ -23,10 +20,10 @@ def halves(shapes: Mapping[str, Sequence[int]], seed: int, draw: int = 0) -> dic
     """
     groups: dict[tuple[str, str], dict[str, list[str]]] = {}
     for path in shapes:
-        found = _STACK.match(path)
-        if found:
+        stack = tree.stack_of(path)
+        if stack is not None:
             module = path.rsplit("/", 1)[0]
-            groups.setdefault((found[0], _kind(module)), {}).setdefault(module, []).append(path)
+            groups.setdefault((stack, _kind(module)), {}).setdefault(module, []).append(path)
     if not groups:
         raise ValueError("none of these weights is in a layer, so there is no half of each layer's to draw")
     key = jax.random.fold_in(jax.random.key(seed), draw)

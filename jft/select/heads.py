@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jft.models.core import Hooks, dot
+from jft.dot import dot
+from jft.models.core import Hooks
 from jft.select.activations import _hookable
 from jft.select.probe import Probe
 

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jft.compiled import program_cache
+
 Array = jax.Array
 
 
@@ -30,7 +32,7 @@ def low_rank(w: Array, rank: int, oversample: int | None, iterations: int, key: 
     return _compiled(rank, oversample, iterations, getattr(w, "sharding", None))(w, key)
 
 
-@functools.cache
+@program_cache
 def _compiled(rank: int, oversample: int | None, iterations: int, place: Any) -> Callable[[Array, Array], Array]:
     bound = functools.partial(_low_rank, rank=rank, oversample=oversample, iterations=iterations)
     return jax.jit(bound, out_shardings=place)

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jft.dot import dot
 from jft.models.batch import inputs
-from jft.models.core import Hooks, dot
+from jft.models.core import Hooks
 from jft.models.memory import lookup
 
 Array = jax.Array

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jft.kernels import cells
+from jft.delta.selected import cells, joined, over_leading
 
 Array = jax.Array
 
@@ -51,7 +51,7 @@ def mask_of(at: Array, extents: tuple[int, ...], lead: int) -> Array:
         empty = jnp.zeros(inside, bool)
         return empty.at[index].set(True, mode="drop", unique_indices=True, indices_are_sorted=True)
 
-    return cells.join(cells.each(one, lead + n)(at), n)
+    return joined(over_leading(one, lead + n)(at), n)
 
 
 def _check(mask: Array, grid: tuple[int, ...]) -> None:
@@ -66,7 +66,7 @@ def _check(mask: Array, grid: tuple[int, ...]) -> None:
 @functools.partial(jax.jit, static_argnums=1)
 def _most(mask: Array, grid: tuple[int, ...]) -> Array:
     n = len(grid)
-    words = _words(cells.split(mask, grid))
+    words = _words(cells(mask, grid))
     counts = jax.lax.population_count(words)
     return jnp.max(jnp.sum(counts, axis=tuple(range(counts.ndim - n, counts.ndim)), dtype=jnp.uint32), initial=0)
 
@@ -83,8 +83,8 @@ def _words(mask: Array) -> Array:
 
 def _locate(mask: Array, grid: tuple[int, ...], capacity: int) -> Array:
     n = len(grid)
-    parts = cells.split(mask, grid)
-    return cells.each(functools.partial(_places, capacity=capacity), parts.ndim - n)(parts)
+    parts = cells(mask, grid)
+    return over_leading(functools.partial(_places, capacity=capacity), parts.ndim - n)(parts)
 
 
 _locate_jit = jax.jit(_locate, static_argnums=(1, 2))

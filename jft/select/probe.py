@@ -7,6 +7,8 @@ from typing import Any, Literal, Protocol
 
 import jax
 
+from jft import tree
+
 Array = jax.Array
 Weights = dict[str, Array]
 Per = Literal["batch", "example", "sampled"]
@@ -90,5 +92,4 @@ def lead(path: str, ndim: int, stacked: bool) -> int:
 
     stacked: the model is one of jft's, whose leaves under ``layers/`` begin with the axis L.
     """
-    layers = int(stacked and (path.startswith("layers/") or "/layers/" in path))
-    return max(layers, ndim - 2)
+    return max(int(stacked and tree.stack_of(path) is not None), ndim - 2)

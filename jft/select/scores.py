@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jft import delta, tree
+from jft.compiled import program_cache
 from jft.select.activations import squared_inputs
 from jft.select.low_rank import low_rank
 from jft.select.probe import Per, Probe
@@ -31,7 +32,7 @@ class Score(Protocol):
     def __call__(self, probe: Probe) -> Scores: ...
 
 
-@functools.cache
+@program_cache(maxsize=64)
 def _compiled(function: Callable, *static: Any) -> Callable:
     return jax.jit(functools.partial(function, *static))
 
@@ -90,7 +91,7 @@ class Accumulated:
         return _each(_scaled(self.batches), probe.gradient(self.batches))
 
 
-@functools.cache
+@program_cache
 def _scaled(factor: float) -> Callable[[Array], Array]:
     return lambda g: factor * jnp.abs(g)
 
@@ -349,7 +350,7 @@ class Sum:
             raise ValueError(f"Sum of {len(self.scores)} scores with {len(self.weights)} weights; give one for each")
 
 
-@functools.cache
+@program_cache
 def _weighted(weights: tuple[float, ...]) -> Callable[..., Array]:
     return lambda *values: sum(c * v for c, v in zip(weights, values, strict=True))  # type: ignore[return-value]
 

@@ -2,8 +2,8 @@
 
 A weight is ``[*lead, I, O]`` (or a vector ``[*lead, D]``); the first ``lead`` axes, layers and experts, are batch. A unit pools
 a score like the weight into one number per unit, expands a mask of units to one of entries, and turns a mask of units into
-``at``, the int32 coordinates that :mod:`jft.kernels` works with: the last axes are cut into an even grid of cells, coordinates
-are local to their cell, sorted row-major and padded at the end with distinct coordinates beyond the cell.
+``at``, the int32 coordinates of :mod:`jft.delta.selected`: the last axes are cut into an even grid of cells, coordinates are
+local to their cell, sorted row-major and padded at the end with distinct coordinates beyond the cell.
 """
 
 from __future__ import annotations

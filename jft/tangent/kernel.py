@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import tree
+from jft.compiled import program_cache
 from jft.names import nearest
 from jft.tangent import space as spaces
-from jft.tangent.linearized import Linearized
-from jft.tangent.programs import once
+from jft.tangent.linearization import Linearized
 from jft.tangent.space import Select, Space
 
 Array = jax.Array
@@ -140,9 +140,7 @@ class KernelProduct:
         counts = [spaces.rows(batch) for batch in self.batches]
         self._ends = np.cumsum(counts)[:-1]
         self._pull, self._push = (make(f_lin.function, f_lin.until, select) for make in (pulled, pushed))
-        first = jax.eval_shape(
-            self._push, f_lin.params, self.moving, self.batches[0], spaces.at_rest(f_lin, self.moving)
-        )
+        first = jax.eval_shape(self._push, f_lin.params, self.moving, self.batches[0], spaces.at_rest(self.moving))
         self.shape, self.dtype = (sum(counts), first.shape[1]), first.dtype
 
     def __call__(self, u: Any) -> np.ndarray:
@@ -162,7 +160,7 @@ def _known(name: str, value: str, choices: tuple[str, ...]) -> None:
 def _outputs(f_lin: Linearized, which: Space, batch: Any, select: Select | None, of: Of) -> int:
     """C of the passes: outputs of one example; 1 where they are made one number."""
     first = jax.tree.map(lambda x: jnp.asarray(x[:1]), batch)
-    point = spaces.at_rest(f_lin, which)
+    point = spaces.at_rest(which)
     shape = jax.eval_shape(spaces.outputs(f_lin, which, first, select), point).shape
     if shape[0] != 1:
         raise ValueError(f"outputs of one example have {shape[0]} rows; a kernel needs one row for each example")
@@ -245,13 +243,13 @@ def _add(K: np.ndarray, part: np.ndarray, i: int, j: int, mirrored: bool) -> Non
         whole[j : j + columns, :, i : i + rows] += part.transpose(2, 3, 0, 1)
 
 
-@once
+@program_cache
 def _jacobian(apply: Callable, until: str | None, select: Select | None, of: Of) -> Callable:
     """Jitted ``(params, space, batch, key) -> {path: [N, C, ...]}``, each example's by reverse passes of its own."""
 
     def run(params: Any, which: Space, batch: Any, key: Array) -> Any:
         f_lin = Linearized(apply, params, until)
-        point = spaces.at_rest(f_lin, which)
+        point = spaces.at_rest(which)
 
         def one(example: Any) -> Any:
             alone = jax.tree.map(lambda x: x[None], example)
@@ -282,13 +280,13 @@ def _pushed(
     )
 
 
-@once
+@program_cache
 def _columns(apply: Callable, until: str | None, select: Select | None, of: Of, together: int) -> Callable:
     """Jitted ``(params, space, batch, columns, key) -> K``, ``together`` of its columns at a time."""
 
     def run(params: Any, which: Space, batch: Any, columns: Any, key: Array) -> Array:
         f_lin = Linearized(apply, params, until)
-        point = spaces.at_rest(f_lin, which)
+        point = spaces.at_rest(which)
         whole = _projected(f_lin, which, batch, select, of, key)
         N, C = jax.eval_shape(whole, point).shape
         M = spaces.rows(columns)
@@ -309,25 +307,25 @@ def _columns(apply: Callable, until: str | None, select: Select | None, of: Of, 
     return jax.jit(run)
 
 
-@once
+@program_cache
 def pulled(apply: Callable, until: str | None, select: Select | None) -> Callable:
     """Jitted ``(params, space, batch, u [N, C]) -> J^T u``."""
 
     def run(params: Any, which: Space, batch: Any, u: Array) -> Any:
         f_lin = Linearized(apply, params, until)
-        y, pull = jax.vjp(spaces.outputs(f_lin, which, batch, select), spaces.at_rest(f_lin, which))
+        y, pull = jax.vjp(spaces.outputs(f_lin, which, batch, select), spaces.at_rest(which))
         return spaces.wide(pull(u.astype(y.dtype))[0])
 
     return jax.jit(run)
 
 
-@once
+@program_cache
 def pushed(apply: Callable, until: str | None, select: Select | None) -> Callable:
     """Jitted ``(params, space, batch, v) -> J v [N, C]``."""
 
     def run(params: Any, which: Space, batch: Any, v: Any) -> Array:
         f_lin = Linearized(apply, params, until)
-        point = spaces.at_rest(f_lin, which)
+        point = spaces.at_rest(which)
         return spaces.wide(jax.jvp(spaces.outputs(f_lin, which, batch, select), (point,), (spaces.like(v, point),))[1])
 
     return jax.jit(run)

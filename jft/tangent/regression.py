@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import delta
+from jft.compiled import program_cache
 from jft.delta import TaskVector
 from jft.tangent import space as spaces
 from jft.tangent.kernel import MEMORY, kernel, pulled
-from jft.tangent.linearized import Direction, Linearized
-from jft.tangent.programs import once
+from jft.tangent.linearization import Direction, Linearized
 from jft.tangent.space import Select, Space
 from jft.tangent.sweep import Taus, listed, through
 
@@ -98,9 +98,7 @@ def ridge(
         raise ValueError(f"ridge takes a penalty of at least 0 and how auto, dual or cg, not {penalty} and {how!r}")
     which = spaces.space(f_lin, moving)
     blocks = _blocks(data)
-    first = jax.eval_shape(
-        lambda b: spaces.outputs(f_lin, which, b, select)(spaces.at_rest(f_lin, which)), blocks.batch(0)
-    )
+    first = jax.eval_shape(lambda b: spaces.outputs(f_lin, which, b, select)(spaces.at_rest(which)), blocks.batch(0))
     N, C = blocks.examples, first.shape[1]
     blocks.check(C)
     facts: dict[str, Any] = {"penalty": float(penalty)}
@@ -177,7 +175,7 @@ def least_squares(
     return LeastSquares(totals[0], totals[1], float(totals[2]), float(totals[3]))
 
 
-@once
+@program_cache
 def _moments(apply: Callable, until: str | None, select: Select | None, at_once: int | None) -> Callable:
     """Jitted ``(params, directions, batch, y, w) -> (A, b, c, weight)`` of one batch."""
 
@@ -275,7 +273,7 @@ def _dual(
     return total
 
 
-@once
+@program_cache
 def _values(apply: Callable, until: str | None, select: Select | None) -> Callable:
     """Jitted ``(params, batch) -> f(theta0) [N, C]``."""
 
@@ -285,7 +283,7 @@ def _values(apply: Callable, until: str | None, select: Select | None) -> Callab
     return jax.jit(run)
 
 
-@once
+@program_cache
 def _conjugate(
     apply: Callable, until: str | None, select: Select | None, tolerance: float, steps: int | None
 ) -> Callable:
@@ -293,7 +291,7 @@ def _conjugate(
 
     def run(params: Any, which: Space, batches: Any, targets: Array, weights: Array, penalty: Array) -> Any:
         f_lin = Linearized(apply, params, until)
-        point = spaces.at_rest(f_lin, which)
+        point = spaces.at_rest(which)
         zero = jax.tree.map(jnp.zeros_like, spaces.wide(point))
 
         def summed(of: Callable[[Array, Callable, Array, Array], Array]) -> Any:

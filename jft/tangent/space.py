@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from jft import delta, tree
-from jft.tangent.forward import function_of
-from jft.tangent.lean import Change, Parts, Thin, Whole
-from jft.tangent.linearized import Linearized
+from jft.tangent.linearization import Linearized
+from jft.tangent.linearization import outputs as model_outputs
 
 Array = jax.Array
 Select = Callable[[Any, Any], Array]
 Point = dict[str, Array]
-Space = dict[str, Change]
+Space = dict[str, delta.Change]
 
 
 def space(f_lin: Linearized, moving: Any = None) -> Space:
@@ -29,7 +28,7 @@ def space(f_lin: Linearized, moving: Any = None) -> Space:
     flat = tree.flatten(f_lin.params)
     if moving is None or isinstance(moving, str | list | tuple):
         paths = list(flat) if moving is None else tree.matching(flat, moving, "moving")
-        found: Space = {p: Whole(flat[p]) for p in paths if jnp.issubdtype(flat[p].dtype, jnp.inexact)}
+        found: Space = {p: delta.Dense(flat[p]) for p in paths if jnp.issubdtype(flat[p].dtype, jnp.inexact)}
     else:
         found = f_lin.direction(moving)
     if not found:
@@ -37,14 +36,17 @@ def space(f_lin: Linearized, moving: Any = None) -> Space:
     return found
 
 
-def at_rest(f_lin: Linearized, moving: Space) -> Point:
-    """Where the moving weights are: what outputs are differentiated in."""
-    return {path: lean.point for path, lean in f_lin.leans(moving).items()}
+def at_rest(moving: Space) -> Point:
+    """Where the moving weights are, zeros: what outputs are differentiated in."""
+    return {path: jnp.zeros_like(change.direction) for path, change in moving.items()}
 
 
 def outputs(f_lin: Linearized, moving: Space, batch: Any, select: Select | None = None) -> Callable[[Point], Array]:
     """``point -> f [N, C]``: what ``select(outputs, batch)`` gives of each example, in one axis; all of it for None."""
-    function = function_of(f_lin.function, f_lin.build, f_lin.leans(moving), batch, f_lin.until)
+
+    def function(point: Point) -> Any:
+        tangents = f_lin.tangents({path: change.along(point[path]) for path, change in moving.items()})
+        return model_outputs(f_lin.function, f_lin.build(tangents), batch, f_lin.until)
 
     def selected(point: Point) -> Array:
         found = function(point)
@@ -64,23 +66,17 @@ def encode(f_lin: Linearized, moving: Space, values: Mapping[str, Array]) -> dic
     flat = tree.flatten(f_lin.params)
     out: dict[str, delta.Encoding] = {}
     for path, change in moving.items():
-        value = values[path]
-        if isinstance(change, Parts):
-            at, host = jax.device_get((change.at, value))
-            out[path] = change.layout.encode(at, host, tuple(flat[path].shape))
-        elif isinstance(change, Thin):
-            out[path] = delta.LowRank(change.a, value)
-        else:
-            out[path] = delta.Dense(value)
+        moved = change.along(values[path])
+        if isinstance(moved, delta.Selected):
+            at, host = jax.device_get((moved.at, moved.values))
+            moved = moved.layout.encode(at, host, tuple(flat[path].shape))
+        out[path] = moved
     return out
 
 
 def sizes(moving: Space) -> dict[str, Any]:
     """The arrays of numbers that move, by path: their shapes and dtypes count, not what is in them."""
-    return {
-        path: c.value if isinstance(c, Whole) else c.values if isinstance(c, Parts) else c.b
-        for path, c in moving.items()
-    }
+    return {path: change.direction for path, change in moving.items()}
 
 
 def wide(values: Any) -> Any:
@@ -110,7 +106,7 @@ def row(batch: Any, i: Any) -> Any:
 
 def products(f_lin: Linearized, moving: Space, batch: Any, select: Select | None = None) -> int:
     """Multiply-adds of the matrix products of a forward pass, loops counted in full; nothing runs."""
-    point = at_rest(f_lin, moving)
+    point = at_rest(moving)
     closed = jax.make_jaxpr(lambda point: outputs(f_lin, moving, batch, select)(point))(point)
     return _products(closed.jaxpr)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jft.tangent.kernel import KernelProduct
-from jft.tangent.linearized import Linearized
+from jft.tangent.linearization import Linearized
 from jft.tangent.space import Select
 
 

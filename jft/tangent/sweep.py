@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,17 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import delta, tree
-from jft.tangent.alike import grouped, scaled
-from jft.tangent.forward import pair
-from jft.tangent.lean import Change
-from jft.tangent.linearized import Direction, Linearized
-from jft.tangent.programs import once
+from jft.compiled import program_cache
+from jft.tangent.linearization import Direction, Linearized, pair
 
 Array = jax.Array
 Score = Callable[[Any, Any], Mapping[str, Any]]
 Taus = Mapping[str, Any] | Sequence[Any]
 
-_LAYERS = re.compile(r"(^|/)layers/")
 # Outputs of as many points lie in memory at once as fit into this: more would leave the caches.
 _POINTS_BYTES = 2**22
 # Directions that a processor takes through the model together, for the same reason: two of eight are 1.1 to 1.6x as fast.
@@ -120,16 +115,14 @@ def by_layers(f_lin: Linearized, tau: Any, every: int = 1) -> dict[str, Directio
     Every tau of a model is cut into the same groups. Each is a pass of its own: a pass is not cheaper for having zeros.
     """
     direction, shapes = f_lin.direction(tau), tree.flatten(f_lin.params)
-    depths = {_stack(p): w.shape[0] for p, w in shapes.items() if _stack(p)}
     groups: dict[str, Direction] = {}
-    for stack, depth in depths.items():
-        assert stack is not None
+    for stack, depth in tree.stacks(shapes).items():
         for start in range(0, depth, every):
             end = min(start + every, depth)
             inside = (np.arange(depth) >= start) & (np.arange(depth) < end)
-            name = f"{stack}{start}" if end - start == 1 else f"{stack}{start}-{end - 1}"
-            groups[name] = {p: scaled(c, inside) for p, c in direction.items() if _stack(p) == stack}
-    groups["rest"] = {p: c for p, c in direction.items() if not _stack(p)}
+            name = f"{stack}/{start}" if end - start == 1 else f"{stack}/{start}-{end - 1}"
+            groups[name] = {p: _scaled(c, inside) for p, c in direction.items() if tree.stack_of(p) == stack}
+    groups["rest"] = {p: c for p, c in direction.items() if tree.stack_of(p) is None}
     return groups
 
 
@@ -141,16 +134,11 @@ def by_paths(f_lin: Linearized, tau: Any, groups: Mapping[str, str | Iterable[st
     """
     direction, paths = f_lin.direction(tau), list(tree.flatten(f_lin.params))
     cut: dict[str, Direction] = {}
-    left: dict[str, Change] = dict(direction)
+    left: dict[str, delta.Change] = dict(direction)
     for name, patterns in groups.items():
         chosen = set(tree.matching(paths, patterns, f"group {name!r}"))
         cut[name] = {p: left.pop(p) for p in list(left) if p in chosen}
     return {**cut, "rest": left}
-
-
-def _stack(path: str) -> str | None:
-    found = _LAYERS.search(path)
-    return path[: found.end()] if found else None
 
 
 def listed(taus: Taus) -> list[Any]:
@@ -189,22 +177,71 @@ def through(f_lin: Linearized, directions: list[Direction], batch: Any, at_once:
     """:func:`tangents`, traced."""
 
     def one(direction: Direction) -> tuple[Any, Any]:
-        outputs, moved = pair(f_lin.function, f_lin.build, f_lin.leans(direction), batch, f_lin.until)
+        outputs, moved = pair(f_lin.function, f_lin.build, f_lin.tangents(direction), batch, f_lin.until)
         still = lambda y, dy: jnp.zeros_like(y) if dy.dtype == jax.dtypes.float0 else dy
         return outputs, jax.tree.map(still, outputs, moved)
 
-    groups = grouped(directions, tree.flatten(f_lin.params))
+    groups = stackable(directions)
     passes = []
-    for _, alike in groups:
-        step = at_once or (_IN_CACHES if jax.default_backend() == "cpu" else len(alike))
-        for start in range(0, len(alike), step):
-            part = jax.tree.map(lambda *x: jnp.stack(x), *alike[start : start + step])
+    for _, members in groups:
+        step = at_once or (_IN_CACHES if jax.default_backend() == "cpu" else len(members))
+        for start in range(0, len(members), step):
+            part = jax.tree.map(lambda *x: jnp.stack(x), *members[start : start + step])
             passes.append(jax.vmap(one, out_axes=(None, 0))(part))
     moved = jax.tree.map(lambda *x: jnp.concatenate(x), *(moved for _, moved in passes))
     order = [i for members, _ in groups for i in members]
     if order != sorted(order):
         moved = jax.tree.map(lambda x: x[np.argsort(order)], moved)
     return passes[0][0], moved
+
+
+def stackable(directions: Sequence[Direction]) -> list[tuple[tuple[int, ...], list[Direction]]]:
+    """``(which, directions)`` of one form, whose leaves can be stacked; most often there is one group.
+
+    Of one form are those whose weights move in the same way (whole, parts of one layout, one rank). A path that one of
+    them lacks stays where it is there, and parts that are fewer are padded.
+    """
+    groups: list[tuple[list[int], dict[str, delta.Change]]] = []
+    for i, direction in enumerate(directions):
+        for members, form in groups:
+            if all(_fits(change, form.get(path)) for path, change in direction.items()):
+                members.append(i)
+                form.update({p: _larger(c, form.get(p)) for p, c in direction.items()})
+                break
+        else:
+            groups.append(([i], dict(direction)))
+    return [
+        (tuple(members), [{p: _of_form(directions[i].get(p), form[p]) for p in form} for i in members])
+        for members, form in groups
+    ]
+
+
+def _fits(change: delta.Change, form: delta.Change | None) -> bool:
+    if form is None:
+        return True
+    if isinstance(change, delta.Selected) and isinstance(form, delta.Selected):
+        return (change.layout, change.shape, change.at.ndim) == (form.layout, form.shape, form.at.ndim)
+    one, other = (jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), x) for x in (change, form))
+    return jax.tree.flatten(one) == jax.tree.flatten(other)
+
+
+def _larger(change: delta.Change, form: delta.Change | None) -> delta.Change:
+    if form is None or (isinstance(change, delta.Selected) and change.slots > form.slots):  # type: ignore[attr-defined]
+        return change
+    return form
+
+
+def _of_form(change: delta.Change | None, form: delta.Change) -> delta.Change:
+    if change is None:
+        return _scaled(form, 0)
+    return change.padded(form.slots) if isinstance(change, delta.Selected) else change  # type: ignore[attr-defined]
+
+
+def _scaled(change: delta.Change, factor: Any) -> delta.Change:
+    """``factor * change``; factor: a number, or one for each layer ``[L]`` of a stacked weight."""
+    value = change.direction
+    factors = jnp.asarray(factor, value.dtype)
+    return change.along(value * factors.reshape(*factors.shape, *(1,) * (value.ndim - factors.ndim)))
 
 
 def _compact(columns: np.ndarray) -> tuple[Array, Array | None]:
@@ -220,7 +257,7 @@ def _compact(columns: np.ndarray) -> tuple[Array, Array | None]:
     return jnp.asarray(np.take_along_axis(columns, which, axis=1)), jnp.asarray(which, jnp.int32)
 
 
-@once
+@program_cache
 def _passes(apply: Callable, until: str | None, at_once: int | None) -> Callable:
     """Jitted ``(params, directions, batch) -> (f(theta0), tangents)``."""
 
@@ -230,7 +267,7 @@ def _passes(apply: Callable, until: str | None, at_once: int | None) -> Callable
     return jax.jit(run)
 
 
-@once
+@program_cache
 def _read(apply: Callable, until: str | None, read: Callable, at_once: int | None) -> Callable:
     """Jitted ``(params, directions, points, batch) -> arrays [P, ...]``, for :func:`_compact` points."""
 

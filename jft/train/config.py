@@ -8,12 +8,13 @@ into a :class:`Config`, and refuses keys and types that are not of the schema. S
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from jft.names import nearest
 
 _TYPES: dict[Any, str] = {
     int: "an integer",
@@ -155,9 +156,9 @@ def _check(value: Any, schema: type, prefix: str) -> Any:
     wanted = typing.get_type_hints(schema)
     for key in value:
         if key not in wanted:
-            near = difflib.get_close_matches(str(key), wanted, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; keys: {', '.join(wanted)}"
-            raise ValueError(f"config has no key {prefix}{key}{hint}")
+            keys = f"; keys: {', '.join(wanted)}"
+            near = nearest(key, wanted, hint=f"; did you mean {prefix}{{}}?", otherwise=keys)
+            raise ValueError(f"config has no key {prefix}{key}{near}")
     return schema(**{key: _convert(inner, wanted[key], prefix + key) for key, inner in value.items()})
 
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jft import parallel
+from jft.compiled import program_cache
 from jft.methods import Plan
 from jft.train import feed
 from jft.train.objectives import Objective
@@ -30,22 +31,13 @@ def batch_sums(which: Objective, outputs: Any, batch: Any) -> dict[str, Any]:
     return {"loss": loss, **sums, "weight": weight}
 
 
-def _jit(apply: Callable, which: Objective, plan: Plan | None, dtype: Any) -> Callable:
-    return jax.jit(functools.partial(_sums, apply, which, plan, dtype))
-
-
-_cached: Callable[..., Callable] = functools.lru_cache(maxsize=32)(_jit)
-
-
+@program_cache
 def sums(apply: Callable, which: Objective, plan: Plan | None = None, dtype: Any = None) -> Callable:
     """Jitted ``(params, batch) -> {"loss", metrics..., "weight"}``, sums over the batch; equal arguments share one.
 
     With a plan, ``params`` are ``(kept, trained)``: the model under training is evaluated without being merged.
     """
-    try:
-        return _cached(apply, which, plan, dtype)
-    except TypeError:  # an unhashable apply or plan
-        return _jit(apply, which, plan, dtype)
+    return jax.jit(functools.partial(_sums, apply, which, plan, dtype))
 
 
 def mean(compute: Callable, params: Any, batches: Iterable, which: Objective, mesh: Any = None, limit: int = 0) -> dict:

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jft import parallel, tree
-from jft.models.core import Hooks, dot
+from jft.dot import dot
+from jft.models.core import Hooks, is_jft_model
 from jft.select import probe
 from jft.train import feed
 from jft.train.objectives import Objective
@@ -131,7 +132,7 @@ def tapped(model: Any, setting: Setting, rest: Weights, chosen: Weights, batch: 
 
     Experts do not: they read the tokens of all rows in one axis.
     """
-    if not hasattr(model, "linear_paths"):
+    if not is_jft_model(model):
         return ()
 
     def product(name: str, x: Array, w: Any, state: Any) -> tuple[Array, Any]:

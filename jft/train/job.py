@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import typing
 from collections.abc import Mapping
@@ -187,9 +186,8 @@ def _architecture(kind: Any, options: Mapping[str, Any], where: str) -> Any:
     built = {}
     for option, value in options.items():
         if option not in hints:
-            near = difflib.get_close_matches(option, hints, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; it has: {', '.join(hints)}"
-            raise ValueError(f"{where}: there is no option {option!r}{hint}")
+            near = nearest(option, hints, hint="; did you mean '{}'?", otherwise=f"; it has: {', '.join(hints)}")
+            raise ValueError(f"{where}: there is no option {option!r}{near}")
         inner = next((t for t in (hints[option], *typing.get_args(hints[option])) if dataclasses.is_dataclass(t)), None)
         if inner is not None and isinstance(value, Mapping):
             value = _architecture(inner, value, f"{where}.{option}")

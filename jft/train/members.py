@@ -161,7 +161,7 @@ def _check_equal(members: Fleet, plans: Sequence[Plan]) -> None:
 
 
 def _padded(each: Sequence[Any], path: str, extent: int) -> list[Any]:
-    """Selections in one weight at the size of the largest: padding is out of range, as :mod:`jft.kernels` has it."""
+    """Selections in one weight at the size of the largest: padding is out of range, as :mod:`jft.delta.selected` has it."""
     sizes = {at.shape for at in each}
     if len(sizes) == 1:
         return list(each)

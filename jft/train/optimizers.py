@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from jft import tree
-from jft.methods.parametrise import Matrices, Parametrisation
+from jft.delta import Leaf, Matrices
 
 Decays = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 Stacks = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -115,7 +115,7 @@ class Optimizer:
         aged: Adam corrects the bias of each value's moments by the steps that this value has been trained for.
         """
         parts = [optax.clip_by_global_norm(self.clip)] if self.clip else []
-        parts.append(self._direction(matrices or Parametrisation().matrices, aged))
+        parts.append(self._direction(matrices or _by_shape, aged))
         if self.weight_decay:
             to_zero = optax.add_decayed_weights(self.weight_decay, mask=decays)
             parts.append(_decay_to_base(self.weight_decay, decays) if self.to_base else to_zero)
@@ -180,6 +180,10 @@ def _decay_to_base(weight: float, decays: Decays | None) -> optax.GradientTransf
         return moved, state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+def _by_shape(values: Any) -> Any:
+    return jax.tree.map(lambda x: Leaf().stacked_matrices(x.ndim), values)
 
 
 def _matrix_axes(matrices: Stacks, values: Mapping[str, Any]) -> dict[str, Any]:

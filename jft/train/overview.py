@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jft import tree
+from jft import terminal, tree
 from jft.data.display import marked
 from jft.methods import Plan
 
@@ -50,28 +50,13 @@ def summary(table: list[Row]) -> str:
 
 def text(table: list[Row]) -> str:
     """The rows as plain aligned text, with the totals below."""
-    cells = [("weight", "shape", "dtype", "sharding", "trains", "density")]
+    cells = []
     for r in table:
-        shape = "x".join(map(str, r.shape)) or "scalar"
-        cells.append(
-            (
-                r.path,
-                shape,
-                r.dtype,
-                r.sharding,
-                f"{r.trains:,}" if r.trains else "-",
-                f"{r.density:.3g}" if r.trains else "-",
-            )
-        )
-    widths = [max(len(c[i]) for c in cells) for i in range(6)]
-    right = {1, 4, 5}
-    lines = [
-        "  ".join(
-            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in cells
-    ]
-    return "\n".join([*lines, summary(table)])
+        trains = (f"{r.trains:,}", f"{r.density:.3g}") if r.trains else ("-", "-")
+        cells.append((r.path, "x".join(map(str, r.shape)) or "scalar", r.dtype, r.sharding, *trains))
+    headers = ("weight", "shape", "dtype", "sharding", "trains", "density")
+    lines = terminal.text(terminal.table(headers, cells, left=("weight", "dtype", "sharding")))
+    return f"{lines}\n{summary(table)}"
 
 
 def example(batch: Any, objective: Any, tokenizer: Any, limit: int = 400) -> str:

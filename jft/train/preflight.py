@@ -13,6 +13,7 @@ import numpy as np
 
 from jft import methods, parallel, tree
 from jft.methods import Plan
+from jft.models.core import is_jft_model
 from jft.parallel import MemoryEstimate
 from jft.train import feed, setup, step
 from jft.train.objectives import LanguageModel, Seq2Seq
@@ -73,11 +74,11 @@ def _remedies(update: step.Step, batch: Any, model: Any, params: Any) -> Iterato
         return needs(setup.compile_step(recipe, params, chosen, layout.mesh), batch, params).total
 
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    if hasattr(model, "with_") and model.execution.remat != "full":
+    if is_jft_model(model) and model.execution.remat != "full":
         changed = dataclasses.replace(recipe, apply=step.apply_of(model.with_(remat="full"), layout.mesh))
         yield "model.remat='full'", total(changed, abstract)
     if (
-        hasattr(model, "with_")
+        is_jft_model(model)
         and model.execution.attention == "plain"
         and _longest(batch) > model.execution.attention_block
     ):

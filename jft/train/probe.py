@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jft import parallel, tree
+from jft.compiled import program_cache
+from jft.models.core import is_jft_model
 from jft.select import probe
 from jft.train import feed
 from jft.train.examples import Each, Setting, squares, tapped
@@ -63,22 +65,10 @@ def _summed(setting: Setting, compute: Callable, total: Any, params: Any, batch:
     return jax.tree.map(lambda a, x: a + x.astype(jnp.float32), total, found)
 
 
-def _bind(place: Any, function: Callable, *static: Any) -> Callable:
-    return jax.jit(functools.partial(function, *static), donate_argnums=0, out_shardings=place)
-
-
-_bound = functools.lru_cache(maxsize=64)(_bind)
-
-
+@program_cache(maxsize=64)
 def _jit(function: Callable, *static: Any, place: Any = None) -> Callable:
-    """``function`` with its static arguments bound, compiled, its first free argument donated and results at ``place``.
-
-    Shared between equals where they can be hashed.
-    """
-    try:
-        return _bound(place, function, *static)
-    except TypeError:
-        return _bind(place, function, *static)
+    """``function`` with its static arguments bound, compiled, its first free argument donated and results at ``place``."""
+    return jax.jit(functools.partial(function, *static), donate_argnums=0, out_shardings=place)
 
 
 class LoopProbe:
@@ -149,7 +139,7 @@ class LoopProbe:
                 raise ValueError(f"candidate {path!r} is {self.params[path].dtype}, which has no gradient")
 
     def lead(self, path: str) -> int:
-        return probe.lead(path, self.params[path].ndim, hasattr(self.model, "linear_paths"))
+        return probe.lead(path, self.params[path].ndim, is_jft_model(self.model))
 
     @property
     def _weights(self) -> tuple[Weights, Weights]:

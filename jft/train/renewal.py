@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jft import tree
 from jft.methods import Plan
+from jft.methods.low_rank import WithLowRank
 from jft.methods.parametrise import Parametrisation
 from jft.methods.schedules import Renewal
 from jft.train import settling, setup, step
@@ -47,8 +48,7 @@ def renew(
     else:
         settled = settling.settle(settled, {p: h for p, h in old.leaves.items() if p not in anew}, kept, current)
         settled = settling.resting(settled, plan.leaves)
-    after, fresh = plan.init(jax.random.key(seed), tree.like(base, current), chosen)
-    after = {p: plan.leaves[p].rebased(k, origin[p]) if p in plan.leaves else k for p, k in after.items()}
+    after, fresh = plan.init(jax.random.key(seed), tree.like(base, current), chosen, origin)
     carry = functools.partial(_carried, old, kept, plan, after)
     values = {p: carry(p, trained[p], current[p].astype(jnp.float32)) for p in fresh if p in trained and p not in anew}
     values |= {p: plan.leaves[p].collect(after[p], anew[p]) for p in fresh if p in anew}
@@ -80,18 +80,29 @@ def _carried(
     old: Plan, kept: Mapping[str, Any], new: Plan, after: Mapping[str, Any], path: str, values: Any, fill: jax.Array
 ) -> Any:
     """``values``, shaped like what trained before, as those of what trains now; ``fill`` where they had none."""
-    return new.leaves[path].collect(after[path], old.leaves[path].spread(kept[path], values, fill))
+    inside = new.leaves[path].collect(after[path], old.leaves[path].spread(kept[path], values, fill))
+    # A low-rank change beside what is selected stays as it is.
+    return {**values, **inside} if isinstance(inside, dict) else inside
 
 
 def _ground(plan: Plan, path: str, kept: Any, trained: Any, w: jax.Array) -> jax.Array:
     """The weight that the next selection starts from, in the dtype of the base ``w``."""
     how = plan.leaves.get(path)
-    return (kept if how is None else how.ground(kept, trained)).astype(w.dtype)
+    if how is None:
+        return kept.astype(w.dtype)
+    inside = {"own": trained["own"]} if isinstance(how, WithLowRank) else trained
+    return how.bind(kept, inside, structured=False).astype(w.dtype)
 
 
 def _reset(how: Parametrisation | None, kept: Any, trained: Any, w: jax.Array, base: jax.Array) -> jax.Array:
     """``w`` with what trains back at the base: what stays selected is written again from its master."""
-    return w if how is None or trained is None else how.reset(kept, w, base)
+    if how is None or trained is None:
+        return w
+    if how.selects:
+        origin = jax.tree.map(lambda leaf: leaf.origin(kept) if callable(leaf.origin) else None, how.leaves()[1])
+    else:
+        origin = how.collect(kept, base)
+    return how.spread(kept, origin, w).astype(w.dtype)
 
 
 def _moments(

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jft import delta
+from jft.delta.numeric import host, visible
 from jft.methods import Plan
 from jft.train.state import State
 
@@ -82,15 +83,6 @@ def save(vector: delta.TaskVector, workdir: Path | None) -> None:
     """Write the result of a run into its folder, if it has one."""
     if workdir is None:
         return
-    whole = jax.tree.map(_whole, vector)
+    whole = jax.tree.map(lambda x: x if visible(x) else host(x), vector)
     if jax.process_index() == 0:
         whole.save(workdir / "task_vector.safetensors")
-
-
-def _whole(x: Any) -> Any:
-    """An array that one process can write: one whose shards lie on several is gathered on the host."""
-    if not isinstance(x, jax.Array) or x.is_fully_addressable:
-        return x
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(x, tiled=True)

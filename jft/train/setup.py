@@ -83,9 +83,8 @@ def _start(
     for i, (key, weights) in enumerate(zip(map(jax.random.key, _listed(seed)), overlays, strict=True)):
         base = {**tree.flatten(params), **weights}
         start = tree.like(params, settling.write(settled, base))
-        kept, trained = plan.init(key, start, take(chosen, i) if update.stack else chosen)
-        if settled:
-            kept = {p: plan.leaves[p].rebased(k, base[p]) if p in plan.leaves else k for p, k in kept.items()}
+        selected = take(chosen, i) if update.stack else chosen
+        kept, trained = plan.init(key, start, selected, base if settled else None)
         frozen, live, _ = plan.detach(kept)
         if each:  # what members share is held once, not until all are made
             frozen = jax.tree.map(lambda to, a, b: b if to.ndim > b.ndim else a, like.frozen, each[0][0], frozen)

@@ -15,6 +15,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jft import tree
+from jft.compiled import program_cache
 from jft.train import setup, step
 from jft.train.axis import depends, over_members, take
 from jft.train.state import Holdings, Layout, State, abstract, lay_out
@@ -92,26 +93,13 @@ def compile_step(
     axes = Axes(members, tuple(jax.tree.leaves(frozen)), batch, min(together, members))
     stack = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct((members, *x.shape), x.dtype))
     owns = jax.tree.map(lambda x, own: stack(x) if own else x, single.frozen, frozen)
-    held = Holdings(stack(single.state), {}, owns)
-    return _make(recipe, _widened(one, frozen, members, batch), one, held, axes)
+    held, layout = Holdings(stack(single.state), {}, owns), _widened(one, frozen, members, batch)
+    return _make(step.Key(recipe, layout, held, axes, parts=(recipe, layout, one, held, axes)))
 
 
-def _make(recipe: step.Recipe, layout: Layout, one: Layout, held: Holdings, axes: Axes) -> StackedStep:
-    """A fleet's step that was made before for equals, with its compiled programs, or a new one."""
-    key = step.Key(recipe, layout, held, axes)
-    try:
-        hash(key)
-    except TypeError:
-        return StackedStep(recipe, layout, one, held, axes)
-    if key not in _made:
-        while len(_made) >= MOST:
-            _made.pop(next(iter(_made)))
-        _made[key] = StackedStep(recipe, layout, one, held, axes)
-    return _made[key]
-
-
-MOST = 8  # steps of fleets that are kept
-_made: dict[Any, StackedStep] = {}
+@program_cache(maxsize=8)
+def _make(key: step.Key) -> StackedStep:
+    return StackedStep(*key.parts)
 
 
 def _widened(one: Layout, flags: Any, members: int, batch: bool) -> Layout:

@@ -13,7 +13,9 @@ import numpy as np
 import optax
 
 from jft import parallel, tree
+from jft.compiled import program_cache
 from jft.methods import Plan
+from jft.models.core import is_jft_model
 from jft.train.objectives import Objective, TowardBase
 from jft.train.optimizers import Given, Optimizer
 from jft.train.state import Holdings, Layout, State, abstract
@@ -45,7 +47,7 @@ def apply_of(model: Any, mesh: Any = None) -> Callable[[Any, Any], Any]:
 
 def dtype_of(model: Any, params: Any) -> Any:
     """What trained values are cast to: a jft model's execution dtype; else the one that all weights have, or None."""
-    if hasattr(model, "execution"):
+    if is_jft_model(model):
         return model.execution.dtype
     found = {np.dtype(x.dtype) for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)}
     return found.pop() if len(found) == 1 else None
@@ -132,7 +134,7 @@ def _data_gradients(
 def _toward_base(recipe: Recipe, kept: Any, trained: Any, batch: Any, mesh: Any, key: jax.Array | None) -> Any:
     """The gradient of the cross entropy to what the base itself predicts."""
     toward = dataclasses.replace(recipe, objective=TowardBase(recipe.objective))
-    return _data_gradients(toward, kept, trained, batch, mesh, key, recipe.plan.base(kept))[0]
+    return _data_gradients(toward, kept, trained, batch, mesh, key, recipe.plan.base(kept, trained))[0]
 
 
 def step(
@@ -229,10 +231,13 @@ class Step:
 
 
 class Key:
-    """A recipe, layout and shapes, and what else a step is made of, as one hashable value."""
+    """A recipe, layout and shapes, and ``more``, as one value, hashable where the recipe is.
 
-    def __init__(self, recipe: Recipe, layout: Layout, holdings: Holdings, *more: Any):
-        self.parts = (recipe, layout, holdings)
+    parts: the arguments that a step is made with, of keys that are equal equal ones; default the first three.
+    """
+
+    def __init__(self, recipe: Recipe, layout: Layout, holdings: Holdings, *more: Any, parts: tuple | None = None):
+        self.parts: tuple = parts or (recipe, layout, holdings)
         leaves, structure = jax.tree.flatten((layout.batch, layout.replicated, abstract(holdings, layout.holdings)))
         self.compared = (recipe, layout.mesh, structure, tuple(leaves), more)
 
@@ -243,7 +248,7 @@ class Key:
         return isinstance(other, Key) and self.compared == other.compared
 
 
-@functools.lru_cache(maxsize=32)
+@program_cache
 def _make(key: Key) -> Step:
     return Step(*key.parts)
 
@@ -253,12 +258,7 @@ def make(recipe: Recipe, layout: Layout, holdings: Holdings) -> Step:
 
     ``holdings`` are arrays or shapes. A recipe with unhashable parts gets a step of its own.
     """
-    key = Key(recipe, layout, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), holdings))
-    try:
-        hash(key)
-    except TypeError:
-        return Step(*key.parts)
-    return _make(key)
+    return _make(Key(recipe, layout, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), holdings)))
 
 
 def flops(compiled: jax.stages.Compiled) -> float | None:

@@ -4,11 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from jft.delta import Blocks, Dense, Entries, LowRank, Rows, Slices, Sum
+from jft.delta import Blocks, Dense, DiagonalBlocks, Entries, LowRank, Rows, Slices, Sum
 
 SHAPE = (4, 24, 20)
 SPARSE = ("rows", "no_rows", "entries", "no_entries", "blocks", "tall_blocks", "slices", "columns")
-KINDS = ("dense", "low_rank", *SPARSE, "sum", "wide_sum")
+KINDS = ("dense", "low_rank", "diagonal_blocks", *SPARSE, "sum", "wide_sum")
 
 
 def make(kind, seed, shape=SHAPE):
@@ -19,6 +19,8 @@ def make(kind, seed, shape=SHAPE):
         return Dense(draw(*shape))
     if kind == "low_rank":
         return LowRank(draw(*lead, rows, 2), draw(*lead, 2, columns))
+    if kind == "diagonal_blocks":
+        return DiagonalBlocks(draw(*lead, 4, rows // 4, columns // 4))
     if kind == "rows":
         return Rows(jnp.asarray(rng.permutation(shape[0])[:2], jnp.int32), draw(2, *shape[1:]), shape)
     if kind == "no_rows":
@@ -49,6 +51,13 @@ def reference(encoding):
         return f64(encoding.value)
     if isinstance(encoding, LowRank):
         return np.einsum("...ir,...ro->...io", f64(encoding.a), f64(encoding.b))
+    if isinstance(encoding, DiagonalBlocks):
+        *lead, n, height, width = encoding.blocks.shape
+        out = np.zeros((*lead, n * height, n * width))
+        for i in range(n):
+            part = out[..., i * height : (i + 1) * height, i * width : (i + 1) * width]
+            part[...] = f64(encoding.blocks)[..., i, :, :]
+        return out
     if isinstance(encoding, Rows):
         out = np.zeros(encoding.shape)
         out[np.asarray(encoding.indices)] = f64(encoding.values)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jft.kernels import attention as blockwise
-from jft.models.attention import Mask, attention
+from jft.kernels.attention import Mask, attention
 from jft.models.core import Execution
 
 B, T, H, G, K, BLOCK = 2, 21, 4, 2, 5, 8
@@ -45,7 +45,7 @@ def derivatives(execution, mask, softcap, biased, point, move, pull):
 
     def of(q, k, v, bias, scale):
         bias = bias if biased else None
-        return attention(execution, q, k, v, mask, scale=0.5 + scale**2, softcap=softcap, bias=bias)
+        return attention(q, k, v, mask, scale=0.5 + scale**2, softcap=softcap, bias=bias, block=execution.block)
 
     def step(move):
         return jnp.sum(jnp.sin(sum(jax.jvp(of, point, move))))
@@ -84,7 +84,7 @@ def test_a_query_that_sees_nothing_gets_the_mean_of_all_values():
     q, k, v = point[:3]
     mask = Mask.within(SEGMENTS, causal=True)
     for execution in (PLAIN, BLOCKS):
-        of = functools.partial(attention, execution, mask=mask, scale=1.0)
+        of = functools.partial(attention, mask=mask, scale=1.0, block=execution.block)
         out, pulled = jax.jit(lambda *x, of=of: (of(*x), jax.vjp(of, *x)[1](pull)))(q, k, v)
         padding = np.asarray(out)[SEGMENTS == 0]
         expected = np.repeat(np.mean(v, axis=1), H // G, axis=1)[1]
@@ -105,7 +105,7 @@ def test_what_does_not_move_costs_nothing_and_changes_nothing(moving):
 
     def of(execution, x):
         q, k, v, bias, scale = (x if i == at else y for i, y in enumerate(point))
-        return attention(execution, q, k, v, mask, scale=scale, bias=bias)
+        return attention(q, k, v, mask, scale=scale, bias=bias, block=execution.block)
 
     def tangent(execution):
         return lambda x, dx: jax.jvp(functools.partial(of, execution), (x,), (dx,))[1]
@@ -128,7 +128,7 @@ def test_under_vmap_remat_and_scan():
         def layer(h, xs):
             q, k, v, window = xs
             mask = Mask.within(segments, causal=True, window=window)
-            return h + attention(execution, q + h, k, v, mask, scale=0.4), None
+            return h + attention(q + h, k, v, mask, scale=0.4, block=execution.block), None
 
         return jax.lax.scan(layer, jnp.zeros_like(q[0]), (q, k, v, windows))[0]
 
@@ -153,7 +153,7 @@ def test_second_derivatives():
         mask = Mask.within(SEGMENTS, causal=True)
 
         def curvature(execution):
-            of = lambda q: jnp.sum(jnp.sin(attention(execution, q, *point[1:3], mask, scale=0.4)))
+            of = lambda q: jnp.sum(jnp.sin(attention(q, *point[1:3], mask, scale=0.4, block=execution.block)))
             return jax.jit(lambda q, dq: jax.jvp(jax.grad(of), (q,), (dq,))[1])(point[0], move[0])
 
         close(curvature(BLOCKS), curvature(PLAIN), 1e-12)
@@ -175,7 +175,7 @@ def temporaries(length, mask, execution):
     x = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
 
     def of(q, k, v):
-        layer = lambda h, share: (attention(execution, q + h, k, share * v, mask, scale=0.3), None)
+        layer = lambda h, share: (attention(q + h, k, share * v, mask, scale=0.3, block=execution.block), None)
         return jax.lax.scan(layer, jnp.zeros_like(q), jnp.ones(2))[0]
 
     def linearized(point, move):

@@ -96,6 +96,22 @@ def check_gradient(how, kept, trained, expected, key=None):
     np.testing.assert_allclose(along, by_hand, rtol=2e-4)
 
 
+def specs(how, spec, w, at=None):
+    """Shardings of ``(kept, trained)`` for a weight sharded as ``spec``."""
+    shapes = jax.eval_shape(how.init, jax.random.key(0), w, at)
+    return jax.tree.map(lambda what, x: what.sharding(spec, w, x.ndim), how.leaves(at), shapes)
+
+
+def rates(how, trained):
+    """The learning-rate multiplier of every array that trains."""
+    return jax.tree.map(lambda what, _: what.rate, how.leaves()[1], trained)
+
+
+def change(how, kept, trained):
+    """How far ``trained`` is from the base."""
+    return jax.tree.map(lambda what, x: what.change(kept, x), how.leaves()[1], trained)
+
+
 def _rule(name, rate):
     return optax.sgd(rate) if name == "sgd" else optax.adamw(rate, weight_decay=0.01)
 
@@ -108,7 +124,7 @@ def _update(name, rate, value, state, gradient, scales):
 
 def check_steps(how, kept, trained, gradient, rate=1e-2, keys=(None, None, None)):
     """Three steps of SGD and of AdamW, with the parametrisation's rates, against NumPy; ``gradient(trained, key)`` by hand."""
-    scales = how.scales(trained)
+    scales = rates(how, trained)
     for name in ("sgd", "adamw"):
         state, value, reference, moments = jax.jit(_rule(name, rate).init)(trained), trained, wide(trained), {}
         for step, key in enumerate(keys, 1):

@@ -2,24 +2,31 @@
 
 import numpy as np
 
-from jft.kernels import slices
-from jft.models.sparse import Blocks, Entries, Slices
+from jft.delta import BlockLayout, Changed, EntryLayout, Selected, SliceLayout
+from jft.delta.changed import COLUMNS, ROWS
 
 LAYOUTS = {
-    "entries": Entries(),
-    "blocks": Blocks(4, 2),
-    "rows": Slices(slices.ROWS),
-    "columns": Slices(slices.COLUMNS),
+    "entries": EntryLayout(),
+    "blocks": BlockLayout(4, 2),
+    "rows": SliceLayout(ROWS),
+    "columns": SliceLayout(COLUMNS),
 }
+
+
+def weight(layout, w, at, values, origin=None):
+    """A live weight whose parts ``at`` train; with ``origin``, their values in ``w``, a base and the change to ``values``."""
+    shape = w.shape[layout.lead(at) :]
+    change = Selected(at, values if origin is None else values - origin, layout, shape)
+    return Changed(w, change, held=origin is None)
 
 
 def units(layout, shape):
     """Extents of the grid of units on a matrix of ``shape``."""
-    if isinstance(layout, Entries):
+    if isinstance(layout, EntryLayout):
         return shape
-    if isinstance(layout, Blocks):
-        return shape[0] // layout.rows, shape[1] // layout.columns
-    return (shape[0], 1) if layout.axis == slices.ROWS else (1, shape[1])
+    if isinstance(layout, BlockLayout):
+        return shape[0] // layout.height, shape[1] // layout.width
+    return (shape[0], 1) if layout.axis == ROWS else (1, shape[1])
 
 
 def draw(layout, shape, density, seed=0):
@@ -36,8 +43,8 @@ def draw(layout, shape, density, seed=0):
 def locate(layout, chosen, grid=(1, 1)):
     """``at`` of unit masks ``[*lead, rows, columns]`` of units, cut into ``grid`` cells."""
     lead, (rows, columns) = chosen.shape[:-2], chosen.shape[-2:]
-    if isinstance(layout, Slices):
-        axis = 0 if layout.axis == slices.ROWS else 1
+    if isinstance(layout, SliceLayout):
+        axis = 0 if layout.axis == ROWS else 1
         grid = (grid[axis], 1) if axis == 0 else (1, grid[axis])
     extent = rows // grid[0], columns // grid[1]
     cells = chosen.reshape(*lead, grid[0], extent[0], grid[1], extent[1])
@@ -48,9 +55,9 @@ def locate(layout, chosen, grid=(1, 1)):
         found = np.argwhere(cells[where])
         at[where][: len(found)] = found
         at[where][len(found) :, 0] = extent[0] + np.arange(most - len(found))
-    if not isinstance(layout, Slices):
+    if not isinstance(layout, SliceLayout):
         return at
-    if layout.axis == slices.ROWS:
+    if layout.axis == ROWS:
         return at[..., 0, :, 0]
     for where in np.ndindex(*cells.shape[:-2]):
         count = int(cells[where].sum())

@@ -8,10 +8,11 @@ import pytest
 
 import jft
 from jft import tree
+from jft.dot import take, transpose
 from jft.methods import presets_masked  # noqa: F401
 from jft.methods.channels import ChannelBudget, Sparsified, open_channels, tie
 from jft.methods.width import prune_width
-from jft.models import DecoderConfig, Model, core
+from jft.models import DecoderConfig, Model
 from tests.methods import leaf
 
 KEY = jax.random.key(5)
@@ -63,7 +64,7 @@ def test_tables_and_transposes():
     @jax.jit
     def results(kept, trained):
         one = jax.tree.map(lambda x: x[1], HOW.bind(kept, trained, True))
-        return core.take(one, ids, jnp.float32), core.transpose(one), HOW.bind(kept, trained, False)[1]
+        return take(one, ids, jnp.float32), transpose(one), HOW.bind(kept, trained, False)[1]
 
     taken, transposed, flat = (np.asarray(x) for x in results(kept, trained))
     np.testing.assert_allclose(taken, flat[ids], atol=1e-5)

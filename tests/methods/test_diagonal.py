@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jft.delta import Changed, LowRank
+from jft.dot import grouped_dot, take, transpose
 from jft.methods.diagonal import BlockDiagonal
 from jft.models import core
-from jft.models.low_rank import LowRankWeight
 from tests.methods import leaf
 
 KEY = jax.random.key(2)
@@ -56,12 +57,12 @@ def test_tables_transposes_experts_and_a_low_rank_change_beside():
     structured, plain = HOW.bind(kept, trained, True), HOW.bind(kept, trained, False)
     x, sizes, ids = jax.random.normal(KEY, (7, 8)), jnp.asarray([2, 0, 5]), jnp.asarray([[7, 0], [3, 3]])
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    close(core.grouped_dot(x, structured, sizes), core.grouped_dot(x, plain, sizes))
+    close(grouped_dot(x, structured, sizes), grouped_dot(x, plain, sizes))
     one, flat = jax.tree.map(lambda a: a[1], structured), plain[1]
-    close(core.take(one, ids, jnp.float32), flat[ids])
-    close(core.dot(jnp.ones((2, 6)), core.transpose(one)), jnp.ones((2, 6)) @ flat.T)
+    close(take(one, ids, jnp.float32), flat[ids])
+    close(core.dot(jnp.ones((2, 6)), transpose(one)), jnp.ones((2, 6)) @ flat.T)
     a, b = jax.random.normal(KEY, (8, 2)), jax.random.normal(KEY, (2, 6))
-    close(core.dot(x, LowRankWeight(one, a, b, 0.5)), x @ (flat + 0.5 * a @ b))
+    close(core.dot(x, Changed(one, LowRank(a, 0.5 * b))), x @ (flat + 0.5 * a @ b))
 
 
 def test_matrices_that_do_not_divide_are_refused():

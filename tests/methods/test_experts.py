@@ -9,17 +9,20 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jft import delta, tree
-from jft.kernels import experts
-from jft.methods.experts import InPlaceExperts
+from jft.delta import ExpertLayout, experts
+from jft.methods import InPlaceSelected
 from jft.models.core import Execution
 from jft.models.decoder import DecoderConfig
 from jft.models.model import Model
 from jft.models.moe import Experts
+from tests.methods import leaf
 
 CONFIG = DecoderConfig(vocab=17, width=8, layers=2, heads=2, hidden=8, experts=Experts(5, 2, 6), init_std=0.4)
 MASK = np.array([[1, 0, 0, 1, 0], [0, 1, 1, 0, 1]], bool)
 PATHS = [f"layers/mlp/experts/{name}/w" for name in ("gate", "up", "down")]
 TOKENS = np.random.default_rng(1).integers(0, 17, (2, 6))
+
+HOW = InPlaceSelected(ExpertLayout())
 
 
 @functools.cache
@@ -46,7 +49,7 @@ def trained_densely(steps=3, rate=0.1):
 @pytest.mark.parametrize("live", [True, False])
 @pytest.mark.parametrize("execution", ["dense", "ragged"])
 def test_steps_are_those_of_dense_training_of_the_chosen(live, execution):
-    how, at = InPlaceExperts(live=live), experts.locate(MASK)
+    how, at = InPlaceSelected(ExpertLayout(), live), experts.locate(MASK)
     split = {p: how.init(jax.random.key(0), params()[p], at) for p in PATHS}
     kept, trained = ({p: s[i] for p, s in split.items()} for i in (0, 1))
 
@@ -55,14 +58,15 @@ def test_steps_are_those_of_dense_training_of_the_chosen(live, execution):
         bound = lambda t: params() | {p: how.bind(kept[p], t[p], True) for p in PATHS}
         g = jax.grad(lambda t: loss(bound(t), execution))(trained)
         trained = jax.tree.map(lambda v, g: v - 0.1 * g, trained, g)
-        return {p: how.commit(kept[p], trained[p]) for p in PATHS}, trained
+        written = {p: {**kept[p], "w": how.spread(kept[p], trained[p], kept[p]["w"])} for p in PATHS}
+        return written if live else kept, trained
 
     for _ in range(3):
         kept, trained = step(kept, trained)
     expected = trained_densely()
     for path in PATHS:
         assert trained[path].shape == (2, 3, *params()[path].shape[2:])
-        np.testing.assert_allclose(how.merged(kept[path], trained[path]), expected[path], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(how.bind(kept[path], trained[path], False), expected[path], rtol=1e-5, atol=1e-6)
         change = how.encode(params()[path], kept[path], trained[path])
         assert isinstance(change, delta.Slices)
         dense = np.asarray(change.dense())
@@ -71,7 +75,7 @@ def test_steps_are_those_of_dense_training_of_the_chosen(live, execution):
 
 
 def test_plain_weights_have_the_same_gradient():
-    how, at = InPlaceExperts(), experts.locate(MASK)
+    how, at = HOW, experts.locate(MASK)
     kept, trained = how.init(jax.random.key(0), params()[PATHS[0]], at)
     gradients = [
         jax.jit(jax.grad(lambda t, s=structured: loss(params() | {PATHS[0]: how.bind(kept, t, s)})))(trained)
@@ -82,6 +86,6 @@ def test_plain_weights_have_the_same_gradient():
 
 def test_specs():
     at = experts.locate(MASK)
-    kept, trained = InPlaceExperts().specs(PartitionSpec(None, "tensor", "fsdp"), params()[PATHS[0]], at)
+    kept, trained = leaf.specs(HOW, PartitionSpec(None, "tensor", "fsdp"), params()[PATHS[0]], at)
     assert trained == PartitionSpec(None, None, "fsdp", None)
     assert kept == {"w": PartitionSpec(None, "tensor", "fsdp"), "at": PartitionSpec(None, None), "origin": trained}

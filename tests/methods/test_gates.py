@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from jft import delta
+from jft.delta import Changed, LowRank
+from jft.dot import grouped_dot, take, transpose
 from jft.methods.gates import Gates, HardConcrete, Taps
 from jft.models import core
-from jft.models.low_rank import LowRankWeight
 from tests.methods import leaf
 
 KEY = jax.random.key(4)
@@ -118,9 +119,9 @@ def test_noise_of_all_layers_never_exists_at_once():
 def test_groups_follow_the_leading_axes():
     vectors = jnp.zeros((3, 7))
     assert HardConcrete().init(KEY, vectors)[1]["group"].shape == ()
-    assert HardConcrete().placed(1).init(KEY, vectors)[1]["group"].shape == (3,)
-    kept, trained = HardConcrete().placed(1).init(KEY, vectors)
-    assert HardConcrete().placed(1).bind(kept, trained, False, KEY).shape == (3, 7)
+    assert HardConcrete().fitted(lead=1).init(KEY, vectors)[1]["group"].shape == (3,)
+    kept, trained = HardConcrete().fitted(lead=1).init(KEY, vectors)
+    assert HardConcrete().fitted(lead=1).bind(kept, trained, False, KEY).shape == (3, 7)
 
 
 def taps(how, trained, _=None):
@@ -219,10 +220,10 @@ def test_gates_beside_low_rank_and_on_experts_and_tables():
         one, flat = jax.tree.map(lambda a: a[1], structured), plain[1]
         a, b = jax.random.normal(KEY, (8, 2)), jax.random.normal(KEY, (2, 6))
         return [
-            (core.grouped_dot(x, structured, sizes), core.grouped_dot(x, plain, sizes)),
-            (core.take(one, ids, jnp.float32), flat[ids]),
-            (core.dot(jnp.ones((2, 6)), core.transpose(one)), jnp.ones((2, 6)) @ flat.T),
-            (core.dot(x, LowRankWeight(one, a, b, 0.5)), x @ (flat + 0.5 * a @ b)),
+            (grouped_dot(x, structured, sizes), grouped_dot(x, plain, sizes)),
+            (take(one, ids, jnp.float32), flat[ids]),
+            (core.dot(jnp.ones((2, 6)), transpose(one)), jnp.ones((2, 6)) @ flat.T),
+            (core.dot(x, Changed(one, LowRank(a, 0.5 * b))), x @ (flat + 0.5 * a @ b)),
         ]
 
     for found, expected in results(kept, trained):

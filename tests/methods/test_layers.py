@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from jft import delta, tree
-from jft.methods.beside import WithLowRank
 from jft.methods.gates import Gates, HardConcrete, Taps
-from jft.methods.layers import InPlaceLayers, SomeLayers
+from jft.methods.layers import SomeLayers
+from jft.methods.low_rank import LowRank, WithLowRank
 from jft.methods.masks import Masked
-from jft.methods.parametrise import InPlace, LowRank
+from jft.methods.parametrise import InPlace
 from jft.methods.plan import Method, Select
 from tests.methods import leaf, toy
 
@@ -32,7 +32,7 @@ def planned(how):
     model = toy.model(layers=5)
     params = model.init(KEY)
     plan = Method(Select(layers=(1, 2, 4)), InPlace()).plan(params, model)
-    cut = {p: InPlaceLayers(SIZES, (False,) * 4) for p in plan.leaves}
+    cut = {p: SomeLayers(InPlace(), SIZES, (False,) * 4) for p in plan.leaves}
     linear = {p: SomeLayers(how, SIZES, TRAINS) for p in plan.leaves if p.endswith("/w")}
     plan = dataclasses.replace(plan, leaves=cut | linear)
     return model, params, plan, *plan.init(KEY, params)
@@ -56,7 +56,7 @@ def test_layers_that_train_and_layers_that_do_not(how):
             structure = jax.tree.structure(trained[path])
             assert jax.tree.structure(plan.scales(trained)[path]) == structure
             assert (
-                jax.tree.structure(plan.leaves[path].specs(jax.P(), w)[1], is_leaf=lambda x: isinstance(x, jax.P))
+                jax.tree.structure(leaf.specs(plan.leaves[path], jax.P(), w)[1], is_leaf=lambda x: isinstance(x, jax.P))
                 == structure
             )
         else:

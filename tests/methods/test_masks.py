@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jft.dot import PerExpert, grouped_dot, take, transpose
 from jft.methods.masks import Masked, TopMask, agreement_dropout
 from jft.models import core
 from tests.methods import leaf
@@ -98,10 +99,10 @@ def test_products_of_experts_and_tables():
         plain, one = how.bind(kept, s, False)[1], jax.tree.map(lambda x: x[0], layer)
         x, sizes, ids = jax.random.normal(KEY, (6, 4)), jnp.asarray([1, 3, 2]), jnp.asarray([3, 1])
         products = [
-            (core.grouped_dot(x, layer, sizes), core.grouped_dot(x, plain, sizes)),
-            (core.dot(x, core.PerExpert(layer)), core.dot(x, core.PerExpert(plain))),
+            (grouped_dot(x, layer, sizes), grouped_dot(x, plain, sizes)),
+            (core.dot(x, PerExpert(layer)), core.dot(x, PerExpert(plain))),
         ]
-        return products, [(core.take(one, ids, jnp.float32), plain[0][ids]), (core.transpose(one), plain[0].T)]
+        return products, [(take(one, ids, jnp.float32), plain[0][ids]), (transpose(one), plain[0].T)]
 
     products, parts = results(kept, s)
     for found, expected in products:
@@ -144,7 +145,7 @@ def test_agreement_dropout_keeps_with_the_probability_of_the_formula():
         (lambda: Masked(sparsity=1.0), "fraction masked at the start"),
         (lambda: Masked(margin=0.0), "must be above 0"),
         (lambda: TopMask(keep=0.0), "fraction of each matrix that stays"),
-        (lambda: Masked().change(jnp.ones((2, 2)), jnp.ones((2, 2))), "no base to stay near"),
+        (lambda: leaf.change(Masked(), jnp.ones((2, 2)), jnp.ones((2, 2))), "no base to stay near"),
     ],
 )
 def test_wrong_uses_are_refused(make, message):

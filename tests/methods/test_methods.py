@@ -8,7 +8,8 @@ from jax.sharding import PartitionSpec as P
 
 import jft
 from jft import tree
-from jft.models.core import Hooks, dot
+from jft.dot import dot
+from jft.models.core import Hooks
 from tests.methods import toy
 
 KEY = jax.random.key(0)

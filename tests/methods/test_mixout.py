@@ -47,11 +47,11 @@ def test_the_expectation_is_the_trained_weight_and_evaluation_has_no_noise():
     np.testing.assert_allclose(many.mean(0), trained, atol=0.12)
     np.testing.assert_array_equal(how.bind(kept, trained, True), trained)
     np.testing.assert_allclose(how.encode(leaf.w32(), kept, trained).dense(), trained - leaf.w32())
-    np.testing.assert_allclose(how.change(kept, trained), trained - leaf.w32())
+    np.testing.assert_allclose(leaf.change(how, kept, trained), trained - leaf.w32())
 
 
 def test_neurons_are_mixed_as_one_and_vectors_not_at_all():
-    how = Mixout(0.5).placed(1)
+    how = Mixout(0.5).fitted(lead=1)
     kept, trained = how.init(KEY, leaf.w32())
     w = np.asarray(how.bind(kept, trained + 1, False, KEY) - leaf.w32())
     assert all(len(np.unique(row.round(4))) == 1 for row in w.reshape(-1, leaf.O))

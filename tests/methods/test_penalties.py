@@ -7,8 +7,9 @@ import pytest
 
 from jft import tree
 from jft.methods.gates import HardConcrete, Taps
+from jft.methods.low_rank import LowRank
 from jft.methods.masks import Masked
-from jft.methods.parametrise import InPlace, LowRank
+from jft.methods.parametrise import InPlace
 from jft.methods.penalties import L2SP, L1ToBase, Nuclear, SharedLayers, soften
 from jft.methods.plan import Method, Select
 from jft.methods.projection import project, projected

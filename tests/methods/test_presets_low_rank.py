@@ -7,6 +7,7 @@ import pytest
 
 import jft
 from jft import delta, tree
+from jft.dot import dot, transpose
 from jft.methods import LowRank, Method, Select
 from jft.parallel import make_mesh
 from jft.select import budget, scores, units
@@ -183,17 +184,15 @@ def test_other_units_beside_a_low_rank_change(unit):
 
 def test_tied_heads_pass_a_selection_beside_a_low_rank_change_through():
     """The transposed weight of an output head that is the embedding table."""
-    from jft.kernels import slices
-    from jft.models.core import dot, transpose
-    from jft.models.low_rank import LowRankWeight
-    from jft.models.sparse import SelectedWeight, Slices
+    from jft.delta import Changed, LowRank, SliceLayout
+    from tests.methods import selections
 
     r = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(r.normal(size=shape), jnp.float32)
     w, a, b, x, at = draw(7, 4), draw(7, 2), draw(2, 4), draw(3, 4), jnp.asarray([[1, 5]])
-    layout = Slices(slices.ROWS)
-    inside = SelectedWeight(w, at, layout.gather(w, at), None, layout)
-    found = dot(x, transpose(LowRankWeight(inside, a, b, 0.5)))
+    layout = SliceLayout(-2)
+    inside = selections.weight(layout, w, at, layout.gather(w, at))
+    found = dot(x, transpose(Changed(inside, LowRank(a, 0.5 * b))))
     np.testing.assert_allclose(found, x @ (w + 0.5 * a @ b).T, rtol=1e-5, atol=1e-5)
 
 

@@ -9,9 +9,9 @@ import pytest
 
 import jft
 from jft import parallel, tree
+from jft.dot import dot
 from jft.methods import selecting
 from jft.models import DecoderConfig, Hooks, Model
-from jft.models.core import dot
 from jft.models.memory import Memory
 from jft.models.moe import Experts
 from jft.select import heads, scores

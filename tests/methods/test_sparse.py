@@ -10,10 +10,11 @@ import optax
 import pytest
 
 from jft import delta, tree
-from jft.kernels import slices
-from jft.methods import InPlace, Method, Plan, Select, Selected
+from jft.delta import BlockLayout, EntryLayout, SliceLayout
+from jft.delta.changed import ROWS
+from jft.dot import take, transpose
+from jft.methods import InPlace, InPlaceSelected, Method, Plan, Select
 from jft.models import core
-from jft.models.sparse import Blocks, Entries, SelectedWeight, Slices, tap
 from tests.methods import selections, toy
 
 UP, DOWN = "layers/up/w", "layers/down/w"
@@ -27,7 +28,7 @@ def setting(layout, live=True, **execution):
     params = model.init(jax.random.key(0))
     shapes = tree.flatten(params)
     found = {p: selections.draw(layout, shapes[p].shape, 0.3, seed) for seed, p in enumerate((UP, DOWN))}
-    leaves = {p: Selected(layout, live) for p in found}
+    leaves = {p: InPlaceSelected(layout, live) for p in found}
     method = Method(Select(), InPlace())
     plan = Plan(method, leaves, tuple(shapes), jax.tree.structure(params), structured=True)
     kept, trained = jax.jit(plan.init)(jax.random.key(1), params, {p: at for p, (at, _) in found.items()})
@@ -177,7 +178,7 @@ def test_cells_select_the_same(layout):
     @jax.jit
     def results(at):
         values = layout.gather(w, at)
-        g = jax.grad(lambda v: jnp.sum(jnp.sin(core.dot(x, SelectedWeight(w[0], at[0], v, None, layout)))))(values[0])
+        g = jax.grad(lambda v: jnp.sum(jnp.sin(core.dot(x, selections.weight(layout, w[0], at[0], v)))))(values[0])
         return layout.put(w, at, values * 2), layout.put(jnp.zeros_like(w[0]), at[0], g)
 
     one, four = (results(selections.locate(layout, chosen, grid)) for grid in ((1, 1), (2, 2)))
@@ -194,8 +195,8 @@ def test_transposed_weights_and_lookups(layout):
     at, ids = jnp.asarray(at), jnp.asarray([3, 3, 0, 15, 7])
 
     def both(w):
-        h = core.take(w, ids, jnp.float32)
-        return jnp.sum(jnp.sin(core.dot(h, core.transpose(w))))
+        h = take(w, ids, jnp.float32)
+        return jnp.sum(jnp.sin(core.dot(h, transpose(w))))
 
     @jax.jit
     def dense():
@@ -204,7 +205,7 @@ def test_transposed_weights_and_lookups(layout):
 
     @jax.jit
     def selected(values, origin):
-        return jax.value_and_grad(lambda v: both(SelectedWeight(table, at, v, origin, layout)))(values)
+        return jax.value_and_grad(lambda v: both(selections.weight(layout, table, at, v, origin)))(values)
 
     value, want, values = dense()
     for origin in (None, values):
@@ -215,12 +216,12 @@ def test_transposed_weights_and_lookups(layout):
 
 def test_rows_keep_only_their_part_of_the_activations():
     """What the backward pass of ``tanh(x @ a) @ w`` keeps for w's gradient is the selected columns of its input."""
-    layout, n = Slices(slices.ROWS), 4096
+    layout, n = SliceLayout(ROWS), 4096
     w = jnp.zeros((256, 64))
     at = jnp.arange(8, dtype=jnp.int32)[None]
 
     def apply(values, x):
-        return core.dot(x, SelectedWeight(w, at, values, None, layout))
+        return core.dot(x, selections.weight(layout, w, at, values))
 
     _, pull = jax.vjp(lambda v: apply(v, jnp.ones((n, 256))), layout.gather(w, at))
     held = [x for x in jax.tree.leaves(pull) if hasattr(x, "shape") and x.ndim == 2 and x.shape[0] == n]
@@ -229,13 +230,13 @@ def test_rows_keep_only_their_part_of_the_activations():
 
 @pytest.mark.optimized
 def test_the_backward_of_blocks_has_no_dense_gradient():
-    layout = Blocks(32, 32)
+    layout = BlockLayout(32, 32)
     w = jnp.zeros((512, 384))
     at = jnp.asarray([[[[0, 1], [3, 3], [15, 11]]]], jnp.int32)
     values = layout.gather(w, at)
 
     def f(v, x):
-        return jnp.sum(jnp.sin(core.dot(x, SelectedWeight(w, at, v, None, layout))))
+        return jnp.sum(jnp.sin(core.dot(x, selections.weight(layout, w, at, v))))
 
     compiled = jax.jit(jax.grad(f)).lower(values, jnp.ones((256, 512))).compile()
     assert "f32[512,384]{1,0} dot" not in compiled.as_text()
@@ -245,15 +246,15 @@ def test_the_backward_of_blocks_has_no_dense_gradient():
 
 def test_a_tap_leaves_the_weight_as_it_is():
     w, at = jnp.arange(6.0).reshape(2, 3), jnp.asarray([[[[0, 1]]]], jnp.int32)
-    y, pull = jax.vjp(lambda v: tap(Entries(), w, at, v), jnp.full((1, 1, 1), 99.0))
+    y, pull = jax.vjp(lambda v: selections.weight(EntryLayout(), w, at, v).plain(), jnp.full((1, 1, 1), 99.0))
     np.testing.assert_array_equal(y, w)
     np.testing.assert_array_equal(pull(w)[0], [[[1.0]]])
 
 
 def test_mixed_precision_keeps_masters_and_bf16_weights_together():
-    model, params, plan, *_ = setting(Entries(), dtype=jnp.bfloat16)
+    model, params, plan, *_ = setting(EntryLayout(), dtype=jnp.bfloat16)
     params = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), params)
-    at = {p: selections.draw(Entries(), tree.flatten(params)[p].shape, 0.3)[0] for p in plan.leaves}
+    at = {p: selections.draw(EntryLayout(), tree.flatten(params)[p].shape, 0.3)[0] for p in plan.leaves}
     kept, trained = jax.jit(plan.init)(jax.random.key(1), params, at)
     assert {x.dtype for x in trained.values()} == {jnp.dtype("float32")}
     g = jax.jit(jax.grad(lambda t: loss(model, plan.bind(kept, t, jnp.bfloat16)).astype(jnp.float32)))(trained)

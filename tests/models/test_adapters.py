@@ -10,7 +10,9 @@ from flax import nnx
 
 import jft
 from jft import tree
-from jft.models import adapters
+from jft.models import Model, VisionConfig, adapters
+from jft.models.core import is_jft_model, model_of
+from jft.train.step import apply_of
 
 BATCH = {"x": np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)}
 X = lambda batch: (batch["x"],)
@@ -157,3 +159,17 @@ def test_a_step_is_not_reused_for_other_statistics():
 def test_linen_variables_without_params_are_refused():
     with pytest.raises(ValueError, match="no 'params' collection"):
         adapters.from_linen(Linen(), {"batch_stats": {}}, X)
+
+
+def test_jfts_own_models_are_told_from_other_functions():
+    model = Model(VisionConfig(image=4, patch=2, channels=1, width=8, layers=1, heads=2, hidden=16))
+    assert is_jft_model(model) and not is_jft_model(None)
+    for apply in (model.apply, apply_of(model), apply_of(model, jft.parallel.make_mesh({"data": -1}))):
+        assert is_jft_model(model_of(apply)) and not is_jft_model(apply)
+    for build in BUILDERS.values():
+        apply = build()[0]
+        assert (
+            not is_jft_model(apply)
+            and not is_jft_model(model_of(apply))
+            and not is_jft_model(model_of(apply_of(apply)))
+        )

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from jft import tree
+from jft.delta import Changed, LowRank
 from jft.models import core
 from jft.models.core import Execution, Hooks, Scope
 from jft.models.decoder import DecoderConfig
-from jft.models.low_rank import LowRankWeight
 from jft.models.model import Model
 from jft.models.moe import Experts, moe
 from jft.models.rope import Rope
@@ -263,8 +263,8 @@ def test_low_rank_experts(expert_case, way):
     params, h = expert_case
     rng = np.random.default_rng(4)
     thin = lambda w: [np.float32(rng.normal(size=s)) for s in ((*w.shape[:2], 2), (w.shape[0], 2, w.shape[2]))]
-    adapted = {k: {"w": LowRankWeight(p["w"], *thin(p["w"]), 0.3)} for k, p in params["experts"].items()}
-    merged = {k: {"w": p["w"].w + 0.3 * p["w"].a @ p["w"].b} for k, p in jax.device_get(adapted).items()}
+    adapted = {k: {"w": Changed(p["w"], LowRank(*thin(p["w"])))} for k, p in params["experts"].items()}
+    merged = {k: {"w": p["w"].w + p["w"].delta.a @ p["w"].delta.b} for k, p in jax.device_get(adapted).items()}
     hooks = Hooks(product=lambda name, x, w, state: (core.dot(x, w), None))
 
     def run(experts, way="dense", hooks=None):

@@ -10,7 +10,8 @@ import pytest
 
 import jft
 from jft import tree
-from jft.models.core import Hooks, Runs, dot
+from jft.dot import dot
+from jft.models.core import Hooks, Runs
 from jft.models.decoder import DecoderConfig
 from jft.models.memory import Memory, lookup
 from jft.models.model import Model

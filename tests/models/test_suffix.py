@@ -10,9 +10,10 @@ import pytest
 
 import jft
 from jft import tree
+from jft.dot import dot
 from jft.models.classifier import Classifier
 from jft.models.clip import ClipConfig, TextConfig
-from jft.models.core import Hooks, Runs, dot
+from jft.models.core import Hooks, Runs
 from jft.models.decoder import DecoderConfig
 from jft.models.encoder import EncoderConfig
 from jft.models.memory import Memory

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jft import parallel, tree
+from jft.dot import dot
 from jft.models import DecoderConfig, Model, T5Config
-from jft.models.core import Hooks, dot
+from jft.models.core import Hooks
 from jft.models.moe import Experts, route
 from jft.select import activations, heads, scores
 from jft.train.objectives import Contrastive, LanguageModel, Seq2Seq

@@ -70,7 +70,7 @@ def test_every_encoding_moves_as_its_dense_form(name):
     f_lin = jft.linearize(model.apply, params)
     direction = f_lin.direction(tau)
     kinds = {type(c).__name__ for c in direction.values()}
-    assert kinds == {"Whole", "Parts", "Thin"}, kinds
+    assert kinds == {"Dense", "Selected", "LowRank"}, kinds
     under_jit = jax.jit(f_lin)
     expected = vector(under_jit(whole(tau), batch))
     np.testing.assert_allclose(vector(f_lin(tau, batch)), expected, atol=2e-5)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import jft
 from jft import delta, parallel, tangent, tree
-from jft.tangent import alike, space
+from jft.tangent import space
+from jft.tangent.sweep import stackable
 from tests.tangent import dense, models
 from tests.tangent.dense import TOLERANCES, close
 
@@ -192,7 +193,7 @@ def test_sparse_directions_of_different_sizes_go_together(counts, seed):
     f_lin = jft.linearize(model.apply, params)
     parts = jax.jit(f_lin.parts)
     taus = [tau(count) for count in counts]
-    groups = alike.grouped([f_lin.direction(t) for t in taus], flat)
+    groups = stackable([f_lin.direction(t) for t in taus])
     assert [members for members, _ in groups] == [tuple(range(len(taus)))]
     _, moved = tangent.tangents(f_lin, taus, batch)
     for one, found in zip(taus, np.asarray(moved), strict=True):

@@ -10,9 +10,9 @@ import pytest
 
 import jft
 from jft import tree
-from jft.methods import Selected
+from jft.delta import BlockLayout, EntryLayout, SliceLayout
+from jft.methods import InPlaceSelected
 from jft.methods.gates import Gates
-from jft.models.sparse import Blocks, Entries, Slices
 from jft.train import setup, step
 from jft.train.objectives import Classification, Contrastive, LanguageModel
 from jft.train.optimizers import Given, Optimizer
@@ -218,8 +218,13 @@ def test_muon_treats_each_layer_as_a_matrix():
 def test_muon_of_parts_of_weights():
     """Each block is a matrix, and so are all rows, or columns, of a weight, whatever cells they lie in; entries are none."""
     r = np.random.default_rng(0)
-    hows = {"entries/w": Entries(), "blocks/w": Blocks(4, 2), "rows/w": Slices(-2), "columns/w": Slices(-1)}
-    hows = {p: Selected(layout) for p, layout in hows.items()} | {"gates/w": Gates()}
+    hows = {
+        "entries/w": EntryLayout(),
+        "blocks/w": BlockLayout(4, 2),
+        "rows/w": SliceLayout(-2),
+        "columns/w": SliceLayout(-1),
+    }
+    hows = {p: InPlaceSelected(layout) for p, layout in hows.items()} | {"gates/w": Gates()}
     shapes = {
         "entries/w": (3, 2, 2, 8),  # [L, g, g, k]
         "blocks/w": (3, 2, 1, 5, 4, 2),  # [L, g, g, n, b, c]
@@ -228,7 +233,10 @@ def test_muon_of_parts_of_weights():
     }
     values = {p: jnp.asarray(r.normal(size=shape), jnp.float32) for p, shape in shapes.items()}
     values["gates/w"] = {name: jnp.asarray(r.normal(size=(3, 8)), jnp.float32) for name in ("rows", "columns")}
-    matrices = lambda trained: {p: hows[p].matrices(t) for p, t in trained.items()}
+    matrices = lambda trained: {
+        p: jax.tree.map(lambda what, x: what.stacked_matrices(x.ndim), hows[p].leaves()[1], t)
+        for p, t in trained.items()
+    }
     muon = Optimizer("muon", clip=0.0)
     transform = muon.transform(matrices=matrices)
     updates, _ = transform.update(values, transform.init(values), values)

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from jft.models.decoder import DecoderConfig
-from jft.models.hf import common
 from jft.models.hf.mapping import Source
+from jft.models.hf.sources import sources
 
 _PREFIXES = ("model.", "")
 _NORMS = {
@@ -52,7 +52,7 @@ def llama_table(config: DecoderConfig, modules: Mapping[str, str] = _MODULES) ->
     layer = {**modules, **_NORMS[config.norm_place]}
     names = {f"layers/{path}": f"layers.{{layer}}.{name}" for path, name in layer.items()}
     names |= {"embed": "embed_tokens", "final_norm": "norm", "head": "=lm_head"}
-    table = common.sources(config, names, _PREFIXES)
+    table = sources(config, names, _PREFIXES)
     return table | _with_fused(config, table) if config.experts else table
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jft.models.decoder import DecoderConfig
-from jft.models.hf import common, decoders_legacy
+from jft.models.hf import config_json, decoders_legacy
 from jft.models.hf.decoder_tables import llama_table, mixtral_table, phi3_table
 from jft.models.hf.mapping import Family, Source
 from jft.models.moe import Experts
@@ -17,24 +17,24 @@ _IGNORED = (r".*rotary_emb\.inv_freq", r"lm_head\.weight", r"score\.weight")
 
 def _config(c: Mapping[str, Any], family: str, **fields: Any) -> DecoderConfig:
     """What all of them say alike; ``fields`` the rest."""
-    width, heads = common.require(c, "hidden_size"), common.require(c, "num_attention_heads")
+    width, heads = config_json.require(c, "hidden_size"), config_json.require(c, "num_attention_heads")
     shared = dict(
-        vocab=common.require(c, "vocab_size"),
+        vocab=config_json.require(c, "vocab_size"),
         width=width,
-        layers=common.require(c, "num_hidden_layers"),
+        layers=config_json.require(c, "num_hidden_layers"),
         heads=heads,
         kv_heads=c.get("num_key_value_heads") or heads,
         head_size=c.get("head_dim") or width // heads,
-        hidden=common.require(c, "intermediate_size"),
+        hidden=config_json.require(c, "intermediate_size"),
         max_positions=c["max_position_embeddings"],
         norm_eps=c["rms_norm_eps"],
-        activation=common.activation(c.get("hidden_activation") or c.get("hidden_act") or "silu"),
+        activation=config_json.activation(c.get("hidden_activation") or c.get("hidden_act") or "silu"),
         tied=bool(c.get("tie_word_embeddings", False)),
         init_std=c.get("initializer_range", 0.02),
-        special_tokens=common.special_tokens(c),
+        special_tokens=config_json.special_tokens(c),
     )
     biases = dict(qkv_bias=bool(c.get("attention_bias", False)), out_bias=bool(c.get("attention_bias", False)))
-    shared |= dict(rope=common.rope(c, rope_theta=10_000.0)) if "rope" not in fields else {}
+    shared |= dict(rope=config_json.rope(c, rope_theta=10_000.0)) if "rope" not in fields else {}
     return DecoderConfig(family=family, **{**shared, **biases, **fields})
 
 
@@ -52,12 +52,12 @@ def _fields(config: DecoderConfig, architecture: str) -> dict[str, Any]:
         "intermediate_size": config.hidden,
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.norm_eps,
-        "hidden_act": common.activation_name(config.activation),
+        "hidden_act": config_json.activation_name(config.activation),
         "tie_word_embeddings": config.tied,
         "initializer_range": config.init_std,
         "attention_bias": config.qkv_bias,
-        **(common.rope_fields(config.rope) if config.rope is not None else {}),
-        **common.special_token_fields(config),
+        **(config_json.rope_fields(config.rope) if config.rope is not None else {}),
+        **config_json.special_token_fields(config),
     }
 
 
@@ -98,7 +98,7 @@ def _moe(c: Mapping[str, Any], hidden: str, normalise: bool) -> Experts:
     count = c.get("num_local_experts") or c.get("num_experts")
     if count is None:
         raise ValueError(f"config.json of this {c.get('model_type')} lacks 'num_experts'")
-    return Experts(count, common.require(c, "num_experts_per_tok"), common.require(c, hidden), normalise)
+    return Experts(count, config_json.require(c, "num_experts_per_tok"), config_json.require(c, hidden), normalise)
 
 
 def _expert_fields(config: DecoderConfig) -> dict[str, Any]:
@@ -109,29 +109,29 @@ def _expert_fields(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _llama(c: dict) -> DecoderConfig:
-    common.refuse(c)
+    config_json.refuse(c)
     return _config(c, "llama", mlp_bias=bool(c.get("mlp_bias", False)))
 
 
 def _mistral(c: dict) -> DecoderConfig:
-    common.refuse(c, attention_bias=False)
+    config_json.refuse(c, attention_bias=False)
     return _config(c, "mistral", windows=_every_window(c))
 
 
 def _qwen2(c: dict) -> DecoderConfig:
-    common.refuse(c)
+    config_json.refuse(c)
     windows = _layer_windows(c, lambda i: i >= c["max_window_layers"])
     return _config(c, "qwen2", qkv_bias=True, out_bias=False, windows=windows)
 
 
 def _qwen3(c: dict) -> DecoderConfig:
-    common.refuse(c)
+    config_json.refuse(c)
     windows = _layer_windows(c, lambda i: i >= c["max_window_layers"])
     return _config(c, "qwen3", qk_norm="head", windows=windows)
 
 
 def _gemma(c: dict) -> DecoderConfig:
-    common.refuse(c, use_bidirectional_attention=False)
+    config_json.refuse(c, use_bidirectional_attention=False)
     # Gemma 1 files say "gelu" and mean its tanh approximation; transformers reads them so too.
     c = (
         {**c, "hidden_activation": "gelu_pytorch_tanh"}
@@ -142,13 +142,13 @@ def _gemma(c: dict) -> DecoderConfig:
 
 
 def _gemma2(c: dict) -> DecoderConfig:
-    common.refuse(c, use_bidirectional_attention=False)
+    config_json.refuse(c, use_bidirectional_attention=False)
     softcaps = dict(attention_softcap=c["attn_logit_softcapping"], logit_softcap=c["final_logit_softcapping"])
     return _config(c, "gemma2", windows=_layer_windows(c, lambda i: i % 2 == 0), **softcaps, **_gemma_fields(c))
 
 
 def _gemma3(c: dict) -> DecoderConfig:
-    common.refuse(c, use_bidirectional_attention=False, attn_logit_softcapping=None)
+    config_json.refuse(c, use_bidirectional_attention=False, attn_logit_softcapping=None)
     pattern = c.get("sliding_window_pattern") or c.get("_sliding_window_pattern") or 6
     windows = _layer_windows(c, lambda i: (i + 1) % pattern != 0)
     # transformers 5 nests the parameters of the two kinds of layers; older files speak of the global ones and a base.
@@ -157,8 +157,8 @@ def _gemma3(c: dict) -> DecoderConfig:
     theta, local = c.get("rope_theta") or 1_000_000.0, c.get("rope_local_base_freq") or 10_000.0
     full = {**(nested.get("full_attention") or {}), **(c.get("rope_scaling") or {})}
     ropes = dict(
-        rope=common.rope({**flat, "rope_parameters": full}, rope_theta=theta),
-        local_rope=common.rope({**flat, "rope_parameters": nested.get("sliding_attention")}, rope_theta=local),
+        rope=config_json.rope({**flat, "rope_parameters": full}, rope_theta=theta),
+        local_rope=config_json.rope({**flat, "rope_parameters": nested.get("sliding_attention")}, rope_theta=local),
     )
     cap = c.get("final_logit_softcapping")
     return _config(c, "gemma3_text", windows=windows, qk_norm="head", logit_softcap=cap, **ropes, **_gemma_fields(c))
@@ -170,12 +170,12 @@ def _gemma_fields(c: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _olmo2(c: dict) -> DecoderConfig:
-    common.refuse(c)
+    config_json.refuse(c)
     return _config(c, "olmo2", norm_place="post", qk_norm="full")
 
 
 def _phi3(c: dict) -> DecoderConfig:
-    common.refuse(c, attention_bias=False)
+    config_json.refuse(c, attention_bias=False)
     c = dict(c)
     for key in ("rope_scaling", "rope_parameters"):
         # Phi-3 files called LongRoPE "su", and for a while "yarn".
@@ -188,14 +188,14 @@ def _phi3(c: dict) -> DecoderConfig:
 
 
 def _mixtral(c: dict) -> DecoderConfig:
-    common.refuse(c, attention_bias=False)
-    rope = common.rope(c, rope_theta=1_000_000.0)
+    config_json.refuse(c, attention_bias=False)
+    rope = config_json.rope(c, rope_theta=1_000_000.0)
     experts = _moe(c, "intermediate_size", True)
     return _config(c, "mixtral", windows=_every_window(c), rope=rope, experts=experts)
 
 
 def _qwen3_moe(c: dict) -> DecoderConfig:
-    common.refuse(c)
+    config_json.refuse(c)
     if c.get("mlp_only_layers") or c.get("decoder_sparse_step", 1) != 1:
         raise ValueError(
             "qwen3_moe with some layers dense is not supported (mlp_only_layers="
@@ -206,7 +206,7 @@ def _qwen3_moe(c: dict) -> DecoderConfig:
 
 
 def _olmoe(c: dict) -> DecoderConfig:
-    common.refuse(c)
+    config_json.refuse(c)
     experts = _moe(c, "intermediate_size", bool(c.get("norm_topk_prob", False)))
     return _config(c, "olmoe", qk_norm="full", clip_qkv=c.get("clip_qkv"), experts=experts)
 
@@ -214,7 +214,7 @@ def _olmoe(c: dict) -> DecoderConfig:
 def _gemma_out(config: DecoderConfig) -> dict[str, Any]:
     scalar = round((config.attention_scale or config.head_size**-0.5) ** -2, 6)
     return {
-        "hidden_activation": common.activation_name(config.activation),
+        "hidden_activation": config_json.activation_name(config.activation),
         "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
         "final_logit_softcapping": config.logit_softcap,
         "attn_logit_softcapping": config.attention_softcap,
@@ -227,8 +227,8 @@ def _gemma3_out(config: DecoderConfig) -> dict[str, Any]:
     if config.rope is None or config.local_rope is None:
         raise ValueError("a gemma3_text checkpoint needs rope and local_rope")
     parameters = {
-        "full_attention": common.rope_parameters(config.rope),
-        "sliding_attention": common.rope_parameters(config.local_rope),
+        "full_attention": config_json.rope_parameters(config.rope),
+        "sliding_attention": config_json.rope_parameters(config.local_rope),
     }
     old = {"rope_theta": config.rope.theta, "rope_local_base_freq": config.local_rope.theta}
     return {**_gemma_out(config), **old, "rope_scaling": None, "rope_parameters": parameters}
@@ -258,7 +258,7 @@ class _Spec:
         def to_hf(config: DecoderConfig) -> dict[str, Any]:
             return {**_fields(config, f"{self.name}ForCausalLM"), **self.write(config)}
 
-        return Family(from_hf, common.exact(to_hf, from_hf), self.table, _IGNORED)
+        return Family(from_hf, config_json.exact(to_hf, from_hf), self.table, _IGNORED)
 
 
 _SPECS = {

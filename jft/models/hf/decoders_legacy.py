@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from jft.models.decoder import DecoderConfig
-from jft.models.hf import common
+from jft.models.hf import config_json
 from jft.models.hf.mapping import Family, Source, identity
+from jft.models.hf.sources import sources
 
 _GPT2_MODULES = {
     "attn_norm": "ln_1",
@@ -37,7 +38,7 @@ def _gpt2_table(config: DecoderConfig) -> dict[str, Source]:
     D, prefixes = config.width, ("transformer.", "")
     names = {f"layers/{path}": f"h.{{layer}}.{name}" for path, name in _GPT2_MODULES.items()}
     names |= {"embed": "wte", "positions": "wpe", "final_norm": "ln_f", "head": "=lm_head"}
-    table = common.sources(config, names, prefixes)
+    table = sources(config, names, prefixes)
     for path, source in table.items():
         if path.startswith("layers/") and path.endswith("/w"):
             table[path] = Source(source.name, source.shape[::-1], identity, source.aliases)
@@ -50,20 +51,20 @@ def _gpt2_table(config: DecoderConfig) -> dict[str, Source]:
 
 
 def _gpt2(c: dict) -> DecoderConfig:
-    common.refuse(c, add_cross_attention=False)
+    config_json.refuse(c, add_cross_attention=False)
     scaled = c.get("scale_attn_weights", True)
-    width = common.require(c, "n_embd")
+    width = config_json.require(c, "n_embd")
     return DecoderConfig(
         family="gpt2",
-        vocab=common.require(c, "vocab_size"),
+        vocab=config_json.require(c, "vocab_size"),
         width=width,
-        layers=common.require(c, "n_layer"),
-        heads=common.require(c, "n_head"),
+        layers=config_json.require(c, "n_layer"),
+        heads=config_json.require(c, "n_head"),
         hidden=c.get("n_inner") or 4 * width,
         max_positions=c.get("n_positions", 1024),
         norm="layer",
         norm_eps=c.get("layer_norm_epsilon", 1e-5),
-        activation=common.activation(c.get("activation_function", "gelu_new")),
+        activation=config_json.activation(c.get("activation_function", "gelu_new")),
         gated=False,
         mlp_bias=True,
         qkv_bias=True,
@@ -74,7 +75,7 @@ def _gpt2(c: dict) -> DecoderConfig:
         tied=bool(c.get("tie_word_embeddings", True)),
         init_std=c.get("initializer_range", 0.02),
         init_residual=True,
-        special_tokens=common.special_tokens(c),
+        special_tokens=config_json.special_tokens(c),
     )
 
 
@@ -95,7 +96,7 @@ def _gpt2_fields(config: DecoderConfig) -> dict[str, Any]:
         "scale_attn_by_inverse_layer_idx": config.scale_by_layer,
         "tie_word_embeddings": config.tied,
         "initializer_range": config.init_std,
-        **common.special_token_fields(config),
+        **config_json.special_token_fields(config),
     }
 
 
@@ -114,7 +115,7 @@ def _neox_table(config: DecoderConfig) -> dict[str, Source]:
     D, prefixes = config.width, ("gpt_neox.", "")
     names = {f"layers/{path}": f"layers.{{layer}}.{name}" for path, name in _NEOX_MODULES.items()}
     names |= {"embed": "embed_in", "final_norm": "final_layer_norm", "head": "=embed_out"}
-    table = common.sources(config, names, prefixes)
+    table = sources(config, names, prefixes)
     if "head/w" in table:
         head = table["head/w"]
         table["head/w"] = Source(head.name, head.shape, head.view, ("lm_head.weight",))
@@ -131,36 +132,36 @@ def _neox_table(config: DecoderConfig) -> dict[str, Source]:
 
 
 def _neox(c: Mapping[str, Any]) -> DecoderConfig:
-    common.refuse(c)
+    config_json.refuse(c)
     bias = bool(c.get("attention_bias", True))
     defaults = dict(rope_theta=c.get("rotary_emb_base", 10_000.0), partial_rotary_factor=c.get("rotary_pct", 0.25))
     return DecoderConfig(
         family="gpt_neox",
-        vocab=common.require(c, "vocab_size"),
-        width=common.require(c, "hidden_size"),
-        layers=common.require(c, "num_hidden_layers"),
-        heads=common.require(c, "num_attention_heads"),
-        hidden=common.require(c, "intermediate_size"),
+        vocab=config_json.require(c, "vocab_size"),
+        width=config_json.require(c, "hidden_size"),
+        layers=config_json.require(c, "num_hidden_layers"),
+        heads=config_json.require(c, "num_attention_heads"),
+        hidden=config_json.require(c, "intermediate_size"),
         max_positions=c.get("max_position_embeddings", 2048),
         norm="layer",
         norm_eps=c.get("layer_norm_eps", 1e-5),
         parallel=bool(c.get("use_parallel_residual", True)),
-        activation=common.activation(c.get("hidden_act", "gelu")),
+        activation=config_json.activation(c.get("hidden_act", "gelu")),
         gated=False,
         mlp_bias=True,
         qkv_bias=bias,
         out_bias=bias,
-        rope=common.rope(c, **defaults),
+        rope=config_json.rope(c, **defaults),
         tied=bool(c.get("tie_word_embeddings", False)),
         init_std=c.get("initializer_range", 0.02),
-        special_tokens=common.special_tokens(c),
+        special_tokens=config_json.special_tokens(c),
     )
 
 
 def _neox_fields(config: DecoderConfig) -> dict[str, Any]:
     if config.rope is None:
         raise ValueError("a gpt_neox checkpoint needs rope")
-    parameters = common.rope_parameters(config.rope)
+    parameters = config_json.rope_parameters(config.rope)
     # NeoX's default is 0.25, so a full rotation has to be said.
     parameters["partial_rotary_factor"] = config.rope.fraction
     return {
@@ -174,27 +175,27 @@ def _neox_fields(config: DecoderConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "layer_norm_eps": config.norm_eps,
         "use_parallel_residual": config.parallel,
-        "hidden_act": common.activation_name(config.activation),
+        "hidden_act": config_json.activation_name(config.activation),
         "attention_bias": config.qkv_bias,
         "rotary_pct": config.rope.fraction,
         "rotary_emb_base": config.rope.theta,
         "rope_parameters": parameters,
         "tie_word_embeddings": config.tied,
         "initializer_range": config.init_std,
-        **common.special_token_fields(config),
+        **config_json.special_token_fields(config),
     }
 
 
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         _gpt2,
-        common.exact(_gpt2_fields, _gpt2),
+        config_json.exact(_gpt2_fields, _gpt2),
         _gpt2_table,
         (r".*\.attn\.(masked_)?bias", r"lm_head\.weight", r"score\.weight"),
     ),
     "gpt_neox": Family(
         _neox,
-        common.exact(_neox_fields, _neox),
+        config_json.exact(_neox_fields, _neox),
         _neox_table,
         (
             r".*\.attention\.(masked_)?bias",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jft.models.encoder import EncoderConfig
-from jft.models.hf.fields import activation, activation_name, refuse
+from jft.models.hf.config_json import activation, activation_name, refuse
 from jft.models.hf.mapping import Family, Source
 from jft.models.hf.sources import Sources, present
 
@@ -58,9 +58,7 @@ def _table(names: dict[str, str], prefix: str) -> Callable[[EncoderConfig], dict
 
 def _from_bert(family: str) -> Callable[[dict[str, Any]], EncoderConfig]:
     def from_hf(raw: dict[str, Any]) -> EncoderConfig:
-        refuse(
-            raw, position_embedding_type=("absolute", None), is_decoder=(False, None), add_cross_attention=(False, None)
-        )
+        refuse(raw, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
         offset = raw.get("pad_token_id", 1) + 1 if family == "roberta" else 0
         return EncoderConfig(
             family=family,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import math
 import os
@@ -17,6 +16,7 @@ import numpy as np
 
 from jft.models.hf.checkpoint import Checkpoint, LoadError
 from jft.models.hf.mapping import Source
+from jft.names import nearest
 
 CHUNK = 1 << 24
 """Bytes copied before the pages they came from are given back."""
@@ -96,11 +96,8 @@ def _find(checkpoint: Checkpoint, path: str, source: Source, place: tuple[int, .
     for name in candidates:
         if name in checkpoint:
             return name
-    near = difflib.get_close_matches(candidates[0], checkpoint.entries, n=1, cutoff=0.6)
-    raise LoadError(
-        f"tensor {candidates[0]!r} (for {path!r}) is missing from {checkpoint.directory}"
-        + (f"; nearest there: {near[0]!r}" if near else "")
-    )
+    near = nearest(candidates[0], checkpoint.entries, hint="; nearest there: '{}'")
+    raise LoadError(f"tensor {candidates[0]!r} (for {path!r}) is missing from {checkpoint.directory}{near}")
 
 
 def refuse_unexpected(checkpoint: Checkpoint, used: Iterable[str], ignored: Iterable[str]) -> None:

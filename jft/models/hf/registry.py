@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 from typing import Any
 
 from jft.models.hf.checkpoint import LoadError
 from jft.models.hf.mapping import Family
+from jft.names import nearest
 
 MODULES = ("decoders", "encoders", "vision", "seq2seq")
 
@@ -32,11 +32,10 @@ def family_of(description: dict[str, Any], where: Any) -> Family:
     known = families()
     if isinstance(model_type, str) and model_type in known:
         return known[model_type]
-    near = difflib.get_close_matches(str(model_type), known, n=1, cutoff=0.5)
+    near = nearest(model_type, known, cutoff=0.5, hint="nearest: {}; ")
     raise LoadError(
         f"{where}: model_type {model_type!r} (architectures {description.get('architectures')}) is not one that jft knows; "
-        + (f"nearest: {near[0]}; " if near else "")
-        + f"known: {', '.join(sorted(known))}"
+        f"{near}known: {', '.join(sorted(known))}"
     )
 
 

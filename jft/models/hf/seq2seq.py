@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jft.models.hf.fields import activation, activation_name
+from jft.models.hf.config_json import activation, activation_name
 from jft.models.hf.mapping import Family, Source
 from jft.models.hf.sources import Sources, present
 from jft.models.seq2seq import T5Config

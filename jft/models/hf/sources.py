@@ -1,4 +1,4 @@
-"""Tables of sources, written linear by linear and norm by norm."""
+"""Tables of sources: written linear by linear and norm by norm, or from the names of modules."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jft.models.hf.mapping import Source, transposed
+from jft.models.decoder import DecoderConfig
+from jft.models.hf.mapping import Source, identity, transposed
+
+_LEAVES = {"w": "weight", "b": "bias", "scale": "weight", "bias": "bias", "table": "weight"}
 
 
 class Sources:
@@ -53,6 +56,24 @@ class Sources:
         self.linear(f"{path}/mlp/down", f"{name}.{names['mlp/down']}", hidden, width)
         for part in ("attn_norm", "mlp_norm"):
             self.norm(f"{path}/{part}", f"{name}.{names[part]}", width)
+
+
+def sources(config: DecoderConfig, names: Mapping[str, str], prefixes: tuple[str, ...]) -> dict[str, Source]:
+    """A `Source` per parameter: ``names`` map module paths (``layers/attn/q``) to Hugging Face modules.
+
+    A name is taken with each prefix in turn (the first when saving), or as it is if it starts with ``=``.
+    """
+    table = {}
+    for path, shape in config.shapes().items():
+        module, leaf = path.rsplit("/", 1)
+        if module not in names:
+            continue
+        name = f"{names[module]}.{_LEAVES[leaf]}"
+        spellings = (name[1:],) if name.startswith("=") else tuple(prefix + name for prefix in prefixes)
+        one = shape[name.count("{layer}") + name.count("{expert}") :]
+        shape, view = (one[::-1], transposed) if leaf == "w" else (one, identity)
+        table[path] = Source(spellings[0], shape, view, spellings[1:])
+    return table
 
 
 def present(suffix: str, field: str, absent: bool = False) -> Callable[[Any, frozenset[str]], Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jft.models.clip import ClipConfig, TextConfig
-from jft.models.hf.fields import activation, activation_name, refuse
+from jft.models.hf.config_json import activation, activation_name, refuse
 from jft.models.hf.mapping import Family, Source
 from jft.models.hf.sources import Sources, present
 from jft.models.vision import VisionConfig
@@ -69,7 +69,7 @@ def _square(raw: dict[str, Any], key: str, default: int) -> int:
 
 def _vit_from_hf(raw: dict[str, Any]) -> VisionConfig:
     width = raw.get("hidden_size", 768)
-    refuse(raw, pooler_act=("tanh",), pooler_output_size=(width, None))
+    refuse(raw, pooler_act="tanh", pooler_output_size=width)
     return VisionConfig(
         image=_square(raw, "image_size", 224),
         patch=_square(raw, "patch_size", 16),

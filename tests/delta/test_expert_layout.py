@@ -7,17 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jft.kernels import experts
-from jft.models.core import ACTIVATIONS, Execution, Hooks, Runs, Scope, dot
+from jft.delta import Changed, ExpertLayout, Selected, experts
+from jft.dot import dot, grouped_dot
+from jft.models.core import ACTIVATIONS, Execution, Hooks, Runs, Scope
 from jft.models.decoder import DecoderConfig
 from jft.models.model import Model
-from jft.models.moe import ChosenExperts, Experts, moe, route
+from jft.models.moe import Experts, moe, route
 
 E, I, O, N = 6, 5, 7, 11  # noqa: E741
 AT = np.array([1, 4, 5], np.int32)
 PADDED = np.array([0, 3, 6, 7], np.int32)
+LAYOUT = ExpertLayout()
 RNG = np.random.default_rng(0)
 W, X, G = RNG.standard_normal((E, I, O)), RNG.standard_normal((N, I)), RNG.standard_normal((E, N, O))
+
+
+def live(w, at, values):
+    """A weight that holds ``values`` at experts ``at`` already: the product reads ``w`` alone."""
+    return Changed(w, Selected(at, values, LAYOUT, w.shape[-3:]), held=True)
 
 
 def close(a, b, tolerance=1e-5):
@@ -31,12 +38,12 @@ def f32(*arrays):
 def test_gather_and_put_with_leading_axes_and_padding():
     w = RNG.standard_normal((2, E, I, O)).astype(np.float32)
     at = np.stack([PADDED, np.array([2, 3, 4, 5], np.int32)])
-    values = experts.gather(w, at)
+    values = LAYOUT.gather(w, at)
     assert values.shape == (2, 4, I, O)
     np.testing.assert_array_equal(values[0, :2], w[0, [0, 3]])
     assert not values[0, 2:].any()
     np.testing.assert_array_equal(values[1], w[1, 2:])
-    new = experts.put(jnp.asarray(w, jnp.bfloat16), at, jnp.ones_like(values))
+    new = LAYOUT.put(jnp.asarray(w, jnp.bfloat16), at, jnp.ones_like(values))
     assert new.dtype == jnp.bfloat16
     expected = w.astype(jnp.bfloat16)
     expected[0, [0, 3]] = expected[1, 2:] = 1
@@ -68,9 +75,9 @@ def test_dot(at, shared):
 
     @jax.jit
     def every(x, g, tangent):
-        values = experts.gather(w, at)
-        y, back = jax.vjp(lambda x, v: experts.dot(x, w, at, v), x, 100 + values)
-        return y, back(g), jax.jvp(lambda v: experts.dot(x, w, at, v), (values,), (tangent,))[1]
+        values = LAYOUT.gather(w, at)
+        y, back = jax.vjp(lambda x, v: live(w, at, v).__jft_expert_dot__(x), x, 100 + values)
+        return y, back(g), jax.jvp(lambda v: live(w, at, v).__jft_expert_dot__(x), (values,), (tangent,))[1]
 
     y, (dx, dv), dy = every(x, g, *f32(tangent))
     x64, real = np.broadcast_to(np.asarray(x, np.float64), (E, N, I)), at[at < E]
@@ -91,7 +98,7 @@ def test_grouped_dot(at):
 
     @jax.jit
     def every(x, g):
-        y, back = jax.vjp(lambda x, v: experts.grouped_dot(x, w, at, v, sizes), x, experts.gather(w, at))
+        y, back = jax.vjp(lambda x, v: grouped_dot(x, live(w, at, v), sizes), x, LAYOUT.gather(w, at))
         return y, back(g)
 
     y, (dx, dv) = every(x, g)
@@ -123,9 +130,9 @@ def products(jaxpr):
 def test_the_gradient_costs_the_chosen_experts():
     """The backward pass to the values multiplies e matrices of E, and none for x where x is not differentiated."""
     w, x, g = f32(W, X, G)
-    _, back = jax.vjp(lambda v: experts.dot(x, w, AT, v), experts.gather(w, AT))
+    _, back = jax.vjp(lambda v: live(w, AT, v).__jft_expert_dot__(x), LAYOUT.gather(w, AT))
     assert products(jax.make_jaxpr(back)(g).jaxpr) == len(AT) * N * I * O
-    _, back = jax.vjp(lambda x, v: experts.dot(x, w, AT, v), x, experts.gather(w, AT))
+    _, back = jax.vjp(lambda x, v: live(w, AT, v).__jft_expert_dot__(x), x, LAYOUT.gather(w, AT))
     assert products(jax.make_jaxpr(back)(g).jaxpr) == (E + len(AT)) * N * I * O
 
 
@@ -136,8 +143,10 @@ def test_a_shared_base_with_a_change_beside_it(at):
     (values,) = f32(RNG.standard_normal((len(at), I, O)))
     changed = W.copy()
     changed[at[at < E]] = values[: (at < E).sum()]
-    weight = jax.jit(lambda w: ChosenExperts(w, at, values, experts.gather(w, at)))(w)
-    close(jax.jit(lambda weight, x: weight.__jft_dot__(x))(weight, x), np.einsum("ni,eio->eno", X, changed), 1e-4)
+    weight = jax.jit(lambda w: Changed(w, Selected(at, values - LAYOUT.gather(w, at), LAYOUT, w.shape)))(w)
+    close(
+        jax.jit(lambda weight, x: weight.__jft_expert_dot__(x))(weight, x), np.einsum("ni,eio->eno", X, changed), 1e-4
+    )
     sizes = np.array([2, 0, 4, 1, 3, 1], np.int32)
     expected = np.einsum("ni,nio->no", X, changed[np.repeat(np.arange(E), sizes)])
     close(jax.jit(lambda weight, x: weight.__jft_grouped_dot__(x, sizes))(weight, x), expected, 1e-4)
@@ -169,7 +178,7 @@ def loss(model, params):
 def bound(params, values):
     at = experts.locate(mask_of(CHOSEN))
     layers, mlp = params["layers"], params["layers"]["mlp"]
-    chosen = {n: {"w": ChosenExperts(p["w"], at, values[n])} for n, p in mlp["experts"].items()}
+    chosen = {n: {"w": live(p["w"], at, values[n])} for n, p in mlp["experts"].items()}
     return {**params, "layers": {**layers, "mlp": {**mlp, "experts": chosen}}}
 
 
@@ -182,7 +191,7 @@ def test_in_a_model_values_get_the_dense_gradient_of_their_experts(execution, re
 
     @jax.jit
     def gathered(params):
-        return {n: experts.gather(p["w"], at) for n, p in params["layers"]["mlp"]["experts"].items()}
+        return {n: LAYOUT.gather(p["w"], at) for n, p in params["layers"]["mlp"]["experts"].items()}
 
     value, sparse = jax.jit(jax.value_and_grad(lambda v: loss(model, bound(params, v))))(gathered(params))
     expected = gathered(dense)
@@ -198,7 +207,7 @@ def test_layers_cut_into_runs_choose_their_own():
     at = np.array([[4]])
 
     def loss_of(v):
-        parts = Runs((w[:1], ChosenExperts(w[1:], at, v)), (1, 1))
+        parts = Runs((w[:1], live(w[1:], at, v)), (1, 1))
         layers = jax.tree.map(lambda x: Runs((x[:1], x[1:]), (1, 1)), params["layers"])
         layers["mlp"]["experts"]["up"]["w"] = parts
         return loss(model_of("dense"), {**params, "layers": layers})
@@ -228,7 +237,7 @@ def test_hooks_see_whole_products():
     h = make(1, 4, I)
     run = lambda scope, params: jax.jit(lambda p: moe(scope, "mlp", h, p, spec, ACTIVATIONS["silu"]))(params)
     plain = run(Scope(Execution()), params)
-    params["experts"] = {n: {"w": ChosenExperts(p["w"], AT, p["w"][AT])} for n, p in params["experts"].items()}
+    params["experts"] = {n: {"w": live(p["w"], AT, p["w"][AT])} for n, p in params["experts"].items()}
     scope = Scope(Execution(), Hooks(product=lambda name, x, w, state: ((y := dot(x, w)), y.shape)))
     close(run(scope, params), np.asarray(plain))
     assert scope.reads["mlp/experts/up"] == (E, 4, O) and scope.reads["mlp/router"] == (1, 4, E)

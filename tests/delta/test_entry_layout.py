@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jft.kernels import entries
+from jft.delta import EntryLayout
+
+LAYOUT = EntryLayout()
 
 
 def drawn(*lead):
@@ -21,20 +23,20 @@ def drawn(*lead):
 @pytest.mark.parametrize("lead", [(3,), (3, 2)])
 def test_layers_in_turn_are_all_at_once(lead):
     w, at, values = drawn(*lead)
-    want = entries.put(w, at, values)
-    np.testing.assert_array_equal(entries._put_in_turn(w, at, values), want)
-    np.testing.assert_array_equal(entries.gather(want, at)[..., :4], values[..., :4])
+    want = LAYOUT.put(w, at, values)
+    np.testing.assert_array_equal(LAYOUT._put_in_turn(w, at, values), want)
+    np.testing.assert_array_equal(LAYOUT.gather(want, at)[..., :4], values[..., :4])
     g = jax.random.normal(jax.random.key(0), w.shape)
     pulled = (
-        jax.vjp(lambda w, v, put=put: put(w, at, v), w, values)[1](g) for put in (entries.put, entries._put_in_turn)
+        jax.vjp(lambda w, v, put=put: put(w, at, v), w, values)[1](g) for put in (LAYOUT.put, LAYOUT._put_in_turn)
     )
     jax.tree.map(np.testing.assert_array_equal, *pulled)
 
 
 def test_members_write_into_copies_of_a_shared_weight():
     w, at, values = drawn(3)
-    both = jax.vmap(lambda v: entries.put(w, at, v))(jnp.stack([values, 2 * values]))
-    np.testing.assert_array_equal(both[1], entries.put(w, at, 2 * values))
+    both = jax.vmap(lambda v: LAYOUT.put(w, at, v))(jnp.stack([values, 2 * values]))
+    np.testing.assert_array_equal(both[1], LAYOUT.put(w, at, 2 * values))
 
 
 @pytest.mark.peers
@@ -47,7 +49,7 @@ def test_on_a_tpu_one_layer_is_copied_and_not_the_stack():
     one = NamedSharding(topology_mesh("v5e:2x2"), PartitionSpec())
     shapes = [((16, 1024, 1024), jnp.bfloat16), ((16, 1, 1, 1024, 2), jnp.int32), ((16, 1, 1, 1024), jnp.float32)]
     given = [jax.ShapeDtypeStruct(shape, dtype, sharding=one) for shape, dtype in shapes]
-    found = estimate(jax.jit(entries.put, donate_argnums=0, out_shardings=one).lower(*given).compile())
+    found = estimate(jax.jit(LAYOUT.put, donate_argnums=0, out_shardings=one).lower(*given).compile())
     layer = 2 * 1024**2
     assert found.aliased == 16 * layer
     assert found.temporaries < 4 * layer

@@ -1,4 +1,4 @@
-"""What the families of decoders share in reading and writing ``config.json`` and in naming tensors."""
+"""Reading and writing ``config.json``: activations, special tokens and rotary embeddings, and features that are refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jft.models.decoder import DecoderConfig
-from jft.models.hf.mapping import Source, identity, transposed
 from jft.models.rope import Rope
 
 _ACTIVATIONS = {
@@ -25,7 +24,6 @@ _ACTIVATIONS = {
     "tanh": "tanh",
 }
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_LEAVES = {"w": "weight", "b": "bias", "scale": "weight", "bias": "bias", "table": "weight"}
 
 
 def require(c: Mapping[str, Any], key: str) -> Any:
@@ -39,7 +37,8 @@ def refuse(c: Mapping[str, Any], **allowed: Any) -> None:
     """Raise where a key is set to anything but its allowed value (or absent, or None)."""
     for key, value in {"quantization_config": None, **allowed}.items():
         if c.get(key) is not None and c[key] != value:
-            raise ValueError(f"{c.get('model_type')} with {key}={c[key]!r} is not supported; only {value!r} is")
+            kind = c.get("model_type", "model")
+            raise ValueError(f"config.json of this {kind}: {key} = {c[key]!r} is not supported; only {value!r} is")
 
 
 def activation(name: str) -> str:
@@ -141,21 +140,3 @@ def exact(to_hf: Callable[[Any], dict], from_hf: Callable[[dict], Any]) -> Calla
         return out
 
     return checked
-
-
-def sources(config: DecoderConfig, names: Mapping[str, str], prefixes: tuple[str, ...]) -> dict[str, Source]:
-    """A `Source` per parameter: ``names`` map module paths (``layers/attn/q``) to Hugging Face modules.
-
-    A name is taken with each prefix in turn (the first when saving), or as it is if it starts with ``=``.
-    """
-    table = {}
-    for path, shape in config.shapes().items():
-        module, leaf = path.rsplit("/", 1)
-        if module not in names:
-            continue
-        name = f"{names[module]}.{_LEAVES[leaf]}"
-        spellings = (name[1:],) if name.startswith("=") else tuple(prefix + name for prefix in prefixes)
-        one = shape[name.count("{layer}") + name.count("{expert}") :]
-        shape, view = (one[::-1], transposed) if leaf == "w" else (one, identity)
-        table[path] = Source(spellings[0], shape, view, spellings[1:])
-    return table

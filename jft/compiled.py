@@ -1,0 +1,42 @@
+"""The one cache of compiled programs: what makes a jitted function is called once for equal static arguments.
+
+``jax.jit`` finds a compiled program again only through the same function object. A function that is made anew for each call,
+around a model, a score or a sharding, is compiled anew for each call as well, unless its maker is a :func:`program_cache`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
+
+Maker = TypeVar("Maker", bound=Callable[..., Any])
+
+
+@overload
+def program_cache(make: Maker) -> Maker: ...
+@overload
+def program_cache(*, maxsize: int) -> Callable[[Maker], Maker]: ...
+def program_cache(make: Any = None, *, maxsize: int = 32) -> Any:
+    """Decorator of ``make(*static) -> program``: equal arguments of equal types get the same program.
+
+    maxsize: programs that are kept; beyond it the one that was used longest ago is forgotten, with what it holds. Arguments
+    of which one cannot be hashed get a program of their own, which is not kept. ``make.cache_clear()`` forgets all;
+    ``make.cache_info()`` is that of ``functools.lru_cache``. Weights are arguments of the program, never of ``make``:
+    XLA would store them as constants, and the cache would keep them alive.
+    """
+    if make is None:
+        return functools.partial(program_cache, maxsize=maxsize)
+    # 1, 1.0 and True are equal, and programs around them are not.
+    kept = functools.lru_cache(maxsize=maxsize, typed=True)(make)
+
+    @functools.wraps(make)
+    def found(*static: Any, **named: Any) -> Any:
+        try:
+            hash((static, tuple(named.values())))
+        except TypeError:
+            return make(*static, **named)
+        return kept(*static, **named)
+
+    found.cache_clear, found.cache_info = kept.cache_clear, kept.cache_info  # type: ignore[attr-defined]
+    return found

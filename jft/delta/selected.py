@@ -1,0 +1,238 @@
+"""`Selected`: selected parts of a weight and their change, in the layout in which programs hold them.
+
+A weight is ``[*lead, I, O]``; leading axes (layers, experts) are batch. The last two axes are cut into an even grid of
+``gi x gj`` cells, so that a selection shards with its weight, cell by cell; on one device the grid is ``1 x 1``. ``at`` holds
+int32 coordinates *inside the cell*, sorted, distinct, and padded at the end with coordinates beyond the cell, which gather
+zero and are never written: layers and cells that select fewer parts than the fullest are padded up to it.
+
+A :class:`Layout` says how ``at`` and the values lie for one kind of part. Entries, blocks, slices and experts each have theirs
+beside the encoding that task vectors store them in, which has no padding and no cells.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jft.delta.changed import Change, Matrices
+from jft.delta.encoding import Encoding
+from jft.delta.numeric import wide
+
+Array = jax.Array
+
+
+class Layout:
+    """How selected parts of a weight and their values lie in arrays; subclasses are frozen dataclasses."""
+
+    matrices: Matrices | None = None  # those that values stack
+
+    def axes(self, at: Any) -> tuple[tuple, tuple]:
+        """Logical axes (see :class:`jft.delta.Leaf`) of ``at`` and of the values."""
+        raise NotImplementedError
+
+    def lead(self, at: Any) -> int:
+        """How many leading axes ``at`` has."""
+        raise NotImplementedError
+
+    def gather(self, w: Array, at: Array) -> Array:
+        """The selected values of ``w``; zeros at padding."""
+        raise NotImplementedError
+
+    def put(self, w: Array, at: Array, values: Array) -> Array:
+        """``w`` with the selected parts replaced by ``values`` in its dtype, in place where ``w`` is donated."""
+        raise NotImplementedError
+
+    def count(self, at: Array, shape: tuple[int, ...]) -> Array:
+        """How many values are no padding, int32, of a weight of ``shape``."""
+        raise NotImplementedError
+
+    def encode(self, at: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> Encoding:
+        """Values on the host as the encoding that stores them, of a weight of ``shape``."""
+        raise NotImplementedError
+
+    def pad(self, at: Array, values: Array, most: int, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        """The same with ``most`` parts for each matrix; the new ones lie past the end of a weight of ``shape``."""
+        raise NotImplementedError
+
+    def slots(self, at: Any) -> int:
+        """Parts for each matrix and cell, padding included."""
+        raise NotImplementedError
+
+    # What parts can do better than as a weight that is zero elsewhere; None where they cannot.
+
+    def product(self, x: Array, at: Array, values: Array, shape: tuple[int, ...]) -> Array | None:
+        """``x[..., I] @ d`` for the change ``d`` of one matrix of ``shape``."""
+        return None
+
+    def grouped_product(self, x: Array, at: Array, values: Array, sizes: Array) -> Array | None:
+        return None
+
+    def expert_product(self, x: Array, at: Array, values: Array, shape: tuple[int, ...]) -> Array | None:
+        return None
+
+    def rows(self, ids: Array, at: Array, values: Array, shape: tuple[int, ...]) -> Array | None:
+        return None
+
+    def transposed(self, at: Array, values: Array) -> tuple[Layout, Array, Array] | None:
+        return None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Selected(Change):
+    """The parts ``at`` of a weight change by ``values``, as ``layout`` says; all else stays.
+
+    shape: that of one weight, without leading axes.
+    """
+
+    at: Array
+    values: Array
+    layout: Layout = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    factors = ("values",)
+
+    def whole(self, dtype: Any) -> Array:
+        lead = self.at.shape[: self.layout.lead(self.at)]
+        return self.layout.put(jnp.zeros((*lead, *self.shape), dtype), self.at, self.values)
+
+    def product(self, x: Array) -> Array | None:
+        moved = self.layout.product(x.reshape(-1, x.shape[-1]), self.at, self.values, self.shape)
+        return None if moved is None else moved.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+    def grouped_product(self, x: Array, sizes: Array) -> Array | None:
+        return self.layout.grouped_product(x, self.at, self.values, sizes)
+
+    def expert_product(self, x: Array) -> Array | None:
+        if self.layout.lead(self.at):  # every matrix has a selection of its own
+            return super().expert_product(x)
+        return self.layout.expert_product(x, self.at, self.values, self.shape)
+
+    def rows(self, ids: Array) -> Array | None:
+        return self.layout.rows(ids, self.at, self.values, self.shape)
+
+    def transposed(self) -> Selected | None:
+        found = self.layout.transposed(self.at, self.values)
+        if found is None:
+            return None
+        layout, at, values = found
+        return Selected(at, values, layout, self.shape[::-1])
+
+    def apply_to(self, w: Array) -> Array:
+        values = wide(self.layout.gather(w, self.at)) + self.values
+        return self.layout.put(w, self.at, values)
+
+    def padded(self, most: int) -> Selected:
+        """The same with ``most`` parts for each matrix."""
+        if most == self.slots:
+            return self
+        at, values = self.layout.pad(self.at, self.values, most, self.shape)
+        return self.replace(at=at, values=values)
+
+    @property
+    def slots(self) -> int:
+        """Parts for each matrix and cell, padding included."""
+        return self.layout.slots(self.at)
+
+
+def stacked(layout: Layout, matrix: Any, part: Any, values: Any, shape: tuple[int, ...], extent: int) -> Selected:
+    """Parts ``part[n, axes]`` of matrices ``matrix[n]`` of a weight of ``shape``, in one cell; arrays on the host.
+
+    Matrices that hold fewer parts than others are padded, with first coordinates of ``extent`` and more. The inverse of
+    :meth:`Layout.encode`, up to the order of axes that a layout may give its values.
+    """
+    *lead, rows, columns = shape
+    order = np.argsort(matrix, kind="stable")
+    matrix, part, values = matrix[order], part[order], values[order]
+    counts = np.bincount(matrix, minlength=math.prod(lead))
+    most = max(int(counts.max(initial=0)), 1)
+    slot = np.arange(len(matrix)) - np.repeat(np.cumsum(counts) - counts, counts)
+    at = np.zeros((len(counts), most, part.shape[1]), np.int32)
+    at[..., 0] = extent + np.arange(most)
+    at[matrix, slot] = part
+    full = np.zeros((len(counts), most, *values.shape[1:]), values.dtype)
+    full[matrix, slot] = values
+    cell = (1,) * part.shape[1]
+    at, full = at.reshape(*lead, *cell, *at.shape[1:]), full.reshape(*lead, *cell, *full.shape[1:])
+    return Selected(jnp.asarray(at), jnp.asarray(full), layout, (rows, columns))
+
+
+def padded_coordinates(at: Array, most: int, extent: int) -> Array:
+    """``at[..., n, axes]`` with ``most`` slots, the new ones at first coordinates of ``extent`` and more."""
+    have = at.shape[-2]
+    widths = [(0, 0)] * (at.ndim - 2) + [(0, most - have), (0, 0)]
+    first = jnp.where(jnp.arange(most) < have, 0, extent + jnp.arange(most, dtype=at.dtype))
+    return jnp.pad(at, widths).at[..., 0].add(first.astype(at.dtype))
+
+
+def pad_axis(values: Array, axis: int, most: int) -> Array:
+    """``values`` with zeros at the end of one axis, which has ``most`` then."""
+    widths = [(0, 0)] * values.ndim
+    widths[axis] = (0, most - values.shape[axis])
+    return jnp.pad(values, widths)
+
+
+def below(at: Array, extent: int) -> Array:
+    """How many coordinates are no padding, int32."""
+    return jnp.sum(at < extent, dtype=jnp.int32)
+
+
+def whole_coordinates(at: np.ndarray, grid: tuple[int, ...], extent: list[int]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Leading and whole coordinates of all that is not padding, and where that stands in the values.
+
+    at ``[*lead, *grid, n, axes]``; extent: that of a cell in parts, along each axis.
+    """
+    axes = at.shape[-1]
+    valid = np.all(at < np.asarray(extent), axis=-1)
+    where = np.nonzero(valid)
+    lead, cell = where[: len(where) - 1 - axes], where[len(where) - 1 - axes : -1]
+    inside = at[valid]
+    return [*lead, *(c * size + inside[:, i] for i, (c, size) in enumerate(zip(cell, extent, strict=True)))], valid
+
+
+def flat_index(extents: tuple[int, ...], index: list[np.ndarray], count: int) -> np.ndarray:
+    """Indices along several axes as one along all of them, int64 ``[count]``."""
+    flat = np.zeros(count, np.int64)
+    for size, axis in zip(extents, index, strict=True):
+        flat = flat * size + axis
+    return flat
+
+
+def cells(w: Array, grid: tuple[int, ...]) -> Array:
+    """``[*lead, I, O]`` as ``[*lead, gi, gj, I/gi, O/gj]`` (``[*lead, D]`` as ``[*lead, g, D/g]`` for a grid of one axis).
+
+    Raises ``ValueError`` where an axis does not divide.
+    """
+    n = len(grid)
+    lead, last = w.shape[: w.ndim - n], w.shape[w.ndim - n :]
+    if any(size % g for size, g in zip(last, grid, strict=True)):
+        raise ValueError(f"a weight of shape {w.shape} does not divide into a grid of {grid} cells")
+    if all(g == 1 for g in grid):
+        return w.reshape(*lead, *grid, *last)
+    shape = [part for size, g in zip(last, grid, strict=True) for part in (g, size // g)]
+    order = [2 * i for i in range(n)] + [2 * i + 1 for i in range(n)]
+    whole = tuple(range(len(lead)))
+    return w.reshape(*lead, *shape).transpose(*whole, *(len(lead) + i for i in order))
+
+
+def joined(parts: Array, axes: int) -> Array:
+    """The inverse of :func:`cells` for a grid of ``axes`` axes."""
+    lead = parts.ndim - 2 * axes
+    grid, last = parts.shape[lead : lead + axes], parts.shape[lead + axes :]
+    sizes = [g * size for g, size in zip(grid, last, strict=True)]
+    if all(g == 1 for g in grid):
+        return parts.reshape(*parts.shape[:lead], *sizes)
+    order = [lead + i + axes * part for i in range(axes) for part in (0, 1)]
+    return parts.transpose(*range(lead), *order).reshape(*parts.shape[:lead], *sizes)
+
+
+def over_leading(fn: Callable[..., Array], depth: int) -> Callable[..., Array]:
+    """``fn`` over ``depth`` shared leading axes of all its arguments."""
+    for _ in range(depth):
+        fn = jax.vmap(fn)
+    return fn

@@ -1,0 +1,57 @@
+"""Tables for the terminal: columns under bold headers, two spaces apart, without lines; printed, or as plain text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+# What is piped into a file or a pager: a terminal's 80 columns would fold what has room there.
+_PIPED = 150
+_ENDLESS = 1_000_000
+
+
+def table(
+    headers: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    left: Collection[str] = (),
+    fold: Collection[str] = (),
+    total: bool = False,
+) -> Any:
+    """A ``rich`` table, for :func:`show` or :func:`text`. Cells are shown as they are, without markup.
+
+    left: the headers of columns that are words; others are numbers, flushed right. fold: of columns that may take several
+    lines where the terminal is narrow. total: the last row is one, and bold.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Table(box=None, pad_edge=False, header_style="bold")
+    for header in headers:
+        justify = "left" if header in left else "right"
+        out.add_column(Text(header), justify=justify, no_wrap=header not in fold, overflow="fold")  # type: ignore[arg-type]
+    lines = list(rows)
+    for i, row in enumerate(lines):
+        out.add_row(*(Text(str(cell)) for cell in row), style="bold" if total and i == len(lines) - 1 else None)
+    return out
+
+
+def show(table: Any) -> None:
+    """Print a :func:`table`: as wide as the terminal, or, where the output is none, as what does not fold."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        endless = console.options.update(width=_ENDLESS)
+        console.width = max(console.width, _PIPED, console.measure(table, options=endless).minimum)
+    console.print(table)
+
+
+def text(table: Any) -> str:
+    """A :func:`table` as plain lines, however long, without spaces at their ends."""
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), color_system=None, width=_ENDLESS)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
