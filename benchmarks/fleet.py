@@ -201,7 +201,7 @@ class Commands:
 def forget():
     """Empty every cache of what was compiled."""
     step._make.cache_clear()
-    stacked._made.clear()
+    stacked._make.cache_clear()
     jax.clear_caches()
     gc.collect()
 

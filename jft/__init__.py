@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from jft.methods import method
     from jft.models import Model, load, save
     from jft.tangent import linearize
-    from jft.train import finetune
+    from jft.train.finetune import finetune
 
 
 def __getattr__(name: str) -> Any:

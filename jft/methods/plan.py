@@ -186,6 +186,13 @@ class Method:
         choice = self.select.choice
         return choice if getattr(choice, "from_data", False) else None
 
+    def decide(self, probe: Any) -> dict[str, Any]:
+        """The table that :attr:`undecided` comes to."""
+        choice = self.undecided
+        if choice is None:
+            raise ValueError(f"method {self.name!r} has nothing to decide from data")
+        return dict(choice(probe))
+
     def decided(self, table: layers.Table) -> Method:
         """The method after :attr:`undecided` has come to ``table``."""
         select = dataclasses.replace(self.select, layers=table, score=None)
@@ -381,7 +388,9 @@ class Plan:
 
     def _each(self, function: Any, path: str, values: Any) -> Any:
         """``function(leaf, value)`` of every array that trains at ``path``, with what it is."""
-        return jax.tree.map(function, self.leaves[path].leaves()[1], values)
+        # An optimizer may have put empty nodes in the place of values that it leaves to another.
+        inside = lambda leaf, value: jax.tree.map(functools.partial(function, leaf), value)
+        return jax.tree.map(inside, self.leaves[path].leaves()[1], values)
 
     def decays(self, trained: Mapping[str, Any], paths: frozenset[str]) -> dict[str, Any]:
         """Which leaves of ``trained`` weight decay is for, a bool each, where it is for ``paths``."""

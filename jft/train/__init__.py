@@ -1,8 +1,8 @@
 """Training: one loop for every method, from a base to a task vector."""
 
-from jft.train.asked import Logging
 from jft.train.evaluation import evaluate
-from jft.train.loop import finetune
+from jft.train.finetune import finetune
+from jft.train.metrics import Logging
 from jft.train.objectives import Objective, objective, objectives
 from jft.train.optimizers import Optimizer, optimizer
 from jft.train.preemption import Preempted

@@ -17,7 +17,7 @@ from jft.train.optimizers import Given
 from jft.train.state import State
 
 
-def said_of_run(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
+def check_manifest(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the caller says of the run; what no task vector could hold is refused now, not after training."""
     said = delta.manifest.check(manifest or {})
     for key in ("base", "operation"):
@@ -26,17 +26,19 @@ def said_of_run(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
     return said
 
 
-def of_run(method: Method, chosen: Any, which: Any, state: State, batch: Any, dtype: Any, seed: int) -> dict[str, Any]:
+def describe(
+    method: Method, optimizer: Any, objective: Any, state: State, batch: Any, dtype: Any, seed: int
+) -> dict[str, Any]:
     """What a run is, as JSON: a run may only go on from checkpoints that say the same."""
-    if isinstance(chosen, Given):
-        optimizer: Any = {"name": "optax", "state": sorted(tree.flatten(state.opt_state))}
+    if isinstance(optimizer, Given):
+        options: Any = {"name": "optax", "state": sorted(tree.flatten(state.opt_state))}
     else:
-        optimizer = dataclasses.asdict(chosen)
+        options = dataclasses.asdict(optimizer)
     linear = {} if method.forward == "standard" else {"forward": method.forward, "until": method.until}
     return {
         "method": {"name": method.name, "options": _json(method.options), **linear},
-        "optimizer": _json(optimizer),
-        "objective": {"name": type(which).__name__, **_json(getattr(which, "__dict__", {}))},
+        "optimizer": _json(options),
+        "objective": {"name": type(objective).__name__, **_json(getattr(objective, "__dict__", {}))},
         "batch": {p: [list(x.shape), np.dtype(x.dtype).name] for p, x in tree.flatten(batch).items()},
         "trained": {p: [list(x.shape), np.dtype(x.dtype).name] for p, x in tree.flatten(state.trained).items()},
         "dtype": None if dtype is None else np.dtype(dtype).name,
@@ -55,14 +57,15 @@ def _json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=said))
 
 
-def keep_config(workdir: Path | None, said: Mapping[str, Any]) -> None:
-    """Write what the caller says of the run under ``config`` to its ``config.json``, if it has a folder."""
-    if workdir is not None and "config" in said and jax.process_index() == 0:
+def write_config(workdir: Path | None, manifest: Mapping[str, Any]) -> None:
+    """Make the folder of a run that has one, and write its manifest's ``config`` to ``config.json`` there."""
+    if workdir is not None and jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        files.write_text(workdir / "config.json", json.dumps(said["config"], indent=2, default=str) + "\n")
+        if "config" in manifest:
+            files.write_text(workdir / "config.json", json.dumps(manifest["config"], indent=2, default=str) + "\n")
 
 
-def keep(workdir: Path | None, itself: Mapping[str, Any]) -> None:
+def refuse_another(workdir: Path | None, itself: Mapping[str, Any]) -> None:
     """Refuse to start where another run has left its result, which this one would write over."""
     path = None if workdir is None else workdir / "task_vector.safetensors"
     if path is None or not path.is_file():

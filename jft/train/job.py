@@ -17,7 +17,7 @@ from jft.models.loading import fetch
 from jft.names import nearest
 from jft.train import feed
 from jft.train.config import Config, ModelConfig, check
-from jft.train.loop import finetune
+from jft.train.finetune import finetune
 from jft.train.run import Run
 
 ARCHITECTURES = {
@@ -39,43 +39,44 @@ def run(config: Any, workdir: str | Path) -> Run:
     With ``fleet``, a list of sections, its members train side by side and a list of runs comes back. A section has ``name``,
     ``seed``, and ``data``, ``eval_data``, ``method`` and ``optimizer``, whose keys are laid over those of the config.
     """
-    said = check(config)
-    sections = [_section(one, i) for i, one in enumerate(said.fleet)]
-    if sections and not said.data:
-        said = dataclasses.replace(said, data=dict(sections[0].get("data", {})))
-    if not said.data:
+    config = check(config)
+    sections = [_section(one, i) for i, one in enumerate(config.fleet)]
+    if sections and not config.data:
+        config = dataclasses.replace(config, data=dict(sections[0].get("data", {})))
+    if not config.data:
         raise ValueError("config.data is empty; say at least data.source (see jft.data)")
-    _one_base(said.model)
-    method = methods.method(**said.method)
-    mesh = parallel.make_mesh(dataclasses.asdict(said.mesh))
+    _one_base(config.model)
+    method = methods.method(**config.method)
+    mesh = parallel.make_mesh(dataclasses.asdict(config.mesh))
     workdir = _directory(workdir)
-    train, test = loaders(said, workdir)
+    train, test = loaders(config, workdir)
     tokenizer = train.tokenizer
-    model, params = build_model(said.model, said.seed, mesh if mesh.size > 1 else None, train.classes, tokenizer)
+    model, params = build_model(config.model, config.seed, mesh if mesh.size > 1 else None, train.classes, tokenizer)
     if test is not None:
         feed.check(test.sample(), model, None)
-    manifest = {"source": said.model.source or said.model.arch, "data": said.data, "config": dataclasses.asdict(said)}
+    source = config.model.source or config.model.arch
+    manifest = {"source": source, "data": config.data, "config": dataclasses.asdict(config)}
     return finetune(
         model,
         params,
         train,
-        steps=said.steps,
+        steps=config.steps,
         method=method,
-        optimizer=dataclasses.asdict(said.optimizer),
-        objective={"name": said.objective, **said.objective_options} if said.objective else None,
+        optimizer=dataclasses.asdict(config.optimizer),
+        objective={"name": config.objective, **config.objective_options} if config.objective else None,
         mesh=mesh if mesh.size > 1 else None,
         eval_data=test,
-        eval_every=said.eval.every,
-        eval_batches=said.eval.batches,
-        accumulate=said.accumulate,
-        seed=said.seed,
+        eval_every=config.eval.every,
+        eval_batches=config.eval.batches,
+        accumulate=config.accumulate,
+        seed=config.seed,
         workdir=workdir,
-        checkpoint=dataclasses.asdict(said.checkpoint),
-        log=dataclasses.asdict(said.log),
+        checkpoint=dataclasses.asdict(config.checkpoint),
+        log=dataclasses.asdict(config.log),
         tokenizer=tokenizer,
         manifest=manifest,
         donate=not sections,
-        fleet=[_member(said, one, (train, test), workdir) for one in sections] or None,
+        fleet=[_member(config, one, (train, test), workdir) for one in sections] or None,
     )
 
 
@@ -92,54 +93,56 @@ def _section(section: Any, index: int) -> dict[str, Any]:
     return dict(section)
 
 
-def _member(said: Config, section: Mapping[str, Any], shared: tuple[Any, Any], workdir: Path) -> dict[str, Any]:
+def _member(config: Config, section: Mapping[str, Any], shared: tuple[Any, Any], workdir: Path) -> dict[str, Any]:
     """What :func:`finetune` is told of a member of the fleet."""
     own = {k: v for k, v in section.items() if k in ("data", "eval_data", "method")}
     laid: dict[str, Any] = {
-        k: v if v.get("source", "") or "name" in v else {**getattr(said, k), **v} for k, v in own.items()
+        k: v if v.get("source", "") or "name" in v else {**getattr(config, k), **v} for k, v in own.items()
     }
-    seed = section.get("seed", said.seed)
-    changed = dataclasses.replace(said, seed=seed, **laid)
+    seed = section.get("seed", config.seed)
+    changed = dataclasses.replace(config, seed=seed, **laid)
     out: dict[str, Any] = {k: v for k, v in section.items() if k in ("name", "optimizer")} | {"seed": seed}
     if "method" in laid:
         out["method"] = laid["method"]
     # Another seed is another order of the data, as for a run by itself.
-    if seed != said.seed or "data" in own or "eval_data" in own:
+    if seed != config.seed or "data" in own or "eval_data" in own:
         out["data"], out["eval_data"] = loaders(changed, workdir, shared[0])
-    config = dataclasses.asdict(dataclasses.replace(changed, fleet=()))
-    config["optimizer"] |= section.get("optimizer", {})
-    return {**out, "manifest": {"data": changed.data, "config": config}}
+    written = dataclasses.asdict(dataclasses.replace(changed, fleet=()))
+    written["optimizer"] |= section.get("optimizer", {})
+    return {**out, "manifest": {"data": changed.data, "config": written}}
 
 
-def build_model(said: ModelConfig, seed: int = 0, mesh: Any = None, classes: Any = None, tokenizer: Any = None) -> Any:
+def build_model(
+    config: ModelConfig, seed: int = 0, mesh: Any = None, classes: Any = None, tokenizer: Any = None
+) -> Any:
     """``(model, params)`` of a ``model`` section, laid out over ``mesh``.
 
-    classes: names of the data's classes, counted where ``said.classes`` is -1. tokenizer: gives the vocabulary of an
+    classes: names of the data's classes, counted where ``config.classes`` is -1. tokenizer: gives the vocabulary of an
     architecture that names none, and is refused where it has more tokens than the model has rows.
     """
     for name in ("dtype", "param_dtype"):
-        if getattr(said, name) not in DTYPES:
-            raise ValueError(f"config.model.{name} is {getattr(said, name)!r}; choose one of {', '.join(DTYPES)}")
-    _one_base(said)
-    count = said.classes
+        if getattr(config, name) not in DTYPES:
+            raise ValueError(f"config.model.{name} is {getattr(config, name)!r}; choose one of {', '.join(DTYPES)}")
+    _one_base(config)
+    count = config.classes
     if count < 0:
         if not classes:
             raise ValueError("config.model.classes is -1, but the data has no classes; give a number")
         count = len(classes)
-    if said.source:
+    if config.source:
         model, params = models.load(
-            said.source,
+            config.source,
             mesh,
-            dtype=said.param_dtype,
+            dtype=config.param_dtype,
             classes=count,
-            pool=said.pool if count else None,
+            pool=config.pool if count else None,
             seed=seed,
-            **said.options,
+            **config.options,
         )
     else:
-        model, params = _from_scratch(said, seed, mesh, count, tokenizer)
+        model, params = _from_scratch(config, seed, mesh, count, tokenizer)
     _check_vocabulary(params, tokenizer)
-    return model.with_(dtype=jnp.dtype(said.dtype), remat=said.remat, attention=said.attention), params
+    return model.with_(dtype=jnp.dtype(config.dtype), remat=config.remat, attention=config.attention), params
 
 
 def _directory(workdir: str | Path) -> Path:
@@ -151,28 +154,30 @@ def _directory(workdir: str | Path) -> Path:
     return Path(workdir)
 
 
-def _one_base(said: ModelConfig) -> None:
-    if bool(said.source) == bool(said.arch):
+def _one_base(config: ModelConfig) -> None:
+    if bool(config.source) == bool(config.arch):
         raise ValueError("config.model needs one of source (pretrained) and arch (random weights), not both or neither")
 
 
-def _from_scratch(said: ModelConfig, seed: int, mesh: Any, classes: int, tokenizer: Any) -> Any:
-    if said.arch not in ARCHITECTURES:
-        hint = nearest(said.arch, ARCHITECTURES)
-        raise ValueError(f"config.model.arch {said.arch!r} is unknown{hint}; choose one of {', '.join(ARCHITECTURES)}")
-    options = dict(said.options)
-    kind = getattr(models, ARCHITECTURES[said.arch])
+def _from_scratch(config: ModelConfig, seed: int, mesh: Any, classes: int, tokenizer: Any) -> Any:
+    if config.arch not in ARCHITECTURES:
+        hint = nearest(config.arch, ARCHITECTURES)
+        raise ValueError(
+            f"config.model.arch {config.arch!r} is unknown{hint}; choose one of {', '.join(ARCHITECTURES)}"
+        )
+    options = dict(config.options)
+    kind = getattr(models, ARCHITECTURES[config.arch])
     if tokenizer is not None and "vocab" in kind.__dataclass_fields__:
         options.setdefault("vocab", tokenizer.vocab_size)
-    architecture = _architecture(kind, options, f"config.model.options of {said.arch}")
+    architecture = _architecture(kind, options, f"config.model.options of {config.arch}")
     if classes:
-        architecture = models.Classifier(architecture, classes, said.pool)
+        architecture = models.Classifier(architecture, classes, config.pool)
     model = models.Model(architecture)
     key = jax.random.key(seed)
     if mesh is None:
-        return model, model.init(key, jnp.dtype(said.param_dtype))
-    places = parallel.shardings(model.abstract(said.param_dtype), mesh)
-    return model, jax.jit(lambda k: model.init(k, jnp.dtype(said.param_dtype)), out_shardings=places)(key)
+        return model, model.init(key, jnp.dtype(config.param_dtype))
+    places = parallel.shardings(model.abstract(config.param_dtype), mesh)
+    return model, jax.jit(lambda k: model.init(k, jnp.dtype(config.param_dtype)), out_shardings=places)(key)
 
 
 def _architecture(kind: Any, options: Mapping[str, Any], where: str) -> Any:
@@ -193,27 +198,27 @@ def _architecture(kind: Any, options: Mapping[str, Any], where: str) -> Any:
         raise ValueError(f"{where}: {error}") from None
 
 
-def loaders(said: Config, workdir: Path | None, first: Any = None) -> tuple[Any, Any]:
+def loaders(config: Config, workdir: Path | None, first: Any = None) -> tuple[Any, Any]:
     """The loaders for training and evaluation (None without), with the tokenizer and image size of the base.
 
     first: the loader of another member of a fleet, whose tokenizer this one takes and whose classes it must have.
     """
-    tokenizer, image_size = None, said.model.options.get("image")
-    if said.model.source:
-        directory = fetch(said.model.source)
+    tokenizer, image_size = None, config.model.options.get("image")
+    if config.model.source:
+        directory = fetch(config.model.source)
         tokenizer = directory if (directory / "tokenizer.json").is_file() else None
         described = json.loads((directory / "config.json").read_text()) if (directory / "config.json").is_file() else {}
         image_size = described.get("image_size") or described.get("vision_config", {}).get("image_size")
-    shared: Any = {"batch_size": said.batch_size, "seed": said.seed, "image_size": image_size, "directory": workdir}
-    train = data.build(said.data, tokenizer=tokenizer if first is None else first.tokenizer, **shared)
+    shared: Any = {"batch_size": config.batch_size, "seed": config.seed, "image_size": image_size, "directory": workdir}
+    train = data.build(config.data, tokenizer=tokenizer if first is None else first.tokenizer, **shared)
     if first is not None and train.classes is not None and len(train.classes) != len(first.classes or ()):
         raise ValueError(
             f"members of the fleet have classes {first.classes} and {train.classes}; one model has as many for all"
         )
-    if not said.eval_data:
+    if not config.eval_data:
         return train, None
     # Ids mean the same in both only if one tokenizer made them, also where it was trained on the training data.
-    settings = {k: v for k, v in said.eval_data.items() if k != "tokenizer"}
+    settings = {k: v for k, v in config.eval_data.items() if k != "tokenizer"}
     test = data.build(settings, tokenizer=train.tokenizer, train=False, **shared)
     if train.classes != test.classes:
         raise ValueError(

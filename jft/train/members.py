@@ -1,136 +1,130 @@
-"""The members of a fleet: what each has of its own, and what all must share to train in one program."""
+"""`Members` and `Fleet`: all that the loop knows of whether it trains one run, or several side by side.
+
+Every member of a fleet is a run as :func:`jft.finetune` would have made it, with its own data, seed, learning rate and
+selection: its result is the same to rounding. The base, the reading of data that members have in common, compilation, and the
+start and end of the run are there once.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jft import tree
-from jft.methods import Method, Plan
+from jft.methods import Plan
 from jft.methods.parametrise import Parametrisation
-from jft.names import nearest
-from jft.train import identity
-from jft.train.asked import Asked, find_method
-from jft.train.optimizers import Given, Optimizer
-from jft.train.optimizers import optimizer as find_optimizer
-
-KEYS = ("name", "data", "eval_data", "seed", "lr", "optimizer", "method", "params", "manifest", "workdir")
+from jft.train import preflight, setup, stacked, step
+from jft.train.member import Member
+from jft.train.run import NonFiniteError
+from jft.train.run_config import RunConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """One run of a fleet, with all that :func:`jft.finetune` was told of it, or of all.
+class Members(list[Member]):
+    """The members of a run by itself: one, and no axis for it."""
 
-    params: by path, weights that this member has in place of the shared base's. said: its manifest.
+    stacked = False
+
+    def check(self, config: RunConfig) -> None:
+        """Refuse what cannot be trained, evaluated or logged."""
+        if self.stacked and config.log.wandb:
+            raise ValueError("log.wandb follows one run, not a fleet; use log.tensorboard")
+        for m in self:
+            if m.data is None:
+                raise ValueError(f"{m.label}data is None; only a fleet whose members all have their own needs none")
+            config.check_evaluation(m.eval_data)
+
+    def apply(self, model: Any, mesh: Any) -> Any:
+        """The model in the step."""
+        return step.apply_of(model, mesh)
+
+    def plans(self, plans: list[Plan]) -> list[Plan]:
+        """The members' plans as one program can train them."""
+        return plans
+
+    def chosen(self, each: list[dict[str, Any]], params: Any) -> dict[str, Any]:
+        """The members' selections as the step takes them."""
+        return each[0]
+
+    def compile_step(self, recipe: step.Recipe, params: Any, chosen: Any, mesh: Any, differ: bool) -> step.Step:
+        """The step, from shapes. differ: whether members have batches of their own."""
+        return setup.compile_step(recipe, params, chosen, mesh, self[0].seed)
+
+    def remedies(self, update: Any, params: Any, chosen: Any, batch: Any) -> Any:
+        """What makes a run fit that does not, where that is something else than for a run by itself."""
+        return None
+
+    def identity(self, each: list[dict[str, Any]]) -> dict[str, Any]:
+        """What checkpoints say of the run, from what they would say of each member."""
+        return each[0]
+
+    def end(self, errors: Sequence[Any], directory: Any, step: int, positions: list[Any]) -> NonFiniteError:
+        """Why a run ends after ``step`` of which no member is left; directory: of its checkpoints, if it has any."""
+        return errors[0]
+
+
+class Fleet(Members):
+    """Several runs over one base, trained by one program: what each has of its own is stacked.
+
+    A member whose loss is not finite stays at its last good state, and its :attr:`Run.error` says so; the others go on.
     """
 
-    name: str
-    data: Any
-    eval_data: Any
-    seed: int
-    optimizer: Optimizer | Given
-    method: Method
-    params: Mapping[str, Any]
-    said: Mapping[str, Any]
-    workdir: Path | None
+    stacked = True
 
-    def whole(self, base: Any) -> Any:
-        """The parameters this member starts from."""
-        return tree.like(base, {**tree.flatten(base), **self.params}) if self.params else base
+    def apply(self, model: Any, mesh: Any) -> Any:
+        return step.apply_of(model)  # members may lie over the mesh where rows would
 
+    def plans(self, plans: list[Plan]) -> list[Plan]:
+        plans = [_sharing(plan) for plan in plans]
+        _check_equal(self, plans)
+        return plans
 
-def members(asked: Asked) -> list[Member]:
-    """The members that a fleet lists, each laid over what is asked for all.
+    def chosen(self, each: list[dict[str, Any]], params: Any) -> dict[str, Any]:
+        flat = tree.flatten(params)
+        return {p: np.stack(_padded([c[p] for c in each], p, max(flat[p].shape))) for p in each[0]}
 
-    Raises ``ValueError`` for unknown keys, names that are no folder's or stand twice, and weights the base has not.
-    """
-    if not asked.fleet:
-        raise ValueError("fleet is empty; list at least one member, as {'data': ..., 'lr': ..., 'seed': ...}")
-    found = [_member(i, said, asked) for i, said in enumerate(asked.fleet)]
-    names = [m.name for m in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"two members of the fleet are called {name!r}; give each a name of its own")
-    return found
+    def compile_step(
+        self, recipe: step.Recipe, params: Any, chosen: Any, mesh: Any, differ: bool, members: int = 0
+    ) -> step.Step:
+        owned = {path for m in self for path in m.params}
+        one = {p: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for p, x in chosen.items()}
+        return stacked.compile_step(recipe, params, owned, one, mesh, members or len(self), differ)
 
+    def remedies(self, update: Any, params: Any, chosen: Any, batch: Any) -> Any:
+        def fewer() -> Iterator[tuple[str, int]]:
+            differ, mesh = update.axes.batch, update.layout.mesh
+            members = len(self) // 2
+            while members:
+                part = self.compile_step(update.recipe, params, chosen, mesh, differ, members)
+                rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((members, *x.shape[1:]), x.dtype), batch)  # noqa: B023
+                yield f"{members} members", preflight.needs(part, rows if differ else batch, params).total
+                members //= 2
 
-def _member(index: int, said: Mapping[str, Any], asked: Asked) -> Member:
-    name = str(said.get("name", index))
-    for key in said:
-        if key not in KEYS:
-            raise ValueError(f"member {name!r} of the fleet has no key {key!r}{nearest(key, KEYS)}: {', '.join(KEYS)}")
-    if not name or name in (".", "..", "checkpoints") or "/" in name or "\\" in name:
-        raise ValueError(f"a member of the fleet is called {name!r}, which cannot be the name of its folder")
-    workdir = said.get("workdir")
-    if workdir is None:
-        workdir = None if asked.workdir is None else asked.workdir / name
-    params = tree.flatten(said.get("params", {}))
-    flat = tree.flatten(asked.params)
-    for path, x in params.items():
-        if path not in flat or (x.shape, x.dtype) != (flat[path].shape, flat[path].dtype):
-            there = f"{flat[path].shape} {flat[path].dtype}" if path in flat else "nothing"
-            raise ValueError(
-                f"member {name!r} of the fleet has {path} of {tuple(x.shape)} {x.dtype}, where the base has {there}"
-            )
-    return Member(
-        name=name,
-        data=said.get("data", asked.data),
-        eval_data=said.get("eval_data", asked.eval_data),
-        seed=said.get("seed", asked.seed),
-        optimizer=_optimizer(name, said, asked.optimizer),
-        method=_method(said.get("method"), asked.method),
-        params=params,
-        said=identity.said_of_run({**(asked.manifest or {}), **said.get("manifest", {})}),
-        workdir=None if workdir is None else Path(workdir),
-    )
+        return fewer
+
+    def identity(self, each: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"fleet": {m.name: facts for m, facts in zip(self, each, strict=True)}}
+
+    def end(self, errors: Sequence[Any], directory: Any, step: int, positions: list[Any]) -> NonFiniteError:
+        saved = f"their states are saved in {directory}" if directory else "no workdir, so no state was saved"
+        text = "\n".join(map(str, errors))
+        return NonFiniteError(f"no member of the fleet is left; {saved}:\n{text}", step, positions)
 
 
-def _optimizer(name: str, said: Mapping[str, Any], shared: Any) -> Optimizer | Given:
-    own = said.get("optimizer", {})
-    own = {"name": own} if isinstance(own, str) else own
-    below = find_optimizer(shared)
-    if isinstance(own, Mapping):
-        own = {**own, **({"lr": said["lr"]} if "lr" in said else {})}
-        if not own:
-            return below
-        if isinstance(below, Given):
-            raise ValueError(
-                f"member {name!r} of the fleet sets {', '.join(own)}, but the optimizer is an optax transformation, whose "
-                "rate is its own; give a name or options to all"
-            )
-        return find_optimizer({**dataclasses.asdict(below), **own})
-    if own is not shared and not isinstance(own, Optimizer):
-        raise ValueError(f"member {name!r} of the fleet has another optax transformation; one program has one")
-    return (
-        dataclasses.replace(own, lr=said["lr"]) if "lr" in said and isinstance(own, Optimizer) else find_optimizer(own)
-    )
-
-
-def _method(own: Any, shared: Any) -> Method:
-    """A member's method; options without a name are those of the method that all have, but for these."""
-    if own is None:
-        own = shared
-    if isinstance(own, Mapping) and "name" not in own:
-        if isinstance(shared, Method):
-            raise ValueError("a member's method is options alone, but the fleet's is a Method; give the member one too")
-        own = {**({"name": shared} if isinstance(shared, str) else shared), **own}
-    return find_method(own)
-
-
-def sharing(plan: Plan) -> Plan:
+def _sharing(plan: Plan) -> Plan:
     """The plan for a member: weights that would be written into stay the base, which all share."""
-    leaves = {p: _sharing(how) for p, how in plan.leaves.items()}
+    leaves = {p: _not_live(how) for p, how in plan.leaves.items()}
     for path, how in leaves.items():
         if how.live:
             raise ValueError(f"{type(how).__name__} writes into {path}, which the members of a fleet share")
     return dataclasses.replace(plan, leaves=leaves)
 
 
-def _sharing(how: Any) -> Any:
+def _not_live(how: Any) -> Any:
     """``how``, and what it is made of, with ``live`` turned off."""
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(how):
@@ -138,50 +132,44 @@ def _sharing(how: Any) -> Any:
         if field.name == "live" and value:
             changed["live"] = False
         elif isinstance(value, Parametrisation):
-            changed[field.name] = _sharing(value)
+            changed[field.name] = _not_live(value)
     return dataclasses.replace(how, **changed) if changed else how
 
 
-def check_alike(found: Sequence[Member], plans: Sequence[Plan]) -> None:
+def _check_equal(members: Fleet, plans: Sequence[Plan]) -> None:
     """Refuse what one program cannot train: other optimizers than by their rates, other methods than by what they select."""
-    first = found[0]
-    for member, plan in zip(found, plans, strict=True):
-        if member.method.schedule is not None:
+    first = members[0]
+    for m, plan in zip(members, plans, strict=True):
+        if m.method.schedule is not None:
             raise ValueError(
-                f"method {member.method.name!r} selects anew during the run, which a fleet does not; train it by itself"
+                f"method {m.method.name!r} selects anew during the run, which a fleet does not; train it by itself"
             )
-        one, other = first.optimizer.unscheduled(), member.optimizer.unscheduled()
+        one, other = first.optimizer.unscheduled(), m.optimizer.unscheduled()
         if one != other:
             differ = [k for k, v in vars(one).items() if vars(other).get(k) != v] or ["kind"]
             raise ValueError(
-                f"members {first.name!r} and {member.name!r} differ in optimizer.{', '.join(differ)}; inside a fleet lr, "
+                f"members {first.name!r} and {m.name!r} differ in optimizer.{', '.join(differ)}; inside a fleet lr, "
                 "schedule, warmup and end may"
             )
         paths = [p for p in {**plans[0].leaves, **plan.leaves} if plans[0].leaves.get(p) != plan.leaves.get(p)]
-        parts = [k for k in ("penalties", "rule") if getattr(first.method, k) != getattr(member.method, k)]
+        parts = [k for k in ("penalties", "rule") if getattr(first.method, k) != getattr(m.method, k)]
         if paths or parts:
             raise ValueError(
-                f"members {first.name!r} and {member.name!r} train in other ways ({', '.join(parts + paths[:4])}); inside a "
+                f"members {first.name!r} and {m.name!r} train in other ways ({', '.join(parts + paths[:4])}); inside a "
                 "fleet methods may differ in what they select and by which seed, not in how that trains"
             )
 
 
-def padded(chosen: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
-    """Selections of all members at the size of the largest: padding is out of range, as :mod:`jft.delta.selected` has it."""
-    out: list[dict[str, Any]] = [{} for _ in chosen]
-    for path in chosen[0]:
-        ats = [c[path] for c in chosen]
-        sizes = {at.shape for at in ats}
-        axes = (
-            [i for i, n in enumerate(zip(*sizes, strict=True)) if len(set(n)) > 1]
-            if len({len(s) for s in sizes}) == 1
-            else [0, 0]
-        )
-        if len(axes) > 1:
-            raise ValueError(f"the selections of {path} are laid out differently: {', '.join(map(str, sorted(sizes)))}")
-        for mine, at in zip(out, ats, strict=True):
-            mine[path] = _grown(at, axes[0], max(s[axes[0]] for s in sizes), max(shapes[path])) if axes else at
-    return out
+def _padded(each: Sequence[Any], path: str, extent: int) -> list[Any]:
+    """Selections in one weight at the size of the largest: padding is out of range, as :mod:`jft.delta.selected` has it."""
+    sizes = {at.shape for at in each}
+    if len(sizes) == 1:
+        return list(each)
+    same = len({len(s) for s in sizes}) == 1
+    axes = [i for i, n in enumerate(zip(*sizes, strict=True)) if len(set(n)) > 1] if same else []
+    if len(axes) != 1:
+        raise ValueError(f"the selections of {path} are laid out differently: {', '.join(map(str, sorted(sizes)))}")
+    return [_grown(at, axes[0], max(s[axes[0]] for s in sizes), extent) for at in each]
 
 
 def _grown(at: Any, axis: int, size: int, extent: int) -> Any:

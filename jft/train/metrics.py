@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 from typing import Any, Protocol
 
 from jft import files
+
+
+@dataclasses.dataclass(frozen=True)
+class Logging:
+    """What is logged. every: steps between rows. progress: show the run on stdout. tensorboard; wandb: a project's name."""
+
+    every: int = 10
+    progress: bool = True
+    tensorboard: bool = False
+    wandb: str = ""
+
+    def __post_init__(self):
+        if self.every < 1:
+            raise ValueError(f"log.every is {self.every}; it must be at least 1")
 
 
 class Sink(Protocol):

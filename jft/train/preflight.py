@@ -20,12 +20,12 @@ from jft.train.objectives import LanguageModel, Seq2Seq
 from jft.train.progress import Work, peak_flops
 
 
-def global_shapes(batch: Any) -> Any:
-    """Shapes of the global batch, from this process's rows of it."""
+def global_shapes(batch: Any, axis: int = 0) -> Any:
+    """Shapes of the global batch, from this process's rows of it, which lie along ``axis``."""
 
     def widen(x: np.ndarray) -> jax.ShapeDtypeStruct:
-        rows = (x.shape[0] * jax.process_count(), *x.shape[1:]) if x.ndim else ()
-        return jax.ShapeDtypeStruct(rows, x.dtype)
+        shape = tuple(n * jax.process_count() if i == axis else n for i, n in enumerate(x.shape))
+        return jax.ShapeDtypeStruct(shape, x.dtype)
 
     return jax.tree.map(widen, batch)
 
@@ -114,8 +114,11 @@ def _low_rank(params: Any, model: Any) -> Plan | None:
         return None
 
 
-def work(update: step.Step, batch: Any, params: Any) -> Work:
-    """FLOPs of one step: by formula where the batch is tokens, else as XLA counts the compiled step."""
+def work(update: step.Step, batch: Any, params: Any, times: int = 1) -> Work:
+    """FLOPs of one step: by formula where the batch is tokens, else as XLA counts the compiled step.
+
+    times: members that each go through the whole batch.
+    """
     device = update.layout.device
     peak = peak_flops(device)
     peak = peak * update.layout.devices if peak else None
@@ -124,7 +127,7 @@ def work(update: step.Step, batch: Any, params: Any) -> Work:
     if tokens:
         predicts = isinstance(recipe.objective, LanguageModel | Seq2Seq)
         count = step.formula_flops(params, recipe.plan.leaves, tokens, predicts)
-        return Work(count, f"(4 N + 2 T) per token: {count:.3g} a step", peak)
+        return Work(count * times, f"(4 N + 2 T) per token: {count:.3g} a step", peak)
     counted = step.flops(update.compiled(batch))
     if counted is None:
         return Work(None, "nothing: this backend does not count", peak)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jft import delta
 from jft.delta.numeric import host, visible
@@ -37,15 +38,19 @@ class NonFiniteError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-    """A step given to the devices whose metrics nobody has looked at: updates made with it, and its batch's position.
-
-    rate: the learning rate; of a fleet, those of its members.
+    """A step given to the devices whose metrics nobody has looked at: updates made with it, the learning rate of each member,
+    and where each stream stood before its batch.
     """
 
     step: int
-    metrics: Any
-    rate: Any
-    position: Any
+    metrics: Mapping[str, Any]
+    rates: Sequence[float]
+    positions: list[Any]
+
+    def each(self) -> list[dict[str, float]]:
+        """The metrics of each member."""
+        values = {k: np.atleast_1d(v) for k, v in jax.device_get(self.metrics).items() if k != "sound"}
+        return [{k: float(v[i]) for k, v in values.items()} for i in range(len(self.rates))]
 
 
 @dataclasses.dataclass
@@ -74,7 +79,7 @@ class Run:
         return self.plan.merged(like, self._kept, self.state.trained)
 
 
-def keep(vector: delta.TaskVector, workdir: Path | None) -> None:
+def save(vector: delta.TaskVector, workdir: Path | None) -> None:
     """Write the result of a run into its folder, if it has one."""
     if workdir is None:
         return

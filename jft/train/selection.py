@@ -61,16 +61,6 @@ def begin(plan: Plan, probe: Probe, cells: Mapping[str, tuple[int, int]]) -> dic
     return selecting.choose(plan, probe, cells) if schedule is None else schedule.begin(plan, probe, cells)
 
 
-def measured(update: step.Step, held: Holdings, look: Any, params: Any) -> Holdings:
-    """What a run holds, with what its rule finds out about the base before the first step; ``look(params)`` is a probe."""
-    plan, rule = update.recipe.plan, update.recipe.plan.method.rule
-    found = rule.measure(plan, look(params), held.state.memory) if rule else None
-    if found is None:
-        return held
-    memory = jax.device_put(found, update.layout.state.memory)
-    return dataclasses.replace(held, state=dataclasses.replace(held.state, memory=memory))
-
-
 def renew(
     update: step.Step, held: Holdings, base: Any, settled: Settled, look: Any, made: int, steps: int, seed: int
 ) -> tuple[step.Step, Holdings, Settled]:
@@ -99,7 +89,7 @@ def probe_of(
     """What scores may look at: ``params``, and the batches that the stream gives next."""
 
     def train(steps: int, table: Any = None, how: Any = None, penalties: tuple = ()) -> Any:
-        from jft.train.loop import finetune
+        from jft.train.finetune import finetune
 
         if table is None:
             which = _phase(recipe.plan, how or InPlace(), penalties)

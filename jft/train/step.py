@@ -185,14 +185,16 @@ def step(
 class Step:
     """The step of a recipe on a layout, compiled ahead of time for each batch shape it meets.
 
-    start: the optimizer's first state of trained values, compiled once as well.
+    start: the optimizer's first state of trained values, compiled once as well. stack: the shape of what members have one
+    number each of, as learning rates: () for a run by itself. single: shapes of one member's state.
     """
 
-    _numbers: tuple[int, ...] = ()  # the shape of learning rates
+    stack: tuple[int, ...] = ()
 
     def __init__(self, recipe: Recipe, layout: Layout, holdings: Holdings):
         self.recipe, self.layout = recipe, layout
         self.holdings = abstract(holdings, layout.holdings)
+        self.single = self.holdings.state
         self._jitted = jax.jit(
             functools.partial(step, recipe, layout.mesh),
             donate_argnums=(0, 1),
@@ -208,8 +210,8 @@ class Step:
         if key not in self._programs:
             shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._place(x)) for x in leaves]
             one = self.layout.replicated
-            rate = jax.ShapeDtypeStruct(self._numbers, jnp.float32, sharding=one)
-            sound = jax.ShapeDtypeStruct(self._numbers, jnp.bool_, sharding=one)
+            rate = jax.ShapeDtypeStruct(self.stack, jnp.float32, sharding=one)
+            sound = jax.ShapeDtypeStruct(self.stack, jnp.bool_, sharding=one)
             given, held = jax.tree.unflatten(structure, shapes), self.holdings
             lowered = self._jitted.lower(held.state, held.live, held.frozen, given, rate, sound)
             self._programs[key] = lowered.compile()
@@ -222,6 +224,10 @@ class Step:
         """What is held after the step (that of before is donated, but for what is frozen), and the step's metrics."""
         state, live, metrics = self.compiled(batch)(held.state, held.live, held.frozen, batch, rate, sound)
         return Holdings(state, live, held.frozen), metrics
+
+    def member(self, held: Holdings, index: int) -> tuple[State, dict[str, Any]]:
+        """``(state, kept)`` of one member, here the only one."""
+        return held.state, self.recipe.plan.attach(held.frozen, held.live, held.state.chosen)
 
 
 class Key:

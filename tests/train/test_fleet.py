@@ -10,7 +10,7 @@ import pytest
 import jft
 from jft.methods import InPlace, Method, Select
 from jft.select import budget, granularity, scores
-from jft.train import NonFiniteError, job, stacked
+from jft.train import NonFiniteError, Preempted, job, preemption, stacked
 from jft.train.checkpoints import Changed
 from tests.methods import toy
 from tests.train import tools
@@ -153,6 +153,45 @@ def test_going_on_is_bit_for_bit_and_files_are_those_of_runs(tmp_path):
     members[1]["lr"] = 0.5
     with pytest.raises(Changed, match=r"fleet.run1.optimizer.lr: 0.003 -> 0.5"):
         train(members, tmp_path, steps=7)
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "entries", "linearized blocks"])
+def test_a_fleet_of_one_is_the_run_by_itself(name, tmp_path):
+    """The loop is one: the same result to rounding, the same rows and the same files, but for the step's own axis."""
+    member = listed(name, 1)[0]
+    options = {"eval_data": tools.batches(seed=9), "eval_every": 2, "steps": 5, "checkpoint": 2}
+    (run,) = train([member], tmp_path / "fleet", **options)
+    single = alone(member, workdir=tmp_path / "single", **options)
+    assert_same(run, single)
+    assert run.error is None and single.error is None
+    assert [list(row) for row in run.metrics] == [list(row) for row in single.metrics]
+    assert [row.get("lr") for row in run.metrics] == [row.get("lr") for row in single.metrics]
+    ours, theirs = ({**r.task_vector.manifest, "evaluation": None, "created": None} for r in (run, single))
+    assert ours == theirs
+    folders = (tmp_path / "fleet" / "run0", tmp_path / "single")
+    files = [{p.name for p in folder.iterdir()} - {"checkpoints"} for folder in folders]
+    assert files[0] == files[1] == {"metrics.jsonl", "task_vector.safetensors"}
+
+
+def start(several, data=None, **options):
+    """A fleet of two, or its first member by itself; a list of runs."""
+    members = [m | ({} if data is None else {"data": data}) for m in listed("lora", 2)]
+    return train(members, **options) if several else [alone(members[0], **options)]
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["run", "fleet"])
+def test_stopping_and_going_on_is_one_for_both(several, tmp_path, monkeypatch):
+    """Being asked to stop, and data that ends, leave a state that the same call goes on from."""
+    whole = start(several, steps=6)
+    with monkeypatch.context() as patch:
+        patch.setattr(preemption.Watch, "reached", lambda self, step: step == 2)
+        with pytest.raises(Preempted, match="stopped after step 2, saved"):
+            start(several, steps=6, workdir=tmp_path)
+    with pytest.raises(ValueError, match=r"step 4: the data ended.*; the state after step 4 is saved in"):
+        start(several, iter(tools.batches(4)), steps=6, workdir=tmp_path / "data")
+    for run, other in zip(start(several, steps=6, workdir=tmp_path), whole, strict=True):
+        assert_same(run, other, 0)
+        assert [row["step"] for row in run.metrics] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_member_that_is_not_finite_stops_alone(tmp_path):

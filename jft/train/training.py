@@ -1,0 +1,181 @@
+"""`Training`: members on their way from a base or a checkpoint to their results."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jft import delta, tree
+from jft.train import evaluation, identity, preflight, run, selection, settling, setup
+from jft.train.members import Members
+from jft.train.run import NonFiniteError, Pending, Run
+from jft.train.run_config import RunConfig, options
+from jft.train.state import Holdings
+from jft.train.step import Step
+from jft.train.streams import Streams
+from jft.train.trainable import Trainable
+
+
+class Training:
+    """What members hold on the devices after their last step, how it is saved, and what comes of it.
+
+    held, sound: from :meth:`begin` on; sound: whether the losses and gradients of all steps so far were finite. errors: of
+    members that have stopped.
+    """
+
+    held: Holdings
+    sound: Any
+
+    def __init__(
+        self, config: RunConfig, members: Members, streams: Streams, trains: Trainable, update: Step, params: Any
+    ):
+        self.config, self.members, self.streams, self.update, self.params = config, members, streams, update, params
+        self._plans, self._chosen, self._probe = trains.plans, trains.chosen, trains.probe
+        self._batch = preflight.global_shapes(streams.feed(0).peek())
+        self._settled: settling.Settled = {}
+        self._facts = [self._describe(i) for i in range(len(members))]
+        shared = delta.describe_base(params)  # read once
+        self._bases = [delta.describe_base(m.start(params)) if m.params else shared for m in members]
+        self.checkpoints: Any = None
+        self.errors: list[NonFiniteError | None] = [None] * len(members)
+
+    def _describe(self, i: int) -> dict[str, Any]:
+        member, config = self.members[i], self.config
+        rest = config.objective, self.update.single, self._batch, config.dtype, member.seed
+        return identity.describe(member.method, member.optimizer, *rest)
+
+    def begin(self, workdir: Path | None, checkpoint: Any, decided: Any, donate: bool) -> int:
+        """Open the checkpoints, and hold what they have; the step that training goes on from, 0 without any."""
+        members = self.members
+        each = [
+            {"base": base["fingerprint"], "data": m.manifest.get("data"), **facts}
+            for m, base, facts in zip(members, self._bases, self._facts, strict=True)
+        ]
+        self.checkpoints = _open(workdir, checkpoint, members.identity(each), decided, members, self.config)
+        begin = self.checkpoints.latest or 0 if self.checkpoints else 0
+        if begin > self.config.steps:
+            raise ValueError(
+                f"the run in {workdir} stands at step {begin}, beyond steps={self.config.steps}; ask for at least that many"
+            )
+        seeds, overlays = [m.seed for m in members], [m.params for m in members]
+        if begin:
+            state, positions = self.checkpoints.restore(self.update.holdings.state)
+            self._settled = self.checkpoints.settled()
+            self.held = setup.take_up(self.update, self.params, state, self._settled, seeds, donate, overlays)
+            self.streams.seek(positions if members.stacked else [positions])
+        else:
+            for member, facts in zip(members, each, strict=True):
+                identity.refuse_another(member.workdir, facts)
+            held = setup.hold(self.update, self.params, self._chosen, seeds, donate, overlays)
+            probes = [lambda i=i, m=m: self._probe(i, m.start(self.params)) for i, m in enumerate(members)]
+            self.held = setup.measured(self.update, held, probes)
+        self.sound = np.asarray(jax.device_get(self.held.state.step) == begin)
+        for i in np.flatnonzero(~np.atleast_1d(self.sound)).tolist():
+            last = int(self.held.state.step[i])
+            self.errors[i] = NonFiniteError(
+                f"member {members[i].name!r} stopped at step {last}, in a part before this", last, None
+            )
+        return begin
+
+    def reselect(self, n: int) -> None:
+        """Before update ``n``, select anew what trains, where the method's schedule says so. No fleet has one."""
+        steps, schedule = self.config.steps, self.members[0].method.schedule
+        if not schedule or n == 0 or not schedule.due(n, steps):
+            return
+        probe, seed = functools.partial(self._probe, 0), self.members[0].seed
+        self.update, self.held, self._settled = selection.renew(
+            self.update, self.held, self.params, self._settled, probe, n, steps, seed
+        )
+        self._plans = [self.update.recipe.plan]
+        if self.checkpoints:
+            self.checkpoints.renewed(self._describe(0), selection.decided(self.update.recipe.plan))
+
+    def step(self, batch: Any, rates: list[float]) -> dict[str, Any]:
+        """Give one update to the devices; its metrics."""
+        rate = np.asarray(rates, np.float32).reshape(self.update.stack)
+        batch = self.streams.put(batch, self.update.layout)
+        self.held, metrics = self.update(self.held, batch, rate, self.sound)
+        self.sound = metrics["sound"]
+        return metrics
+
+    def check(self, pending: Pending) -> list[NonFiniteError]:
+        """Stop members whose loss or gradient was not finite, and the run where none is left: their state has not moved."""
+        sound = np.atleast_1d(np.asarray(pending.metrics["sound"]))
+        fresh = [i for i in np.flatnonzero(~sound).tolist() if self.errors[i] is None]
+        values, done = pending.each() if fresh else [], pending.step - 1
+        directory = self.checkpoints.directory if self.checkpoints else None
+        saved = (
+            f"the state after step {done} is saved in {directory}" if directory else "no workdir, so no state was saved"
+        )
+        then = f"it stays at the state after step {done}" if self.members.stacked else saved
+        for i in fresh:
+            position, label = pending.positions[self.streams.stream_of[i]], self.members[i].label
+            self.errors[i] = NonFiniteError.of(values[i], done, position, then, label)
+        if all(self.errors):
+            self.save(done, pending.positions)
+            raise self.members.end(self.errors, directory, done, pending.positions)
+        return [error for i in fresh if (error := self.errors[i])]
+
+    def save(self, done: int, positions: list[Any], scores: list[dict[str, float]] | None = None) -> None:
+        """Write a checkpoint, where the run has a workdir. scores: of an evaluation of this very state."""
+        if self.checkpoints:
+            rest = (positions, None) if self.members.stacked else (positions[0], scores[0] if scores else None)
+            self.checkpoints.save(self.held.state, done, *rest, self._settled)
+
+    def evaluate(self) -> list[dict[str, float]]:
+        """Each member on its own evaluation data, by one compiled function; nothing for one without."""
+        config, recipe = self.config, self.update.recipe
+        score = evaluation.sums(recipe.apply, config.objective, recipe.plan, config.dtype)
+        scores: list[dict[str, float]] = [{} for _ in self.members]
+        for i, member in enumerate(self.members):
+            if member.eval_data is not None:
+                state, kept = self.update.member(self.held, i)
+                rest = member.eval_data, config.objective, config.mesh, config.eval_batches
+                scores[i] = evaluation.mean(score, (kept, state.trained), *rest)
+        return scores
+
+    def restore_best(self) -> list[dict[str, float]]:
+        """Go back to the best checkpoint, where one is kept; its evaluation."""
+        best, scores = self.checkpoints.restore_best(self.update.holdings.state)
+        self.held = setup.go_back(self.update, self.held, best)
+        return [scores]
+
+    def result(self, i: int, scores: dict[str, float], rows: list[dict]) -> Run:
+        """What came of member ``i``, written into its folder if it has one."""
+        member, plan, error = self.members[i], self._plans[i], self.errors[i]
+        state, kept = self.update.member(self.held, i)
+        base = member.start(self.params)
+        stopped = {} if error is None else {"stopped": str(error)}
+        facts = {**member.manifest, **self._facts[i], "steps": int(state.step), "evaluation": scores, **stopped}
+        encoded = settling.change(self._settled, tree.flatten(base), plan.encode(base, kept, state.trained))
+        vector = delta.TaskVector(encoded, {"base": self._bases[i], **delta.describe(None, **facts)})
+        run.save(vector, member.workdir)
+        return Run(plan, state, rows, scores, vector, base, kept, error)
+
+
+def _open(workdir: Path | None, checkpoint: Any, facts: Any, decided: Any, members: Members, config: RunConfig) -> Any:
+    """The checkpoints of a run that has a workdir; the module that knows Orbax is loaded for them alone."""
+    if workdir is None:
+        if checkpoint:
+            raise ValueError("checkpoint is given, but no workdir to write to")
+        return None
+    from jft.train.checkpoints import Checkpointing, Checkpoints
+
+    given = options(Checkpointing, checkpoint)
+    every, between = given.every, config.eval_every
+    if given.best:
+        if members.stacked:
+            raise ValueError(
+                "checkpoint.best: members are best at steps of their own, and a fleet has one checkpoint; leave it out"
+            )
+        if members[0].eval_data is None or not between or not every or every % between:
+            raise ValueError(
+                f"checkpoint.best={given.best!r} needs eval data, and checkpoint.every ({every}) to be a positive "
+                f"multiple of eval_every ({between}), so that every checkpoint has been evaluated"
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    return Checkpoints(workdir / "checkpoints", given, facts, decided)
