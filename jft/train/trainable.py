@@ -50,10 +50,7 @@ def find(config: RunConfig, members: Members, streams: Streams, params: Any, wor
 
     decided = before.decided
     if members[0].method.undecided:
-        choices = [m.method.undecided for m in members]
-        tables = [
-            decided or dict(c(probe(i, m.start(params)))) for i, (m, c) in enumerate(zip(members, choices, strict=True))
-        ]
+        tables = [decided or m.method.decide(probe(i, m.start(params))) for i, m in enumerate(members)]
         plans = [m.method.decided(t).plan(params, config.model) for m, t in zip(members, tables, strict=True)]
         decided = tables[0]
     plans = members.plans([plan.anchored() if optimizer.to_base else plan for plan in plans])
