@@ -70,14 +70,14 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
 
 def info(options: argparse.Namespace) -> int:
     """``jft delta info FILE``."""
-    from jft.delta import file
+    from jft.delta import TaskVector, file
 
     header = file.inspect(options.file)
     rows: list[dict[str, Any]] = []
     for path, entry in header.entries.items():
         row: dict[str, Any] = {"path": path, "encoding": entry.kind, "shape": list(entry.shape), "dtype": entry.dtype}
         if not options.quick:
-            delta = file.load(options.file, [path])[path]
+            delta = TaskVector.load(options.file, [path])[path]
             row |= {"nnz": delta.nnz, "density": _share(delta.nnz, math.prod(delta.shape)), "norm": _norm(delta)}
         rows.append(row | {"nbytes": entry.nbytes})
     total: dict[str, Any] = {"paths": len(rows), "nbytes": sum(row["nbytes"] for row in rows)}
@@ -99,13 +99,13 @@ def info(options: argparse.Namespace) -> int:
 
 def diff(options: argparse.Namespace) -> int:
     """``jft delta diff A B``."""
-    from jft.delta import file
+    from jft.delta import TaskVector, file
 
     headers = [file.inspect(options.first), file.inspect(options.second)]
     rows = []
     for path in dict.fromkeys([*headers[0].entries, *headers[1].entries]):
         sides = [
-            file.load(name, [path])[path] if path in header.entries else None
+            TaskVector.load(name, [path])[path] if path in header.entries else None
             for name, header in zip((options.first, options.second), headers, strict=True)
         ]
         try:

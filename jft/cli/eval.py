@@ -22,9 +22,9 @@ def measure(run: restored.Restored, params: object, model: object = None) -> dic
 
 def linearized(run: restored.Restored, until: str | None) -> dict[str, float]:
     """As :func:`measure`, of the model linearized at the run's base, moved by the run's task vector."""
-    import jft
+    from jft.tangent import linearize
 
-    f_lin = jft.linearize(run.model.apply, run.base, until)
+    f_lin = linearize(run.model.apply, run.base, until)
     return measure(run, f_lin.direction(run.task_vector()), f_lin)
 
 

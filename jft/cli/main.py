@@ -49,7 +49,7 @@ def dispatch(argv: Sequence[str]) -> int:
         print(usage())
         return 0 if name else 2
     if name in ("--version", "version"):
-        from jft import __version__
+        from jft.version import __version__
 
         print(f"jft {__version__}")
         return 0

@@ -20,7 +20,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from jft.delta.encoding import Encoding
 from jft.delta.manifest import Manifest
 from jft.delta.numeric import host
 from jft.delta.registry import kinds
-from jft.delta.task_vector import TaskVector
 
 FORMAT = "jft.task_vector"
 VERSION = 1
@@ -63,29 +62,32 @@ class Header:
     entries: dict[str, Entry]
 
 
-def save(tau: TaskVector, path: str | os.PathLike, dtype: Any = None) -> None:
-    """Write ``tau`` to ``path``, beside it first and then renamed, so that ``path`` is never half a file.
+def save(deltas: Mapping[str, Encoding], manifest: Manifest, path: str | os.PathLike, dtype: Any = None) -> None:
+    """Write ``{path: delta}`` and a manifest to ``path``: beside it first and then renamed, so that it is never half a file.
 
     dtype: store floating-point values in this dtype ("bfloat16" halves the file; the norm changes by about 2**-9). None:
     as they are. Arrays spread over several processes are gathered, and process 0 writes; all must call.
     Raises ``ValueError`` for a path that holds ``|``.
     """
-    for name in tau.paths:
+    for name in deltas:
         if FIELD in name:
             raise ValueError(f"path {name!r} cannot be written: {FIELD!r} separates path and field in the file")
     tensors: dict[str, np.ndarray] = {}
     described = {}
-    for name, delta in tau.items():
+    for name, delta in deltas.items():
         arrays, static = (delta if dtype is None else delta.astype(dtype)).pack()
         tensors |= {f"{name}{FIELD}{field}": host(array) for field, array in arrays.items()}
         described[name] = {"kind": delta.kind, "shape": list(delta.shape), "static": static}
-    header = {"format": FORMAT, "version": VERSION, "manifest": tau.manifest, "deltas": described}
+    header = {"format": FORMAT, "version": VERSION, "manifest": manifest, "deltas": described}
     if jax.process_index() == 0:
         _write(Path(path), tensors, {"jft": json.dumps(header)})
 
 
-def load(path: str | os.PathLike, paths: Iterable[str] | None = None) -> TaskVector:
-    """Read a task vector; with ``paths``, only those deltas. Raises :class:`FileError` naming what is wrong with the file."""
+def read(path: str | os.PathLike, paths: Iterable[str] | None = None) -> tuple[dict[str, Encoding], Manifest]:
+    """``(deltas, manifest)`` of a task vector; with ``paths``, only those deltas.
+
+    Raises :class:`FileError` naming what is wrong with the file.
+    """
     with _opened(path) as (handle, header):
         chosen = header["deltas"] if paths is None else list(paths)
         unknown = [name for name in chosen if name not in header["deltas"]]
@@ -93,7 +95,7 @@ def load(path: str | os.PathLike, paths: Iterable[str] | None = None) -> TaskVec
             raise ValueError(f"{path} has no delta for {unknown[0]!r}; it has: {', '.join(header['deltas'])}")
         fields = _fields(handle.keys())
         deltas = {name: _delta(path, handle, name, header["deltas"][name], fields) for name in chosen}
-    return TaskVector(deltas, header["manifest"])
+    return deltas, header["manifest"]
 
 
 def inspect(path: str | os.PathLike) -> Header:

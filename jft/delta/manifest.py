@@ -24,8 +24,8 @@ from typing import Any
 import jax
 import numpy as np
 
-import jft
 from jft import tree
+from jft.version import __version__
 
 Manifest = dict[str, Any]
 
@@ -66,7 +66,7 @@ def check(manifest: Mapping[str, Any]) -> Manifest:
 
 def versions() -> dict[str, str]:
     """Versions of what computed the result."""
-    return {"jft": jft.__version__, "jax": importlib.metadata.version("jax"), "python": platform.python_version()}
+    return {"jft": __version__, "jax": importlib.metadata.version("jax"), "python": platform.python_version()}
 
 
 def narrow(manifest: Manifest, keep: Callable[[str], bool], note: str) -> Manifest:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jft.delta.encoding import Encoding
 from jft.delta.numeric import count_nonzero, inner, visible, wide
+from jft.delta.registry import kinds
 
 Array = jax.Array
 
@@ -70,9 +71,8 @@ class Sparse(Encoding):
         return self._with(values=wide(self.values) - wide(base.reshape(self.view)[self.at]))
 
     def under(self, above: Encoding) -> Encoding:
-        from jft.delta.entries import Entries  # itself one of these
-
-        return Entries.of(self).under(above)
+        entries: Any = kinds()["entries"]  # itself one of these
+        return entries.of(self).under(above)
 
     def dot_dense(self, value: Array) -> Array:
         return inner(self.values, jnp.asarray(value).reshape(self.view)[self.at])

@@ -13,6 +13,7 @@ import numpy as np
 
 from jft import tree
 from jft.compiled import program_cache
+from jft.delta import file
 from jft.delta import manifest as manifests
 from jft.delta.encoding import Dense, Encoding, standing_alone
 from jft.delta.numeric import concrete, wide
@@ -205,16 +206,12 @@ class TaskVector:
 
     def save(self, path: str | os.PathLike, dtype: Any = None) -> None:
         """Write one safetensors file: see :mod:`jft.delta.file`."""
-        from jft.delta import file
-
-        file.save(self, path, dtype)
+        file.save(dict(self.items()), self.manifest, path, dtype)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> TaskVector:
-        """Read what :meth:`save` wrote: see :mod:`jft.delta.file`."""
-        from jft.delta import file
-
-        return file.load(path)
+    def load(cls, path: str | os.PathLike, paths: Iterable[str] | None = None) -> TaskVector:
+        """Read what :meth:`save` wrote, or only the deltas of ``paths``: see :mod:`jft.delta.file`."""
+        return cls(*file.read(path, paths))
 
     def tree_flatten_with_keys(self) -> tuple[tuple, tuple]:
         children = tuple((jax.tree_util.DictKey(p), d) for p, d in self.deltas.items())

@@ -62,7 +62,7 @@ def test_info_of_sparse_deltas_and_masks(tmp_path, capsys):
 def test_quick_info_reads_no_values(files, capsys, monkeypatch):
     from jft.delta import file
 
-    monkeypatch.setattr(file, "load", None)
+    monkeypatch.setattr(file, "read", None)
     report = json.loads(run(capsys, "info", files[1], "--json", "--quick"))
     assert [(r["path"], r["encoding"], r["nbytes"]) for r in report["paths"]] == [
         ("a/w", "low_rank", 40),

@@ -99,9 +99,9 @@ def test_inspect_reads_no_values(tmp_path):
 def test_load_some_paths(tmp_path):
     path = tmp_path / "x.safetensors"
     vector().save(path)
-    assert file.load(path, ["layers/1/w"]).paths == ["layers/1/w"]
+    assert TaskVector.load(path, ["layers/1/w"]).paths == ["layers/1/w"]
     with pytest.raises(ValueError, match="no delta for 'q'; it has: layers/0/w"):
-        file.load(path, ["q"])
+        TaskVector.load(path, ["q"])
 
 
 def test_failed_write_leaves_the_old_file_and_nothing_beside(tmp_path, monkeypatch):
