@@ -68,7 +68,8 @@ def _card(row: dict[str, Any], doc: str) -> None:
     print(f"  stores   {row['stores']}")
     for name, default in row["options"].items():
         print(f"  option   {name} = {default!r}")
-    print("  always   also=PATTERNS (train these in place as well), freeze=PATTERNS (never train these)")
+    print("  always   include=PATTERNS (narrow to these), exclude=PATTERNS (leave these out as well),")
+    print("           also=PATTERNS (train these in place as well), freeze=PATTERNS (never train these)")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -28,7 +28,8 @@ class Select:
     """Which weights a method acts on, and which parts inside them.
 
     include, exclude: regular expressions on paths (``re.search``). linear_only: matrices inside layers, no embeddings,
-    heads, norms or routers. A pattern that matches nothing is refused.
+    heads, norms or routers. within: patterns of which one has to match as well; it narrows what the others select. A pattern
+    that matches nothing is refused.
 
     layers: which whole layers train: indices (negative from the end), a table ``{path: indices, or None for all of it}``, or a
     choice of :mod:`jft.select.layers` and :mod:`jft.methods.layer_search`; None for all. Indices are of layers, so nothing
@@ -50,6 +51,7 @@ class Select:
     pool: How = "sum"
     budget: Any = None
     largest: bool = True
+    within: tuple[str, ...] = ("",)
 
     def __post_init__(self) -> None:
         """Refuse what is said twice or not at all."""
@@ -68,6 +70,11 @@ class Select:
     @property
     def _granularities(self) -> list[Granularity]:
         return [self.granularity] if isinstance(self.granularity, Granularity) else [g for _, g in self.granularity]
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Those that a user looks for where nothing is selected: of ``within``, or where that is open of ``include``."""
+        return self.include if self.within == ("",) else self.within
 
     @property
     def inside(self) -> bool:
@@ -90,7 +97,7 @@ class Select:
         candidates = list(linear) if self.linear_only else list(shapes)
         if not candidates:
             raise ValueError("this method trains matrices inside layers, and the model has none; train it in place")
-        chosen = tree.matching(candidates, self.include)
+        chosen = tree.matching(tree.matching(candidates, self.include), self.within)
         excluded = tree.matcher(self.exclude)
         return [p for p in chosen if not (self.exclude and excluded(p))]
 
@@ -168,7 +175,7 @@ class Method:
             leaves.pop(path)
         if all(isinstance(how, SomeLayers) and not any(how.trains) for how in leaves.values()):
             raise ValueError(
-                f"method {self.name!r} selects no weight: include={self.select.include}, freeze={self.freeze}"
+                f"method {self.name!r} selects no weight: include={self.select.patterns}, freeze={self.freeze}"
             )
         _check(leaves, shapes, self.name)
         linearized = self.forward == "linearized"
@@ -214,7 +221,7 @@ def _parts(
         if unit is not None and unit.axes <= len(shape) - lead(path, len(shape), stacked):
             leaves[path] = train.fitted(granularity=unit)
     if not leaves:
-        raise ValueError(f"none of the weights that include={select.include} names is made of {select.granularity}")
+        raise ValueError(f"none of the weights that include={select.patterns} names is made of {select.granularity}")
     return leaves
 
 

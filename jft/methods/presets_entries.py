@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from jft.methods.low_rank import LowRank
 from jft.methods.parametrise import InPlace, Parametrisation
+from jft.methods.patterns import patterns
 from jft.methods.penalties import L1ToBase
 from jft.methods.plan import Method, Select
-from jft.methods.registry import patterns, register
+from jft.methods.registry import register
 from jft.select import budget, drawn, scores
 from jft.select.probe import Per
 

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from jft.methods.layer_schedules import Decided, Redraw, Unfreezing
 from jft.methods.layer_search import Correlation, Greedy, Green, RangeSearch
 from jft.methods.parametrise import InPlace
+from jft.methods.patterns import patterns
 from jft.methods.plan import Method, Select
-from jft.methods.registry import patterns, register
+from jft.methods.registry import register
 from jft.methods.soft_mask import SoftMask
 from jft.select.budget import PerLeaf
 from jft.select.granularity import Layer

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from jft.methods.low_rank import LowRank, WithLowRank
 from jft.methods.parametrise import InPlace
+from jft.methods.patterns import patterns
 from jft.methods.plan import Method, Select
 from jft.methods.pruned import Pruned
-from jft.methods.registry import patterns, register
+from jft.methods.registry import register
 from jft.methods.schedules import After
 from jft.select import budget, scores
 

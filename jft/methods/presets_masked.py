@@ -12,10 +12,11 @@ from jft.methods.low_rank import LowRank, WithLowRank
 from jft.methods.masks import AgreementDropout, Masked, TopMask
 from jft.methods.mixout import Mixout
 from jft.methods.parametrise import InPlace
+from jft.methods.patterns import patterns
 from jft.methods.penalties import L2SP, L1ToBase, SharedLayers
 from jft.methods.plan import Method, Select
 from jft.methods.projection import Projection
-from jft.methods.registry import patterns, register
+from jft.methods.registry import register
 
 Patterns = Sequence[str] | str
 HEADS = (r"(^|/)(head|classifier)/",)

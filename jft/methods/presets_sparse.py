@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from jft.methods.parametrise import InPlace
+from jft.methods.patterns import patterns
 from jft.methods.penalties import Nuclear
 from jft.methods.plan import Method, Select
-from jft.methods.registry import patterns, register
+from jft.methods.registry import register
 from jft.methods.schedules import DropAndGrow, Refresh, StillSmall
 from jft.select import budget, granularity, scores
 from jft.select.granularity import How

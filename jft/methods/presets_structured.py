@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from jft.methods.parametrise import InPlace
+from jft.methods.patterns import patterns
 from jft.methods.plan import Method, Select
-from jft.methods.registry import patterns, register
+from jft.methods.registry import register
 from jft.methods.schedules import Refresh
 from jft.select import budget, granularity, memory, scores, structured
 from jft.select.granularity import How

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from jft.methods import update_rules
 from jft.methods.parametrise import InPlace
+from jft.methods.patterns import patterns
 from jft.methods.plan import Method, Select
-from jft.methods.registry import patterns, register
+from jft.methods.registry import register
 
 Names = Sequence[str] | str
 

@@ -7,9 +7,10 @@ import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from jft.methods.patterns import EVERYTHING, Patterns, patterns
 from jft.methods.plan import Method
 from jft.names import nearest
 
@@ -28,12 +29,27 @@ class Entry:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Its arguments and their defaults."""
+        """Its arguments and their defaults, with ``include`` and ``exclude``, which go with every preset."""
+        return {**self.arguments, **{k: v for k, v in _NARROWING.items() if k not in self.arguments}}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of its builder and their defaults."""
         parameters = inspect.signature(self.build).parameters.values()
         return {p.name: None if p.default is p.empty else p.default for p in parameters}
 
+    @functools.cached_property
+    def patterns(self) -> dict[str, tuple[str, ...]]:
+        """What it includes and excludes by itself."""
+        try:
+            select = self.build().select
+        except (TypeError, ValueError):  # an argument without a default
+            return _NARROWING
+        return {"include": select.include, "exclude": select.exclude}
+
 
 _ENTRIES: dict[str, Entry] = {}
+_NARROWING: dict[str, tuple[str, ...]] = {"include": EVERYTHING, "exclude": ()}
 
 
 def register(name: str, *, paper: str) -> Callable[[Callable[..., Method]], Callable[..., Method]]:
@@ -67,15 +83,19 @@ def _load() -> None:
 def method(
     name: str,
     *,
-    also: Sequence[str] | str = (),
-    freeze: Sequence[str] | str = (),
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    also: Patterns = (),
+    freeze: Patterns = (),
     forward: Any = None,
     until: str | None = None,
     **options: Any,
 ) -> Method:
-    """The preset ``name`` with ``options``. ``also``, ``freeze``, ``forward``, ``until`` go with all: see :class:`Method`.
+    """The preset ``name`` with ``options``, and what goes with all presets.
 
-    Raises ``ValueError`` for an unknown name or option, with the nearest known one.
+    include narrows what the preset selects to paths that match one of these patterns as well (a preset with an argument of
+    that name takes it instead of its own); exclude is added to what it excludes. ``also``, ``freeze``, ``forward``, ``until``:
+    see :class:`Method`. Raises ``ValueError`` for an unknown name or option, with the nearest known one.
     """
     _load()
     if name not in _ENTRIES:
@@ -83,24 +103,38 @@ def method(
     entry = _ENTRIES[name]
     for option in options:
         if option not in entry.options:
-            known = ", ".join(entry.options) or "none"
+            known = ", ".join(entry.options)
             raise ValueError(
                 f"method {name!r} has no option {option!r}{nearest(option, entry.options)}; it has: {known}"
             )
+    narrowing = {k: v for k, v in (("include", include), ("exclude", exclude)) if v is not None}
+    options |= {k: narrowing.pop(k) for k in list(narrowing) if k in entry.arguments}
     built = entry.build(**options)
+    select = dataclasses.replace(
+        built.select,
+        within=patterns(narrowing.get("include", built.select.within)),
+        exclude=built.select.exclude + patterns(narrowing.get("exclude", ())),
+    )
     general = {"also": patterns(also), "freeze": patterns(freeze), "forward": forward, "until": until}
-    said = {k: v for k, v in general.items() if v}
+    given = {k: v for k, v in general.items() if v} | narrowing
     return dataclasses.replace(
         built,
+        select=select,
         name=name,
         also=built.also + patterns(also),
         freeze=built.freeze + patterns(freeze),
         forward=forward or built.forward,
         until=until or built.until,
-        options={**entry.options, **options, **said},
+        options={**entry.arguments, **options, **given},
     )
 
 
-def patterns(value: Sequence[str] | str) -> tuple[str, ...]:
-    """One pattern or several, as a tuple."""
-    return (value,) if isinstance(value, str) else tuple(value)
+def comparable(identity: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The facts of a run with ``include`` and ``exclude`` among its method's options: the preset's own where not given."""
+    method = identity.get("method")
+    entry = entries().get(method.get("name", "")) if isinstance(method, Mapping) else None
+    if method is None or entry is None:
+        return identity
+    options = {**entry.patterns, **method["options"]}
+    options |= {k: list(patterns(options[k])) for k in entry.patterns}
+    return {**identity, "method": {**method, "options": options}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jft.delta.changed import COLUMNS, ROWS
 from jft.delta.n_m import NMLayout, grouped_shape
 from jft.methods import InPlace, Method, Select, register
-from jft.methods.registry import patterns
 from jft.select import scores, top_each
 from jft.select.granularity import Entry
 
@@ -96,8 +95,6 @@ def n_m(
     axis: Axis = "rows",
     score: Any = None,
     largest: bool = True,
-    include: Sequence[str] | str = ("",),
-    exclude: Sequence[str] | str = (),
 ) -> Method:
     """Train n of every m consecutive entries along one axis of every matrix inside the layers, the best by a score.
 
@@ -107,8 +104,6 @@ def n_m(
     the mean gradient. Gradients, masters and optimizer state exist for the selected entries alone.
     """
     select = Select(
-        patterns(include),
-        patterns(exclude),
         linear_only=True,
         score=scores.Gradient() if score is None else score,
         granularity=Groups(n, m, axis),

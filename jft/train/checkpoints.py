@@ -19,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jft import delta, tree
 from jft.delta.numeric import host
+from jft.methods.registry import comparable
 from jft.train.state import State
 
 HIGHER_IS_BETTER = ("accuracy",)
@@ -57,7 +58,7 @@ def _dotted(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
     """Refuse with :class:`Changed` where the identities differ: ``what``, and each difference as ``key: old -> new``."""
-    old, new = _dotted(saved), _dotted(json.loads(json.dumps(now)))
+    old, new = _dotted(comparable(saved)), _dotted(comparable(json.loads(json.dumps(now))))
     keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k, "nothing") != new.get(k, "nothing")]
     if keys:
         # What trains follows from the rest, leaf by leaf: shown last, and not to the last leaf.

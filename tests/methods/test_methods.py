@@ -10,6 +10,7 @@ import jft
 from jft import tree
 from jft.dot import dot
 from jft.models.core import Hooks
+from jft.train.checkpoints import Changed, compare
 from tests.methods import toy
 
 KEY = jax.random.key(0)
@@ -198,3 +199,32 @@ def test_every_preset_documents_itself():
     for entry in jft.methods.entries().values():
         assert entry.summary and entry.paper
         assert isinstance(entry.build(), jft.methods.Method)
+
+
+@pytest.mark.parametrize("name", ["full", "bitfit", "lora"])
+def test_include_narrows_and_exclude_adds(name):
+    model = toy.model()
+    params = model.init(KEY)
+    selected = lambda **options: set(jft.method(name, **options).plan(params, model).leaves)
+    assert selected(include="up") == selected(include=["up", "layers/up"]) == {p for p in selected() if "up" in p}
+    assert selected(exclude="up") == {p for p in selected() if "up" not in p} < selected()
+    assert jft.method(name, exclude="up").options["exclude"] == "up"
+
+
+def test_include_of_what_the_preset_leaves_out_is_refused():
+    with pytest.raises(ValueError, match="'up/w' matches no weight"):
+        plan_of("bitfit", include="up/w")
+
+
+def test_runs_of_before_compare_by_the_patterns_of_their_preset():
+    """Options that presets had themselves were recorded with their defaults."""
+    facts = lambda name, **options: {"method": {"name": name, "options": options}}
+    heads = list(jft.method("fish_mask").select.exclude)
+    compare(facts("fish_mask", include=[""], exclude=heads), facts("fish_mask"), "the checkpoint is")
+    compare(facts("lora", include="up", exclude=[]), facts("lora", include=["up"]), "the checkpoint is")
+    compare({"seed": 1}, {"seed": 1}, "the checkpoint is")
+    for changed in ({"include": ["up"]}, {"exclude": ["up"]}):
+        with pytest.raises(Changed, match=r"options\.(include|exclude)"):
+            compare(facts("lora"), facts("lora", **changed), "the checkpoint is")
+        with pytest.raises(Changed, match=r"options\.(include|exclude)"):
+            compare(facts("lora", include=[""], exclude=[]), facts("lora", **changed), "the checkpoint is")
