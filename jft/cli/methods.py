@@ -68,7 +68,7 @@ def _card(row: dict[str, Any], doc: str) -> None:
     print(f"  stores   {row['stores']}")
     for name, default in row["options"].items():
         print(f"  option   {name} = {default!r}")
-    print("  always   include=PATTERNS (narrow to these), exclude=PATTERNS (leave these out as well),")
+    print("  always   include=PATTERNS (only these), exclude=PATTERNS (none of these),")
     print("           also=PATTERNS (train these in place as well), freeze=PATTERNS (never train these)")
 
 

@@ -91,3 +91,8 @@ def _straight_through_jvp(primals: Any, tangents: Any) -> Any:
 def matrices(w: Any, lead: int) -> int:
     """How many weights the leading axes hold."""
     return math.prod(w.shape[:lead])
+
+
+def append_axes(x: Array, ndim: int) -> Array:
+    """``x`` [*lead] with axes of length 1 up to ``ndim``."""
+    return x.reshape(*x.shape, *(1,) * (ndim - x.ndim))

@@ -7,7 +7,7 @@ from typing import Any
 
 from jft.methods.plan import Method
 from jft.methods.schedules import Renewal, Schedule, Standing
-from jft.select.layers import Choice, Last
+from jft.select.layers import Choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,26 +37,6 @@ class Staged(Schedule):
 
     def renew(self, standing: Standing) -> Renewal:
         return Renewal({}, method=self.method_at(standing.plan.method, standing.step, standing.steps))
-
-
-@dataclasses.dataclass(frozen=True)
-class Unfreezing(Staged):
-    """The last layers first: ``first`` of them, then ``by`` more in each stage; with ``stages``, an equal share in each."""
-
-    first: int = 1
-    by: int = 1
-
-    def select(self, select: Any, stage: int) -> Any:
-        last = Last(share=(stage + 1, self.stages)) if self.stages else Last(self.first + stage * self.by)
-        return dataclasses.replace(select, layers=last)
-
-
-@dataclasses.dataclass(frozen=True)
-class Redraw(Staged):
-    """Another draw of :class:`Halves` in each stage."""
-
-    def select(self, select: Any, stage: int) -> Any:
-        return dataclasses.replace(select, layers=dataclasses.replace(select.layers, draw=stage))
 
 
 @dataclasses.dataclass(frozen=True)

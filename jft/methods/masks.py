@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -12,8 +11,6 @@ import jax.numpy as jnp
 from jft import delta
 from jft.methods.formed import bound, leading, straight_through
 from jft.methods.parametrise import Parametrisation, moved_from
-from jft.methods.update_rules import Rule
-from jft.select.threshold import top_each
 
 Array = jax.Array
 
@@ -106,69 +103,3 @@ class Masked(Mask):
             return None
         axes = tuple(range(leading(kept, self.lead), trained.ndim))
         return self.l2 * jnp.sum(jnp.sqrt(jnp.sum(jnp.square(trained), axis=axes)))
-
-
-@dataclasses.dataclass(frozen=True)
-class TopMask(Mask):
-    """``w * 1[|s| among the keep * I * O largest of its matrix]``, straight through: ``dL/ds = dL/dw_eff * w * sgn(s)``.
-
-    Mask Fine-Tuning, Zhang et al. 2025, arXiv:2503.22764, which starts from a tuned model and keeps 0.9. Exactly
-    ``round(keep * I * O)`` weights stay in each matrix (of ties the earlier in row-major order); the released code keeps
-    ``n - int((1 - keep) * n)``, which can be one more. Scores are normal with standard deviation ``std``; ``std=None`` is
-    the Kaiming-uniform draw in +-1/sqrt(I) that the code makes first, and its model's initialisation (0.02) overwrites.
-    Finding the mask reads the scores of a layer about 16 times, in its forward and again in its backward pass.
-    """
-
-    keep: float = 0.9
-    std: float | None = 0.02
-
-    def __post_init__(self) -> None:
-        """Refuse a fraction that keeps nothing."""
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"keep is {self.keep}; it is the fraction of each matrix that stays, above 0 and up to 1")
-
-    def init(self, key: Array, w: Array, at: Array | None = None, base: Array | None = None) -> tuple[Array, Array]:
-        """``(w, scores)``."""
-        if self.std is not None:
-            return w, self.std * jax.random.normal(key, w.shape, jnp.float32)
-        limit = 1 / math.sqrt(w.shape[-2])
-        return w, jax.random.uniform(key, w.shape, jnp.float32, -limit, limit)
-
-    def mask(self, trained: Array) -> Array:
-        """Exactly ``round(keep * I * O)`` True in each matrix."""
-        lead = leading(trained, self.lead)
-        return top_each(jnp.abs(trained), max(1, round(self.keep * math.prod(trained.shape[lead:]))), lead)
-
-    def soft(self, s: Array) -> Array:
-        """``|s|``."""
-        return jnp.abs(s)
-
-
-@dataclasses.dataclass(frozen=True)
-class AgreementDropout(Rule):
-    """:func:`agreement_dropout` of the step's gradient, against that toward the base's own predictions."""
-
-    strength: float = 1.0
-    to_base = True
-
-    def join(self, key: Array, gradient: Any, anchor: Any) -> Any:
-        return agreement_dropout(key, gradient, anchor, self.strength)
-
-
-def agreement_dropout(key: Array, task: Any, anchor: Any, strength: float = 1.0, eps: float = 1e-8) -> Any:
-    """The task gradient, each entry kept with the probability that it agrees with an anchor's gradient.
-
-    ``P = (1 + sgn(a) (a + b) / (|a| + |b| + eps)) / 2`` with a the ``task`` and b the ``anchor`` gradient (pytrees alike):
-    1 where signs agree, ``|a| / (|a| + |b|)`` where they differ. Dropped entries are multiplied by ``1 - strength``. The
-    "gradient dropout regularity" of R-AMT (Wu et al. 2023, arXiv:2307.15049), whose anchor is the cross-entropy to the
-    zero-shot model's predictions on the same batch; its task gradient includes the penalties.
-    """
-    leaves, structure = jax.tree.flatten(task)
-    each = jax.tree.unflatten(structure, list(jax.random.split(key, len(leaves))))
-
-    def drop(key: Array, a: Array, b: Array) -> Array:
-        likely = (jnp.sign(a) * (a + b) / (jnp.abs(a) + jnp.abs(b) + eps) + 1) / 2
-        kept = likely > jax.random.uniform(key, a.shape, a.dtype)
-        return jnp.where(kept, a, (1 - strength) * a)
-
-    return jax.tree.map(drop, each, task, anchor)

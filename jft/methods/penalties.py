@@ -9,8 +9,6 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from jft import tree
-
 Array = jax.Array
 
 
@@ -102,22 +100,6 @@ def _nuclear(x: Array, eps: float) -> Array:
         x = jnp.swapaxes(x, -1, -2)
     gram = jnp.einsum("...io,...ip->...op", x, x, precision=jax.lax.Precision.HIGHEST)
     return jnp.sum(jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram), 0) + eps), axis=-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class SharedLayers:
-    """``weight / n * sum |s|`` over the n scores of all :class:`jft.methods.gates.Taps` layers: few become the task's own.
-
-    Wallingford et al. 2022, arXiv:2203.16708 (their lambda is ``weight``; the code divides by 52 whatever n is).
-    """
-
-    weight: float
-
-    def __call__(self, plan: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> Array:
-        scores = [t["score"] for t in trained.values() if isinstance(t, Mapping) and "score" in t]
-        if not scores:
-            raise ValueError("no layer here has a score; the penalty goes with train=Taps()")
-        return self.weight / tree.count(scores) * _sum(map(absolute, scores))
 
 
 def soften(gradient: Any, importance: Any) -> Any:

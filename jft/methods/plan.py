@@ -32,8 +32,8 @@ class Select:
     that matches nothing is refused.
 
     layers: which whole layers train: indices (negative from the end), a table ``{path: indices, or None for all of it}``, or a
-    choice of :mod:`jft.select.layers` and :mod:`jft.methods.layer_search`; None for all. Indices are of layers, so nothing
-    outside them is selected.
+    choice of :mod:`jft.select.layers` or a search of its kind; None for all. Indices are of layers, so nothing outside them is
+    selected.
 
     score: how much each weight matters, computed once the base and the data are there (:mod:`jft.select.scores`); None
     selects by ``layers`` alone. granularity: what is selected as one, from an entry, a block, a row or a head to an expert, a

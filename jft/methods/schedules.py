@@ -8,7 +8,6 @@ with and whether what is dropped keeps its value or goes back to the base is the
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -117,38 +116,6 @@ class After(Schedule):
 
     def renew(self, standing: Standing) -> Renewal:
         return Renewal(selecting.choose(standing.plan, standing.probe, standing.grids))
-
-
-@dataclasses.dataclass(frozen=True)
-class StillSmall(Schedule):
-    """Part-way, only entries go on that are no larger than the largest of them was in the base; the others keep their value.
-
-    at: after which share of the run, in (0, 1). With entries chosen as the smallest, that largest is the threshold by which
-    they were (SaRA's progressive adjustment, Hu et al. 2024, arXiv:2409.06633).
-    """
-
-    at: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 < self.at < 1:
-            raise ValueError(f"a selection anew after a share {self.at} of the run; it lies between 0 and 1")
-
-    def due(self, step: int, steps: int) -> bool:
-        return step == max(1, round(self.at * steps))
-
-    def renew(self, standing: Standing) -> Renewal:
-        plan, kept, trained = standing.plan, standing.kept, standing.trained
-        moved = plan.change(kept, trained)
-        first = {p: trained[p] - moved[p] for p in plan.selects}
-        threshold = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(x)) for x in first.values()))
-        chosen = {}
-        for path in plan.selects:
-            how, zeros = plan.leaves[path], jnp.zeros(kept[path]["w"].shape, jnp.float32)
-            small = (jnp.abs(trained[path]) <= threshold).astype(jnp.float32)
-            mask = how.spread(kept[path], small, zeros) > 0
-            unit = plan.granularity(path, mask.shape)
-            chosen[path] = unit.locate(mask, standing.probe.lead(path), standing.grids.get(path, (1, 1)))
-        return Renewal(chosen)
 
 
 @dataclasses.dataclass(frozen=True)

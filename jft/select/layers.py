@@ -2,7 +2,7 @@
 
 Whatever it is made from, a choice comes to a *table*, ``{path: indices of layers}`` with None for a weight as a whole: from the
 shapes of the candidates, or, with ``from_data``, from a :class:`jft.select.probe.Probe` of the base and the data. Those that
-train to find out are in :mod:`jft.methods.layer_search`.
+train to find out (:mod:`jft.methods.layer_search`) are each with their preset.
 """
 
 from __future__ import annotations

@@ -18,13 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.select import activations, memory
-from jft.select.granularity import spread
+from jft.select.budget import Beyond
+from jft.select.granularity import Column, Row, spread
 from jft.select.heads import patching, rolled
 from jft.select.probe import Probe
 from jft.select.scores import Random, Score, Scores
 from jft.select.threshold import top, top_each
 
 Array = jax.Array
+# The budget of a score that is 1 for what is chosen, and the side on which heads and channels lie in each weight.
+CHOSEN = Beyond(0.0)
+SIDES = (
+    (r"attn/o/w$|mlp/down/w$", Row()),
+    (r"attn/(q|k|v)/w$|mlp/(up|gate)/w$", Column()),
+)
 
 
 def attention(probe: Probe, path: str) -> tuple[int, int]:

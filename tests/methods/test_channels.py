@@ -9,10 +9,9 @@ import pytest
 import jft
 from jft import tree
 from jft.dot import take, transpose
-from jft.methods import presets_masked  # noqa: F401
-from jft.methods.channels import ChannelBudget, Sparsified, open_channels, tie
 from jft.methods.width import prune_width
 from jft.models import DecoderConfig, Model
+from jft.presets.pat import ChannelBudget, Sparsified, open_channels, tie
 from tests.methods import leaf
 
 KEY = jax.random.key(5)

@@ -10,8 +10,10 @@ import pytest
 from jft import delta
 from jft.delta import Changed, LowRank
 from jft.dot import grouped_dot, take, transpose
-from jft.methods.gates import Gates, HardConcrete, Taps
 from jft.models import core
+from jft.presets.diff_pruning import HardConcrete
+from jft.presets.finegates import Gates
+from jft.presets.taps import Taps
 from tests.methods import leaf
 
 KEY = jax.random.key(4)

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from jft import delta, tree
-from jft.methods.gates import Gates, HardConcrete, Taps
 from jft.methods.layers import SomeLayers
 from jft.methods.low_rank import LowRank, WithLowRank
 from jft.methods.masks import Masked
 from jft.methods.parametrise import InPlace
 from jft.methods.plan import Method, Select
+from jft.presets.diff_pruning import HardConcrete
+from jft.presets.finegates import Gates
+from jft.presets.taps import Taps
 from tests.methods import leaf, toy
 
 KEY = jax.random.key(0)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from jft.dot import PerExpert, grouped_dot, take, transpose
-from jft.methods.masks import Masked, TopMask, agreement_dropout
+from jft.methods.masks import Masked
 from jft.models import core
+from jft.presets.mask_finetuning import TopMask
+from jft.presets.r_amt import agreement_dropout
 from tests.methods import leaf
 
 KEY = jax.random.key(1)

@@ -201,7 +201,7 @@ def test_every_preset_documents_itself():
         assert isinstance(entry.build(), jft.methods.Method)
 
 
-@pytest.mark.parametrize("name", ["full", "bitfit", "lora"])
+@pytest.mark.parametrize("name", ["full", "bitfit", "lora", "fish_mask"])
 def test_include_narrows_and_exclude_adds(name):
     model = toy.model()
     params = model.init(KEY)

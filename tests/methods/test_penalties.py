@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from jft import tree
-from jft.methods.gates import HardConcrete, Taps
 from jft.methods.low_rank import LowRank
 from jft.methods.masks import Masked
 from jft.methods.parametrise import InPlace
-from jft.methods.penalties import L2SP, L1ToBase, Nuclear, SharedLayers, soften
+from jft.methods.penalties import L2SP, L1ToBase, Nuclear, soften
 from jft.methods.plan import Method, Select
-from jft.methods.projection import project, projected
+from jft.presets.diff_pruning import HardConcrete, project, projected
+from jft.presets.taps import SharedLayers, Taps
 from tests.methods import leaf, toy
 
 KEY = jax.random.key(0)

@@ -10,9 +10,11 @@ import pytest
 import jft
 from jft import delta, tree
 from jft.merge.half_reset import half_reset
-from jft.methods import layer_search
 from jft.models import ClipConfig, Model, VisionConfig
 from jft.models.clip import TextConfig
+from jft.presets.cofitune import RangeSearch
+from jft.presets.layers_by_score import Correlation
+from jft.presets.subtuning import Greedy
 from jft.select import backward
 from jft.select.halves import halves
 from jft.select.layers import Between, Last, Spaced
@@ -188,7 +190,7 @@ def test_layers_by_score(params):
 
 
 def decoders_scores(target, probe):
-    return layer_search.Correlation(target, batches=3)(probe)["layers"]
+    return Correlation(target, batches=3)(probe)["layers"]
 
 
 def _entering(w, tokens):
@@ -268,10 +270,10 @@ class Evaluations:
 def test_greedy_stops_where_the_gain_is_small_and_keeps_to_its_shortlist(probe):
     gains = {0: 0.5, 1: 0.1, 2: 0.4, 3: 0.3}
     found = Evaluations(probe, lambda table: 1 - sum(gains[i] for i in table["layers/attn/q/w"]))
-    assert layer_search.Greedy(1, tolerance=0.35)(found)["layers/attn/q/w"] == (0, 2)
-    assert layer_search.Greedy(1, tolerance=0.2)(found)["layers/attn/q/w"] == (0, 2, 3)
+    assert Greedy(1, tolerance=0.35)(found)["layers/attn/q/w"] == (0, 2)
+    assert Greedy(1, tolerance=0.2)(found)["layers/attn/q/w"] == (0, 2, 3)
     found.asked.clear()
-    assert layer_search.Greedy(1, shortlist=2)(found)["layers/attn/q/w"] == (0, 2)
+    assert Greedy(1, shortlist=2)(found)["layers/attn/q/w"] == (0, 2)
     assert len(found.asked) == 4 + 1
 
 
@@ -280,7 +282,7 @@ def test_range_search_goes_down_the_tree(probe):
         layers, cost = table[next(iter(table))], 0.1 * sum("attn" in p for p in table)
         return cost + abs(np.mean(layers) - 2) + 0.01 * len(layers)
 
-    search = layer_search.RangeSearch(1, modules=((r"attn/",), (r"mlp/up/",)))
+    search = RangeSearch(1, modules=((r"attn/",), (r"mlp/up/",)))
     found = Evaluations(probe, worth)
     table = search(found)
     assert table == {"layers/mlp/up/w": (2,)}

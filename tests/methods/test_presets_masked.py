@@ -10,7 +10,6 @@ import pytest
 
 import jft
 from jft import tree
-from jft.methods import presets_masked  # noqa: F401
 from tests.methods import toy
 
 KEY = jax.random.key(0)

@@ -86,7 +86,8 @@ def test_what_a_rule_remembers_is_there_after_an_interruption(tmp_path):
 def test_rules_go_with_parts_of_layers_and_with_selections():
     """A rule sees whatever trains: here the last layer alone."""
     from jft.methods import InPlace, Method, Select
-    from jft.methods.update_rules import Importance, TopGradient
+    from jft.presets.gmt import TopGradient
+    from jft.presets.spider import Importance
 
     for rule in (TopGradient(0.5), Importance()):
         finished = stack.run(Method(Select(layers=(-1,)), InPlace(), rule=rule), 2)

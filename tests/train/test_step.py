@@ -12,7 +12,7 @@ import jft
 from jft import tree
 from jft.delta import BlockLayout, EntryLayout, SliceLayout
 from jft.methods import InPlaceSelected
-from jft.methods.gates import Gates
+from jft.presets.finegates import Gates
 from jft.train import setup, step
 from jft.train.objectives import Classification, Contrastive, LanguageModel
 from jft.train.optimizers import Given, Optimizer

@@ -7,8 +7,8 @@ import pytest
 
 from jft.delta import Changed, LowRank
 from jft.dot import grouped_dot, take, transpose
-from jft.methods.diagonal import BlockDiagonal
 from jft.models import core
+from jft.presets.diablo import BlockDiagonal
 from tests.methods import leaf
 
 KEY = jax.random.key(2)

@@ -1,4 +1,4 @@
-"""Block-diagonal changes: the diagonal blocks of a weight train, everything else is frozen."""
+"""DiaBlo: the diagonal blocks of every matrix train."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from jft import delta
 from jft.methods.parametrise import Additive
+from jft.methods.plan import Method, Select
+from jft.methods.registry import register
 
 Array = jax.Array
 
@@ -40,3 +42,12 @@ class BlockDiagonal(Additive):
 
     def change(self, kept: Array, trained: Array) -> delta.Change:
         return delta.DiagonalBlocks(trained)
+
+
+@register("diablo", paper="Gurses et al. 2025, arXiv:2506.03230")
+def diablo(blocks: int = 64) -> Method:
+    """Train the diagonal blocks of every matrix inside the layers.
+
+    blocks: N of them for each matrix, of ``I / N x O / N``; N must divide both sides.
+    """
+    return Method(Select(linear_only=True), BlockDiagonal(blocks))

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from jft import delta
 from jft.methods.formed import bound, keys, leading
 from jft.methods.parametrise import Parametrisation, master
+from jft.methods.patterns import HEADS
+from jft.methods.plan import Method, Select
+from jft.methods.registry import register
 
 Array = jax.Array
 
@@ -66,3 +69,16 @@ class Mixout(Parametrisation):
 
     def encode(self, base: Array | None, kept: Array, trained: Array) -> delta.Encoding:
         return delta.Dense(trained.astype(jnp.float32) - kept.astype(jnp.float32))
+
+
+@register("mixout", paper="Lee, Cho and Kang 2020, arXiv:1909.11299")
+def mixout(
+    p: float = 0.9,
+    unit: Literal["neuron", "weight"] = "neuron",
+) -> Method:
+    """Train every weight but the head's, in steps that put part of each matrix back to its pretrained values.
+
+    p: the probability of that. unit: whether all weights that leave a neuron go back together, or each by itself. A new head
+    has no pretrained values; it trains with ``also="^classifier/"``.
+    """
+    return Method(Select(exclude=HEADS), Mixout(p, unit))

@@ -1,4 +1,4 @@
-"""Selected parts of a weight that is pruned: of the rest, only what is largest stays."""
+"""DSEE: a low-rank change, the entries that low rank fits worst, and a base that may be pruned."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from jft import delta
+from jft.methods.low_rank import LowRank, WithLowRank
 from jft.methods.parametrise import InPlace, Parametrisation
+from jft.methods.plan import Method, Select
+from jft.methods.registry import register
+from jft.select import budget, scores
 from jft.select.budget import Globally
 from jft.select.threshold import top_each
 
@@ -78,3 +82,29 @@ class Pruned(Parametrisation):
 
     def collect(self, kept: Any, dense: Array) -> Any:
         return self.first.collect(kept, dense)
+
+
+@register("dsee", paper="Chen et al. 2021, arXiv:2111.00160")
+def dsee(
+    rank: int = 16,
+    count: int = 64,
+    filter_rank: int = 16,
+    keep: float = 1.0,
+    alpha: float | None = None,
+    exact: bool = False,
+) -> Method:
+    """Train a low-rank change of every matrix inside the layers and, beside it, the entries that low rank fits worst.
+
+    Those are the ``count`` largest of each matrix's residual ``|W - W_r|``, r the ``filter_rank``: the paper decomposes W
+    by GreBsmo into low rank and sparse, here W_r is an SVD (randomised unless ``exact``). keep: the fraction of each frozen
+    matrix that stays, by size, ``M * W + U V + S``; 1 for all. The paper prunes by the size of the tuned weight and tunes
+    again, and can prune whole heads by learned coefficients; here M is of the base and there from the start. alpha: the
+    scale of the low-rank change times ``rank``; default ``rank``.
+    """
+    select = Select(
+        linear_only=True,
+        score=scores.LowRank(filter_rank, residual=True, exact=exact),
+        budget=budget.PerMatrix(count=count),
+    )
+    first = Pruned(keep) if keep != 1 else InPlace()
+    return Method(select, WithLowRank(first, LowRank(rank, float(rank if alpha is None else alpha))))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jft.methods.mixout import Mixout
+from jft.presets.mixout import Mixout
 from tests.methods import leaf
 
 KEY = jax.random.key(2)

@@ -1,19 +1,13 @@
-"""Presets of a low-rank change and a sparse one that train together."""
+"""RoSA: a low-rank change and, beside it, the entries with the largest gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from jft.methods.low_rank import LowRank, WithLowRank
 from jft.methods.parametrise import InPlace
-from jft.methods.patterns import patterns
 from jft.methods.plan import Method, Select
-from jft.methods.pruned import Pruned
 from jft.methods.registry import register
 from jft.methods.schedules import After
 from jft.select import budget, scores
-
-Names = Sequence[str] | str
 
 
 @register("rosa", paper="Nikdan et al. 2024, arXiv:2401.04679")
@@ -26,8 +20,6 @@ def rosa(
     squared: bool = False,
     restart: bool = True,
     low_rank_rate: float = 1.0,
-    include: Names = ("",),
-    exclude: Names = (),
 ) -> Method:
     """Train a low-rank change of every matrix inside the layers, and beside it the entries with the largest gradient.
 
@@ -40,40 +32,8 @@ def rosa(
     low_rank = LowRank(rank, alpha, rate=low_rank_rate)
     score: scores.Score = scores.Fisher(batches, "batch") if squared else scores.Gradient(batches)
     select = Select(
-        patterns(include),
-        patterns(exclude),
         linear_only=True,
         score=scores.Tuned(score, warmup, low_rank) if restart else score,
         budget=budget.PerMatrix(density=density),
     )
     return Method(select, WithLowRank(InPlace(), low_rank), schedule=None if restart else After(warmup))
-
-
-@register("dsee", paper="Chen et al. 2021, arXiv:2111.00160")
-def dsee(
-    rank: int = 16,
-    count: int = 64,
-    filter_rank: int = 16,
-    keep: float = 1.0,
-    alpha: float | None = None,
-    exact: bool = False,
-    include: Names = ("",),
-    exclude: Names = (),
-) -> Method:
-    """Train a low-rank change of every matrix inside the layers and, beside it, the entries that low rank fits worst.
-
-    Those are the ``count`` largest of each matrix's residual ``|W - W_r|``, r the ``filter_rank``: the paper decomposes W
-    by GreBsmo into low rank and sparse, here W_r is an SVD (randomised unless ``exact``). keep: the fraction of each frozen
-    matrix that stays, by size, ``M * W + U V + S``; 1 for all. The paper prunes by the size of the tuned weight and tunes
-    again, and can prune whole heads by learned coefficients; here M is of the base and there from the start. alpha: the
-    scale of the low-rank change times ``rank``; default ``rank``.
-    """
-    select = Select(
-        patterns(include),
-        patterns(exclude),
-        linear_only=True,
-        score=scores.LowRank(filter_rank, residual=True, exact=exact),
-        budget=budget.PerMatrix(count=count),
-    )
-    first = Pruned(keep) if keep != 1 else InPlace()
-    return Method(select, WithLowRank(first, LowRank(rank, float(rank if alpha is None else alpha))))

@@ -1,0 +1,13 @@
+"""Full fine-tuning."""
+
+from __future__ import annotations
+
+from jft.methods.parametrise import InPlace
+from jft.methods.plan import Method, Select
+from jft.methods.registry import register
+
+
+@register("full", paper="-")
+def full() -> Method:
+    """Train every weight."""
+    return Method(Select(), InPlace())

@@ -1,0 +1,18 @@
+"""The L1 distance from the base as a penalty."""
+
+from __future__ import annotations
+
+from jft.methods.parametrise import InPlace
+from jft.methods.patterns import HEADS
+from jft.methods.penalties import L1ToBase
+from jft.methods.plan import Method, Select
+from jft.methods.registry import register
+
+
+@register("l1_to_base", paper="Ansell et al. 2022, arXiv:2110.07560")
+def l1_to_base(weight: float = 0.1, mean: bool = True) -> Method:
+    """Train every weight but the head's, drawn to its pretrained value by ``weight`` times the mean absolute distance.
+
+    The regulariser of lottery-ticket sparse fine-tuning, by itself. mean: their mean, or with False their sum.
+    """
+    return Method(Select(exclude=HEADS), InPlace(), penalties=(L1ToBase(weight, mean),))

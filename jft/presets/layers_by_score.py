@@ -1,0 +1,94 @@
+"""Layers whose activations go with a number known of each example."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jft import tree
+from jft.methods.parametrise import InPlace
+from jft.methods.patterns import LAYERS
+from jft.methods.plan import Method, Select
+from jft.methods.registry import register
+from jft.select import activations
+from jft.select.budget import PerLeaf
+from jft.select.granularity import Layer
+from jft.select.probe import Probe
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+    """``target(outputs, batch) [B]``: minus the mean loss of each example, the log-likelihood of what is right; 0 without."""
+
+    objective: Any
+
+    def __call__(self, outputs: Any, batch: Any) -> Array:
+        axes = jax.tree.map(lambda x: 0 if x.ndim else None, batch)
+        ranks = jax.tree.map(lambda x: x.ndim, batch)
+
+        def one(outputs: Any, row: Any) -> Array:
+            row = jax.tree.map(lambda x, n: x[None] if n else x, row, ranks)
+            loss, weight, _ = self.objective.loss(jax.tree.map(lambda x: x[None], outputs), row)
+            return jnp.where(weight > 0, -loss / jnp.where(weight > 0, weight, 1.0), 0.0)
+
+        return jax.vmap(one, in_axes=(0, axes))(outputs, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class FromBatch:
+    """``target(outputs, batch) [B]``: what the batch has under ``name``."""
+
+    name: str
+
+    def __call__(self, outputs: Any, batch: Any) -> Array:
+        if self.name not in batch:
+            raise ValueError(
+                f"the batch has no {self.name!r} to correlate layers with, only {', '.join(sorted(batch))}"
+            )
+        return batch[self.name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Correlation:
+    """How each layer's residual values go with a number known of each example: see :func:`jft.select.activations.correlation`.
+
+    target: a function ``(outputs, batch) -> [B]``, the name of an entry of the batches, or None for the model's own
+    log-likelihood of the right answer.
+    """
+
+    target: Callable[[Any, Any], Array] | str | None = None
+    batches: int = 8
+    site: str = "layers/in"
+    pool: Literal["mean", "last"] = "mean"
+
+    def __call__(self, probe: Probe) -> dict[str, Array]:
+        target = FromBatch(self.target) if isinstance(self.target, str) else self.target or Likelihood(probe.objective)
+        stack = tree.stack_of(self.site) or self.site
+        return {stack: activations.correlation(probe, target, self.batches, self.site, self.pool)}
+
+
+@register("layers_by_score", paper="Zhang et al. 2025, arXiv:2504.12585")
+def layers_by_score(
+    k: int = 1,
+    target: Callable[..., Any] | str | None = None,
+    batches: int = 8,
+    pool: Literal["mean", "last"] = "mean",
+    largest: bool = True,
+    score: Callable[..., Any] | None = None,
+) -> Method:
+    """Train all weights of the k layers whose activations go most with a number known of each example.
+
+    target: that number, the name of an entry of the batches (the paper's is the prior log-probability of the answer), or
+    ``target(outputs, batch) -> [B]``; None is the model's own log-likelihood of the right answer. The score is the root mean
+    square correlation of what enters each layer with it (:func:`jft.select.activations.correlation`): the abstract does not
+    give the paper's own. score: any other, ``score(probe) -> {"layers": [L]}``. Found once, from the first ``batches``.
+    """
+    score = score or Correlation(target, batches, pool=pool)
+    select = Select(LAYERS, score=score, granularity=Layer(), budget=PerLeaf(count=k), largest=largest)
+    return Method(select, InPlace())

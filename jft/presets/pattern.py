@@ -1,0 +1,17 @@
+"""Training by name: the weights whose path matches a pattern."""
+
+from __future__ import annotations
+
+from jft.methods.parametrise import InPlace
+from jft.methods.patterns import EVERYTHING, Patterns, patterns
+from jft.methods.plan import Method, Select
+from jft.methods.registry import register
+
+
+@register("pattern", paper="-")
+def pattern(include: Patterns = EVERYTHING) -> Method:
+    """Train the weights whose path matches any of ``include`` and none of ``exclude`` (regular expressions).
+
+    include is part of the method: it selects, where that of other presets narrows what they select.
+    """
+    return Method(Select(patterns(include)), InPlace())

@@ -1,0 +1,37 @@
+"""The folder of presets: one to a file, named after it, imported by nothing."""
+
+import ast
+import inspect
+import pathlib
+
+import pytest
+
+import jft
+
+ROOT = pathlib.Path(jft.__file__).parent
+FILES = sorted(p for p in (ROOT / "presets").glob("*.py") if p.stem != "__init__")
+
+
+def test_every_preset_has_a_file_of_its_name():
+    registered = {name: entry.build.__module__ for name, entry in jft.methods.entries().items()}
+    ours = {name: module for name, module in registered.items() if module.startswith("jft.")}
+    assert ours == {p.stem: f"jft.presets.{p.stem}" for p in FILES}
+
+
+@pytest.mark.parametrize("where", ["", "presets"])
+def test_nothing_imports_a_preset(where):
+    """Presets neither: deleting a method is deleting a file."""
+    files = FILES if where else [p for p in ROOT.rglob("*.py") if p.parent.name != "presets"]
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [f"{node.module}.{a.name}" for a in node.names] if isinstance(node, ast.ImportFrom) else []
+            assert not [n for n in names if n.startswith("jft.presets")], path
+
+
+def test_include_and_exclude_are_no_arguments_of_presets():
+    """They go with all; where include is an argument, it is part of the method, and the preset says so."""
+    for name, entry in jft.methods.entries().items():
+        assert "exclude" not in entry.arguments, name
+        assert "include" in entry.options and "exclude" in entry.options
+        assert ("include" in entry.arguments) == ("part of the method" in inspect.getdoc(entry.build)), name
