@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
+
+import jax
+import jax.numpy as jnp
 
 from jft.methods.parametrise import InPlace
 from jft.methods.plan import Method, Select
 from jft.methods.registry import register
-from jft.select import granularity, structured
+from jft.select import activations, granularity
+from jft.select.probe import Probe
+from jft.select.scores import Scores
 from jft.select.structured import CHOSEN
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertUse:
+    """1 for the experts of each layer that the data uses most, until they have the share ``p`` of it.
+
+    kind: ``token``, an expert's share of the tokens, or ``gate``, its mean gate value: see
+    :func:`jft.select.activations.experts`.
+    """
+
+    p: float
+    kind: Literal["token", "gate"] = "token"
+    batches: int = 1
+
+    def __call__(self, probe: Probe) -> Scores:
+        found = activations.experts(probe, self.batches, self.kind)
+        masks = {n.removesuffix("router"): activations.until(jax.device_get(x), self.p) for n, x in found.items()}
+        out = {}
+        for path in probe.paths:
+            mask = next((m for stack, m in masks.items() if path.startswith(f"{stack}experts/")), None)
+            if mask is None:
+                raise ValueError(f"{path} is no weight of experts")
+            out[path] = jnp.asarray(mask, jnp.float32)
+        return out
 
 
 @register("esft", paper="Wang et al. 2024, arXiv:2407.01906")
@@ -23,7 +53,7 @@ def esft(p: float | None = None, kind: Literal["token", "gate"] = "token", batch
     share = (0.2 if kind == "token" else 0.1) if p is None else p
     select = Select(
         (r"/experts/",),
-        score=structured.ExpertUse(share, kind, batches),
+        score=ExpertUse(share, kind, batches),
         granularity=granularity.Expert(),
         budget=CHOSEN,
     )

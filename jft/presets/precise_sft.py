@@ -2,15 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from jft.methods.parametrise import InPlace
 from jft.methods.plan import Method, Select
 from jft.methods.registry import register
-from jft.select import structured
-from jft.select.heads import rolled
-from jft.select.structured import CHOSEN, SIDES
+from jft.select.heads import patching, rolled
+from jft.select.probe import Probe
+from jft.select.scores import Scores
+from jft.select.structured import CHOSEN, SIDES, attention, floor_count, spread_heads
+from jft.select.threshold import top
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchedHeads:
+    """1 for the columns of q, k, v and rows of o of the heads that carry the right answers most, by path patching.
+
+    heads: how many, of all layers together, as a fraction (rounded down, at least one) or a number. mlps: likewise how many
+    whole MLPs. counterfactual, freeze: see :func:`jft.select.heads.patching`. Keys and values that several query heads
+    read are chosen with any of them.
+    """
+
+    heads: float
+    mlps: int = 0
+    batches: int = 1
+    counterfactual: Callable[[Any], Any] | None = rolled
+    freeze: bool = True
+
+    def __call__(self, probe: Probe) -> Scores:
+        found = patching(probe, self.batches, self.counterfactual, freeze=self.freeze, mlps=bool(self.mlps))
+        of_heads = {name: x for name, x in found.items() if name.endswith("/o")}
+        total = sum(x.size for x in of_heads.values())
+        wanted = int(self.heads) if self.heads >= 1 else floor_count(self.heads, total)
+        chosen = top(of_heads, wanted)
+        of_mlps = {name: x for name, x in found.items() if name not in of_heads}
+        if of_mlps:
+            chosen |= top(of_mlps, self.mlps)
+        return {p: self._unit(probe, p, chosen) for p in probe.paths}
+
+    def _unit(self, probe: Probe, path: str, chosen: Mapping[str, Array]) -> Array:
+        module, name, _ = path.rsplit("/", 2)
+        shape = probe.params[path].shape
+        if module.endswith("mlp"):
+            return jnp.broadcast_to(chosen[f"{module}/down"], (shape[0], shape[1 if name == "down" else 2])) * 1.0
+        mask, extent = chosen[f"{module}/o"], shape[1 if name == "o" else 2]
+        count, groups = attention(probe, path)
+        if name in "kv" and groups < count:
+            mask = jnp.any(mask.reshape(len(mask), groups, -1), axis=-1)
+        return spread_heads(mask, extent)
 
 
 @register("precise_sft", paper="Zhang et al. 2024, arXiv:2409.01659")
@@ -30,6 +76,6 @@ def precise_sft(
     measure; every layer then pays for its MLP's gradient, with those that are not chosen as padding.
     """
     include = r"attn/(q|k|v|o)/w$" + (r"|mlp/(up|gate|down)/w$" if mlps else "")
-    choice = structured.PatchedHeads(heads, mlps, batches, counterfactual, freeze)
+    choice = PatchedHeads(heads, mlps, batches, counterfactual, freeze)
     select = Select((include,), linear_only=True, score=choice, granularity=SIDES, budget=CHOSEN)
     return Method(select, InPlace())

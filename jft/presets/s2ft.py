@@ -2,13 +2,90 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
 from jft.methods.parametrise import InPlace
 from jft.methods.plan import Method, Select
 from jft.methods.registry import register
-from jft.select import scores, structured
-from jft.select.structured import CHOSEN, SIDES
+from jft.select import scores
+from jft.select.probe import Probe
+from jft.select.scores import Scores
+from jft.select.structured import CHOSEN, SIDES, attention, floor_count, spread_heads
+from jft.select.threshold import top_each
 
+Array = jax.Array
 RANDOM = scores.Random()
+
+
+def _named(probe: Probe, ending: str) -> dict[str, str]:
+    """Candidates with this ending, by what stands before it."""
+    return {p.removesuffix(ending): p for p in probe.paths if p.endswith(ending)}
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadsAndChannels:
+    """1 for the heads and channels of each layer that ``score`` chooses, in all weights that they couple.
+
+    o, v, down, up: the fraction of heads whose rows of the output and columns of the value projection, of channels whose rows
+    of down and columns of up and gate are chosen; rounded down, at least one of what is above 0. A head or channel counts
+    with the sum of ``score`` over its rows of o or down (without them, its columns of v or up), so that the smaller of
+    two fractions is a part of the larger. Where v takes part and query heads share values, they are chosen by the group.
+    """
+
+    o: float
+    v: float
+    down: float
+    up: float
+    score: scores.Score = RANDOM
+    largest: bool = True
+
+    def share(self, path: str, available: int) -> int:
+        """About how many of the rows or columns of a weight are chosen: whole heads are not known here."""
+        fraction = {"attn/o": self.o, "attn/v": self.v, "mlp/down": self.down}.get(
+            "/".join(path.split("/")[-3:-1]), self.up
+        )
+        return floor_count(fraction, available)
+
+    def __call__(self, probe: Probe) -> Scores:
+        found = self.score(probe)
+        return self._heads(probe, found) | self._channels(probe, found)
+
+    def _heads(self, probe: Probe, found: Scores) -> Scores:
+        out: Scores = {}
+        rows, columns = _named(probe, "attn/o/w"), _named(probe, "attn/v/w")
+        for stack in rows | columns:
+            path = rows.get(stack) or columns[stack]
+            count, groups = attention(probe, path)
+            units = groups if stack in columns else count
+            score = _pooled(found[path], units, rows=path.endswith("o/w"))
+            if stack in rows:
+                chosen = top_each(score, floor_count(self.o, units), 1, self.largest)
+                out[rows[stack]] = spread_heads(chosen, probe.params[rows[stack]].shape[1])
+            if stack in columns:
+                chosen = top_each(score, floor_count(self.v, units), 1, self.largest)
+                out[columns[stack]] = spread_heads(chosen, probe.params[columns[stack]].shape[2])
+        return out
+
+    def _channels(self, probe: Probe, found: Scores) -> Scores:
+        out: Scores = {}
+        rows, ups, gates = (_named(probe, f"mlp/{name}/w") for name in ("down", "up", "gate"))
+        for stack in rows | ups:
+            path = rows.get(stack) or ups[stack]
+            score = _pooled(found[path], found[path].shape[1 if stack in rows else 2], rows=stack in rows)
+            for weights, fraction in ((rows, self.down), (ups, self.up), (gates, self.up)):
+                if stack in weights:
+                    chosen = top_each(score, floor_count(fraction, score.shape[1]), 1, self.largest)
+                    out[weights[stack]] = chosen.astype(jnp.float32)
+        return out
+
+
+def _pooled(score: Array, units: int, rows: bool) -> Array:
+    """Sums ``[L, units]`` of a score ``[L, I, O]`` over runs of rows, or of columns."""
+    summed = jnp.sum(score.astype(jnp.float32), axis=2 if rows else 1)
+    return jnp.sum(summed.reshape(len(summed), units, -1), axis=2)
 
 
 @register("s2ft", paper="Yang et al. 2024, arXiv:2412.06289")
@@ -37,6 +114,6 @@ def s2ft(
     wanted = "|".join(name for name, fraction in names.items() if fraction)
     if not wanted:
         raise ValueError("s2ft with o, v, down and up all 0 trains nothing")
-    choice = structured.HeadsAndChannels(o, v, down, up, score, largest)
+    choice = HeadsAndChannels(o, v, down, up, score, largest)
     select = Select((rf"(^|/)({wanted})/w$",), linear_only=True, score=choice, granularity=SIDES, budget=CHOSEN)
     return Method(select, InPlace())

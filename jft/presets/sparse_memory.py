@@ -2,11 +2,63 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from jft.methods.parametrise import InPlace
 from jft.methods.plan import Method, Select
 from jft.methods.registry import register
 from jft.methods.schedules import Refresh
-from jft.select import budget, granularity, memory, structured
+from jft.select import budget, granularity, memory
+from jft.select.probe import Probe
+from jft.select.scores import Scores
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reads:
+    """How often a batch reads each slot of the memory."""
+
+    model: Any
+
+    def __call__(self, params: Any, batch: Any) -> Array:
+        return memory.accesses(self.model, params, batch)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Slots:
+    """TF-IDF of the slots of a memory: what ``batches`` of the training data read, and the background does not.
+
+    background: :class:`jft.select.memory.Accesses` of data whose skills should stay, made by
+    :func:`jft.select.memory.slot_counts`; a ``.npz`` file of its three fields; None for reads alone. Equal to itself alone.
+    """
+
+    background: memory.Accesses | str | None = None
+    batches: int = 1
+
+    def __call__(self, probe: Probe) -> Scores:
+        reads = probe.sums(_Reads(probe.model), self.batches)
+        known = self._known(reads.shape[0])
+        scores = memory.tf_idf(reads, jnp.asarray(known.batches, jnp.float32), jnp.float32(known.size))
+        return dict.fromkeys(probe.paths, scores)
+
+    def _known(self, slots: int) -> memory.Accesses:
+        nothing = np.zeros(slots, np.int64)
+        known = self.background
+        if known is None:
+            return memory.Accesses(nothing, nothing, 1)
+        if isinstance(known, str | os.PathLike):
+            with np.load(known) as file:
+                known = memory.Accesses(file["counts"], file["batches"], int(file["size"]))
+        if known.batches.shape != nothing.shape:
+            raise ValueError(f"the background counts {known.batches.shape[0]} slots, and the memory has {slots}")
+        return known
 
 
 @register("sparse_memory", paper="Lin et al. 2025, arXiv:2510.15103")
@@ -23,7 +75,7 @@ def sparse_memory(
     """
     select = Select(
         (r"(^|/)memory/table$",),
-        score=structured.Slots(background, batches),
+        score=Slots(background, batches),
         granularity=granularity.Row(),
         budget=budget.Globally(count=slots),
     )

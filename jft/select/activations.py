@@ -48,7 +48,8 @@ def real(name: str, shape: tuple[int, ...], batch: Any) -> Array:
     return keep if shape == keep.shape else jnp.broadcast_to(keep.reshape(-1), shape)
 
 
-def _hookable(probe: Probe) -> Any:
+def hookable(probe: Probe) -> Any:
+    """The model of a probe, which has to be one of those that take hooks."""
     if not is_jft_model(probe.model):
         raise ValueError("this score reads inside the model by hooks, which only jft's own models have")
     return probe.model
@@ -78,7 +79,7 @@ def squared_inputs(probe: Probe, names: Any, batches: int) -> dict[str, Array]:
     An expert's tokens are those sent to it. Raises ``ValueError`` for a name that is no product of the model.
     """
     names = frozenset(names)
-    found = probe.sums(_SquaredInputs(_hookable(probe), names), batches)
+    found = probe.sums(_SquaredInputs(hookable(probe), names), batches)
     missing = sorted(names - set(found))
     if missing:
         raise ValueError(
@@ -116,7 +117,7 @@ def experts(probe: Probe, batches: int, kind: Literal["token", "gate"] = "token"
     all real tokens (ESFT, Wang et al. 2024, arXiv:2407.01906, who average over samples of one length). Their script
     divides by sums over layers instead of experts; this does not.
     """
-    config = getattr(_hookable(probe).config, "backbone", probe.model.config)
+    config = getattr(hookable(probe).config, "backbone", probe.model.config)
     mixture = getattr(config, "experts", None)
     if mixture is None:
         raise ValueError(f"this {config.family!r} model has no experts to score")
@@ -193,7 +194,7 @@ def correlation(
     """
     if pool not in ("mean", "last"):
         raise ValueError(f"pool is {pool!r}; choose one of mean, last")
-    compute = _Pooled(_hookable(probe), target, site, pool == "last")
+    compute = _Pooled(hookable(probe), target, site, pool == "last")
     h, y, count = probe.sums(compute, batches)
     squares, products, square = probe.sums(compute, batches, (h / count, y / count))
     if float(square) <= 0:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jft.dot import dot
 from jft.models.core import Hooks
-from jft.select.activations import _hookable
+from jft.select.activations import hookable
 from jft.select.probe import Probe
 
 Array = jax.Array
@@ -25,7 +25,7 @@ Groups = tuple[tuple[str, int, int], ...]
 
 def _outputs(probe: Probe) -> Groups:
     """The products that attention heads write into."""
-    config = getattr(_hookable(probe).config, "backbone", probe.model.config)
+    config = getattr(hookable(probe).config, "backbone", probe.model.config)
     found = []
     for path, w in probe.params.items():
         if path.endswith(("attn/o/w", "cross/o/w")):
@@ -87,7 +87,7 @@ def gates(probe: Probe, batches: int) -> dict[str, Array]:
     """
     if not probe.objective.splits:
         raise ValueError(f"{type(probe.objective).__name__} compares examples with each other, so one has no gradient")
-    found, count = probe.sums(_Gates(_hookable(probe), probe.objective, _outputs(probe)), batches)
+    found, count = probe.sums(_Gates(hookable(probe), probe.objective, _outputs(probe)), batches)
     return {name: x / count for name, x in found.items()}
 
 
@@ -178,6 +178,6 @@ def patching(
     if not probe.objective.splits:
         raise ValueError(f"{type(probe.objective).__name__} has no answer whose logit could fall")
     towers = _mlps(probe) if mlps else ()
-    compute = _Patches(_hookable(probe), probe.objective, counterfactual, _outputs(probe), towers, freeze)
+    compute = _Patches(hookable(probe), probe.objective, counterfactual, _outputs(probe), towers, freeze)
     found, total, weight = probe.sums(compute, batches)
     return {name: (total - x) / weight for name, x in found.items()}

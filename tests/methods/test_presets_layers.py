@@ -419,7 +419,7 @@ def test_skip_tuning_trains_what_stands_behind_the_cached_layers():
 @pytest.mark.slow
 def test_soft_mask_scales_gradients_by_unit(params):
     """Importance by hand from differences of the divergence in each gate would take the model's noise: taken as given."""
-    from jft.select.agreement import importance
+    from jft.presets.cofitune import importance
 
     probe = LoopProbe(decoder.MODEL, params, ["layers/mlp/up/w"], LanguageModel(), DATA)
     found = {k: np.asarray(v, np.float64) for k, v in importance(probe, 2, 0.1).items()}
@@ -450,7 +450,7 @@ def test_wrong_choices_are_refused():
         ({"name": "uniform_layers", "fraction": 0.0}, "fraction 0.0"),
         ({"name": "cofitune", "depth": (0.5, 0.5)}, "0 <= low < high"),
         ({"name": "gradual_unfreezing", "every": 0, "stages": 0}, "give one of them"),
-        ({"name": "surgical_fisher", "k": 0}, "k is 0"),
+        ({"name": "surgical_fisher", "k": 0}, "count 0 is not a positive"),
         ({"name": "green_trainer", "every": -1}, "at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -460,7 +460,7 @@ def test_wrong_choices_are_refused():
 @pytest.mark.slow
 def test_importance_is_a_gradient_of_the_divergence(params):
     """Gates move it as their gradient says: central differences, with the same noise."""
-    from jft.select.agreement import _Gradients
+    from jft.presets.cofitune import _Gradients
 
     compute = _Gradients(decoder.MODEL, 0.1, 4, 4)
     ones = lambda n: jnp.ones((4, n), jnp.float32)
