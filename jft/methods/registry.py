@@ -132,9 +132,9 @@ def method(
 def comparable(identity: Mapping[str, Any]) -> Mapping[str, Any]:
     """The facts of a run with ``include`` and ``exclude`` among its method's options: the preset's own where not given."""
     method = identity.get("method")
-    entry = entries().get(method.get("name", "")) if isinstance(method, Mapping) else None
-    if method is None or entry is None:
+    if not isinstance(method, Mapping) or "options" not in method or method.get("name") not in entries():
         return identity
+    entry = _ENTRIES[method["name"]]
     options = {**entry.patterns, **method["options"]}
     options |= {k: list(patterns(options[k])) for k in entry.patterns}
     return {**identity, "method": {**method, "options": options}}

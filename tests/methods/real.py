@@ -79,6 +79,7 @@ ENTRIES = {
 }
 PARTS = {
     "block_sparse": ({"density": 0.1, "block": (8, 8)}, 1e-2),
+    "n_m": ({}, 1e-2),
     "smt": ({"attention": 0.2, "mlp": 0.2, "block": (8, 8), "batches": 5}, 1e-2),
     "s2ft": ({"o": 0.5, "down": 0.25, "v": 0.5, "up": 0.25}, 1e-2),
     "rosa": ({"rank": 4, "density": 0.05, "warmup": 20}, 5e-3),
