@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKDIR ?= runs/quickstart
 # Files in the order of their names: the longest come early, so that no worker ends long after the other.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=8
-SMOKE := tests/test_tree.py tests/methods/test_methods.py tests/methods/test_sparse.py tests/select/test_units.py tests/delta tests/merge \
+SMOKE := tests/test_tree.py tests/methods/test_methods.py tests/methods/test_sparse.py tests/select/test_granularity.py tests/delta tests/merge \
   tests/parallel tests/train/test_loop.py tests/train/test_step.py tests/train/test_selection.py tests/cli tests/models/test_adapters.py
 
 .PHONY: help install quickstart test test-peers test-newest lint format clean

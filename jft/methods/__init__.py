@@ -3,8 +3,9 @@
 from jft.methods.layers import SomeLayers
 from jft.methods.low_rank import LowRank, LowRankFixed
 from jft.methods.parametrise import InPlace, InPlaceSelected, Parametrisation
-from jft.methods.plan import Method, Plan, Select
+from jft.methods.plan import Method, Plan
 from jft.methods.registry import Entry, entries, method, register
+from jft.methods.select import Select
 
 __all__ = [
     "Entry",

@@ -17,96 +17,11 @@ from jft.methods import layer_runs
 from jft.methods.layers import SomeLayers
 from jft.methods.low_rank import LowRank
 from jft.methods.parametrise import InPlace, Parametrisation
+from jft.methods.select import Select
 from jft.models.core import STRUCTURED, Runs, is_jft_model
 from jft.select import layers
-from jft.select.granularity import Entry, Granularity, How
+from jft.select.granularity import Granularity
 from jft.select.probe import lead
-
-
-@dataclasses.dataclass(frozen=True)
-class Select:
-    """Which weights a method acts on, and which parts inside them.
-
-    include, exclude: regular expressions on paths (``re.search``). linear_only: matrices inside layers, no embeddings,
-    heads, norms or routers. within: patterns of which one has to match as well; it narrows what the others select. A pattern
-    that matches nothing is refused.
-
-    layers: which whole layers train: indices (negative from the end), a table ``{path: indices, or None for all of it}``, or a
-    choice of :mod:`jft.select.layers` or a search of its kind; None for all. Indices are of layers, so nothing outside them is
-    selected.
-
-    score: how much each weight matters, computed once the base and the data are there (:mod:`jft.select.scores`); None
-    selects by ``layers`` alone. granularity: what is selected as one, from an entry, a block, a row or a head to an expert, a
-    matrix and a layer (:mod:`jft.select.granularity`), or pairs ``(pattern, granularity)``, of which the first whose pattern is
-    found in a path decides and a path without one is left out. pool: how the scores inside a unit become its own. budget: how
-    much is selected, and over what it competes (:mod:`jft.select.budget`). largest: the highest scores, or the lowest.
-    """
-
-    include: tuple[str, ...] = ("",)
-    exclude: tuple[str, ...] = ()
-    linear_only: bool = False
-    layers: Any = None
-    score: Any = None
-    granularity: Any = Entry()
-    pool: How = "sum"
-    budget: Any = None
-    largest: bool = True
-    within: tuple[str, ...] = ("",)
-
-    def __post_init__(self) -> None:
-        """Refuse what is said twice or not at all."""
-        object.__setattr__(self, "layers", layers.choice(self.layers))
-        if self.score is not None and self.layers is not None:
-            raise ValueError(
-                "layers and score both say what trains; give one of them (granularity=Layer() scores layers)"
-            )
-        if self.score is not None and self.budget is None:
-            raise ValueError("a selection by score needs a budget: how much of it is selected (select.budget)")
-        if len({one.whole for one in self._granularities}) > 1:
-            raise ValueError(
-                f"{self.granularity} mixes whole weights and parts inside them; select them in runs of their own"
-            )
-
-    @property
-    def _granularities(self) -> list[Granularity]:
-        return [self.granularity] if isinstance(self.granularity, Granularity) else [g for _, g in self.granularity]
-
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        """Those that a user looks for where nothing is selected: of ``within``, or where that is open of ``include``."""
-        return self.include if self.within == ("",) else self.within
-
-    @property
-    def inside(self) -> bool:
-        """Whether parts inside weights are selected, by score."""
-        return self.score is not None and not self._granularities[0].whole
-
-    @property
-    def choice(self) -> Any:
-        """Which whole layers and matrices train: :attr:`layers`, or what the score says of them; None for all."""
-        if self.score is None or self.inside:
-            return self.layers
-        if not isinstance(self.granularity, Granularity):
-            raise ValueError(
-                f"{self.granularity}: whole weights are selected at one granularity; use include for patterns"
-            )
-        return layers.Scored(self.score, self.granularity, self.budget, self.pool, self.largest)
-
-    def paths(self, shapes: Mapping[str, Any], linear: tuple[str, ...]) -> list[str]:
-        """The selected paths among ``shapes``; ``linear`` are those that count as matrices inside layers."""
-        candidates = list(linear) if self.linear_only else list(shapes)
-        if not candidates:
-            raise ValueError("this method trains matrices inside layers, and the model has none; train it in place")
-        chosen = tree.matching(tree.matching(candidates, self.include), self.within)
-        excluded = tree.matcher(self.exclude)
-        return [p for p in chosen if not (self.exclude and excluded(p))]
-
-    def granularity_of(self, path: str, shape: Sequence[int]) -> Granularity | None:
-        """The unit of one weight, its extents fitted to the weight where it leaves them open; None for a weight left out."""
-        if isinstance(self.granularity, Granularity):
-            return self.granularity.fitted(tuple(shape))
-        found = (unit.fitted(tuple(shape)) for pattern, unit in self.granularity if re.search(pattern, path))
-        return next(found, None)
 
 
 @dataclasses.dataclass(frozen=True)

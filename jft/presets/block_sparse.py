@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from jft.methods.parametrise import InPlace
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.select import Select
 from jft.select import budget, granularity, scores
 from jft.select.granularity import How
 

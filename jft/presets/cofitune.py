@@ -16,8 +16,9 @@ from jft.dot import dot
 from jft.methods.layer_search import better, stacks
 from jft.methods.parametrise import InPlace
 from jft.methods.patterns import Patterns, patterns
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.select import Select
 from jft.methods.update_rules import Rule
 from jft.models.core import Hooks
 from jft.select.activations import hookable, real

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from jft import delta
 from jft.methods.parametrise import Additive
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.select import Select
 
 Array = jax.Array
 

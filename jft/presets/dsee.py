@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jft import delta
 from jft.methods.low_rank import LowRank, WithLowRank
 from jft.methods.parametrise import InPlace, Parametrisation
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.select import Select
 from jft.select import budget, scores
 from jft.select.budget import Globally
 from jft.select.threshold import top_each

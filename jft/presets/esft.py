@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jft.methods.parametrise import InPlace
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.select import Select
 from jft.select import activations, granularity
 from jft.select.probe import Probe
 from jft.select.scores import Scores

@@ -14,8 +14,9 @@ from jft.delta.changed import COLUMNS, ROWS
 from jft.dot import dot, grouped_dot, take, transpose
 from jft.methods.low_rank import LowRank, WithLowRank
 from jft.methods.parametrise import Parametrisation
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.select import Select
 
 Array = jax.Array
 

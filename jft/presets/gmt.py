@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jft.methods.parametrise import InPlace
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.select import Select
 from jft.methods.update_rules import Rule, Values, each_leaf
 from jft.select.budget import Globally
 from jft.select.threshold import top_each

@@ -7,8 +7,9 @@ from typing import Any
 
 from jft.methods.layer_schedules import Staged
 from jft.methods.parametrise import InPlace
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.select import Select
 from jft.select.layers import Last
 
 

@@ -12,8 +12,9 @@ import numpy as np
 from jft import tree
 from jft.methods.layer_schedules import Decided
 from jft.methods.parametrise import InPlace
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.select import Select
 from jft.select import backward
 from jft.select.budget import Flops
 from jft.select.layers import Choice, Table

@@ -5,8 +5,9 @@ from __future__ import annotations
 from jft.methods.parametrise import InPlace
 from jft.methods.patterns import HEADS
 from jft.methods.penalties import L2SP
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.select import Select
 
 
 @register("l2_sp", paper="Li, Grandvalet and Davoine 2018, arXiv:1802.01483")

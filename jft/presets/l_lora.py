@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from jft.methods.low_rank import LowRankFixed
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.select import Select
 
 
 @register("l_lora", paper="Tang et al. 2023, arXiv:2310.04742")

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jft import tree
 from jft.methods.parametrise import InPlace
 from jft.methods.patterns import LAYERS
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.select import Select
 from jft.select import activations
 from jft.select.budget import PerLeaf
 from jft.select.granularity import Layer

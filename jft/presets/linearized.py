@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from jft.methods.parametrise import InPlace
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.select import Select
 
 
 @register("linearized", paper="Ortiz-Jimenez, Favero and Frossard 2023, arXiv:2305.12827")

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from jft.methods.parametrise import InPlace
 from jft.methods.patterns import Patterns, patterns
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.select import Select
 
 
 @register("locft_bf", paper="Yang et al. 2025, arXiv:2509.22072")

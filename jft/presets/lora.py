@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from jft.methods.low_rank import LowRank
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.select import Select
 
 
 @register("lora", paper="Hu et al. 2021, arXiv:2106.09685")

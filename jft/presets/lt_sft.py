@@ -5,8 +5,9 @@ from __future__ import annotations
 from jft.methods.parametrise import InPlace
 from jft.methods.patterns import HEADS
 from jft.methods.penalties import L1ToBase
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.select import Select
 from jft.select import budget, scores
 
 

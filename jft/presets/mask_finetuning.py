@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from jft.methods.formed import leading
 from jft.methods.masks import Mask
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.select import Select
 from jft.select.threshold import top_each
 
 Array = jax.Array

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from jft.methods.masks import Masked
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.select import Select
 
 
 @register("masking", paper="Zhao et al. 2020, arXiv:2004.12406")

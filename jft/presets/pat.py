@@ -18,8 +18,9 @@ from jft.methods.formed import straight_through
 from jft.methods.parametrise import Parametrisation
 from jft.methods.patterns import Patterns, patterns
 from jft.methods.penalties import absolute
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.select import Select
 from jft.methods.update_rules import Rule
 
 Array = jax.Array

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from jft.methods.masks import Masked
 from jft.methods.patterns import Patterns, patterns
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.select import Select
 from jft.methods.update_rules import Rule
 
 Array = jax.Array

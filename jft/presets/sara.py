@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from jft.methods.parametrise import InPlace
 from jft.methods.penalties import Nuclear
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.schedules import Renewal, Schedule, Standing
+from jft.methods.select import Select
 from jft.select import budget, scores
 
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from jft import tree
 from jft.methods.parametrise import InPlace
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.select import Select
 from jft.select import budget, scores
 from jft.select.probe import Probe
 

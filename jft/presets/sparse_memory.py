@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.methods.parametrise import InPlace
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.schedules import Refresh
+from jft.methods.select import Select
 from jft.select import budget, granularity, memory
 from jft.select.probe import Probe
 from jft.select.scores import Scores

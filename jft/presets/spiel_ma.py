@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from jft.methods.parametrise import InPlace
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.schedules import DropAndGrow
+from jft.methods.select import Select
 from jft.select import budget, scores
 
 

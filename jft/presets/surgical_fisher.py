@@ -6,8 +6,9 @@ from typing import Literal
 
 from jft.methods.parametrise import InPlace
 from jft.methods.patterns import LAYERS
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.select import Select
 from jft.select.budget import PerLeaf
 from jft.select.granularity import Layer
 from jft.select.probe import Per

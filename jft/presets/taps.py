@@ -14,8 +14,9 @@ from jft import delta, tree
 from jft.methods.formed import append_axes, bound, leading, straight_through
 from jft.methods.parametrise import Parametrisation
 from jft.methods.penalties import absolute
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.select import Select
 
 Array = jax.Array
 

@@ -12,7 +12,8 @@ from jft.methods.layers import SomeLayers
 from jft.methods.low_rank import LowRank, WithLowRank
 from jft.methods.masks import Masked
 from jft.methods.parametrise import InPlace
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
+from jft.methods.select import Select
 from jft.presets.diff_pruning import HardConcrete
 from jft.presets.finegates import Gates
 from jft.presets.taps import Taps

@@ -10,7 +10,8 @@ from jft.methods.low_rank import LowRank
 from jft.methods.masks import Masked
 from jft.methods.parametrise import InPlace
 from jft.methods.penalties import L2SP, L1ToBase, Nuclear, soften
-from jft.methods.plan import Method, Select
+from jft.methods.plan import Method
+from jft.methods.select import Select
 from jft.presets.diff_pruning import HardConcrete, project, projected
 from jft.presets.taps import SharedLayers, Taps
 from tests.methods import leaf, toy

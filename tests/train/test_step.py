@@ -234,7 +234,9 @@ def test_muon_of_parts_of_weights():
     values = {p: jnp.asarray(r.normal(size=shape), jnp.float32) for p, shape in shapes.items()}
     values["gates/w"] = {name: jnp.asarray(r.normal(size=(3, 8)), jnp.float32) for name in ("rows", "columns")}
     matrices = lambda trained: {
-        p: jax.tree.map(lambda what, x: what.stacked_matrices(x.ndim), hows[p].leaves()[1], t)
+        p: jax.tree.map(
+            lambda what, x: jax.tree.map(lambda y: what.stacked_matrices(y.ndim), x), hows[p].leaves()[1], t
+        )
         for p, t in trained.items()
     }
     muon = Optimizer("muon", clip=0.0)
