@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import delta
-from jft.methods.parametrise import Parametrisation
+from jft.methods.parametrise import Composed, Parametrisation
 from jft.models.core import Runs
 
 Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class SomeLayers(Parametrisation):
+class SomeLayers(Composed):
     """``first``, in some layers of the leaf ``w[L, ...]``, which is cut into :class:`jft.models.core.Runs`.
 
     sizes: lengths of consecutive runs that sum to L. trains: which of them train. Kept is a tuple over runs (a frozen one
@@ -30,17 +30,6 @@ class SomeLayers(Parametrisation):
     first: Parametrisation
     sizes: tuple[int, ...]
     trains: tuple[bool, ...]
-
-    @property
-    def random(self) -> bool:  # type: ignore[override]
-        return self.first.random
-
-    @property
-    def exact(self) -> bool:  # type: ignore[override]
-        return self.first.exact
-
-    def fitted(self, **told: Any) -> SomeLayers:
-        return dataclasses.replace(self, first=self.first.fitted(**told))
 
     def _pieces(self, w: Any) -> list[Any]:
         """``w`` cut along its first axis into the runs."""

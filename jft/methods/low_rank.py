@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jft import delta
-from jft.methods.parametrise import Additive, InPlace, Parametrisation
+from jft.methods.parametrise import Additive, Composed, InPlace, Parametrisation
 from jft.select.granularity import Granularity
 
 Array = jax.Array
@@ -83,7 +83,7 @@ class LowRankFixed(LowRank):
 
 
 @dataclasses.dataclass(frozen=True)
-class WithLowRank(Parametrisation):
+class WithLowRank(Composed):
     """``first(w) + scale * a @ b``: gates, masks or selected parts of a weight, and a low-rank change that they do not touch.
 
     Kept: that of ``first``. Trained: ``first``'s under ``own``, and ``low_rank`` with a and b of :class:`LowRank`. Another
@@ -92,25 +92,6 @@ class WithLowRank(Parametrisation):
 
     first: Parametrisation
     low_rank: LowRank
-
-    @property
-    def random(self) -> bool:  # type: ignore[override]
-        return self.first.random
-
-    @property
-    def exact(self) -> bool:  # type: ignore[override]
-        return self.first.exact
-
-    @property
-    def live(self) -> bool:  # type: ignore[override]
-        return self.first.live
-
-    @property
-    def selects(self) -> bool:  # type: ignore[override]
-        return self.first.selects
-
-    def fitted(self, **told: Any) -> WithLowRank:
-        return dataclasses.replace(self, first=self.first.fitted(**told))
 
     def leaves(self, at: Any = None) -> tuple[Any, Any]:
         kept, own = self.first.leaves(at)

@@ -205,6 +205,31 @@ class InPlaceSelected(Parametrisation):
         return self.layout.gather(dense, kept["at"])
 
 
+class Composed(Parametrisation):
+    """Made of ``first``, a field of the subclass: it draws, needs, owns and selects what that does."""
+
+    first: Parametrisation
+
+    @property
+    def random(self) -> bool:  # type: ignore[override]
+        return self.first.random
+
+    @property
+    def exact(self) -> bool:  # type: ignore[override]
+        return self.first.exact
+
+    @property
+    def live(self) -> bool:  # type: ignore[override]
+        return self.first.live
+
+    @property
+    def selects(self) -> bool:  # type: ignore[override]
+        return self.first.selects
+
+    def fitted(self, **told: Any) -> Any:
+        return dataclasses.replace(self, first=self.first.fitted(**told))  # type: ignore[type-var]
+
+
 class Additive(Parametrisation):
     """``w + change(trained)`` with a frozen ``w``: a subclass says how it starts, and the change in its own form."""
 

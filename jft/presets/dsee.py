@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jft import delta
 from jft.methods.low_rank import LowRank, WithLowRank
-from jft.methods.parametrise import InPlace, Parametrisation
+from jft.methods.parametrise import Composed, InPlace, Parametrisation
 from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
@@ -23,7 +23,7 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Pruned(Parametrisation):
+class Pruned(Composed):
     """``m * w + S``: of each matrix the fraction ``keep`` of entries that is largest in size stays, and selected entries train.
 
     They train from ``m * w``, so one that is pruned away starts at zero. Kept and trained are those of ``first``; the change
@@ -40,14 +40,6 @@ class Pruned(Parametrisation):
     def _count(self, matrix: tuple[int, ...]) -> int:
         return Globally(density=self.keep, round="nearest").units(math.prod(matrix), 1, "a matrix")
 
-    @property
-    def live(self) -> bool:  # type: ignore[override]
-        return self.first.live
-
-    @property
-    def selects(self) -> bool:  # type: ignore[override]
-        return self.first.selects
-
     def mask(self, w: Array) -> Array:
         """bool like ``w``: what stays of the base."""
         return top_each(jnp.abs(w.astype(jnp.float32)), self._count(w.shape[-2:]), w.ndim - 2)
@@ -61,7 +53,7 @@ class Pruned(Parametrisation):
             raise ValueError(
                 "Pruned keeps no base to linearize the model at: the mask is part of its change; use forward='standard'"
             )
-        return dataclasses.replace(self, first=self.first.fitted(**told))
+        return super().fitted(**told)
 
     def leaves(self, at: Any = None) -> tuple[Any, Any]:
         return self.first.leaves(at)
