@@ -23,7 +23,7 @@ from jft.methods import Method, Plan, selecting
 from jft.models import Execution, Model
 from jft.names import nearest
 from jft.select import scores
-from jft.train import feed, selection, setup, step
+from jft.train import feed, setup, step, trainable
 from jft.train.objectives import objective
 from jft.train.optimizers import optimizer
 
@@ -104,7 +104,7 @@ class Candidate:
             step.apply_of(model, mesh), plan, objective("lm"), optimizer(OPTIMIZER).unscheduled(), dtype=execution.dtype
         )
         if params is None:
-            grids = selection.grids(plan, self.shapes, mesh)
+            grids = trainable.grids(plan, self.shapes, mesh)
             self.chosen = selecting.expected(plan, tree.flatten(self.shapes), grids)
         else:
             self.chosen = drawn(plan, params, model, mesh)
@@ -165,7 +165,7 @@ def drawn(plan: Plan, params: Any, model: Model, mesh: Any = None) -> dict[str, 
     if not plan.selects:
         return {}
     probe = _Drawing(plan.selects, tree.flatten(params), jax.random.key(1), model, plan.structured)
-    return selecting.choose(plan, probe, selection.grids(plan, params, mesh))  # type: ignore[arg-type]
+    return selecting.choose(plan, probe, trainable.grids(plan, params, mesh))  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)

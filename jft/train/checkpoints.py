@@ -149,7 +149,7 @@ class Checkpoints:
     ) -> None:
         """Write a checkpoint of ``state`` in the background; ``position`` is that of this process's data.
 
-        settled: values that stay in weights while others train (:mod:`jft.train.settling`).
+        settled: values that stay in weights while others train (:mod:`jft.train.reselection`).
 
         The state is copied before this returns, so it may be donated to the next step. At a step that has one, nothing
         is done.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Generator, Mapping
+import re
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -13,13 +14,16 @@ import jax.numpy as jnp
 
 from jft import parallel, tree
 from jft.compiled import program_cache
+from jft.methods import InPlace, Method, Plan, Select
+from jft.methods.parametrise import Parametrisation
 from jft.models.core import is_jft_model
 from jft.select import probe
-from jft.train import feed
+from jft.train import evaluation, feed
 from jft.train.examples import Each, Setting, squares, tapped
+from jft.train.feed import Feed
 from jft.train.objectives import Objective
 from jft.train.state import find_mesh
-from jft.train.step import apply_of, dtype_of
+from jft.train.step import Recipe, apply_of, dtype_of
 
 Array = jax.Array
 Weights = dict[str, Array]
@@ -259,3 +263,98 @@ def _mean(total: Weights, count: int, what: str) -> Weights:
     if bad is not None:
         raise ValueError(f"the {what} of {bad} is not finite; look at the weights and the first batches of the data")
     return {p: x / count for p, x in total.items()}
+
+
+def probe_of(
+    recipe: Recipe,
+    model: Any,
+    params: Any,
+    stream: Feed,
+    mesh: Any,
+    seed: int,
+    optimizer: Any,
+    eval_data: Any = None,
+    eval_batches: int = 0,
+) -> LoopProbe:
+    """What scores may look at: ``params``, and the batches that the stream gives next."""
+
+    def train(steps: int, table: Any = None, how: Any = None, penalties: tuple = ()) -> Any:
+        from jft.train.finetune import finetune
+
+        if table is None:
+            which = _phase(recipe.plan, how or InPlace(), penalties)
+        else:
+            method = recipe.plan.method
+            which = Method(Select(), InPlace(), method.also, method.freeze, name="phase").decided(table)
+        position = stream.position()
+        tuned = finetune(
+            model,
+            params,
+            _Borrowed(stream, recipe.objective),
+            steps=steps,
+            method=which,
+            optimizer=optimizer,
+            objective=recipe.objective,
+            mesh=mesh,
+            accumulate=recipe.accumulate,
+            dtype=recipe.dtype,
+            seed=seed,
+            log={"progress": False},
+        )
+        stream.seek(position)
+        # In float32, so that small steps from a base of fewer bits are seen.
+        inside = recipe.plan.selects or tuple(recipe.plan.leaves)
+        wide = lambda p, x: jax.ShapeDtypeStruct(
+            x.shape, jnp.promote_types(x.dtype, jnp.float32) if p in inside else x.dtype
+        )
+        return tuned.merged(tree.map_with_path(wide, params))
+
+    def evaluate(params: Any) -> dict[str, float]:
+        if eval_data is None or hasattr(eval_data, "__next__"):
+            raise ValueError("this method chooses by evaluation, again and again; give eval_data, a list or a loader")
+        compute = evaluation.sums(apply_of(model), recipe.objective)
+        return evaluation.mean(compute, params, eval_data, recipe.objective, mesh, eval_batches)
+
+    return LoopProbe(
+        model,
+        params,
+        recipe.plan.selects or tuple(recipe.plan.leaves),
+        recipe.objective,
+        lambda: _ahead(stream),
+        seed=seed,
+        mesh=mesh,
+        dtype=recipe.dtype,
+        accumulate=recipe.accumulate,
+        train=train,
+        evaluate=evaluate,
+    )
+
+
+def _phase(plan: Plan, how: Parametrisation, penalties: tuple) -> Method:
+    """Training of the candidates of ``plan`` as a whole, and as it does of whatever trains beside them."""
+    inside = plan.selects or tuple(plan.leaves)
+    named = {p: f"^{re.escape(p)}$" for p in plan.leaves}
+    beside = tuple(pattern for p, pattern in named.items() if p not in inside)
+    return Method(Select(tuple(named[p] for p in inside)), how, beside, penalties=penalties, name="phase")
+
+
+def _ahead(stream: Feed) -> Iterator[Any]:
+    """The batches that ``stream`` will give, from the next one on."""
+    count = 0
+    while True:
+        count += 1
+        yield stream.ahead(count)[-1]
+
+
+class _Borrowed:
+    """The stream as data of another run; going back to where it stood is left to the lender."""
+
+    def __init__(self, stream: Feed, objective: Any):
+        self._stream, self._objective, self._taken = stream, objective, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        self._taken += 1
+        return self._stream.next(self._taken - 1, self._objective)

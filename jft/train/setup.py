@@ -12,10 +12,9 @@ import numpy as np
 
 from jft import tree
 from jft.methods import Plan
-from jft.train import settling, step
+from jft.train import step
 from jft.train.axis import join, take
-from jft.train.settling import Settled
-from jft.train.state import Holdings, State, create, lay_out
+from jft.train.state import Holdings, Settled, State, create, lay_out
 
 Seeds = int | Sequence[int]
 Overlays = Sequence[Mapping[str, Any]]
@@ -82,7 +81,7 @@ def _start(
     each: list[tuple[Any, Any, Any]] = []
     for i, (key, weights) in enumerate(zip(map(jax.random.key, _listed(seed)), overlays, strict=True)):
         base = {**tree.flatten(params), **weights}
-        start = tree.like(params, settling.write(settled, base))
+        start = tree.like(params, {p: settled[p].written(w) if p in settled else w for p, w in base.items()})
         selected = take(chosen, i) if update.stack else chosen
         kept, trained = plan.init(key, start, selected, base if settled else None)
         frozen, live, _ = plan.detach(kept)

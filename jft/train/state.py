@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jft import parallel, tree
+from jft import delta, parallel, tree
 from jft.methods import Plan
 
 
@@ -61,6 +61,10 @@ class Holdings:
     state: State
     live: dict[str, Any]
     frozen: dict[str, Any]
+
+
+# Values of weights that trained once and stay while others train, by path (:mod:`jft.train.reselection`).
+Settled = dict[str, delta.Encoding]
 
 
 @dataclasses.dataclass(frozen=True)

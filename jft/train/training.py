@@ -10,11 +10,12 @@ import jax
 import numpy as np
 
 from jft import delta, tree
-from jft.train import evaluation, identity, preflight, run, selection, settling, setup
+from jft.train import evaluation, identity, preflight, reselection, run, setup
+from jft.train import trainable as trainables
 from jft.train.members import Members
 from jft.train.run import NonFiniteError, Pending, Run
 from jft.train.run_config import RunConfig, options
-from jft.train.state import Holdings
+from jft.train.state import Holdings, Settled
 from jft.train.step import Step
 from jft.train.streams import Streams
 from jft.train.trainable import Trainable
@@ -36,7 +37,7 @@ class Training:
         self.config, self.members, self.streams, self.update, self.params = config, members, streams, update, params
         self._plans, self._chosen, self._probe = trains.plans, trains.chosen, trains.probe
         self._batch = preflight.global_shapes(streams.feed(0).peek())
-        self._settled: settling.Settled = {}
+        self._settled: Settled = {}
         self._facts = [self._describe(i) for i in range(len(members))]
         shared = delta.describe_base(params)  # read once
         self._bases = [delta.describe_base(m.start(params)) if m.params else shared for m in members]
@@ -87,12 +88,12 @@ class Training:
         if not schedule or n == 0 or not schedule.due(n, steps):
             return
         probe, seed = functools.partial(self._probe, 0), self.members[0].seed
-        self.update, self.held, self._settled = selection.renew(
+        self.update, self.held, self._settled = reselection.renew(
             self.update, self.held, self.params, self._settled, probe, n, steps, seed
         )
         self._plans = [self.update.recipe.plan]
         if self.checkpoints:
-            self.checkpoints.renewed(self._describe(0), selection.decided(self.update.recipe.plan))
+            self.checkpoints.renewed(self._describe(0), trainables.decided(self.update.recipe.plan))
 
     def step(self, batch: Any, rates: list[float]) -> dict[str, Any]:
         """Give one update to the devices; its metrics."""
@@ -151,7 +152,7 @@ class Training:
         base = member.start(self.params)
         stopped = {} if error is None else {"stopped": str(error)}
         facts = {**member.manifest, **self._facts[i], "steps": int(state.step), "evaluation": scores, **stopped}
-        encoded = settling.change(self._settled, tree.flatten(base), plan.encode(base, kept, state.trained))
+        encoded = reselection.change(self._settled, tree.flatten(base), plan.encode(base, kept, state.trained))
         vector = delta.TaskVector(encoded, {"base": self._bases[i], **delta.describe(None, **facts)})
         run.save(vector, member.workdir)
         return Run(plan, state, rows, scores, vector, base, kept, error)

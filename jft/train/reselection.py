@@ -1,8 +1,9 @@
-"""A run that selects anew: from one plan and what it holds to the next, with what stays carried over.
+"""Selecting anew during a run: from one plan and what it holds to the next, with what stays carried over.
 
 Masters and moments of whatever trains before and after keep their values; every other value starts from the live weight,
 every other moment at zero or at the schedule's seed. What is dropped goes back to the base, or *settles*: its value stays in
-the weight, and is noted, so that the task vector and a run that is taken up later have it.
+the weight, and is noted as an encoding of values, not of a change, so that the task vector and a run that is taken up later
+have it to the bit.
 """
 
 from __future__ import annotations
@@ -14,18 +15,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jft import tree
-from jft.methods import Plan
-from jft.methods.low_rank import WithLowRank
-from jft.methods.parametrise import Parametrisation
-from jft.methods.schedules import Renewal
-from jft.train import settling, setup, step
-from jft.train.settling import Settled
-from jft.train.state import Holdings
+from jft import delta, tree
+from jft.methods import InPlace, Parametrisation, Plan, SomeLayers, WithLowRank
+from jft.methods.schedules import Renewal, Standing
+from jft.train import setup, step
+from jft.train.state import Holdings, Settled
+from jft.train.trainable import grids
 
 
 def renew(
+    update: step.Step, held: Holdings, base: Any, settled: Settled, look: Any, made: int, steps: int, seed: int
+) -> tuple[step.Step, Holdings, Settled]:
+    """What the run goes on with after its schedule has selected anew before update ``made``; ``look(params)`` is a probe."""
+    plan = update.recipe.plan
+    kept = plan.attach(held.frozen, held.live, held.state.chosen)
+    probe = look(plan.merged(base, kept, held.state.trained))
+    where = grids(plan, base, update.layout.mesh)
+    standing = Standing(plan, kept, held.state.trained, probe, where, made, steps)
+    found = plan.method.schedule.renew(standing)
+    after = found.method.plan(base, probe.model) if found.method else plan
+    return _renewed(update, held, base, settled, found, after, seed)
+
+
+def _renewed(
     update: step.Step, held: Holdings, base: Any, settled: Settled, found: Renewal, plan: Plan, seed: int
 ) -> tuple[step.Step, Holdings, Settled]:
     """The step and holdings of the selection ``found``, from those of the one before, and what has settled by now.
@@ -46,8 +60,8 @@ def renew(
         leaves = {p: how for p, how in old.leaves.items() if p not in anew}
         current = {p: _reset(leaves.get(p), kept[p], trained.get(p), w, origin[p]) for p, w in current.items()}
     else:
-        settled = settling.settle(settled, {p: h for p, h in old.leaves.items() if p not in anew}, kept, current)
-        settled = settling.resting(settled, plan.leaves)
+        settled = settle(settled, {p: h for p, h in old.leaves.items() if p not in anew}, kept, current)
+        settled = resting(settled, plan.leaves)
     after, fresh = plan.init(jax.random.key(seed), tree.like(base, current), chosen, origin)
     carry = functools.partial(_carried, old, kept, plan, after)
     values = {p: carry(p, trained[p], current[p].astype(jnp.float32)) for p in fresh if p in trained and p not in anew}
@@ -151,3 +165,35 @@ def _seed(name: str, path: str, found: Renewal, optimizer: Any) -> Any:
         decay = optimizer.b1 if name == "mu" else optimizer.b2
         return (mean if name == "mu" else square) * (1 - decay**found.age)
     return 0.0
+
+
+def settle(
+    settled: Settled, leaves: Mapping[str, Parametrisation], kept: Mapping[str, Any], current: Mapping[str, jax.Array]
+) -> Settled:
+    """Values of all that trained so far; where something settled before and trained since, what it is now."""
+    now = {p: how.encode(None, kept[p], how.collect(kept[p], current[p])) for p, how in leaves.items()}
+    return {**settled, **{p: settled[p].under(above) if p in settled else above for p, above in now.items()}}
+
+
+def resting(settled: Settled, leaves: Mapping[str, Parametrisation]) -> Settled:
+    """What of it does not train in ``leaves`` as whole weights or layers: the state has the values of those that do."""
+    left = {p: _resting(values, leaves.get(p)) for p, values in settled.items()}
+    # Arrays of no size cannot be saved.
+    return {p: x for p, x in left.items() if x is not None and all(y.size for y in jax.tree.leaves(x))}
+
+
+def _resting(values: delta.Encoding, how: Parametrisation | None) -> delta.Encoding | None:
+    if isinstance(how, InPlace):
+        return None
+    if not isinstance(how, SomeLayers) or not isinstance(values, delta.Rows):
+        return values
+    still = np.flatnonzero(~np.isin(values.indices, how.layers()))
+    return delta.Rows(values.indices[still], values.values[still], values.shape)
+
+
+def change(
+    settled: Settled, base: Mapping[str, jax.Array], encoded: Mapping[str, delta.Encoding]
+) -> dict[str, delta.Encoding]:
+    """The whole change from the base: what settled, minus the base there, with what trains now over it."""
+    moved = {p: values.minus(base[p]) for p, values in settled.items()}
+    return {**encoded, **{p: x.under(encoded[p]) if p in encoded else x for p, x in moved.items()}}
