@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jft.parallel import make_mesh
-from jft.select import threshold, top, wide
+from jft.select import threshold, top, uint64
 
 MATRIX = (4096, 4096)
 
@@ -65,9 +65,9 @@ def seconds(run) -> tuple[float, object]:
 def temporary(scores: jax.Array, k: int) -> int:
     """The larger temporary memory of the two compiled programs, bytes per device."""
     shape = jax.ShapeDtypeStruct(scores.shape, scores.dtype, sharding=scores.sharding)
-    key, shares, _ = jax.eval_shape(lambda x: threshold._shares((x,), wide.of(k), 0, True), shape)
+    key, shares, _ = jax.eval_shape(lambda x: threshold._shares((x,), uint64.of(k), 0, True), shape)
     programs = (
-        threshold._shares.lower((shape,), wide.of(k), 0, True),
+        threshold._shares.lower((shape,), uint64.of(k), 0, True),
         threshold._mask.lower(shape, key, shares[0], 0, True),
     )
     return max(p.compile().memory_analysis().temp_size_in_bytes for p in programs)

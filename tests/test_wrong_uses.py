@@ -37,7 +37,7 @@ def model(params, batch):
 
 def job(tmp_path, **changes):
     """Run the small config with some of its keys changed; ``section__key=value`` reaches into a section."""
-    from jft.train import job
+    from jft.train import experiment
 
     config = json.loads(json.dumps(CONFIG))
     for name, value in changes.items():
@@ -46,7 +46,7 @@ def job(tmp_path, **changes):
         for section in sections:
             node = node.setdefault(section, {})
         node[key] = value
-    return job.run(config, f"{tmp_path}/run")
+    return experiment.run(config, f"{tmp_path}/run")
 
 
 def finetune(**options):

@@ -17,7 +17,7 @@ from jft.analysis import records, settings
 from jft.models.classifier import Classifier
 from jft.models.loading import fetch
 from jft.models.model import Model
-from jft.train import job
+from jft.train import experiment
 from jft.train.config import check
 
 
@@ -52,7 +52,7 @@ def prepare(config: Mapping[str, Any], common: Mapping[str, Any], workdir: Path)
     mesh = parallel.make_mesh(dataclasses.asdict(shared.mesh))
     placed = mesh if mesh.size > 1 else None
     if config["source"]:
-        model, params = job.build_model(dataclasses.replace(shared.model, source=config["source"]), mesh=placed)
+        model, params = experiment.build_model(dataclasses.replace(shared.model, source=config["source"]), mesh=placed)
         directory = fetch(config["source"])
         tokenizer = directory if (directory / "tokenizer.json").is_file() else None
         facts = {"steps": None, "seconds": None, "loss": None}
@@ -76,7 +76,7 @@ def _pretrained(partial: Mapping[str, Any], workdir: Path) -> tuple[Model, Any, 
     done, kept = records.read(workdir, train), workdir / "params.safetensors"
     if done is None:
         since = time.perf_counter()
-        run = job.run(dataclasses.asdict(train), workdir)
+        run = experiment.run(dataclasses.asdict(train), workdir)
         losses = [row["loss"] for row in run.metrics if row["split"] == "train"]
         write_params(run.params, kept)
         done = {"steps": train.steps, "seconds": time.perf_counter() - since, "loss": losses[-1]}
@@ -84,7 +84,7 @@ def _pretrained(partial: Mapping[str, Any], workdir: Path) -> tuple[Model, Any, 
     loader = data.build(
         train.data, batch_size=train.batch_size, directory=workdir, image_size=train.model.options.get("image")
     )
-    model, _ = job.build_model(train.model, train.seed, None, loader.classes, loader.tokenizer)
+    model, _ = experiment.build_model(train.model, train.seed, None, loader.classes, loader.tokenizer)
     return model, read_params(kept), loader.tokenizer, done
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jft.analysis.points import STANDARD, Forward, grid, readings, weighing
+from jft.analysis.interpolation import STANDARD, Forward, grid, readings, weighing
 from jft.compiled import program_cache
 from jft.delta import TaskVector
 from jft.train.objectives import Objective

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import parallel, tangent
-from jft.analysis.points import grid, moved, weighing
+from jft.analysis.interpolation import grid, moved, weighing
 from jft.compiled import program_cache
 from jft.delta import TaskVector
 from jft.train import feed

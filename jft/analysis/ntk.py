@@ -11,7 +11,7 @@ import numpy as np
 
 from jft import tangent
 from jft.tangent import Linearized, Spectrum
-from jft.tangent import space as spaces
+from jft.tangent import subspace as spaces
 from jft.tangent.kernel import Of
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jft import data, methods, tree
 from jft.analysis import records, seeds, settings
 from jft.analysis.bases import Base
-from jft.analysis.points import Forward
+from jft.analysis.interpolation import Forward
 from jft.analysis.tasks import Task
 from jft.delta import TaskVector
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jft.analysis.points import Forward, grid
+from jft.analysis.interpolation import Forward, grid
 from jft.delta import TaskVector
 from jft.train.config import Config, check
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jft.analysis import environment, outcomes, records, report, seeds, settings, tables, vectors
+from jft.analysis import environment, outcomes, protocols, records, report, seeds, settings, tables
 from jft.analysis.bases import prepare
 from jft.analysis.tasks import prepare_all
 
@@ -193,8 +193,8 @@ def _run(name: str, config: Mapping[str, Any], workdir: Path, say: Say) -> dict[
         "fleet": config["fleet"],
         "methods": [_summary(method, config, runs) for method in config["methods"]],
         "runs": runs,
-        **vectors.examined(name, config, base, tasks, runs, workdir, say),
-        "advantage": vectors.advantages(config, tasks, runs),
+        **protocols.examined(name, config, base, tasks, runs, workdir, say),
+        "advantage": protocols.advantages(config, tasks, runs),
         "control": config["arithmetic"]["control"] or "the mean of the other tasks",
         "control_threshold": config["arithmetic"]["threshold"],
     }

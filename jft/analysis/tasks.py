@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import data
-from jft.analysis import heads, points, settings
+from jft.analysis import heads, interpolation, settings
 from jft.analysis.bases import Base, write_params
-from jft.analysis.points import Forward
+from jft.analysis.interpolation import Forward
 from jft.delta import TaskVector
 from jft.models.classifier import Classifier
 from jft.models.model import Model
@@ -57,9 +57,9 @@ class Task:
     def scores(
         self, split: str, base: Any, taus: Sequence[TaskVector], coefficients: Any, forward: Forward
     ) -> np.ndarray:
-        """The metric on ``split`` at points ``base + sum_t alpha_t tau_t``, float64 ``[P]``: see :mod:`jft.analysis.points`."""
+        """The metric on ``split`` at ``base + sum_t alpha_t tau_t``, float64 ``[P]``: see :mod:`jft.analysis.interpolation`."""
         given = (self.model, self.params(base), taus, coefficients, self.loaders[split], self.objective, forward)
-        return np.array([self._told(split, found) for found in points.scores(*given)])
+        return np.array([self._told(split, found) for found in interpolation.scores(*given)])
 
     def _told(self, split: str, found: Mapping[str, float]) -> float:
         """The metric, from what evaluation reports."""

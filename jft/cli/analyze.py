@@ -107,17 +107,17 @@ def disentangle(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
     """``jft analyze disentangle RUN RUN``."""
 
     from jft.analysis import disentangle as maps
-    from jft.analysis import points, tangent_plots
+    from jft.analysis import interpolation, tangent_plots
 
     runs = _runs(given)
     first, second = runs.values()
-    forward = points.Forward.of(first.tau)
+    forward = interpolation.Forward.of(first.tau)
     if given.forward or given.until:
-        forward = points.Forward(given.forward or forward.name, given.until)
+        forward = interpolation.Forward(given.forward or forward.name, given.until)
     members = [
         maps.Member(r.model, r.base, r.batches, r.objective, [r.takes(first), r.takes(second)]) for r in runs.values()
     ]
-    grid = points.grid(given.lowest, given.largest, given.points)
+    grid = interpolation.grid(given.lowest, given.largest, given.points)
     found = maps.disentanglement(members[0], members[1], grid, forward)
     row = {"method": forward.name, "pair": list(runs), "grid": grid, "xi": found.xi.tolist()}
     row["each"] = dict(zip(runs, found.each.tolist(), strict=True))

@@ -53,16 +53,16 @@ class Restored:
 def restore(config: Any, workdir: Path | None) -> Restored:
     """The run that ``config`` describes; ``workdir`` is where it ran, None to have its base alone."""
     from jft import parallel
-    from jft.train import job
+    from jft.train import experiment
     from jft.train.config import check
 
     said = check(config)
     if not said.data:
         raise ValueError("config.data is empty; say at least data.source (see jft.data)")
     mesh = parallel.make_mesh(dataclasses.asdict(said.mesh))
-    train, test = job.loaders(said, workdir)
+    train, test = experiment.loaders(said, workdir)
     placed = mesh if mesh.size > 1 else None
-    model, base = job.build_model(said.model, said.seed, placed, train.classes, train.tokenizer)
+    model, base = experiment.build_model(said.model, said.seed, placed, train.classes, train.tokenizer)
     return Restored(said, workdir, model, base, train, test)
 
 

@@ -45,12 +45,12 @@ def main(argv: Sequence[str]) -> int:
     if not given.workdir:
         parser.error("--workdir=DIR is needed")
 
-    from jft.train import Preempted, job
+    from jft.train import Preempted, experiment
     from jft.train.preemption import EXIT_CODE
 
     restored.start()
     try:
-        run = job.run(config, given.workdir)
+        run = experiment.run(config, given.workdir)
     except Preempted as stopped:
         print(f"jft: {stopped}")
         return EXIT_CODE

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jft import delta
-from jft.methods.formed import bound, leading, straight_through
 from jft.methods.parametrise import Parametrisation, moved_from
+from jft.methods.reparametrised import bound, leading, straight_through
 
 Array = jax.Array
 

@@ -16,7 +16,7 @@ _LATE = {
     "ClipConfig": "jft.models.clip",
     "DecoderConfig": "jft.models.decoder",
     "EncoderConfig": "jft.models.encoder",
-    "T5Config": "jft.models.seq2seq",
+    "T5Config": "jft.models.t5",
     "VisionConfig": "jft.models.vision",
     "from_equinox": "jft.models.adapters",
     "from_function": "jft.models.adapters",
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from jft.models.clip import ClipConfig, zero_shot_head
     from jft.models.decoder import DecoderConfig
     from jft.models.encoder import EncoderConfig
-    from jft.models.seq2seq import T5Config
+    from jft.models.t5 import T5Config
     from jft.models.vision import VisionConfig
 
 __all__ = [

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.dot import take
-from jft.models import blocks, core, tokens
+from jft.models import blocks, core, token_merging
 from jft.models.core import Execution, Hooks, Params, Scope
 from jft.models.suffix import entering
 
@@ -42,7 +42,7 @@ class VisionConfig:
     embed_norm: bool = False
     pooler: bool = False
     family: str = "vit"
-    selection: tokens.TokenSelection | None = None
+    selection: token_merging.TokenSelection | None = None
 
     def __post_init__(self) -> None:
         blocks.check_sizes(self, layers=self.layers, heads=self.heads, patch=self.patch, channels=self.channels)
@@ -95,7 +95,7 @@ class VisionConfig:
         if self.selection is None:
             h = blocks.stack(scope, f"{prefix}layers", h, params["layers"], None, **how)
         else:
-            h = tokens.stack(scope, f"{prefix}layers", h, params["layers"], self.selection, **how)
+            h = token_merging.stack(scope, f"{prefix}layers", h, params["layers"], self.selection, **how)
         return scope.site(f"{prefix}final", core.layer_norm(h, params["final_norm"], self.eps))
 
     def _embed(self, scope: Scope, params: Params, batch: Any, prefix: str) -> Array:

@@ -2,7 +2,7 @@
 
 from jft.parallel.memory import MemoryBudgetError, MemoryEstimate, check, device_budget, estimate, plan, refusal
 from jft.parallel.mesh import batch_sharding, batch_shards, make_mesh, microbatches, put_batch, replicated, tracing
-from jft.parallel.rules import RULES, dividing, shardings, shards, specs
+from jft.parallel.sharding import RULES, dividing, shardings, shards, specs
 from jft.parallel.start import start
 from jft.parallel.topology import topology_mesh
 

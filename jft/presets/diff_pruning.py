@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from jft import delta, tree
-from jft.methods.formed import append_axes, bound, keys, leading
 from jft.methods.parametrise import InPlace, Parametrisation, moved_from
 from jft.methods.patterns import HEADS
 from jft.methods.plan import Method, Plan
 from jft.methods.registry import register
+from jft.methods.reparametrised import append_axes, bound, keys, leading
 from jft.methods.schedules import Renewal, Schedule, Standing
 from jft.methods.select import Select
 from jft.select.budget import Everything

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jft.methods.formed import leading
 from jft.methods.masks import Mask
 from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.reparametrised import leading
 from jft.methods.select import Select
 from jft.select.threshold import top_each
 

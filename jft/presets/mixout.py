@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from jft import delta
-from jft.methods.formed import bound, keys, leading
 from jft.methods.parametrise import Parametrisation, master
 from jft.methods.patterns import HEADS
 from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.reparametrised import bound, keys, leading
 from jft.methods.select import Select
 
 Array = jax.Array

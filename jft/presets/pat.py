@@ -14,12 +14,12 @@ import numpy as np
 from jft import delta
 from jft.delta.changed import COLUMNS
 from jft.dot import dot, grouped_dot, take
-from jft.methods.formed import straight_through
 from jft.methods.parametrise import Parametrisation
 from jft.methods.patterns import Patterns, patterns
 from jft.methods.penalties import absolute
 from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.reparametrised import straight_through
 from jft.methods.select import Select
 from jft.methods.update_rules import Rule
 

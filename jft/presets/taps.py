@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import delta, tree
-from jft.methods.formed import append_axes, bound, leading, straight_through
 from jft.methods.parametrise import Parametrisation
 from jft.methods.penalties import absolute
 from jft.methods.plan import Method
 from jft.methods.registry import register
+from jft.methods.reparametrised import append_axes, bound, leading, straight_through
 from jft.methods.select import Select
 
 Array = jax.Array

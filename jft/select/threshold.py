@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import tree
-from jft.select import wide
-from jft.select.wide import Wide
+from jft.select import uint64
+from jft.select.uint64 import Wide
 
 Array = jax.Array
 
@@ -45,7 +45,7 @@ def top(scores: Mapping[str, Array], k: int, largest: bool = True) -> dict[str, 
     """
     arrays = _checked(scores)
     _check_k(k, sum(map(tree.size, arrays.values())), "entries")
-    return _select(arrays, wide.of(int(k)), 0, largest)
+    return _select(arrays, uint64.of(int(k)), 0, largest)
 
 
 def top_each(score: Array, k: int | Array, lead: int, largest: bool = True) -> Array:
@@ -73,7 +73,7 @@ def top_together(scores: Mapping[str, Array], k: int | Array, lead: int, largest
             raise ValueError(f"k must be an integer or integers of shape {shape}, not {numbers.dtype} {numbers.shape}")
         for number in (numbers.min(), numbers.max()) if numbers.size else ():
             _check_k(int(number), entries, "entries of each leading index")
-        wanted = wide.of(np.broadcast_to(numbers, shape))
+        wanted = uint64.of(np.broadcast_to(numbers, shape))
     return _select(arrays, wanted, lead, largest)
 
 
@@ -87,9 +87,9 @@ def threshold(scores: Mapping[str, Array], k: int, largest: bool = True) -> tupl
     _check_k(k, sum(map(tree.size, arrays.values())), "entries", least=1)
     if _traced(arrays):
         raise ValueError("threshold answers in Python numbers; under jit use top, or call it outside")
-    key, above, ties, invalid = _threshold(tuple(arrays.values()), wide.of(int(k)), largest)
+    key, above, ties, invalid = _threshold(tuple(arrays.values()), uint64.of(int(k)), largest)
     _refuse_nan(arrays, invalid)
-    return _value(int(key), largest), wide.number(above), wide.number(ties)
+    return _value(int(key), largest), uint64.number(above), uint64.number(ties)
 
 
 def _checked(scores: Mapping[str, Array]) -> dict[str, Array]:
@@ -115,8 +115,10 @@ def _traced(arrays: Mapping[str, Array]) -> bool:
 
 def _refuse_nan(arrays: Mapping[str, Array], invalid: Sequence[Wide]) -> None:
     for path, count in zip(arrays, jax.device_get(invalid), strict=True):
-        if wide.number(count):
-            raise ValueError(f"{wide.number(count)} scores of {path} are NaN; a score must be a number or an infinity")
+        if uint64.number(count):
+            raise ValueError(
+                f"{uint64.number(count)} scores of {path} are NaN; a score must be a number or an infinity"
+            )
 
 
 def _select(arrays: dict[str, Array], k: Wide, lead: int, largest: bool) -> dict[str, Array]:
@@ -160,7 +162,7 @@ def _count(tests: Sequence[Array], keep: Sequence[int]) -> list[Wide]:
     sums = jax.lax.reduce(ones, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], sorted(first))
     left = [a for a in range(len(shape)) if a not in first]
     counts = [Wide(jnp.zeros_like(s), s) for s in sums]
-    return [wide.sum_over(c, [left.index(a) for a in last]) for c in counts] if last else counts
+    return [uint64.sum_over(c, [left.index(a) for a in last]) for c in counts] if last else counts
 
 
 # --- the value of the k-th
@@ -210,11 +212,11 @@ def _refine(xs: tuple[Array, ...], k: Wide, lead: int, largest: bool, exact: boo
     shape = xs[0].shape[:lead]
     zero = Wide(jnp.zeros(shape, jnp.uint32), jnp.zeros(shape, jnp.uint32))
     sizes = [tree.size(x) // max(1, math.prod(shape)) for x in xs]
-    everything = [jax.tree.map(lambda n: jnp.broadcast_to(n, shape), wide.of(n)) for n in sizes]
+    everything = [jax.tree.map(lambda n: jnp.broadcast_to(n, shape), uint64.of(n)) for n in sizes]
 
     def unfinished(state: tuple[Array, _Found]) -> Array:
         i, found = state
-        open_ = jnp.bool_(True) if exact else ~jnp.all(wide.equal(wide.total(found.least), k))
+        open_ = jnp.bool_(True) if exact else ~jnp.all(uint64.equal(uint64.total(found.least), k))
         return (i == 0) | ((i < passes) & open_)
 
     def step(state: tuple[Array, _Found]) -> tuple[Array, _Found]:
@@ -228,28 +230,28 @@ def _refine(xs: tuple[Array, ...], k: Wide, lead: int, largest: bool, exact: boo
             keys = _key(x, largest)
             tests = [keys >= _beside(t, x.shape) for t in tried] + [keys > 0]
             counts.append(_count(tests, range(lead)))
-        reached = [wide.reaches(wide.total([c[d] for c in counts]), k) for d in range(len(tried))]
+        reached = [uint64.reaches(uint64.total([c[d] for c in counts]), k) for d in range(len(tried))]
         digit = functools.reduce(jnp.add, [r.astype(jnp.uint32) for r in reached])
         above, least = [], []
         for c, a, b in zip(counts, found.above, found.least, strict=True):
             for d, r in enumerate(reached):
-                b = wide.where(r, c[d], b)
+                b = uint64.where(r, c[d], b)
             for d, r in reversed(list(enumerate(reached))):
-                a = wide.where(~r, c[d], a)
+                a = uint64.where(~r, c[d], a)
             above.append(a)
             least.append(b)
         return i + 1, _Found(key + (digit << shift), above, least, [c[-1] for c in counts])
 
     start = _Found(jnp.zeros(shape, jnp.uint32), [zero] * len(xs), everything, everything)
     _, found = jax.lax.while_loop(unfinished, step, (jnp.int32(0), start))
-    return found, [wide.subtract(n, v) for n, v in zip(everything, found.numbers, strict=True)]
+    return found, [uint64.subtract(n, v) for n, v in zip(everything, found.numbers, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnames="largest")
 def _threshold(xs: tuple[Array, ...], k: Wide, largest: bool) -> tuple[Array, Wide, Wide, list[Wide]]:
     found, invalid = _refine(xs, k, 0, largest, exact=True)
-    above = wide.total(found.above)
-    return found.key, above, wide.subtract(wide.total(found.least), above), invalid
+    above = uint64.total(found.above)
+    return found.key, above, uint64.subtract(uint64.total(found.least), above), invalid
 
 
 # --- which of those equal to the k-th
@@ -272,7 +274,7 @@ def _last_place(ties: Callable[[Array], Array], wanted: Wide, shape: tuple[int, 
 
         # Unrolled where it is long: out of a loop XLA would take, and keep, the index of every entry.
         place, held = _reach(before, wanted, shape[axis], unroll=shape[axis] > _LONG)
-        wanted = wide.subtract(wanted, held)
+        wanted = uint64.subtract(wanted, held)
         places.append(place)
     return places
 
@@ -295,8 +297,8 @@ def _reach(
         shift = jnp.asarray(_DIGIT * (digits - 1 - i), jnp.uint32)
         ends = [place + (jnp.uint32(d) << shift) for d in range(1, 1 << _DIGIT)]
         for end, total in zip(ends, before(ends), strict=True):
-            short = ~wide.reaches(total, wanted)
-            place, held = jnp.where(short, end, place), wide.where(short, total, held)
+            short = ~uint64.reaches(total, wanted)
+            place, held = jnp.where(short, end, place), uint64.where(short, total, held)
         return place, held
 
     zero = jnp.zeros(wanted.lo.shape, jnp.uint32)
@@ -326,13 +328,13 @@ def _shares(xs: tuple[Array, ...], k: Wide, lead: int, largest: bool) -> tuple[A
     """The key of the k-th, what each array has of the scores equal to it, and how many of its scores are NaN."""
     xs = tuple(x.reshape(*x.shape, 1) if x.ndim == lead else x for x in xs)
     found, invalid = _refine(xs, k, lead, largest, exact=False)
-    left = wide.subtract(k, wide.total(found.above))
+    left = uint64.subtract(k, uint64.total(found.above))
     shares = []
     for above, least in zip(found.above, found.least, strict=True):
-        ties = wide.subtract(least, above)
-        every = wide.reaches(left, ties)
-        taken = wide.where(every, ties, left)
-        left = wide.subtract(left, taken)
+        ties = uint64.subtract(least, above)
+        every = uint64.reaches(left, ties)
+        taken = uint64.where(every, ties, left)
+        left = uint64.subtract(left, taken)
         shares.append(_Share(every, ~every & ((taken.hi | taken.lo) > 0), taken))
     return found.key, shares, invalid
 
@@ -348,7 +350,7 @@ def _mask(x: Array, key: Array, share: _Share, lead: int, largest: bool) -> Arra
         return _key(inside, largest) == _beside(value, x.shape)
 
     one = jnp.ones_like(share.taken.lo)
-    wanted = wide.where(share.some, share.taken, Wide(jnp.zeros_like(one), one))
+    wanted = uint64.where(share.some, share.taken, Wide(jnp.zeros_like(one), one))
     nowhere = [jnp.zeros(key.shape, jnp.uint32)] * (x.ndim - lead)
     places = jax.lax.cond(jnp.any(share.some), lambda: _last_place(ties, wanted, x.shape, lead), lambda: nowhere)
     keys = _key(x, largest)

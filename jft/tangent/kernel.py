@@ -13,9 +13,9 @@ import numpy as np
 from jft import tree
 from jft.compiled import program_cache
 from jft.names import nearest
-from jft.tangent import space as spaces
+from jft.tangent import subspace as spaces
 from jft.tangent.linearization import Linearized
-from jft.tangent.space import Select, Space
+from jft.tangent.subspace import Select, Space
 
 Array = jax.Array
 Of = Literal["all", "trace", "sum", "one"]
@@ -59,7 +59,7 @@ def kernel(
     batch: N examples, and other: M of them; None: the same, and K is then symmetric to the bit. Outputs are those of
     ``f_lin`` (values at its site), C numbers for each example: ``select(outputs, batch) -> [N, ...]`` chooses among them,
     say the logits of the last token. moving: what trains, and the derivative is in: None for all weights, patterns of
-    paths, or a task vector that says which parts (:func:`jft.tangent.space.space`).
+    paths, or a task vector that says which parts (:func:`jft.tangent.subspace.space`).
 
     of: ``all``; or a kernel ``[N, M]`` that stands for many outputs: ``trace``, their mean ``sum_c K[n, c, m, c] / C``,
     for the same passes and a C-th of the contraction; for a C-th of the passes as well, ``sum``, of the scalar ``sum_c f_c

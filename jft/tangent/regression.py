@@ -14,10 +14,10 @@ import numpy as np
 from jft import delta
 from jft.compiled import program_cache
 from jft.delta import TaskVector
-from jft.tangent import space as spaces
+from jft.tangent import subspace as spaces
 from jft.tangent.kernel import MEMORY, kernel, pulled
 from jft.tangent.linearization import Direction, Linearized
-from jft.tangent.space import Select, Space
+from jft.tangent.subspace import Select, Space
 from jft.tangent.sweep import Taus, listed, through
 
 Array = jax.Array

@@ -9,7 +9,7 @@ import numpy as np
 
 from jft.tangent.kernel import KernelProduct
 from jft.tangent.linearization import Linearized
-from jft.tangent.space import Select
+from jft.tangent.subspace import Select
 
 
 class Spectrum(NamedTuple):

@@ -6,7 +6,7 @@ from jft.train.metrics import Logging
 from jft.train.objectives import Objective, objective, objectives
 from jft.train.optimizers import Optimizer, optimizer
 from jft.train.preemption import Preempted
-from jft.train.run import NonFiniteError, Run
+from jft.train.result import NonFiniteError, Run
 from jft.train.state import State
 
 __all__ = [

@@ -118,7 +118,9 @@ class Config:
     method: dict = _key({"name": "full"}, "name of a method and its options: see `jft methods`")
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    fleet: tuple = _key((), "runs to train side by side, each a section of what it has of its own: see jft.train.job")
+    fleet: tuple = _key(
+        (), "runs to train side by side, each a section of what it has of its own: see jft.train.experiment"
+    )
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jft.methods import Method
-from jft.train import preflight, trainable
+from jft.train import memory_check, trainable
 from jft.train.member import listed, member
 from jft.train.members import Fleet, Members
 from jft.train.metrics import Logging
 from jft.train.objectives import Objective
 from jft.train.preemption import Preempted, Watch
 from jft.train.report import Report
-from jft.train.run import Pending, Run
+from jft.train.result import Pending, Run
 from jft.train.run_config import RunConfig, options
 from jft.train.streams import Streams
 from jft.train.training import Training
@@ -102,10 +102,10 @@ def finetune(
 
     # How it lies on the devices, and whether it fits, before anything is allocated.
     update = members.compile_step(trains.recipe, params, trains.chosen, config.mesh, streams.differ)
-    batch = preflight.global_shapes(streams.peek(), axis=int(streams.differ))
+    batch = memory_check.global_shapes(streams.peek(), axis=int(streams.differ))
     donate = donate and members[0].method.schedule is None
     remedies = members.remedies(update, params, trains.chosen, batch)
-    memory = preflight.check(update, batch, model, params, donate, remedies)
+    memory = memory_check.check(update, batch, model, params, donate, remedies)
     params = jax.device_put(params, update.layout.params)
 
     # The state: from the newest checkpoint, or from the start.

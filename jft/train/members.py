@@ -18,9 +18,9 @@ import numpy as np
 from jft import tree
 from jft.methods import Plan
 from jft.methods.parametrise import Parametrisation
-from jft.train import preflight, setup, stacked, step
+from jft.train import memory_check, setup, stacked, step
 from jft.train.member import Member
-from jft.train.run import NonFiniteError
+from jft.train.result import NonFiniteError
 from jft.train.run_config import RunConfig
 
 
@@ -101,7 +101,7 @@ class Fleet(Members):
             while members:
                 part = self.compile_step(update.recipe, params, chosen, mesh, differ, members)
                 rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((members, *x.shape[1:]), x.dtype), batch)  # noqa: B023
-                yield f"{members} members", preflight.needs(part, rows if differ else batch, params).total
+                yield f"{members} members", memory_check.needs(part, rows if differ else batch, params).total
                 members //= 2
 
         return fewer

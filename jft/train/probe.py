@@ -19,9 +19,9 @@ from jft.methods.parametrise import Parametrisation
 from jft.models.core import is_jft_model
 from jft.select import probe
 from jft.train import evaluation, feed
-from jft.train.examples import Each, Setting, squares, tapped
 from jft.train.feed import Feed
 from jft.train.objectives import Objective
+from jft.train.per_example import Each, Setting, squares, tapped
 from jft.train.state import find_mesh
 from jft.train.step import Recipe, apply_of, dtype_of
 
@@ -82,7 +82,7 @@ class LoopProbe:
     objective: of the run. data: what :class:`jft.train.feed.Feed` takes and can be begun anew (a list of batches, a
     loader), or a function that gives such a thing each time it is called. seed: of all draws. mesh: default that of
     ``params``. dtype: as in :func:`jft.finetune`. accumulate: microbatches per batch. chunk: examples whose gradients in the
-    weights that are no matrix of a product (:mod:`jft.train.examples`) are held at once; default one for each shard of the
+    weights that are no matrix of a product (:mod:`jft.train.per_example`) are held at once; default one for each shard of the
     batch.
     train: ``train(steps, table=None, how=None, penalties=()) -> parameters`` (a pytree, or by path) after training of the
     candidates, or with a table of the layers that it names; what :meth:`tuned` gives.

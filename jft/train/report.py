@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jft.train import feed, identity, overview, preflight
+from jft.train import feed, identity, memory_check, overview
 from jft.train.metrics import Metrics
 from jft.train.optimizers import Given
 from jft.train.progress import Meter, Progress
-from jft.train.run import Pending
+from jft.train.result import Pending
 from jft.train.training import Training
 
 
@@ -34,7 +34,7 @@ class Report:
             self._metrics.append(Metrics(member.workdir, begin, tensorboard, config.log.wandb, primary))
         self._progress = Progress(config.steps, begin, config.log.progress and primary)
         times = 1 if training.streams.differ else len(members)
-        work = preflight.work(training.update, batch, training.params, times)
+        work = memory_check.work(training.update, batch, training.params, times)
         self._meter = Meter(work)
         self._introduce(f"step takes {memory}; FLOPs by {work.source}", example, begin)
 

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 
 from jft import delta, tree
-from jft.train import evaluation, identity, preflight, reselection, run, setup
+from jft.train import evaluation, identity, memory_check, reselection, result, setup
 from jft.train import trainable as trainables
 from jft.train.members import Members
-from jft.train.run import NonFiniteError, Pending, Run
+from jft.train.result import NonFiniteError, Pending, Run
 from jft.train.run_config import RunConfig, options
 from jft.train.state import Holdings, Settled
 from jft.train.step import Step
@@ -36,7 +36,7 @@ class Training:
     ):
         self.config, self.members, self.streams, self.update, self.params = config, members, streams, update, params
         self._plans, self._chosen, self._probe = trains.plans, trains.chosen, trains.probe
-        self._batch = preflight.global_shapes(streams.feed(0).peek())
+        self._batch = memory_check.global_shapes(streams.feed(0).peek())
         self._settled: Settled = {}
         self._facts = [self._describe(i) for i in range(len(members))]
         shared = delta.describe_base(params)  # read once
@@ -154,7 +154,7 @@ class Training:
         facts = {**member.manifest, **self._facts[i], "steps": int(state.step), "evaluation": scores, **stopped}
         encoded = reselection.change(self._settled, tree.flatten(base), plan.encode(base, kept, state.trained))
         vector = delta.TaskVector(encoded, {"base": self._bases[i], **delta.describe(None, **facts)})
-        run.save(vector, member.workdir)
+        result.save(vector, member.workdir)
         return Run(plan, state, rows, scores, vector, base, kept, error)
 
 

@@ -7,9 +7,9 @@ import pytest
 import jft
 from jft.analysis import arithmetic
 from jft.analysis.disentangle import Member, disentanglement
+from jft.analysis.interpolation import Forward, scores
 from jft.analysis.linearity import linearity
 from jft.analysis.ntk import task_kernel
-from jft.analysis.points import Forward, scores
 from jft.train.objectives import Classification, LanguageModel, objective
 
 

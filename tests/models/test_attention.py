@@ -13,7 +13,7 @@ from jft import parallel
 from jft.models import ClipConfig, DecoderConfig, EncoderConfig, Execution, Model, T5Config, VisionConfig
 from jft.models.clip import TextConfig
 from jft.models.rope import Rope
-from jft.models.tokens import TokenSelection
+from jft.models.token_merging import TokenSelection
 
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(1, 31, (2, 11)).astype(np.int32)

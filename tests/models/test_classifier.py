@@ -16,7 +16,7 @@ from jft.models.encoder import EncoderConfig
 from jft.models.hf import encoders, vision
 from jft.models.hf.mapping import Family
 from jft.models.model import Model
-from jft.models.seq2seq import T5Config
+from jft.models.t5 import T5Config
 from jft.models.vision import VisionConfig
 from tests.models import parity
 

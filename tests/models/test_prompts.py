@@ -11,8 +11,8 @@ import jft
 from jft import tree
 from jft.models.clip import ClipConfig, TextConfig
 from jft.models.model import Model
-from jft.models.prompts import NEVER, PromptClassifier, Texts
 from jft.models.suffix import precompute, split
+from jft.models.text_classifier import NEVER, PromptClassifier, Texts
 from jft.models.vision import VisionConfig
 
 VISION = VisionConfig(image=8, patch=2, channels=1, width=8, layers=3, heads=2, hidden=12, eps=1e-6)

@@ -10,7 +10,7 @@ import pytest
 from jft.models.core import Hooks
 from jft.models.hf.seq2seq import FAMILIES
 from jft.models.model import Model
-from jft.models.seq2seq import T5Config, bucket
+from jft.models.t5 import T5Config, bucket
 from tests.models import parity
 
 FAMILY = FAMILIES["t5"]

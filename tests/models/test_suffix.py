@@ -18,9 +18,9 @@ from jft.models.decoder import DecoderConfig
 from jft.models.encoder import EncoderConfig
 from jft.models.memory import Memory
 from jft.models.model import Model
-from jft.models.seq2seq import T5Config
 from jft.models.suffix import precompute, split
-from jft.models.tokens import TokenSelection
+from jft.models.t5 import T5Config
+from jft.models.token_merging import TokenSelection
 from jft.models.vision import VisionConfig
 
 RNG = np.random.default_rng(0)

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jft.parallel import make_mesh
-from jft.select import threshold, top, top_each, top_together, wide
+from jft.select import threshold, top, top_each, top_together, uint64
 
 SHAPES = {"a": (3, 8, 12), "b": (40,), "c": ()}
 SPECS = {"a": P(None, "fsdp", "tensor"), "b": P("fsdp"), "c": P()}
@@ -175,19 +175,19 @@ def test_no_arrays():
     assert top({}, 0) == {}
 
 
-sum_of = jax.jit(lambda counts: wide.sum_over(counts, [0]))
+sum_of = jax.jit(lambda counts: uint64.sum_over(counts, [0]))
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 2**60), min_size=1, max_size=6), st.integers(0, 2**60))
 def test_wide_counts(numbers, other):
-    counts = wide.of(np.asarray(numbers, np.uint64))
+    counts = uint64.of(np.asarray(numbers, np.uint64))
     total = sum_of(counts)
-    assert wide.number(total) == sum(numbers) == wide.number(counts)
-    assert bool(wide.reaches(total, wide.of(other))) == (sum(numbers) >= other)
-    assert bool(wide.equal(total, wide.of(sum(numbers))))
+    assert uint64.number(total) == sum(numbers) == uint64.number(counts)
+    assert bool(uint64.reaches(total, uint64.of(other))) == (sum(numbers) >= other)
+    assert bool(uint64.equal(total, uint64.of(sum(numbers))))
     smaller, larger = sorted([other, sum(numbers)])
-    assert wide.number(wide.subtract(wide.of(larger), wide.of(smaller))) == larger - smaller
+    assert uint64.number(uint64.subtract(uint64.of(larger), uint64.of(smaller))) == larger - smaller
 
 
 @pytest.mark.parametrize("at_once", [5, 12, 100])
@@ -221,7 +221,7 @@ def test_long_vectors(monkeypatch):
 def test_nothing_like_the_scores_is_kept_or_gathered(shape, spec, lead, dtype):
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     x = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-    k = wide.of(np.full(shape[:lead], 1000))
+    k = uint64.of(np.full(shape[:lead], 1000))
     key, shares, _ = jax.eval_shape(lambda x, k: threshold._shares((x,), k, lead, True), x, k)
     local = x.size * x.dtype.itemsize / 8
     for stage in (

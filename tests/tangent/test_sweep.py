@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import jft
 from jft import delta, parallel, tangent, tree
-from jft.tangent import space
+from jft.tangent import subspace
 from jft.tangent.sweep import stackable
 from tests.tangent import dense, models
 from tests.tangent.dense import TOLERANCES, close
@@ -216,7 +216,7 @@ def test_products_are_those_of_one_pass_and_the_directions(kind):
         return delta.TaskVector({p: column(x) for p, x in whole.items()})
 
     def products(run, *args):
-        return space._products(jax.make_jaxpr(run)(*args).jaxpr)
+        return subspace._products(jax.make_jaxpr(run)(*args).jaxpr)
 
     directions = [f_lin.direction(tau(seed)) for seed in range(3)]
     forward = products(lambda b: model.apply(params, b), batch)

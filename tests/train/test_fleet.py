@@ -10,7 +10,7 @@ import pytest
 import jft
 from jft.methods import InPlace, Method, Select
 from jft.select import budget, granularity, scores
-from jft.train import NonFiniteError, Preempted, job, preemption, stacked
+from jft.train import NonFiniteError, Preempted, experiment, preemption, stacked
 from jft.train.checkpoints import Changed
 from tests.methods import toy
 from tests.train import tools
@@ -266,9 +266,9 @@ def test_from_a_config(tmp_path):
         "log": {"progress": False},
         "fleet": [{"name": "a", "optimizer": {"lr": 1e-2}}, {"name": "b", "seed": 3, "data": {"rotate": 90}}],
     }  # fmt: skip
-    runs = job.run(config, tmp_path)
+    runs = experiment.run(config, tmp_path)
     assert len(runs) == 2
     first, second = (jft.TaskVector.load(tmp_path / n / "task_vector.safetensors").manifest for n in "ab")
     assert (first["optimizer"]["lr"], second["seed"], second["data"]["rotate"]) == (1e-2, 3, 90)
     with pytest.raises(ValueError, match=r"config.fleet\[0\] has no key 'sed'"):
-        job.run({**config, "fleet": [{"sed": 1}]}, tmp_path / "other")
+        experiment.run({**config, "fleet": [{"sed": 1}]}, tmp_path / "other")

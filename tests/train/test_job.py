@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 import jft
 from jft.train import config as configs
-from jft.train import job
+from jft.train import experiment
 
 VISION = {"image": 8, "patch": 4, "channels": 1, "width": 16, "layers": 2, "heads": 2, "hidden": 32}
 DECODER = {"width": 16, "layers": 2, "heads": 2, "hidden": 32}
@@ -86,7 +86,7 @@ def test_job_errors_leave_nothing_behind(tmp_path, change, message):
             section = section[name]
         section[last] = value
     with pytest.raises(ValueError, match=message):
-        job.run(config, tmp_path / "run")
+        experiment.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -95,7 +95,7 @@ def test_a_run_from_a_config_on_eight_devices(tmp_path):
     config = digits()
     config.method = {"name": "lora", "rank": 2, "also": "^classifier/"}
     config.checkpoint.every = 4
-    first = job.run(config, tmp_path)
+    first = experiment.run(config, tmp_path)
     assert len(first.state.step.sharding.device_set) == 8
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["data"]["task"] == "parity"
@@ -106,7 +106,7 @@ def test_a_run_from_a_config_on_eight_devices(tmp_path):
         "task_vector.safetensors",
     ]
     config.steps = 6
-    second = job.run(config, tmp_path)
+    second = experiment.run(config, tmp_path)
     assert int(second.state.step) == 6
     assert second.task_vector.manifest["config"]["steps"] == 6
     assert set(second.evaluation) == {"loss", "accuracy"}
@@ -125,15 +125,15 @@ def test_a_saved_result_is_a_source_again(tmp_path):
         "max_length": 32,
         "pack": "concat",
     }
-    run = job.run(config, tmp_path / "one")
+    run = experiment.run(config, tmp_path / "one")
     assert run.params["embed"]["table"].shape[0] == 264, "the tokenizer gives the vocabulary"
-    model, _ = job.build_model(
+    model, _ = experiment.build_model(
         configs.check(config).model, tokenizer=jft.data.build(config.data, batch_size=8).tokenizer
     )
     jft.save(model, run.params, tmp_path / "model")
     config.model.arch, config.model.options, config.model.source = "", {}, str(tmp_path / "model")
     config.model.dtype = "bfloat16"
-    again = job.run(config, tmp_path / "two")
+    again = experiment.run(config, tmp_path / "two")
     base = jax.tree.map(np.asarray, jft.load(tmp_path / "model", dtype="float32")[1])
     jax.tree.map(np.testing.assert_array_equal, base, jax.tree.map(np.asarray, run.params))
     assert again.task_vector.manifest["source"] == str(tmp_path / "model")
@@ -144,12 +144,12 @@ def test_a_refused_start_leaves_the_run_that_is_there(tmp_path, every):
     """A start that is refused changes nothing: neither checkpoints, config, metrics nor the task vector are lost."""
     config = digits()
     config.steps, config.checkpoint.every = 2, every
-    job.run(config, tmp_path)
+    experiment.run(config, tmp_path)
     names = ("config.json", "metrics.jsonl", "task_vector.safetensors")
     before = [(tmp_path / name).read_bytes() for name in names]
     config.method = {"name": "lora", "rank": 2}
     with pytest.raises(ValueError, match=r"of another run(.|\n)*method.name: 'full' -> 'lora'"):
-        job.run(config, tmp_path)
+        experiment.run(config, tmp_path)
     assert [(tmp_path / name).read_bytes() for name in names] == before
 
 
@@ -163,17 +163,17 @@ def test_rows_longer_than_the_models_positions_are_refused(tmp_path):
     config.data = data | {"classes": 2, "tokenizer": "bytes", "max_length": 16}
     config.eval_data = {k: v for k, v in config.data.items() if k != "tokenizer"} | {"max_length": 17}
     with pytest.raises(ValueError, match=r"rows of 17 tokens, but the model has 16 positions; set data.max_length"):
-        job.run(config, tmp_path / "run")
+        experiment.run(config, tmp_path / "run")
     config.data.max_length, config.eval_data.max_length = 17, 16
     with pytest.raises(ValueError, match="rows of 17 tokens"):
-        job.run(config, tmp_path / "run")
+        experiment.run(config, tmp_path / "run")
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tmp_path):
     config = digits()
     config.batch_size = 12
     with pytest.raises(ValueError, match=r"a batch of 12 does not divide over the 8 devices .* multiple of 8"):
-        job.run(config, tmp_path)
+        experiment.run(config, tmp_path)
 
 
 def test_a_bad_record_ends_the_run_with_its_state_saved(tmp_path):
@@ -187,17 +187,17 @@ def test_a_bad_record_ends_the_run_with_its_state_saved(tmp_path):
     config.data = config.data.to_dict() | {"classes": 2, "tokenizer": "bytes", "max_length": 16}
     config.eval_data, config.steps, config.batch_size = {}, 20, 8
     with pytest.raises(ValueError, match=r"data.jsonl:33: .*is 7.*; the state after step \d+ is saved in") as caught:
-        job.run(config, tmp_path / "run")
+        experiment.run(config, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / str(caught.value).split("after step ")[1].split()[0]).is_dir()
     file.write_text("\n".join([*lines, json.dumps({"text": "x", "label": 1}), *lines]) + "\n")
-    assert int(job.run(config, tmp_path / "run").state.step) == 20
+    assert int(experiment.run(config, tmp_path / "run").state.step) == 20
 
 
 @pytest.mark.slow
 def test_a_run_never_loads_heavy_libraries(tmp_path):
     script = (
-        "import sys; from tests.train.test_job import digits; from jft.train import job\n"
-        f"job.run(digits(), {str(tmp_path)!r})\n"
+        "import sys; from tests.train.test_job import digits; from jft.train import experiment\n"
+        f"experiment.run(digits(), {str(tmp_path)!r})\n"
         "print(sorted({'torch', 'transformers', 'tensorflow'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)

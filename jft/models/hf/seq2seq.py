@@ -7,7 +7,7 @@ from typing import Any
 from jft.models.hf.config_json import activation, activation_name
 from jft.models.hf.mapping import Family, Source
 from jft.models.hf.sources import Sources, present
-from jft.models.seq2seq import T5Config
+from jft.models.t5 import T5Config
 
 
 def _from_hf(raw: dict[str, Any]) -> T5Config:

@@ -95,7 +95,7 @@ def _vit_to_hf(config: VisionConfig) -> dict[str, Any]:
 def _tower(config: VisionConfig) -> dict[str, Any]:
     if config.selection is not None:
         raise ValueError(
-            "a checkpoint cannot say that tokens are selected; save jft.models.tokens.with_selection(model, None)"
+            "a checkpoint cannot say that tokens are selected; save jft.models.token_merging.with_selection(model, None)"
         )
     return {
         "image_size": config.image,

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from jft.analysis import arithmetic, disentangle, outcomes, points, records, seeds, settings
+from jft.analysis import arithmetic, disentangle, interpolation, outcomes, records, seeds, settings
 from jft.analysis.bases import Base
-from jft.analysis.points import Forward
+from jft.analysis.interpolation import Forward
 from jft.analysis.tasks import Task
 from jft.delta import TaskVector
 
@@ -83,7 +83,7 @@ def _protocols(
     forward: Forward,
 ) -> dict[str, list[Found]]:
     options = config["arithmetic"]
-    grid = points.grid(0, options["largest"], options["points"])
+    grid = interpolation.grid(0, options["largest"], options["points"])
 
     def score(task: str, split: str, taus: Sequence[TaskVector], coefficients: Any) -> np.ndarray:
         return tasks[task].scores(split, base.params, taus, coefficients, forward)
