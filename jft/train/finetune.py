@@ -12,15 +12,14 @@ import jax
 
 from jft.methods import Method
 from jft.train import memory_check, trainable
-from jft.train.member import listed, member
-from jft.train.members import Fleet, Members
+from jft.train.feed import Streams
+from jft.train.members import Fleet, Members, listed, member
 from jft.train.metrics import Logging
 from jft.train.objectives import Objective
 from jft.train.preemption import Preempted, Watch
 from jft.train.report import Report
 from jft.train.result import Pending, Run
 from jft.train.run_config import RunConfig, options
-from jft.train.streams import Streams
 from jft.train.training import Training
 
 if TYPE_CHECKING:

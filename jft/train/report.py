@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jft.train import feed, identity, memory_check, overview
+from jft.train import feed, identity, memory_check, summary
 from jft.train.metrics import Metrics
 from jft.train.optimizers import Given
 from jft.train.progress import Meter, Progress
@@ -24,7 +24,7 @@ class Report:
     def __init__(self, training: Training, begin: int, memory: Any, batch: Any, tokenizer: Any):
         self._training, config, members = training, training.config, training.members
         self._log, self._steps, primary = config.log, config.steps, jax.process_index() == 0
-        example = overview.example(training.streams.feed(0).peek(), config.objective, tokenizer)
+        example = summary.example(training.streams.feed(0).peek(), config.objective, tokenizer)
         # Not before: a start that was refused leaves the config of the run that is there.
         self._metrics = []
         for member in members:
@@ -42,10 +42,10 @@ class Report:
         run, layout = self._training, self._training.update.layout
         plan, trained = run.update.recipe.plan, run.update.single.trained
         shardings = None if layout.mesh is None else layout.params
-        self.say(overview.text(overview.rows(run.params, trained, shardings)))
+        self.say(summary.text(summary.rows(run.params, trained, shardings)))
         names = ", ".join(member.name for member in run.members)
         members = f"{len(run.members)} members ({names}), each by " if run.members.stacked else ""
-        self.say(f"{members}method {overview.describe(plan)}; {costs}")
+        self.say(f"{members}method {summary.describe(plan)}; {costs}")
         if example:
             self.say(example)
         if "classifier/w" in plan.paths and "classifier/w" not in plan.leaves:

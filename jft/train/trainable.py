@@ -13,10 +13,10 @@ from jft.select.granularity import Block
 from jft.select.layers import Listed
 from jft.select.probe import Probe
 from jft.train import step
+from jft.train.feed import Streams
 from jft.train.members import Members
 from jft.train.probe import probe_of
 from jft.train.run_config import RunConfig
-from jft.train.streams import Streams
 
 
 @dataclasses.dataclass(frozen=True)

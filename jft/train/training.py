@@ -12,12 +12,12 @@ import numpy as np
 from jft import delta, tree
 from jft.train import evaluation, identity, memory_check, reselection, result, setup
 from jft.train import trainable as trainables
+from jft.train.feed import Streams
 from jft.train.members import Members
 from jft.train.result import NonFiniteError, Pending, Run
 from jft.train.run_config import RunConfig, options
 from jft.train.state import Holdings, Settled
 from jft.train.step import Step
-from jft.train.streams import Streams
 from jft.train.trainable import Trainable
 
 
