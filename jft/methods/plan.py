@@ -177,6 +177,14 @@ class Plan:
         """The paths inside which parts are selected, so that :meth:`init` needs to be told which."""
         return tuple(p for p, how in self.leaves.items() if how.selects)
 
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The paths that a score or a search chooses among: what trains beside them, by ``also``, takes nothing of a budget."""
+        if self.selects or not self.method.undecided:
+            return self.selects or tuple(self.leaves)
+        beside = tree.matcher(self.method.also)
+        return tuple(p for p in self.leaves if not (self.method.also and beside(p)))
+
     def granularity(self, path: str, shape: Sequence[int]) -> Granularity:
         """As what the parts of a weight are selected that :attr:`selects` names."""
         unit = self.method.select.granularity_of(path, shape)

@@ -303,7 +303,7 @@ def probe_of(
         )
         stream.seek(position)
         # In float32, so that small steps from a base of fewer bits are seen.
-        inside = recipe.plan.selects or tuple(recipe.plan.leaves)
+        inside = recipe.plan.candidates
         wide = lambda p, x: jax.ShapeDtypeStruct(
             x.shape, jnp.promote_types(x.dtype, jnp.float32) if p in inside else x.dtype
         )
@@ -318,7 +318,7 @@ def probe_of(
     return LoopProbe(
         model,
         params,
-        recipe.plan.selects or tuple(recipe.plan.leaves),
+        recipe.plan.candidates,
         recipe.objective,
         lambda: _ahead(stream),
         seed=seed,
@@ -332,7 +332,7 @@ def probe_of(
 
 def _phase(plan: Plan, how: Parametrisation, penalties: tuple) -> Method:
     """Training of the candidates of ``plan`` as a whole, and as it does of whatever trains beside them."""
-    inside = plan.selects or tuple(plan.leaves)
+    inside = plan.candidates
     named = {p: f"^{re.escape(p)}$" for p in plan.leaves}
     beside = tuple(pattern for p, pattern in named.items() if p not in inside)
     return Method(Select(tuple(named[p] for p in inside)), how, beside, penalties=penalties, name="phase")

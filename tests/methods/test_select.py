@@ -95,6 +95,19 @@ def test_layers_within_a_share_of_the_parameters(params):
     assert {len(x) for x in table.values()} == {2}
 
 
+def test_what_trains_beside_a_selection_takes_nothing_of_its_budget(params):
+    """A head that scores most, trained by ``also``: as many matrices as without it."""
+    flat = {**tree.flatten(params), "head/w": 100 * tree.flatten(params)["head/w"]}
+    chosen = select(granularity.Matrix(), budget.Globally(count=3))
+    paths = {}
+    for also in ((), ("^head/",)):
+        method = Method(chosen, InPlace(), also=also)
+        run = jft.finetune(decoder.MODEL, tree.unflatten(flat), DATA, steps=1, method=method, log={"progress": False})
+        paths[also] = {p: x.indices.tolist() for p, x in run.task_vector.items() if p != "head/w"}
+        assert ("head/w" in run.task_vector.paths) == bool(also)
+    assert paths[()] == paths["^head/",] and sum(map(len, paths[()].values())) == 3
+
+
 def test_whole_weights_by_name(params):
     found = {p: x.sum() for p, x in sizes(params).items() if p.endswith("/w")}
     best = max(found, key=found.get)
