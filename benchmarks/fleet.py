@@ -37,7 +37,7 @@ import numpy as np
 
 import jft
 from jft import data
-from jft.analysis import bases, outcomes, records, settings, tasks
+from jft.analysis import bases, run_store, settings, task_runs, tasks
 from jft.train import finetune, stacked, step
 
 QUICKSTART = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "quickstart.py"))
@@ -54,7 +54,7 @@ QUIET = {"every": 5, "progress": False}
 def prepared(folder: Path):
     config = QUICKSTART["digits"]()
     config.base.train.steps = 50  # what the base knows changes no time
-    config = records.plain(config)
+    config = run_store.plain(config)
     base = bases.prepare(config["base"], config["common"], folder / "base")
     return config, base, tasks.prepare_all(config, base, folder)
 
@@ -85,7 +85,7 @@ def loader(member, seed):
 def shared(config, task, method, steps):
     of_run = settings.of_run(config, task.name, "lora")
     optimizer = dataclasses.asdict(of_run.optimizer)
-    chosen = {**METHODS[method], "freeze": outcomes.frozen(task.model.config.backbone)}
+    chosen = {**METHODS[method], "freeze": task_runs.frozen(task.model.config.backbone)}
     return {
         "method": chosen,
         "optimizer": optimizer,
@@ -145,7 +145,7 @@ class Commands:
             "steps": steps,
             "batch_size": 64,
             "model": {"source": str(folder / "base"), "classes": 10, "pool": "mean"},
-            "method": {**METHODS[method], "freeze": list(outcomes.frozen(task.model.config.backbone))},
+            "method": {**METHODS[method], "freeze": list(task_runs.frozen(task.model.config.backbone))},
             "optimizer": {"schedule": "cosine", "warmup": 20},
             "checkpoint": {"every": steps},
             "log": QUIET,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import data, files, parallel, tree
-from jft.analysis import records, settings
+from jft.analysis import run_store, settings
 from jft.models.classifier import Classifier
 from jft.models.loading import fetch
 from jft.models.model import Model
@@ -73,14 +73,14 @@ def prepare(config: Mapping[str, Any], common: Mapping[str, Any], workdir: Path)
 def _pretrained(partial: Mapping[str, Any], workdir: Path) -> tuple[Model, Any, Any, dict[str, Any]]:
     """Model, parameters, tokenizer and facts of the training run ``partial``, run here unless it is whole already."""
     train = check(settings.overlay(settings.QUIET, partial))
-    done, kept = records.read(workdir, train), workdir / "params.safetensors"
+    done, kept = run_store.read(workdir, train), workdir / "params.safetensors"
     if done is None:
         since = time.perf_counter()
         run = experiment.run(dataclasses.asdict(train), workdir)
         losses = [row["loss"] for row in run.metrics if row["split"] == "train"]
         write_params(run.params, kept)
         done = {"steps": train.steps, "seconds": time.perf_counter() - since, "loss": losses[-1]}
-        records.write(workdir, train, done)
+        run_store.write(workdir, train, done)
     loader = data.build(
         train.data, batch_size=train.batch_size, directory=workdir, image_size=train.model.options.get("image")
     )

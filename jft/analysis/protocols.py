@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jft.analysis import arithmetic, disentangle, interpolation, outcomes, records, seeds, settings
+from jft.analysis import arithmetic, disentangle, interpolation, run_store, seeds, settings, task_runs
 from jft.analysis.bases import Base
 from jft.analysis.interpolation import Forward
 from jft.analysis.tasks import Task
@@ -41,7 +41,7 @@ def examined(
         return found
     for method, seed in itertools.product(config["methods"], config["seeds"] or (None,)):
         source = settings.source(config, method)
-        files = {t: seeds.folder(workdir, t, source, seed) / outcomes.VECTOR for t in tasks}
+        files = {t: seeds.folder(workdir, t, source, seed) / task_runs.VECTOR for t in tasks}
         loaded = {t: TaskVector.load(file) for t, file in files.items()}
         forward = settings.forward(config, method, next(iter(loaded.values())))
         # Masks are changes of this base; sums of them are sums of what they change.
@@ -55,7 +55,7 @@ def examined(
         suffix = "" if seed is None else f"_seed_{seed}"
         compute = functools.partial(_protocols, config, base, tasks, mine, vectors, forward)
         asked = _asked(config, base, files, forward)
-        for key, rows in records.kept(workdir / f"arithmetic_{method}{suffix}.json", asked, compute).items():
+        for key, rows in run_store.kept(workdir / f"arithmetic_{method}{suffix}.json", asked, compute).items():
             found[key] += [told | row for row in rows]
             for row in rows:
                 say(f"{name}: {key}, {method}{'' if seed is None else f', seed {seed}'}: {_told(key, row)}")

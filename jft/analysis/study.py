@@ -18,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jft.analysis import environment, outcomes, protocols, records, report, seeds, settings, tables
+from jft.analysis import environment, protocols, report, run_store, seeds, settings, tables, task_runs
 from jft.analysis.bases import prepare
 from jft.analysis.tasks import prepare_all
 
@@ -140,7 +140,7 @@ def _check(study: Mapping[str, Any]) -> None:
 def run(config: ConfigDict, workdir: Path, command: str, say: Say = print) -> Path:
     """All studies of ``config`` in ``workdir``. Returns the path of the report."""
     since = time.perf_counter()
-    plain = records.plain(config)
+    plain = run_store.plain(config)
     check(plain)
     workdir.mkdir(parents=True, exist_ok=True)
     found = [_run(name, one, workdir / name, say) for name, one in plain["studies"].items()]
@@ -156,7 +156,7 @@ def run(config: ConfigDict, workdir: Path, command: str, say: Say = print) -> Pa
         "config": plain,
         "studies": found,
     }
-    records.write_json(results, workdir / "results.json")
+    run_store.write_json(results, workdir / "results.json")
     for one in found:
         tables.write(one, workdir)
     return report.write(results, workdir)
@@ -172,7 +172,7 @@ def _run(name: str, config: Mapping[str, Any], workdir: Path, say: Say) -> dict[
         for seed in config["seeds"] or (None,):
             since = time.perf_counter()
             told = "" if seed is None else f", seed {seed}"
-            for outcome in outcomes.of_method(config, base, list(tasks.values()), method, seed, workdir):
+            for outcome in task_runs.of_method(config, base, list(tasks.values()), method, seed, workdir):
                 runs.append(outcome)
                 before, after = (
                     report.score(score, config["metric"]) for score in (tasks[outcome["task"]].base, outcome["score"])

@@ -164,13 +164,13 @@ def drawn(plan: Plan, params: Any, model: Model, mesh: Any = None) -> dict[str, 
     """What a plan of :func:`by_chance` selects."""
     if not plan.selects:
         return {}
-    probe = _Drawing(plan.selects, tree.flatten(params), jax.random.key(1), model, plan.structured)
-    return selecting.choose(plan, probe, trainable.grids(plan, params, mesh))  # type: ignore[arg-type]
+    calibration = _Drawing(plan.selects, tree.flatten(params), jax.random.key(1), model, plan.structured)
+    return selecting.choose(plan, calibration, trainable.grids(plan, params, mesh))  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Drawing:
-    """A probe for random scores."""
+    """A calibration for random scores."""
 
     paths: tuple[str, ...]
     params: Mapping[str, Any]

@@ -198,13 +198,13 @@ def main(argv: Sequence[str]) -> int:
     """``jft analyze disentangle | ntk | linearity RUN... [--out=DIR] [--json]``."""
     given = _options(argv)
 
-    from jft.analysis import drawing, records
+    from jft.analysis import drawing, run_store
 
     restored.start()
     found, figures, lines = ACTIONS[given.action](given)
     out = Path(given.out) if given.out else Path(given.runs[0]) / "analysis"
     out.mkdir(parents=True, exist_ok=True)
-    records.write_json(found, out / f"{given.action}.json")
+    run_store.write_json(found, out / f"{given.action}.json")
     for name, figure in figures.items():
         drawing.save(figure, out / f"{name}.png")
     print(json.dumps(found) if given.json else "\n".join([*lines, f"wrote {out}"]))

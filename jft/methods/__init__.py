@@ -1,5 +1,6 @@
 """Fine-tuning methods: what is selected, how it trains, and the registry of published presets."""
 
+from jft.methods.card import Card
 from jft.methods.layers import SomeLayers
 from jft.methods.low_rank import LowRank, LowRankFixed, WithLowRank
 from jft.methods.parametrise import InPlace, InPlaceSelected, Parametrisation
@@ -12,6 +13,7 @@ from jft.methods.select import Select
 __all__ = [
     "L2SP",
     "After",
+    "Card",
     "Entry",
     "InPlace",
     "InPlaceSelected",

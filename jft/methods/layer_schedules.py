@@ -54,4 +54,4 @@ class Decided(Schedule):
         return step > 0 and step % self.every == 0
 
     def renew(self, standing: Standing) -> Renewal:
-        return Renewal({}, method=standing.plan.method.decided(self.choice(standing.probe)))
+        return Renewal({}, method=standing.plan.method.decided(self.choice(standing.calibration)))

@@ -6,20 +6,20 @@ from collections.abc import Mapping
 
 from jft import tree
 from jft.models.core import is_jft_model
-from jft.select.probe import Probe
+from jft.select.calibration import Calibration
 
 HIGHER_IS_BETTER = ("accuracy",)
 
 
-def stacks(probe: Probe) -> dict[str, int]:
+def stacks(calibration: Calibration) -> dict[str, int]:
     """The stacks of layers that have candidates, and how many layers each has."""
-    if not is_jft_model(probe.model):
+    if not is_jft_model(calibration.model):
         raise ValueError(
             "layers are told apart in jft's own models, whose weights are stacked; select by pattern instead"
         )
-    found = tree.stacks({p: probe.params[p] for p in probe.paths})
+    found = tree.stacks({p: calibration.params[p] for p in calibration.paths})
     if not found:
-        raise ValueError(f"none of the candidates is in a layer: {', '.join(probe.paths[:3])}")
+        raise ValueError(f"none of the candidates is in a layer: {', '.join(calibration.paths[:3])}")
     return found
 
 

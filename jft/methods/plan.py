@@ -20,8 +20,8 @@ from jft.methods.parametrise import InPlace, Parametrisation
 from jft.methods.select import Select
 from jft.models.core import STRUCTURED, Runs, is_jft_model
 from jft.select import layers
+from jft.select.calibration import lead
 from jft.select.granularity import Granularity
-from jft.select.probe import lead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +108,12 @@ class Method:
         choice = self.select.choice
         return choice if getattr(choice, "from_data", False) else None
 
-    def decide(self, probe: Any) -> dict[str, Any]:
+    def decide(self, calibration: Any) -> dict[str, Any]:
         """The table that :attr:`undecided` comes to."""
         choice = self.undecided
         if choice is None:
             raise ValueError(f"method {self.name!r} has nothing to decide from data")
-        return dict(choice(probe))
+        return dict(choice(calibration))
 
     def decided(self, table: layers.Table) -> Method:
         """The method after :attr:`undecided` has come to ``table``."""

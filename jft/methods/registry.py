@@ -10,6 +10,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jft.methods.card import Card
 from jft.methods.patterns import EVERYTHING, Patterns, patterns
 from jft.methods.plan import Method
 from jft.names import nearest
@@ -22,6 +23,7 @@ class Entry:
     name: str
     build: Callable[..., Method]
     paper: str
+    card: Card | None = None
 
     @property
     def summary(self) -> str:
@@ -52,15 +54,25 @@ _ENTRIES: dict[str, Entry] = {}
 _NARROWING: dict[str, tuple[str, ...]] = {"include": EVERYTHING, "exclude": ()}
 
 
-def register(name: str, *, paper: str) -> Callable[[Callable[..., Method]], Callable[..., Method]]:
-    """Decorator: make ``build(**options) -> Method`` available as ``jft.method(name, **options)``."""
+def register(
+    name: str, *, paper: str, card: Card | None = None
+) -> Callable[[Callable[..., Method]], Callable[..., Method]]:
+    """Decorator: make ``build(**options) -> Method`` available as ``jft.method(name, **options)``.
+
+    paper: authors, year and arXiv id, or ``-``. card: how it stands to the paper. Raises ``ValueError`` for a name that is
+    taken, a missing docstring, and a card that speaks of options the preset does not have.
+    """
 
     def add(build: Callable[..., Method]) -> Callable[..., Method]:
         if name in _ENTRIES:
             raise ValueError(f"method {name!r} is registered already")
         if not inspect.getdoc(build):
             raise ValueError(f"method {name!r} has no docstring; `jft methods` prints its first paragraph")
-        _ENTRIES[name] = Entry(name, build, paper)
+        entry = Entry(name, build, paper, card)
+        for option in card.defaults if card else ():
+            if option not in entry.arguments:
+                raise ValueError(f"the card of {name!r} has a default of {option!r}, which is none of its options")
+        _ENTRIES[name] = entry
         return build
 
     return add

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jft.methods import selecting
 from jft.methods.plan import Method, Plan
 from jft.select import scores, threshold
-from jft.select.probe import Probe
+from jft.select.calibration import Calibration
 
 Array = jax.Array
 
@@ -39,12 +39,12 @@ class Renewal:
 
 @dataclasses.dataclass(frozen=True)
 class Standing:
-    """Where a run stands when it selects anew: its plan, what it holds by path, and the probe at its current weights."""
+    """Where a run stands when it selects anew: its plan, what it holds by path, and the calibration at its current weights."""
 
     plan: Plan
     kept: Mapping[str, Any]
     trained: Mapping[str, Any]
-    probe: Probe
+    calibration: Calibration
     grids: Mapping[str, tuple[int, int]]
     step: int
     steps: int
@@ -55,9 +55,9 @@ class Schedule:
 
     reset: bool = False
 
-    def begin(self, plan: Plan, probe: Probe, grids: Mapping[str, tuple[int, int]]) -> dict[str, Array]:
+    def begin(self, plan: Plan, calibration: Calibration, grids: Mapping[str, tuple[int, int]]) -> dict[str, Array]:
         """``{path: at}`` of what trains from the start."""
-        return selecting.choose(plan, probe, grids)
+        return selecting.choose(plan, calibration, grids)
 
     def due(self, step: int, steps: int) -> bool:
         """Whether to select anew before update ``step`` (from 0) out of ``steps``."""
@@ -88,7 +88,7 @@ class Refresh(Schedule):
         return step > 0 and step % self.every == 0 and (not self.times or step // self.every <= self.times)
 
     def renew(self, standing: Standing) -> Renewal:
-        return Renewal(selecting.choose(standing.plan, standing.probe, standing.grids))
+        return Renewal(selecting.choose(standing.plan, standing.calibration, standing.grids))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +102,10 @@ class After(Schedule):
         if self.steps < 1:
             raise ValueError(f"a selection after {self.steps} steps; at least 1")
 
-    def begin(self, plan: Plan, probe: Probe, grids: Mapping[str, tuple[int, int]]) -> dict[str, Array]:
+    def begin(self, plan: Plan, calibration: Calibration, grids: Mapping[str, tuple[int, int]]) -> dict[str, Array]:
         chosen = {}
         for path in plan.selects:
-            shape, lead = probe.params[path].shape, probe.lead(path)
+            shape, lead = calibration.params[path].shape, calibration.lead(path)
             unit = plan.granularity(path, shape)
             nothing = jnp.zeros(unit.units(shape, lead), bool)
             chosen[path] = unit.locate(nothing, lead, grids.get(path, (1, 1)))
@@ -115,7 +115,7 @@ class After(Schedule):
         return step == self.steps
 
     def renew(self, standing: Standing) -> Renewal:
-        return Renewal(selecting.choose(standing.plan, standing.probe, standing.grids))
+        return Renewal(selecting.choose(standing.plan, standing.calibration, standing.grids))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,25 +153,25 @@ class DropAndGrow(Schedule):
 
     def renew(self, standing: Standing) -> Renewal:
         share = self.rate(standing.step, standing.steps)
-        grown, seeds = self._growth(standing.probe)
+        grown, seeds = self._growth(standing.calibration)
         change = standing.plan.change(standing.kept, standing.trained)
         chosen = {}
         for path, how in standing.plan.leaves.items():
             if not how.selects:
                 continue
-            kept, lead = standing.kept[path], standing.probe.lead(path)
+            kept, lead = standing.kept[path], standing.calibration.lead(path)
             mask = _replaced(how, kept, change[path], grown[path], share, lead, self.grow == "gradient")
             unit = standing.plan.granularity(path, kept["w"].shape)
             chosen[path] = unit.locate(mask, lead, standing.grids.get(path, (1, 1)))
         return Renewal(chosen, seeds=seeds, age=self.batches if seeds else 0)
 
-    def _growth(self, probe: Probe) -> tuple[dict[str, tuple[Array, ...]], dict[str, tuple[Array, Array]]]:
+    def _growth(self, calibration: Calibration) -> tuple[dict[str, tuple[Array, ...]], dict[str, tuple[Array, Array]]]:
         """What newcomers compete by, and what their moments start from."""
         if self.grow == "sm3":
-            return {p: (x,) for p, x in scores.SM3(self.batches)(probe).items()}, {}
-        zeros = {p: jnp.zeros(probe.params[p].shape, jnp.float32) for p in probe.paths}
-        total, squares = probe.fold(_add_both, (zeros, jax.tree.map(jnp.copy, zeros)), self.batches)
-        first = probe.gradient(1)
+            return {p: (x,) for p, x in scores.SM3(self.batches)(calibration).items()}, {}
+        zeros = {p: jnp.zeros(calibration.params[p].shape, jnp.float32) for p in calibration.paths}
+        total, squares = calibration.fold(_add_both, (zeros, jax.tree.map(jnp.copy, zeros)), self.batches)
+        first = calibration.gradient(1)
         growth: dict[str, tuple[Array, ...]] = {p: (jnp.abs(total[p]), jnp.abs(first[p])) for p in total}
         return growth, {p: (total[p] / self.batches, squares[p] / self.batches) for p in total}
 

@@ -13,21 +13,21 @@ from jft.delta import ExpertLayout, SliceLayout
 from jft.delta.changed import COLUMNS, ROWS
 from jft.methods.plan import Plan
 from jft.select import budget
-from jft.select.probe import Probe
-from jft.select.probe import lead as leading
+from jft.select.calibration import Calibration
+from jft.select.calibration import lead as leading
 
 
-def choose(plan: Plan, probe: Probe, grids: Mapping[str, tuple[int, int]]) -> dict[str, jax.Array]:
+def choose(plan: Plan, calibration: Calibration, grids: Mapping[str, tuple[int, int]]) -> dict[str, jax.Array]:
     """``{path: at}`` for the paths that ``plan`` selects inside: the layout of ``at`` is told in :mod:`jft.delta.selected`.
 
     grids: into how many cells the last two axes of each weight are cut; one where it is not named. A score may give one
     number for each unit of a weight in place of one for each entry.
     """
     select = plan.method.select
-    scores = select.score(probe)
+    scores = select.score(calibration)
     units, masks, costs, leads, shapes = {}, {}, {}, {}, {}
     for path in plan.selects:
-        shapes[path], leads[path] = tuple(probe.params[path].shape), probe.lead(path)
+        shapes[path], leads[path] = tuple(calibration.params[path].shape), calibration.lead(path)
         units[path] = plan.granularity(path, shapes[path])
         of_units = scores[path].shape == units[path].units(shapes[path], leads[path])
         masks[path] = scores[path] if of_units else units[path].pool(scores[path], leads[path], select.pool)

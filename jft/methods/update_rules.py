@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import jax
 
-from jft.select.probe import Probe, lead
+from jft.select.calibration import Calibration, lead
 
 Array = jax.Array
 Values = Mapping[str, Any]
@@ -36,7 +36,7 @@ class Rule:
         """The memory before the first step; None for a rule without."""
         return None
 
-    def measure(self, plan: Any, probe: Probe, memory: Any) -> Any:
+    def measure(self, plan: Any, calibration: Calibration, memory: Any) -> Any:
         """The memory of a run that starts, from what the base and the first batches say; None for that of :meth:`init`."""
         return None
 

@@ -15,7 +15,7 @@ from jft.models import blocks, core
 from jft.models.batch import inputs
 from jft.models.core import Execution, Hooks, Params, Scope
 from jft.models.model import Model
-from jft.models.suffix import entering
+from jft.models.split import entering
 from jft.models.vision import VisionConfig
 
 Array = jax.Array

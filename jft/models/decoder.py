@@ -18,7 +18,7 @@ from jft.models.core import ACTIVATIONS, Execution, Hooks, Params, Scope, layer_
 from jft.models.memory import Memory, remember
 from jft.models.moe import Experts, moe
 from jft.models.rope import Rope, rotate
-from jft.models.segments import collect, cut, inside
+from jft.models.split import collect, cut, inside
 
 Array = jax.Array
 UNLIMITED = 2**30

@@ -172,10 +172,12 @@ def _tensor(name: str, parts: list[Part], flat: dict[str, Any], dtype: Any) -> w
 
 def _whole(source: Source, shape: tuple[int, ...], value: np.ndarray) -> np.ndarray | None:
     """The tensor as a view of its only leaf, for the two commonest views; None for others."""
-    probe = source.view(np.empty(shape, np.bool_))
-    if probe.shape == shape and probe.flags.c_contiguous:
+    calibration = source.view(np.empty(shape, np.bool_))
+    if calibration.shape == shape and calibration.flags.c_contiguous:
         return value
-    return value.T if probe.ndim == 2 and probe.T.shape == shape and probe.T.flags.c_contiguous else None
+    return (
+        value.T if calibration.ndim == 2 and calibration.T.shape == shape and calibration.T.flags.c_contiguous else None
+    )
 
 
 def _host(leaf: Any, place: tuple[int, ...]) -> np.ndarray:

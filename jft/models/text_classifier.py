@@ -48,7 +48,7 @@ class Texts:
 class PromptClassifier:
     """``exp(logit_scale) image text^T``: logits ``[B, C]`` of images for the classes that ``texts`` describe.
 
-    clip: a ``ClipConfig``, or the config of its suffix (:func:`jft.models.suffix.split`), with texts from the same prefix:
+    clip: a ``ClipConfig``, or the config of its suffix (:func:`jft.models.split.split`), with texts from the same prefix:
     ``Texts(prefix(params, {"tokens": tokens}))``. The parameters are those of CLIP.
 
     count: where a batch says by ``classes`` bool ``[B, C]`` which classes it is told apart from

@@ -13,7 +13,7 @@ from jft.kernels.attention import attention
 from jft.models import blocks, core
 from jft.models.core import Params, Scope
 from jft.models.model import Model
-from jft.models.segments import collect, cut, inside, length
+from jft.models.split import collect, cut, inside, length
 
 Array = jax.Array
 

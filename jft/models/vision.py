@@ -12,7 +12,7 @@ import numpy as np
 from jft.dot import take
 from jft.models import blocks, core, token_merging
 from jft.models.core import Execution, Hooks, Params, Scope
-from jft.models.suffix import entering
+from jft.models.split import entering
 
 Array = jax.Array
 

@@ -1,9 +1,9 @@
 """Meshes, sharding rules, multi-host start, and how much memory a compiled step takes."""
 
+from jft.parallel.distributed import start
 from jft.parallel.memory import MemoryBudgetError, MemoryEstimate, check, device_budget, estimate, plan, refusal
 from jft.parallel.mesh import batch_sharding, batch_shards, make_mesh, microbatches, put_batch, replicated, tracing
 from jft.parallel.sharding import RULES, dividing, shardings, shards, specs
-from jft.parallel.start import start
 from jft.parallel.topology import topology_mesh
 
 __all__ = [

@@ -22,8 +22,8 @@ from jft.methods.select import Select
 from jft.methods.update_rules import Rule
 from jft.models.core import Hooks
 from jft.select.activations import hookable, real
+from jft.select.calibration import Calibration
 from jft.select.layers import Between, Choice, Table, table_of
-from jft.select.probe import Probe
 
 Array = jax.Array
 # The pattern of a weight in its layer, the unit whose importance scales it, and the axis of the unit, from the end.
@@ -87,7 +87,7 @@ def _fingerprint(batch: Any) -> Array:
     return sum((jnp.sum(b.astype(jnp.uint32)) for b in bits), jnp.uint32(0))
 
 
-def importance(probe: Probe, batches: int, rate: float = 0.1) -> dict[str, Array]:
+def importance(calibration: Calibration, batches: int, rate: float = 0.1) -> dict[str, Array]:
     """Importance in [0, 1) of each layer's units to what the model knows: ``{"layers/attn/heads": [L, H], ...}``.
 
     Also ``layers/attn/kv_heads``, of a group of query heads the largest, ``layers/mlp/channels [L, F]`` and
@@ -97,11 +97,11 @@ def importance(probe: Probe, batches: int, rate: float = 0.1) -> dict[str, Array
     et al. 2023, arXiv:2302.03241). Their noise is the model's dropout; here it is dropout at ``rate`` on the embeddings and
     on what each block adds to the residual stream.
     """
-    model = hookable(probe)
+    model = hookable(calibration)
     config = getattr(model.config, "backbone", model.config)
     if not 0 < rate < 1:
         raise ValueError(f"dropout {rate} is not between 0 and 1")
-    down, heads = probe.params.get("layers/mlp/down/w"), getattr(config, "heads", 0)
+    down, heads = calibration.params.get("layers/mlp/down/w"), getattr(config, "heads", 0)
     if down is None or not heads:
         raise ValueError("importance of units is for models with one stack of layers of attention and a plain MLP")
     layers, channels, width = down.shape
@@ -109,7 +109,7 @@ def importance(probe: Probe, batches: int, rate: float = 0.1) -> dict[str, Array
     gates = {"layers/attn/o": {"heads": ones(heads)}}
     gates["layers/mlp/down"] = {"channels": ones(channels), "outputs": ones(width)}
     compute = _Gradients(model, rate, layers, heads)
-    found, count = probe.sums(compute, batches, jax.random.fold_in(probe.key, 1), gates)
+    found, count = calibration.sums(compute, batches, jax.random.fold_in(calibration.key, 1), gates)
     out = {
         "layers/attn/heads": _standard(found["layers/attn/o"]["heads"] / count),
         "layers/mlp/channels": _standard(found["layers/mlp/down"]["channels"] / count),
@@ -153,13 +153,13 @@ class SoftMask(Rule):
         found = {p: _unit(p) for p in trained}
         return {p: jax.tree.map(lambda x, u=u: _ones(x, u[1]), trained[p]) for p, u in found.items() if u}
 
-    def measure(self, plan: Any, probe: Probe, memory: Any) -> Any:
+    def measure(self, plan: Any, calibration: Calibration, memory: Any) -> Any:
         """What the base says of its units."""
-        found = importance(probe, self.batches, self.dropout)
+        found = importance(calibration, self.batches, self.dropout)
         out = {}
         for path in memory:
             name, axis = _unit(path) or ("", -1)
-            shape = probe.params[path].shape
+            shape = calibration.params[path].shape
             units = found[name]
             scale = 1.0 - jnp.repeat(units, shape[axis] // units.shape[1], axis=1)
             dense = jnp.expand_dims(scale, -3 - axis) if len(shape) > 2 else scale
@@ -194,23 +194,23 @@ class RangeSearch(Choice):
     modules: tuple[tuple[str, ...], ...] = ()
     from_data = True
 
-    def __call__(self, probe: Probe) -> Table:
-        lengths = stacks(probe)
+    def __call__(self, calibration: Calibration) -> Table:
+        lengths = stacks(calibration)
         best = {s: list(range(n)) for s, n in lengths.items()}
         value = -np.inf
         for parts in self.parts:
             cuts = [{s: _part(n, i, parts) for s, n in lengths.items()} for i in range(parts)]
             inside = [c for c in cuts if all(set(c[s]) <= set(best[s]) for s in c)]
-            found = [self._worth(probe, table_of(probe, c)) for c in inside]
+            found = [self._worth(calibration, table_of(calibration, c)) for c in inside]
             if found and max(found) > value:
                 value, best = max(found), inside[int(np.argmax(found))]
-        table = table_of(probe, best)
+        table = table_of(calibration, best)
         tables = [narrowed(table, group) for group in self.modules]
-        found = [self._worth(probe, t) for t in tables]
+        found = [self._worth(calibration, t) for t in tables]
         return tables[int(np.argmax(found))] if found and max(found) > value else table
 
-    def _worth(self, probe: Probe, table: Table) -> float:
-        return better(self.metric, probe.evaluate(probe.tuned(self.steps, table=table)))
+    def _worth(self, calibration: Calibration, table: Table) -> float:
+        return better(self.metric, calibration.evaluate(calibration.tuned(self.steps, table=table)))
 
 
 def _part(length: int, i: int, parts: int) -> list[int]:

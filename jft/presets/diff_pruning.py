@@ -19,8 +19,8 @@ from jft.methods.reparametrised import append_axes, bound, keys, leading
 from jft.methods.schedules import Renewal, Schedule, Standing
 from jft.methods.select import Select
 from jft.select.budget import Everything
+from jft.select.calibration import Calibration
 from jft.select.granularity import Entry
-from jft.select.probe import Probe
 from jft.select.scores import Magnitude
 from jft.select.threshold import top
 
@@ -173,7 +173,7 @@ class Projection(Schedule):
     def _boundary(self, steps: int) -> int:
         return max(1, round(self.at * steps))
 
-    def begin(self, plan: Plan, probe: Probe, grids: Mapping[str, tuple[int, int]]) -> dict[str, Array]:
+    def begin(self, plan: Plan, calibration: Calibration, grids: Mapping[str, tuple[int, int]]) -> dict[str, Array]:
         return {}
 
     def due(self, step: int, steps: int) -> bool:
@@ -190,7 +190,7 @@ class Projection(Schedule):
         plan, kept, trained = standing.plan, standing.kept, standing.trained
         support = project(plan, kept, trained, self.density)
         weights = projected(plan, {p: kept[p] for p in support}, trained, support)
-        entry, lead, cells = Entry(), standing.probe.lead, standing.grids
+        entry, lead, cells = Entry(), standing.calibration.lead, standing.grids
         chosen = {p: entry.locate(mask, lead(p), cells.get(p, (1, 1))) for p, mask in support.items()}
         return Renewal(chosen, self.method_at(plan.method, standing.step, standing.steps), weights=weights)
 

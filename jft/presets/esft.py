@@ -13,7 +13,7 @@ from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
 from jft.select import activations, granularity
-from jft.select.probe import Probe
+from jft.select.calibration import Calibration
 from jft.select.scores import Scores
 from jft.select.structured import CHOSEN
 
@@ -30,11 +30,11 @@ class ExpertUse:
     kind: Literal["token", "gate"] = "token"
     batches: int = 1
 
-    def __call__(self, probe: Probe) -> Scores:
-        found = activations.experts(probe, self.batches, self.kind)
+    def __call__(self, calibration: Calibration) -> Scores:
+        found = activations.experts(calibration, self.batches, self.kind)
         masks = {n.removesuffix("router"): activations.until(jax.device_get(x), self.p) for n, x in found.items()}
         out = {}
-        for path in probe.paths:
+        for path in calibration.paths:
             mask = next((m for stack, m in masks.items() if path.startswith(f"{stack}experts/")), None)
             if mask is None:
                 raise ValueError(f"{path} is no weight of experts")

@@ -10,7 +10,7 @@ from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
 from jft.select import budget, scores
-from jft.select.probe import Per
+from jft.select.calibration import Per
 
 
 @register("fish_mask", paper="Sung, Nair and Raffel 2021, arXiv:2111.09839")

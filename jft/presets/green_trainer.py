@@ -17,8 +17,8 @@ from jft.methods.registry import register
 from jft.methods.select import Select
 from jft.select import backward
 from jft.select.budget import Flops
+from jft.select.calibration import Calibration
 from jft.select.layers import Choice, Table
-from jft.select.probe import Probe
 
 Array = jax.Array
 
@@ -39,11 +39,12 @@ class Green(Choice):
     resolution: int = 1000
     from_data = True
 
-    def __call__(self, probe: Probe) -> Table:
-        chain = backward.chain(probe)
-        gradient, after = probe.gradient(self.batches), probe.tuned(1)
+    def __call__(self, calibration: Calibration) -> Table:
+        chain = backward.chain(calibration)
+        gradient, after = calibration.gradient(self.batches), calibration.tuned(1)
         worth = {
-            p: _lowering(gradient[p], after[p], probe.params[p], tree.stack_of(p) is not None) for p in probe.paths
+            p: _lowering(gradient[p], after[p], calibration.params[p], tree.stack_of(p) is not None)
+            for p in calibration.paths
         }
         importance = [float(worth[t.path][t.layer]) if t.path in worth else 0.0 for t in chain]
         share = self.fraction

@@ -17,8 +17,8 @@ from jft.methods.registry import register
 from jft.methods.select import Select
 from jft.select import activations
 from jft.select.budget import PerLeaf
+from jft.select.calibration import Calibration
 from jft.select.granularity import Layer
-from jft.select.probe import Probe
 
 Array = jax.Array
 
@@ -68,10 +68,12 @@ class Correlation:
     site: str = "layers/in"
     pool: Literal["mean", "last"] = "mean"
 
-    def __call__(self, probe: Probe) -> dict[str, Array]:
-        target = FromBatch(self.target) if isinstance(self.target, str) else self.target or Likelihood(probe.objective)
+    def __call__(self, calibration: Calibration) -> dict[str, Array]:
+        target = (
+            FromBatch(self.target) if isinstance(self.target, str) else self.target or Likelihood(calibration.objective)
+        )
         stack = tree.stack_of(self.site) or self.site
-        return {stack: activations.correlation(probe, target, self.batches, self.site, self.pool)}
+        return {stack: activations.correlation(calibration, target, self.batches, self.site, self.pool)}
 
 
 @register("layers_by_score", paper="Zhang et al. 2025, arXiv:2504.12585")
@@ -88,7 +90,7 @@ def layers_by_score(
     target: that number, the name of an entry of the batches (the paper's is the prior log-probability of the answer), or
     ``target(outputs, batch) -> [B]``; None is the model's own log-likelihood of the right answer. The score is the root mean
     square correlation of what enters each layer with it (:func:`jft.select.activations.correlation`): the abstract does not
-    give the paper's own. score: any other, ``score(probe) -> {"layers": [L]}``. Found once, from the first ``batches``.
+    give the paper's own. score: any other, ``score(calibration) -> {"layers": [L]}``. Found once, from the first ``batches``.
     """
     score = score or Correlation(target, batches, pool=pool)
     select = Select(LAYERS, score=score, granularity=Layer(), budget=PerLeaf(count=k), largest=largest)

@@ -13,8 +13,8 @@ from jft.methods.parametrise import InPlace
 from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
+from jft.select.calibration import Calibration
 from jft.select.heads import patching, rolled
-from jft.select.probe import Probe
 from jft.select.scores import Scores
 from jft.select.structured import CHOSEN, SIDES, attention, floor_count, spread_heads
 from jft.select.threshold import top
@@ -37,8 +37,8 @@ class PatchedHeads:
     counterfactual: Callable[[Any], Any] | None = rolled
     freeze: bool = True
 
-    def __call__(self, probe: Probe) -> Scores:
-        found = patching(probe, self.batches, self.counterfactual, freeze=self.freeze, mlps=bool(self.mlps))
+    def __call__(self, calibration: Calibration) -> Scores:
+        found = patching(calibration, self.batches, self.counterfactual, freeze=self.freeze, mlps=bool(self.mlps))
         of_heads = {name: x for name, x in found.items() if name.endswith("/o")}
         total = sum(x.size for x in of_heads.values())
         wanted = int(self.heads) if self.heads >= 1 else floor_count(self.heads, total)
@@ -46,15 +46,15 @@ class PatchedHeads:
         of_mlps = {name: x for name, x in found.items() if name not in of_heads}
         if of_mlps:
             chosen |= top(of_mlps, self.mlps)
-        return {p: self._unit(probe, p, chosen) for p in probe.paths}
+        return {p: self._unit(calibration, p, chosen) for p in calibration.paths}
 
-    def _unit(self, probe: Probe, path: str, chosen: Mapping[str, Array]) -> Array:
+    def _unit(self, calibration: Calibration, path: str, chosen: Mapping[str, Array]) -> Array:
         module, name, _ = path.rsplit("/", 2)
-        shape = probe.params[path].shape
+        shape = calibration.params[path].shape
         if module.endswith("mlp"):
             return jnp.broadcast_to(chosen[f"{module}/down"], (shape[0], shape[1 if name == "down" else 2])) * 1.0
         mask, extent = chosen[f"{module}/o"], shape[1 if name == "o" else 2]
-        count, groups = attention(probe, path)
+        count, groups = attention(calibration, path)
         if name in "kv" and groups < count:
             mask = jnp.any(mask.reshape(len(mask), groups, -1), axis=-1)
         return spread_heads(mask, extent)

@@ -12,7 +12,7 @@ from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
 from jft.select import scores
-from jft.select.probe import Probe
+from jft.select.calibration import Calibration
 from jft.select.scores import Scores
 from jft.select.structured import CHOSEN, SIDES, attention, floor_count, spread_heads
 from jft.select.threshold import top_each
@@ -21,9 +21,9 @@ Array = jax.Array
 RANDOM = scores.Random()
 
 
-def _named(probe: Probe, ending: str) -> dict[str, str]:
+def _named(calibration: Calibration, ending: str) -> dict[str, str]:
     """Candidates with this ending, by what stands before it."""
-    return {p.removesuffix(ending): p for p in probe.paths if p.endswith(ending)}
+    return {p.removesuffix(ending): p for p in calibration.paths if p.endswith(ending)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,29 +50,29 @@ class HeadsAndChannels:
         )
         return floor_count(fraction, available)
 
-    def __call__(self, probe: Probe) -> Scores:
-        found = self.score(probe)
-        return self._heads(probe, found) | self._channels(probe, found)
+    def __call__(self, calibration: Calibration) -> Scores:
+        found = self.score(calibration)
+        return self._heads(calibration, found) | self._channels(calibration, found)
 
-    def _heads(self, probe: Probe, found: Scores) -> Scores:
+    def _heads(self, calibration: Calibration, found: Scores) -> Scores:
         out: Scores = {}
-        rows, columns = _named(probe, "attn/o/w"), _named(probe, "attn/v/w")
+        rows, columns = _named(calibration, "attn/o/w"), _named(calibration, "attn/v/w")
         for stack in rows | columns:
             path = rows.get(stack) or columns[stack]
-            count, groups = attention(probe, path)
+            count, groups = attention(calibration, path)
             units = groups if stack in columns else count
             score = _pooled(found[path], units, rows=path.endswith("o/w"))
             if stack in rows:
                 chosen = top_each(score, floor_count(self.o, units), 1, self.largest)
-                out[rows[stack]] = spread_heads(chosen, probe.params[rows[stack]].shape[1])
+                out[rows[stack]] = spread_heads(chosen, calibration.params[rows[stack]].shape[1])
             if stack in columns:
                 chosen = top_each(score, floor_count(self.v, units), 1, self.largest)
-                out[columns[stack]] = spread_heads(chosen, probe.params[columns[stack]].shape[2])
+                out[columns[stack]] = spread_heads(chosen, calibration.params[columns[stack]].shape[2])
         return out
 
-    def _channels(self, probe: Probe, found: Scores) -> Scores:
+    def _channels(self, calibration: Calibration, found: Scores) -> Scores:
         out: Scores = {}
-        rows, ups, gates = (_named(probe, f"mlp/{name}/w") for name in ("down", "up", "gate"))
+        rows, ups, gates = (_named(calibration, f"mlp/{name}/w") for name in ("down", "up", "gate"))
         for stack in rows | ups:
             path = rows.get(stack) or ups[stack]
             score = _pooled(found[path], found[path].shape[1 if stack in rows else 2], rows=stack in rows)

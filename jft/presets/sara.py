@@ -44,7 +44,7 @@ class StillSmall(Schedule):
             small = (jnp.abs(trained[path]) <= threshold).astype(jnp.float32)
             mask = how.spread(kept[path], small, zeros) > 0
             unit = plan.granularity(path, mask.shape)
-            chosen[path] = unit.locate(mask, standing.probe.lead(path), standing.grids.get(path, (1, 1)))
+            chosen[path] = unit.locate(mask, standing.calibration.lead(path), standing.grids.get(path, (1, 1)))
         return Renewal(chosen)
 
 

@@ -14,7 +14,7 @@ from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
 from jft.select import budget, scores
-from jft.select.probe import Probe
+from jft.select.calibration import Calibration
 
 Array = jax.Array
 
@@ -28,12 +28,12 @@ class Cross:
     Vectors are refused.
     """
 
-    def __call__(self, probe: Probe) -> dict[str, Array]:
-        key = tree.key_for(probe.key, "rows and columns")
+    def __call__(self, calibration: Calibration) -> dict[str, Array]:
+        key = tree.key_for(calibration.key, "rows and columns")
         out = {}
-        for path in probe.paths:
-            w = probe.params[path]
-            if w.ndim - probe.lead(path) != 2:
+        for path in calibration.paths:
+            w = calibration.params[path]
+            if w.ndim - calibration.lead(path) != 2:
                 raise ValueError(
                     f"{path} of shape {w.shape} holds no matrices, so Cross cannot score it; select matrices"
                 )

@@ -14,7 +14,7 @@ def skip_tuning(vision: int = 4, text: int = 4, projections: bool = True) -> Met
     """Train the last layers of both towers of a CLIP, and what stands behind them.
 
     vision, text: how many layers of each. projections: final norms and projections as well. Nothing runs backwards below;
-    the speed of the paper comes from not running the rest forwards either: ``prefix, suffix = jft.models.suffix.split(model,
+    the speed of the paper comes from not running the rest forwards either: ``prefix, suffix = jft.models.split.split(model,
     {"vision/layers": V - vision, "text/layers": T - text})``, ``prefix(params, batch)`` once for each example, and
     ``finetune(suffix, params, ...)`` on what it gave; and from comparing each batch with few classes
     (:func:`jft.select.classes.likely_classes`). The parameters, and the task vector, are those of the whole model.

@@ -16,7 +16,7 @@ from jft.methods.registry import register
 from jft.methods.schedules import Refresh
 from jft.methods.select import Select
 from jft.select import budget, granularity, memory
-from jft.select.probe import Probe
+from jft.select.calibration import Calibration
 from jft.select.scores import Scores
 
 Array = jax.Array
@@ -43,11 +43,11 @@ class Slots:
     background: memory.Accesses | str | None = None
     batches: int = 1
 
-    def __call__(self, probe: Probe) -> Scores:
-        reads = probe.sums(_Reads(probe.model), self.batches)
+    def __call__(self, calibration: Calibration) -> Scores:
+        reads = calibration.sums(_Reads(calibration.model), self.batches)
         known = self._known(reads.shape[0])
         scores = memory.tf_idf(reads, jnp.asarray(known.batches, jnp.float32), jnp.float32(known.size))
-        return dict.fromkeys(probe.paths, scores)
+        return dict.fromkeys(calibration.paths, scores)
 
     def _known(self, slots: int) -> memory.Accesses:
         nothing = np.zeros(slots, np.int64)

@@ -13,8 +13,8 @@ from jft.methods.patterns import LAYERS
 from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
+from jft.select.calibration import Calibration
 from jft.select.layers import Choice, Table, table_of
-from jft.select.probe import Probe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Greedy(Choice):
     shortlist: int = 0
     from_data = True
 
-    def __call__(self, probe: Probe) -> Table:
-        order = [(stack, i) for stack, length in stacks(probe).items() for i in range(length)]
+    def __call__(self, calibration: Calibration) -> Table:
+        order = [(stack, i) for stack, length in stacks(calibration).items() for i in range(length)]
         chosen: list[tuple[str, int]] = []
         best, tried = -np.inf, order
         while tried and (not self.most or len(chosen) < self.most):
-            found = [self._worth(probe, [*chosen, layer]) for layer in tried]
+            found = [self._worth(calibration, [*chosen, layer]) for layer in tried]
             place = int(np.argmax(found))
             if (chosen and found[place] < best + self.tolerance) or found[place] <= best:
                 break
@@ -50,17 +50,19 @@ class Greedy(Choice):
             tried = [x for x in tried if x != layer]
         if not chosen:
             raise ValueError(f"no evaluation gave a {self.metric} that is a number")
-        return _table(probe, chosen)
+        return _table(calibration, chosen)
 
-    def _worth(self, probe: Probe, layers: list[tuple[str, int]]) -> float:
-        return better(self.metric, probe.evaluate(probe.tuned(self.steps, table=_table(probe, layers))))
+    def _worth(self, calibration: Calibration, layers: list[tuple[str, int]]) -> float:
+        return better(
+            self.metric, calibration.evaluate(calibration.tuned(self.steps, table=_table(calibration, layers)))
+        )
 
 
-def _table(probe: Probe, layers: Iterable[tuple[str, int]]) -> Table:
+def _table(calibration: Calibration, layers: Iterable[tuple[str, int]]) -> Table:
     chosen: dict[str, list[int]] = {}
     for stack, i in layers:
         chosen.setdefault(stack, []).append(i)
-    return table_of(probe, chosen)
+    return table_of(calibration, chosen)
 
 
 @register("subtuning", paper="Kaplun et al. 2023, arXiv:2302.06354")

@@ -10,8 +10,8 @@ from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
 from jft.select.budget import PerLeaf
+from jft.select.calibration import Per
 from jft.select.granularity import Layer
-from jft.select.probe import Per
 from jft.select.scores import Fisher
 
 

@@ -7,7 +7,7 @@ from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
 from jft.select import budget, scores
-from jft.select.probe import Per
+from jft.select.calibration import Per
 
 
 @register("tr_pts", paper="Luo et al. 2025, arXiv:2507.22872")

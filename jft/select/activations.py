@@ -18,7 +18,7 @@ from jft.dot import dot
 from jft.models.batch import inputs
 from jft.models.core import Hooks, is_jft_model
 from jft.models.moe import route
-from jft.select.probe import Probe
+from jft.select.calibration import Calibration
 
 Array = jax.Array
 
@@ -48,11 +48,11 @@ def real(name: str, shape: tuple[int, ...], batch: Any) -> Array:
     return keep if shape == keep.shape else jnp.broadcast_to(keep.reshape(-1), shape)
 
 
-def hookable(probe: Probe) -> Any:
-    """The model of a probe, which has to be one of those that take hooks."""
-    if not is_jft_model(probe.model):
+def hookable(calibration: Calibration) -> Any:
+    """The model of a calibration, which has to be one of those that take hooks."""
+    if not is_jft_model(calibration.model):
         raise ValueError("this score reads inside the model by hooks, which only jft's own models have")
-    return probe.model
+    return calibration.model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +73,13 @@ class _SquaredInputs:
         return self.model.apply(params, batch, Hooks(product=product))[1]
 
 
-def squared_inputs(probe: Probe, names: Any, batches: int) -> dict[str, Array]:
+def squared_inputs(calibration: Calibration, names: Any, batches: int) -> dict[str, Array]:
     """``{name: sum over real tokens of x^2}`` of the inputs x of products: ``[..., I]``, led as the weight is.
 
     An expert's tokens are those sent to it. Raises ``ValueError`` for a name that is no product of the model.
     """
     names = frozenset(names)
-    found = probe.sums(_SquaredInputs(hookable(probe), names), batches)
+    found = calibration.sums(_SquaredInputs(hookable(calibration), names), batches)
     missing = sorted(names - set(found))
     if missing:
         raise ValueError(
@@ -110,20 +110,20 @@ class _Routing:
         return self.model.apply(params, batch, Hooks(product=product))[1]
 
 
-def experts(probe: Probe, batches: int, kind: Literal["token", "gate"] = "token") -> dict[str, Array]:
+def experts(calibration: Calibration, batches: int, kind: Literal["token", "gate"] = "token") -> dict[str, Array]:
     """How much the data uses each routed expert: ``{"layers/mlp/router": [L, E]}``, each layer's sum 1.
 
     ``token``: the share of tokens sent to it, count / k; ``gate``: its mean gate value, zero where not chosen; both over
     all real tokens (ESFT, Wang et al. 2024, arXiv:2407.01906, who average over samples of one length). Their script
     divides by sums over layers instead of experts; this does not.
     """
-    config = getattr(hookable(probe).config, "backbone", probe.model.config)
+    config = getattr(hookable(calibration).config, "backbone", calibration.model.config)
     mixture = getattr(config, "experts", None)
     if mixture is None:
         raise ValueError(f"this {config.family!r} model has no experts to score")
     if kind not in ("token", "gate"):
         raise ValueError(f"kind is {kind!r}; choose one of token, gate")
-    found = probe.sums(_Routing(probe.model, mixture, kind == "gate"), batches)
+    found = calibration.sums(_Routing(calibration.model, mixture, kind == "gate"), batches)
     return {name: x / jnp.sum(x, axis=-1, keepdims=True) for name, x in found.items()}
 
 
@@ -178,7 +178,7 @@ class _Pooled:
 
 
 def correlation(
-    probe: Probe,
+    calibration: Calibration,
     target: Callable[[Any, Any], Array],
     batches: int,
     site: str = "layers/in",
@@ -194,9 +194,9 @@ def correlation(
     """
     if pool not in ("mean", "last"):
         raise ValueError(f"pool is {pool!r}; choose one of mean, last")
-    compute = _Pooled(hookable(probe), target, site, pool == "last")
-    h, y, count = probe.sums(compute, batches)
-    squares, products, square = probe.sums(compute, batches, (h / count, y / count))
+    compute = _Pooled(hookable(calibration), target, site, pool == "last")
+    h, y, count = calibration.sums(compute, batches)
+    squares, products, square = calibration.sums(compute, batches, (h / count, y / count))
     if float(square) <= 0:
         raise ValueError("the target is the same for all examples, so nothing correlates with it")
     varies = squares > 1e-12 * jnp.max(squares)

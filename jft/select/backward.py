@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jft import tree
 from jft.models.core import Hooks, is_jft_model
-from jft.select.probe import Probe
+from jft.select.calibration import Calibration
 
 # Modules of a layer as the gradient meets them; those of one row read the same input, so that it passes them together.
 LAYER = (
@@ -52,7 +52,7 @@ class _Length:
         return jnp.max(reads["layers/in"])
 
 
-def chain(probe: Probe) -> list[Tensor]:
+def chain(calibration: Calibration) -> list[Tensor]:
     """All weights of a model with one stack of layers, from the loss down; FLOPs are those of one row of the data.
 
     A product ``[I, O]`` costs ``2 T I O`` for its weight and as many for its input, T positions; attention, passed by
@@ -61,19 +61,19 @@ def chain(probe: Probe) -> list[Tensor]:
 
     Raises ``ValueError`` for models whose layers are no single stack, or that have weights of unknown place.
     """
-    config = getattr(getattr(probe.model, "config", None), "backbone", getattr(probe.model, "config", None))
-    stacks = tree.stacks(probe.params)
-    if not is_jft_model(probe.model) or list(stacks) != ["layers"]:
+    config = getattr(getattr(calibration.model, "config", None), "backbone", getattr(calibration.model, "config", None))
+    stacks = tree.stacks(calibration.params)
+    if not is_jft_model(calibration.model) or list(stacks) != ["layers"]:
         raise ValueError("the cost of a backward pass is known for jft's models with one stack of layers alone")
-    length = int(probe.sums(_Length(probe.model), 1))
+    length = int(calibration.sums(_Length(calibration.model), 1))
     mixture = getattr(config, "experts", None)
     share = mixture.per_token / mixture.count if mixture else 1.0
-    out = [t for row in BEFORE for t in _row(probe, row, "", None, length, share)]
+    out = [t for row in BEFORE for t in _row(calibration, row, "", None, length, share)]
     for layer in reversed(range(stacks["layers"])):
         for row in LAYER:
-            out += _row(probe, row, "layers/", layer, length, share)
-    out += [t for row in AFTER for t in _row(probe, row, "", None, length, share)]
-    unknown = sorted(set(probe.params) - {t.path for t in out})
+            out += _row(calibration, row, "layers/", layer, length, share)
+    out += [t for row in AFTER for t in _row(calibration, row, "", None, length, share)]
+    unknown = sorted(set(calibration.params) - {t.path for t in out})
     if unknown:
         raise ValueError(
             f"where the backward pass meets {unknown[0]} is not known; GreenTrainer's costs leave no room for it"
@@ -81,15 +81,17 @@ def chain(probe: Probe) -> list[Tensor]:
     return out
 
 
-def _row(probe: Probe, names: tuple[str, ...], prefix: str, layer: int | None, T: int, share: float) -> list[Tensor]:
+def _row(
+    calibration: Calibration, names: tuple[str, ...], prefix: str, layer: int | None, T: int, share: float
+) -> list[Tensor]:
     """The tensors of modules that read the same input; passing them is paid by the last."""
     parts = "|".join(map(re.escape, names))
-    paths = [p for p in probe.params if re.fullmatch(rf"{prefix}({parts})(/(w|b|scale|bias|table))?", p)]
+    paths = [p for p in calibration.params if re.fullmatch(rf"{prefix}({parts})(/(w|b|scale|bias|table))?", p)]
     paths.sort(key=lambda p: p.endswith("/w"))  # a bias is met before its matrix
     out, passed = [], 0
     for path in paths:
-        shape = probe.params[path].shape[0 if layer is None else 1 :]
-        size = tree.size(probe.params[path]) // (1 if layer is None else probe.params[path].shape[0])
+        shape = calibration.params[path].shape[0 if layer is None else 1 :]
+        size = tree.size(calibration.params[path]) // (1 if layer is None else calibration.params[path].shape[0])
         product = path.endswith("/w")
         cost = round((2 if product else 1) * T * size * (share if "/experts/" in path else 1.0))
         if path.endswith("table"):

@@ -16,18 +16,18 @@ import jax.numpy as jnp
 from jft.dot import dot
 from jft.models.core import Hooks
 from jft.select.activations import hookable
-from jft.select.probe import Probe
+from jft.select.calibration import Calibration
 
 Array = jax.Array
 Groups = tuple[tuple[str, int, int], ...]
 """(product, layers L, groups of equal width that its input falls into) each."""
 
 
-def _outputs(probe: Probe) -> Groups:
+def _outputs(calibration: Calibration) -> Groups:
     """The products that attention heads write into."""
-    config = getattr(hookable(probe).config, "backbone", probe.model.config)
+    config = getattr(hookable(calibration).config, "backbone", calibration.model.config)
     found = []
-    for path, w in probe.params.items():
+    for path, w in calibration.params.items():
         if path.endswith(("attn/o/w", "cross/o/w")):
             tower = getattr(config, path.split("/")[0], None)
             found.append((path.removesuffix("/w"), w.shape[0], getattr(tower, "heads", None) or config.heads))
@@ -36,10 +36,10 @@ def _outputs(probe: Probe) -> Groups:
     return tuple(found)
 
 
-def _mlps(probe: Probe) -> Groups:
+def _mlps(calibration: Calibration) -> Groups:
     """The products that MLPs write into, as one group each."""
     ends = "mlp/down/w"
-    return tuple((p.removesuffix("/w"), w.shape[0], 1) for p, w in probe.params.items() if p.endswith(ends))
+    return tuple((p.removesuffix("/w"), w.shape[0], 1) for p, w in calibration.params.items() if p.endswith(ends))
 
 
 def _weights(objective: Any, batch: Any) -> Array:
@@ -79,15 +79,19 @@ class _Gates:
         return found, jnp.sum(counts)
 
 
-def gates(probe: Probe, batches: int) -> dict[str, Array]:
+def gates(calibration: Calibration, batches: int) -> dict[str, Array]:
     """``E |d(loss) / d(gate)|`` at gate 1 on each head's output: its importance to first order, ``{name: [L, H]}``.
 
     The mean over examples of the absolute gradient of the example's mean loss (Michel et al. 2019, arXiv:1905.10650),
     exact, by one backward pass a batch.
     """
-    if not probe.objective.splits:
-        raise ValueError(f"{type(probe.objective).__name__} compares examples with each other, so one has no gradient")
-    found, count = probe.sums(_Gates(hookable(probe), probe.objective, _outputs(probe)), batches)
+    if not calibration.objective.splits:
+        raise ValueError(
+            f"{type(calibration.objective).__name__} compares examples with each other, so one has no gradient"
+        )
+    found, count = calibration.sums(
+        _Gates(hookable(calibration), calibration.objective, _outputs(calibration)), batches
+    )
     return {name: x / count for name, x in found.items()}
 
 
@@ -159,7 +163,7 @@ class _Patches:
 
 
 def patching(
-    probe: Probe,
+    calibration: Calibration,
     batches: int,
     counterfactual: Callable[[Any], Any] | None = rolled,
     *,
@@ -175,9 +179,11 @@ def patching(
     arXiv:2409.01659, fine-tune the few heads found so. mlps: score each MLP as a whole as well, ``{"layers/mlp/down":
     [L, 1]}``. A forward pass for each head and batch. counterfactual is compiled: a function of arrays.
     """
-    if not probe.objective.splits:
-        raise ValueError(f"{type(probe.objective).__name__} has no answer whose logit could fall")
-    towers = _mlps(probe) if mlps else ()
-    compute = _Patches(hookable(probe), probe.objective, counterfactual, _outputs(probe), towers, freeze)
-    found, total, weight = probe.sums(compute, batches)
+    if not calibration.objective.splits:
+        raise ValueError(f"{type(calibration.objective).__name__} has no answer whose logit could fall")
+    towers = _mlps(calibration) if mlps else ()
+    compute = _Patches(
+        hookable(calibration), calibration.objective, counterfactual, _outputs(calibration), towers, freeze
+    )
+    found, total, weight = calibration.sums(compute, batches)
     return {name: (total - x) / weight for name, x in found.items()}

@@ -1,8 +1,8 @@
 """`Choice`: which whole layers and matrices train, by number, by depth, by a table, or by what scores say.
 
-Whatever it is made from, a choice comes to a *table*, ``{path: indices of layers}`` with None for a weight as a whole: from the
-shapes of the candidates, or, with ``from_data``, from a :class:`jft.select.probe.Probe` of the base and the data. Those that
-train to find out (:mod:`jft.methods.layer_search`) are each with their preset.
+Whatever it is made from, a choice comes to a *table*, ``{path: indices of layers}`` with None for a weight as a whole: from
+the shapes of the candidates, or, with ``from_data``, from a :class:`jft.select.calibration.Calibration` of the base and the
+data. Those that train to find out (:mod:`jft.methods.layer_search`) are each with their preset.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy as np
 from jft import tree
 from jft.delta.numeric import host
 from jft.select import budget as budgets
+from jft.select.calibration import Calibration
 from jft.select.granularity import POOLS, Granularity, How, Layer, Name
 from jft.select.halves import halves
-from jft.select.probe import Probe
 
 Array = jax.Array
 Table = Mapping[str, Sequence[int] | None]
@@ -34,7 +34,7 @@ class Choice:
     from_data: ClassVar[bool] = False
 
     def __call__(self, given: Any) -> Table:
-        """The table, from ``{path: shape}`` of the candidates, or of a probe of them where it is :attr:`from_data`."""
+        """The table, from ``{path: shape}`` of the candidates, or of a calibration of them where it is :attr:`from_data`."""
         raise NotImplementedError
 
 
@@ -198,9 +198,10 @@ class Halves(Choice):
 class Scored(Choice):
     """The whole matrices, layers or weights with the best scores within a budget.
 
-    ``granularity`` is :class:`jft.select.granularity.Matrix`: every matrix of every layer by itself; ``Layer``: all weights of
-    one layer of a stack together; or ``Name``: a weight with all its layers. score: ``score(probe)``, numbers like each weight,
-    which are pooled, or one for each unit: ``{path: [L]}``, for layers ``{stack: [L]}``. Of equal scores the earlier.
+    ``granularity`` is :class:`jft.select.granularity.Matrix`: every matrix of every layer by itself; ``Layer``: all weights
+    of one layer of a stack together; or ``Name``: a weight with all its layers. score: ``score(calibration)``, numbers like
+    each weight, which are pooled, or one for each unit: ``{path: [L]}``, for layers ``{stack: [L]}``. Of equal scores the
+    earlier.
     """
 
     score: Any
@@ -210,17 +211,17 @@ class Scored(Choice):
     largest: bool = True
     from_data = True
 
-    def __call__(self, probe: Probe) -> dict[str, tuple[int, ...] | None]:
-        scores = self.score(probe)
+    def __call__(self, calibration: Calibration) -> dict[str, tuple[int, ...] | None]:
+        scores = self.score(calibration)
         if isinstance(self.granularity, Layer):
-            return self._layers(probe, scores)
-        leads = {p: probe.lead(p) for p in scores}
+            return self._layers(calibration, scores)
+        leads = {p: calibration.lead(p) for p in scores}
         for path, lead in leads.items():
             if lead > 1 and not isinstance(self.granularity, Name):
                 raise ValueError(
                     f"{path} stacks experts, which are selected by granularity=Expert(), not {self.granularity}"
                 )
-        shapes = {p: tuple(probe.params[p].shape) for p in scores}
+        shapes = {p: tuple(calibration.params[p].shape) for p in scores}
         units = {p: self._pooled(scores[p], shapes[p], leads[p]) for p in scores}
         costs = {p: math.prod(shapes[p]) // max(1, tree.size(x)) for p, x in units.items()}
         masks = budgets.choose(units, costs, dict.fromkeys(units, 0), self.budget, self.largest, shapes)
@@ -232,17 +233,17 @@ class Scored(Choice):
             return score
         return self.granularity.pool(score, lead, self.pool)
 
-    def _layers(self, probe: Probe, scores: Mapping[str, Array]) -> dict[str, tuple[int, ...] | None]:
-        lengths = tree.stacks({p: probe.params[p] for p in probe.paths})
-        inside = {p: x for p, x in scores.items() if p in probe.params}
+    def _layers(self, calibration: Calibration, scores: Mapping[str, Array]) -> dict[str, tuple[int, ...] | None]:
+        lengths = tree.stacks({p: calibration.params[p] for p in calibration.paths})
+        inside = {p: x for p, x in scores.items() if p in calibration.params}
         units = {s: x for s, x in scores.items() if s in lengths} or pooled_layers(inside, self.pool)
         sizes = dict.fromkeys(units, 0)
-        for path in probe.paths:
+        for path in calibration.paths:
             stack = tree.stack_of(path)
             if stack in sizes:
-                sizes[stack] += tree.size(probe.params[path]) // lengths[stack]
+                sizes[stack] += tree.size(calibration.params[path]) // lengths[stack]
         masks = budgets.choose(units, sizes, dict.fromkeys(units, 0), self.budget, self.largest)
-        return table_of(probe, {s: np.flatnonzero(host(mask)) for s, mask in masks.items()})
+        return table_of(calibration, {s: np.flatnonzero(host(mask)) for s, mask in masks.items()})
 
 
 def pooled_layers(scores: Mapping[str, Array], pool: How = "sum") -> dict[str, Array]:
@@ -273,7 +274,7 @@ def _pool(parts: list[Array], pool: How) -> Array:
     return jnp.sqrt(total) if pool == "l2" else total
 
 
-def table_of(probe: Probe, layers: Mapping[str, Iterable[int]]) -> dict[str, tuple[int, ...] | None]:
+def table_of(calibration: Calibration, layers: Mapping[str, Iterable[int]]) -> dict[str, tuple[int, ...] | None]:
     """The table of the candidates in ``layers`` of each stack."""
     chosen = {stack: tuple(sorted(map(int, own))) for stack, own in layers.items()}
-    return {p: chosen[s] for p in probe.paths if (s := tree.stack_of(p)) is not None and chosen.get(s)}
+    return {p: chosen[s] for p in calibration.paths if (s := tree.stack_of(p)) is not None and chosen.get(s)}

@@ -1,8 +1,8 @@
 """Scores: how much each weight matters, in all the ways that the literature has measured it.
 
-A score is a frozen, hashable value; called with a :class:`jft.select.probe.Probe` it gives ``{path: float32 array}``, shaped
-and sharded like the candidate weights. Larger is more important; :class:`Negated` turns that round. Notation: w a weight,
-g the gradient of the step's loss in it, theta0 the base.
+A score is a frozen, hashable value; called with a :class:`jft.select.calibration.Calibration` it gives ``{path: float32
+array}``, shaped and sharded like the candidate weights. Larger is more important; :class:`Negated` turns that round.
+Notation: w a weight, g the gradient of the step's loss in it, theta0 the base.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jft import delta, tree
 from jft.compiled import program_cache
 from jft.select.activations import squared_inputs
+from jft.select.calibration import Calibration, Per
 from jft.select.low_rank import low_rank
-from jft.select.probe import Per, Probe
 
 Array = jax.Array
 Scores = dict[str, Array]
@@ -29,7 +29,7 @@ Scores = dict[str, Array]
 class Score(Protocol):
     """A hashable value that scores every candidate weight."""
 
-    def __call__(self, probe: Probe) -> Scores: ...
+    def __call__(self, calibration: Calibration) -> Scores: ...
 
 
 @program_cache(maxsize=64)
@@ -47,8 +47,8 @@ def _float32(function: Callable, *values: Array) -> Array:
     return function(*(v.astype(jnp.float32) for v in values))
 
 
-def _candidates(probe: Probe) -> Scores:
-    return {p: probe.params[p] for p in probe.paths}
+def _candidates(calibration: Calibration) -> Scores:
+    return {p: calibration.params[p] for p in calibration.paths}
 
 
 def _distance(a: Array, b: Array) -> Array:
@@ -63,8 +63,8 @@ def _size_of_product(a: Array, b: Array) -> Array:
 class Magnitude:
     """``|w|``: large weights matter (Han et al. 2015, arXiv:1506.02626); the smallest are free to change under SaRA."""
 
-    def __call__(self, probe: Probe) -> Scores:
-        return _each(jnp.abs, _candidates(probe))
+    def __call__(self, calibration: Calibration) -> Scores:
+        return _each(jnp.abs, _candidates(calibration))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Gradient:
 
     batches: int = 1
 
-    def __call__(self, probe: Probe) -> Scores:
-        return _each(jnp.abs, probe.gradient(self.batches))
+    def __call__(self, calibration: Calibration) -> Scores:
+        return _each(jnp.abs, calibration.gradient(self.batches))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +87,8 @@ class Accumulated:
 
     batches: int = 1
 
-    def __call__(self, probe: Probe) -> Scores:
-        return _each(_scaled(self.batches), probe.gradient(self.batches))
+    def __call__(self, calibration: Calibration) -> Scores:
+        return _each(_scaled(self.batches), calibration.gradient(self.batches))
 
 
 @program_cache
@@ -111,8 +111,8 @@ class Fisher:
     power: int = 2
     tokens: Literal["mean", "sum"] = "mean"
 
-    def __call__(self, probe: Probe) -> Scores:
-        return probe.squares(self.count, self.per, self.power, self.tokens)
+    def __call__(self, calibration: Calibration) -> Scores:
+        return calibration.squares(self.count, self.per, self.power, self.tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +125,8 @@ class Movement:
     steps: int
     penalties: tuple[Any, ...] = ()
 
-    def __call__(self, probe: Probe) -> Scores:
-        return _each(_distance, _candidates(probe), probe.tuned(self.steps, penalties=self.penalties))
+    def __call__(self, calibration: Calibration) -> Scores:
+        return _each(_distance, _candidates(calibration), calibration.tuned(self.steps, penalties=self.penalties))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +141,8 @@ class Tuned:
     steps: int
     how: Any = None
 
-    def __call__(self, probe: Probe) -> Scores:
-        return self.score(probe.after(self.steps, self.how))
+    def __call__(self, calibration: Calibration) -> Scores:
+        return self.score(calibration.after(self.steps, self.how))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +151,8 @@ class Snip:
 
     batches: int = 1
 
-    def __call__(self, probe: Probe) -> Scores:
-        return _each(_size_of_product, _candidates(probe), probe.gradient(self.batches))
+    def __call__(self, calibration: Calibration) -> Scores:
+        return _each(_size_of_product, _candidates(calibration), calibration.gradient(self.batches))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,16 +170,16 @@ class LowRank:
     iterations: int = 4
     exact: bool = False
 
-    def __call__(self, probe: Probe) -> Scores:
+    def __call__(self, calibration: Calibration) -> Scores:
         out = {}
-        for path, w in _candidates(probe).items():
-            if w.ndim - probe.lead(path) != 2:
+        for path, w in _candidates(calibration).items():
+            if w.ndim - calibration.lead(path) != 2:
                 raise ValueError(
                     f"{path} of shape {w.shape} holds no matrices, so LowRank cannot score it; select matrices"
                 )
             oversample = None if self.exact else self.oversample
             approximation = low_rank(
-                w, self.rank, oversample, self.iterations, tree.key_for(probe.key, f"low rank of {path}")
+                w, self.rank, oversample, self.iterations, tree.key_for(calibration.key, f"low rank of {path}")
             )
             out[path] = _compiled(_float32, _distance)(w, approximation) if self.residual else abs(approximation)
         return out
@@ -209,16 +209,16 @@ class SM3:
 
     batches: int = 5
 
-    def __call__(self, probe: Probe) -> Scores:
+    def __call__(self, calibration: Calibration) -> Scores:
         start = {}
-        for path, w in _candidates(probe).items():
-            if w.ndim - probe.lead(path) != 2:
+        for path, w in _candidates(calibration).items():
+            if w.ndim - calibration.lead(path) != 2:
                 raise ValueError(
                     f"{path} of shape {w.shape} holds no matrices, so SM3 cannot score it; select matrices"
                 )
             start[path] = (jnp.zeros(w.shape[:-1], jnp.float32), jnp.zeros((*w.shape[:-2], w.shape[-1]), jnp.float32))
-        found = probe.fold(_sm3, start, self.batches)
-        return {path: _compiled(_float32, _outer)(*found[path]) for path in probe.paths}
+        found = calibration.fold(_sm3, start, self.batches)
+        return {path: _compiled(_float32, _outer)(*found[path]) for path in calibration.paths}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,10 +231,10 @@ class Wanda:
 
     batches: int = 1
 
-    def __call__(self, probe: Probe) -> Scores:
-        names = {path: path.removesuffix("/w") for path in probe.paths}
-        squares = squared_inputs(probe, names.values(), self.batches)
-        return {p: _compiled(_float32, _by_input)(w, squares[names[p]]) for p, w in _candidates(probe).items()}
+    def __call__(self, calibration: Calibration) -> Scores:
+        names = {path: path.removesuffix("/w") for path in calibration.paths}
+        squares = squared_inputs(calibration, names.values(), self.batches)
+        return {p: _compiled(_float32, _by_input)(w, squares[names[p]]) for p, w in _candidates(calibration).items()}
 
 
 def _by_input(w: Array, squares: Array) -> Array:
@@ -250,10 +250,10 @@ class Random:
 
     draw: int = 0
 
-    def __call__(self, probe: Probe) -> Scores:
-        key = jax.random.fold_in(tree.key_for(probe.key, "random scores"), self.draw)
+    def __call__(self, calibration: Calibration) -> Scores:
+        key = jax.random.fold_in(tree.key_for(calibration.key, "random scores"), self.draw)
         out = {}
-        for path, w in _candidates(probe).items():
+        for path, w in _candidates(calibration).items():
             run = jax.jit(_uniform, static_argnums=1, out_shardings=getattr(w, "sharding", None))
             out[path] = run(tree.key_for(key, path), w.shape)
         return out
@@ -272,14 +272,14 @@ class Given:
 
     scores: Any
 
-    def __call__(self, probe: Probe) -> Scores:
+    def __call__(self, calibration: Calibration) -> Scores:
         flat = tree.flatten(self.scores)
-        for path in probe.paths:
-            shape = probe.params[path].shape
+        for path in calibration.paths:
+            shape = calibration.params[path].shape
             if path not in flat or flat[path].shape != shape:
                 found = f"of shape {flat[path].shape}" if path in flat else "missing"
                 raise ValueError(f"the given score of {path} is {found}; the weight has shape {shape}")
-        return {p: _placed(flat[p], probe.params[p]) for p in probe.paths}
+        return {p: _placed(flat[p], calibration.params[p]) for p in calibration.paths}
 
 
 def _placed(x: Any, w: Any) -> Array:
@@ -299,14 +299,17 @@ class Difference:
     tuned: Any
     tolerance: float = 1e-5
 
-    def __call__(self, probe: Probe) -> Scores:
+    def __call__(self, calibration: Calibration) -> Scores:
         if self.tuned is None:
             raise ValueError("a difference needs the tuned model: tuned=, a directory, a task vector or parameters")
-        tuned = _read(self.tuned, probe) if isinstance(self.tuned, str | os.PathLike) else self.tuned
+        tuned = _read(self.tuned, calibration) if isinstance(self.tuned, str | os.PathLike) else self.tuned
         if isinstance(tuned, delta.TaskVector):
-            return {p: self._changed(probe.params[p], tuned[p].dense() if p in tuned else None) for p in probe.paths}
-        changes = _each(jnp.subtract, Given(tuned)(probe), _candidates(probe))
-        return {p: self._changed(probe.params[p], c) for p, c in changes.items()}
+            return {
+                p: self._changed(calibration.params[p], tuned[p].dense() if p in tuned else None)
+                for p in calibration.paths
+            }
+        changes = _each(jnp.subtract, Given(tuned)(calibration), _candidates(calibration))
+        return {p: self._changed(calibration.params[p], c) for p, c in changes.items()}
 
     def _changed(self, w: Array, change: Any) -> Array:
         if change is None:
@@ -314,13 +317,13 @@ class Difference:
         return (jnp.abs(_placed(change, w)) > self.tolerance).astype(jnp.float32)
 
 
-def _read(place: str | os.PathLike, probe: Probe) -> Any:
+def _read(place: str | os.PathLike, calibration: Calibration) -> Any:
     """A task vector from a file, or the parameters of a model from its directory, laid and rounded as the base is."""
     if str(place).endswith(".safetensors"):
         return delta.TaskVector.load(place)
     from jft.models import load
 
-    w = probe.params[probe.paths[0]]
+    w = calibration.params[calibration.paths[0]]
     return load(str(place), mesh=getattr(getattr(w, "sharding", None), "mesh", None), dtype=w.dtype)[1]
 
 
@@ -330,8 +333,8 @@ class Negated:
 
     score: Score
 
-    def __call__(self, probe: Probe) -> Scores:
-        return _each(jnp.negative, self.score(probe))
+    def __call__(self, calibration: Calibration) -> Scores:
+        return _each(jnp.negative, self.score(calibration))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,9 +344,9 @@ class Sum:
     scores: tuple[Score, ...]
     weights: tuple[float, ...] = ()
 
-    def __call__(self, probe: Probe) -> Scores:
+    def __call__(self, calibration: Calibration) -> Scores:
         weights = self.weights or (1.0,) * len(self.scores)
-        return _each(_weighted(weights), *(score(probe) for score in self.scores))
+        return _each(_weighted(weights), *(score(calibration) for score in self.scores))
 
     def __post_init__(self) -> None:
         if not self.scores or (self.weights and len(self.weights) != len(self.scores)):
@@ -365,8 +368,8 @@ class Product:
         if not self.scores:
             raise ValueError("Product of no scores; give at least one")
 
-    def __call__(self, probe: Probe) -> Scores:
-        return _each(_multiplied, *(score(probe) for score in self.scores))
+    def __call__(self, calibration: Calibration) -> Scores:
+        return _each(_multiplied, *(score(calibration) for score in self.scores))
 
 
 def _multiplied(*values: Array) -> Array:
@@ -384,9 +387,9 @@ class Normalised:
     score: Score
     squash: bool = False
 
-    def __call__(self, probe: Probe) -> Scores:
-        found = self.score(probe)
-        return {p: _compiled(_normalised, probe.lead(p), self.squash)(x) for p, x in found.items()}
+    def __call__(self, calibration: Calibration) -> Scores:
+        found = self.score(calibration)
+        return {p: _compiled(_normalised, calibration.lead(p), self.squash)(x) for p, x in found.items()}
 
 
 def _normalised(lead: int, squash: bool, x: Array) -> Array:

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jft.select.budget import Beyond
+from jft.select.calibration import Calibration
 from jft.select.granularity import Column, Row, spread
-from jft.select.probe import Probe
 
 Array = jax.Array
 # The budget of a score that is 1 for what is chosen, and the side on which heads and channels lie in each weight.
@@ -25,9 +25,9 @@ SIDES = (
 )
 
 
-def attention(probe: Probe, path: str) -> tuple[int, int]:
+def attention(calibration: Calibration, path: str) -> tuple[int, int]:
     """Query heads, and heads of keys and values, of the attention that the weight at ``path`` belongs to."""
-    config = getattr(getattr(probe.model, "config", None), "backbone", getattr(probe.model, "config", None))
+    config = getattr(getattr(calibration.model, "config", None), "backbone", getattr(calibration.model, "config", None))
     tower = getattr(config, path.split("/")[0], None)
     config = tower if hasattr(tower, "heads") else config
     found = getattr(config, "heads", None)

@@ -20,7 +20,7 @@ from jft import methods, tree
 from jft.methods import Method, Plan
 from jft.methods.parametrise import Parametrisation
 from jft.names import nearest
-from jft.train import identity, memory_check, setup, stacked, step
+from jft.train import memory_check, resume, setup, stacked, step
 from jft.train.optimizers import Given, Optimizer
 from jft.train.optimizers import optimizer as find_optimizer
 from jft.train.result import NonFiniteError
@@ -72,7 +72,7 @@ def member(name: str, given: Options, shared: Options, base: Any) -> Member:
         optimizer=_optimizer(name, given, shared["optimizer"]),
         method=_method(given.get("method"), shared["method"]),
         params=params,
-        manifest=identity.check_manifest({**(shared["manifest"] or {}), **given.get("manifest", {})}),
+        manifest=resume.check_manifest({**(shared["manifest"] or {}), **given.get("manifest", {})}),
         workdir=None if workdir is None else Path(workdir),
     )
 

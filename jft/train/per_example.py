@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jft import parallel, tree
 from jft.dot import dot
 from jft.models.core import Hooks, is_jft_model
-from jft.select import probe
+from jft.select import calibration
 from jft.train import feed
 from jft.train.objectives import Objective
 
@@ -142,7 +142,7 @@ def tapped(model: Any, setting: Setting, rest: Weights, chosen: Weights, batch: 
     reads = jax.eval_shape(lambda: model.apply(setting.tree(rest, chosen), batch, hooks=hooks)[1])
     size, found = feed.rows(batch), []
     for path, w in chosen.items():
-        x, lead = reads.get(path.removesuffix("/w")), probe.lead(path, w.ndim, True)
+        x, lead = reads.get(path.removesuffix("/w")), calibration.lead(path, w.ndim, True)
         matrices = path.endswith("/w") and "/experts/" not in path and w.ndim - lead == 2
         if matrices and x is not None and x.ndim - lead in (2, 3) and x.shape[lead] == size:
             found.append(path)

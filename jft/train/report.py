@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jft.train import feed, identity, memory_check, summary
+from jft.train import feed, memory_check, resume, summary
 from jft.train.metrics import Metrics
 from jft.train.optimizers import Given
 from jft.train.progress import Meter, Progress
@@ -28,7 +28,7 @@ class Report:
         # Not before: a start that was refused leaves the config of the run that is there.
         self._metrics = []
         for member in members:
-            identity.write_config(member.workdir, member.manifest)
+            resume.write_config(member.workdir, member.manifest)
             # A member of a fleet may have no folder where others have.
             tensorboard = config.log.tensorboard and (member.workdir is not None or not members.stacked)
             self._metrics.append(Metrics(member.workdir, begin, tensorboard, config.log.wandb, primary))

@@ -28,14 +28,14 @@ from jft.train.trainable import grids
 def renew(
     update: step.Step, held: Holdings, base: Any, settled: Settled, look: Any, made: int, steps: int, seed: int
 ) -> tuple[step.Step, Holdings, Settled]:
-    """What the run goes on with after its schedule has selected anew before update ``made``; ``look(params)`` is a probe."""
+    """What the run goes on with after its schedule has selected anew before update ``made``; ``look(params)`` calibrates."""
     plan = update.recipe.plan
     kept = plan.attach(held.frozen, held.live, held.state.chosen)
-    probe = look(plan.merged(base, kept, held.state.trained))
+    calibration = look(plan.merged(base, kept, held.state.trained))
     where = grids(plan, base, update.layout.mesh)
-    standing = Standing(plan, kept, held.state.trained, probe, where, made, steps)
+    standing = Standing(plan, kept, held.state.trained, calibration, where, made, steps)
     found = plan.method.schedule.renew(standing)
-    after = found.method.plan(base, probe.model) if found.method else plan
+    after = found.method.plan(base, calibration.model) if found.method else plan
     return _renewed(update, held, base, settled, found, after, seed)
 
 

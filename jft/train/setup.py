@@ -93,13 +93,15 @@ def _start(
     return frozen, own(lives[0], places.live, donate), join(values, like.state.trained)
 
 
-def measured(update: step.Step, held: Holdings, probes: Sequence[Callable[[], Any]]) -> Holdings:
+def measured(update: step.Step, held: Holdings, calibrations: Sequence[Callable[[], Any]]) -> Holdings:
     """What is held, with what the method's rule finds out about each member's base before the first step."""
     plan, rule = update.recipe.plan, update.recipe.plan.method.rule
     if rule is None:
         return held
     memory = held.state.memory
-    each = [rule.measure(plan, look(), take(memory, i) if update.stack else memory) for i, look in enumerate(probes)]
+    each = [
+        rule.measure(plan, look(), take(memory, i) if update.stack else memory) for i, look in enumerate(calibrations)
+    ]
     if each[0] is not None:
         memory = jax.device_put(join(each, update.holdings.state.memory), update.layout.state.memory)
     return dataclasses.replace(held, state=dataclasses.replace(held.state, memory=memory))

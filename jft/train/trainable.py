@@ -9,13 +9,13 @@ from typing import Any
 
 from jft import parallel, tree
 from jft.methods import Method, Plan, selecting
+from jft.select.calibration import Calibration
 from jft.select.granularity import Block
 from jft.select.layers import Listed
-from jft.select.probe import Probe
 from jft.train import step
+from jft.train.calibration import calibration_of
 from jft.train.feed import Streams
 from jft.train.members import Members
-from jft.train.probe import probe_of
 from jft.train.run_config import RunConfig
 
 
@@ -49,10 +49,10 @@ def decided(plan: Plan) -> dict[str, Any] | None:
     return dict(chosen.pairs) if isinstance(chosen, Listed) else None
 
 
-def begin(plan: Plan, probe: Probe, cells: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+def begin(plan: Plan, calibration: Calibration, cells: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     """``{path: at}`` of what trains from the start, inside the weights that ``plan`` selects in."""
     schedule = plan.method.schedule
-    return selecting.choose(plan, probe, cells) if schedule is None else schedule.begin(plan, probe, cells)
+    return selecting.choose(plan, calibration, cells) if schedule is None else schedule.begin(plan, calibration, cells)
 
 
 def grids(plan: Plan, params: Any, mesh: Any) -> Mapping[str, tuple[int, int]]:
@@ -77,15 +77,15 @@ def grids(plan: Plan, params: Any, mesh: Any) -> Mapping[str, tuple[int, int]]:
 class Trainable:
     """recipe: of the step. plans: each member's. chosen: ``{path: at}`` of all members, as the step takes it.
 
-    decided: what the method came to, where it finds from data which whole layers train. probe: ``probe(i, params)`` is what
-    scores of member ``i`` may look at.
+    decided: what the method came to, where it finds from data which whole layers train. calibration: ``calibration(i,
+    params)`` is what scores of member ``i`` may look at.
     """
 
     recipe: step.Recipe
     plans: list[Plan]
     chosen: Mapping[str, Any]
     decided: Mapping[str, Any] | None
-    probe: Callable[[int, Any], Any]
+    calibration: Callable[[int, Any], Any]
 
 
 def find(config: RunConfig, members: Members, streams: Streams, params: Any, workdir: Path | None) -> Trainable:
@@ -99,22 +99,22 @@ def find(config: RunConfig, members: Members, streams: Streams, params: Any, wor
     recipe = step.Recipe(apply, plans[0], loss, optimizer.unscheduled(), config.accumulate, config.dtype, decayed)
     recipes = [dataclasses.replace(recipe, plan=plan) for plan in plans]
 
-    def probe(index: int, params: Any) -> Any:
+    def calibration(index: int, params: Any) -> Any:
         member, stream = members[index], streams.feed(index)
         evaluation = member.eval_data, config.eval_batches
-        return probe_of(
+        return calibration_of(
             recipes[index], config.model, params, stream, config.mesh, member.seed, member.optimizer, *evaluation
         )
 
     decided = before.decided
     if members[0].method.undecided:
-        tables = [decided or m.method.decide(probe(i, m.start(params))) for i, m in enumerate(members)]
+        tables = [decided or m.method.decide(calibration(i, m.start(params))) for i, m in enumerate(members)]
         plans = [m.method.decided(t).plan(params, config.model) for m, t in zip(members, tables, strict=True)]
         decided = tables[0]
     plans = members.plans([plan.anchored() if optimizer.to_base else plan for plan in plans])
     chosen = before.chosen
     if plans[0].selects and not chosen:
         cells = grids(plans[0], params, config.mesh)
-        each = [begin(plan, probe(i, members[i].start(params)), cells) for i, plan in enumerate(plans)]
+        each = [begin(plan, calibration(i, members[i].start(params)), cells) for i, plan in enumerate(plans)]
         chosen = members.chosen(each, params)
-    return Trainable(dataclasses.replace(recipe, plan=plans[0]), plans, chosen, decided, probe)
+    return Trainable(dataclasses.replace(recipe, plan=plans[0]), plans, chosen, decided, calibration)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jft import delta, tree
-from jft.train import evaluation, identity, memory_check, reselection, result, setup
+from jft.train import evaluation, memory_check, reselection, result, resume, setup
 from jft.train import trainable as trainables
 from jft.train.feed import Streams
 from jft.train.members import Members
@@ -35,7 +35,7 @@ class Training:
         self, config: RunConfig, members: Members, streams: Streams, trains: Trainable, update: Step, params: Any
     ):
         self.config, self.members, self.streams, self.update, self.params = config, members, streams, update, params
-        self._plans, self._chosen, self._probe = trains.plans, trains.chosen, trains.probe
+        self._plans, self._chosen, self._probe = trains.plans, trains.chosen, trains.calibration
         self._batch = memory_check.global_shapes(streams.feed(0).peek())
         self._settled: Settled = {}
         self._facts = [self._describe(i) for i in range(len(members))]
@@ -47,7 +47,7 @@ class Training:
     def _describe(self, i: int) -> dict[str, Any]:
         member, config = self.members[i], self.config
         rest = config.objective, self.update.single, self._batch, config.dtype, member.seed
-        return identity.describe(member.method, member.optimizer, *rest)
+        return resume.describe(member.method, member.optimizer, *rest)
 
     def begin(self, workdir: Path | None, checkpoint: Any, decided: Any, donate: bool) -> int:
         """Open the checkpoints, and hold what they have; the step that training goes on from, 0 without any."""
@@ -70,10 +70,10 @@ class Training:
             self.streams.seek(positions if members.stacked else [positions])
         else:
             for member, facts in zip(members, each, strict=True):
-                identity.refuse_another(member.workdir, facts)
+                resume.refuse_another(member.workdir, facts)
             held = setup.hold(self.update, self.params, self._chosen, seeds, donate, overlays)
-            probes = [lambda i=i, m=m: self._probe(i, m.start(self.params)) for i, m in enumerate(members)]
-            self.held = setup.measured(self.update, held, probes)
+            calibrations = [lambda i=i, m=m: self._probe(i, m.start(self.params)) for i, m in enumerate(members)]
+            self.held = setup.measured(self.update, held, calibrations)
         self.sound = np.asarray(jax.device_get(self.held.state.step) == begin)
         for i in np.flatnonzero(~np.atleast_1d(self.sound)).tolist():
             last = int(self.held.state.step[i])
@@ -87,9 +87,9 @@ class Training:
         steps, schedule = self.config.steps, self.members[0].method.schedule
         if not schedule or n == 0 or not schedule.due(n, steps):
             return
-        probe, seed = functools.partial(self._probe, 0), self.members[0].seed
+        calibration, seed = functools.partial(self._probe, 0), self.members[0].seed
         self.update, self.held, self._settled = reselection.renew(
-            self.update, self.held, self.params, self._settled, probe, n, steps, seed
+            self.update, self.held, self.params, self._settled, calibration, n, steps, seed
         )
         self._plans = [self.update.recipe.plan]
         if self.checkpoints:

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 import jft
-from jft.analysis import outcomes, records, settings, study
+from jft.analysis import run_store, settings, study, task_runs
 from jft.cli import main
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
@@ -151,16 +151,16 @@ def test_a_fleet_gives_each_task_what_a_run_by_itself_would(workdir, tmp_path):
 
 def test_fleets_are_of_runs_that_differ_in_their_data_alone():
     """Not of methods that select anew, nor of a task with another number of steps."""
-    digits = records.plain(runpy.run_path(str(QUICKSTART))["get_config"]())["studies"]["digits"]
+    digits = run_store.plain(runpy.run_path(str(QUICKSTART))["get_config"]())["studies"]["digits"]
     digits["tasks"]["loops"]["steps"] = 7
     digits["methods"]["anew"] = {"method": {"name": "spiel_ag", "density": 0.1}}
 
     def groups(method, together=True):
         tasks = [SimpleNamespace(name=name, model="model", objective="classification") for name in digits["tasks"]]
         runs = [
-            outcomes.Training(task, method, settings.of_run(digits, task.name, method), Path(), {}) for task in tasks
+            task_runs.Training(task, method, settings.of_run(digits, task.name, method), Path(), {}) for task in tasks
         ]
-        return [[run.task.name for run in fleet] for fleet in outcomes._fleets(runs, together)]
+        return [[run.task.name for run in fleet] for fleet in task_runs._fleets(runs, together)]
 
     single = [[name] for name in digits["tasks"]]
     assert groups("full") == [["upright", "rotated", "inverted", "mirrored", "parity"], ["loops"]]

@@ -11,7 +11,7 @@ import jft
 from jft import tree
 from jft.models.core import Scope
 from jft.models.model import Model
-from jft.select.probe import lead
+from jft.select.calibration import lead
 from tests.methods.decoder import dense
 
 LAYERS, WIDTH, HIDDEN, CLASSES = 2, 6, 8, 3

@@ -7,9 +7,9 @@ import pytest
 
 import jft
 from jft.methods import selecting
-from jft.select.probe import lead
+from jft.select.calibration import lead
+from jft.train.calibration import RunCalibration
 from jft.train.objectives import LanguageModel
-from jft.train.probe import LoopProbe
 
 pytestmark = [
     pytest.mark.peers,
@@ -41,8 +41,8 @@ def base(tmp_path_factory):
 
 def select(method, model, params):
     plan = jft.method(**method).plan(params, model)
-    probe = LoopProbe(model, params, plan.selects, LanguageModel(), [{"tokens": TOKENS}])
-    chosen = selecting.choose(plan, probe, {})
+    calibration = RunCalibration(model, params, plan.selects, LanguageModel(), [{"tokens": TOKENS}])
+    chosen = selecting.choose(plan, calibration, {})
     return plan, *plan.init(jax.random.key(0), params, chosen)
 
 
@@ -82,14 +82,14 @@ def modules(theirs):
 def compare(model, plan, kept, values, theirs, sparse_gradient):
     """Logits, and gradients of the entries; ``sparse_gradient(layer)`` is peft's as ``[I, O]``. Gives jft's gradient."""
     torch = pytest.importorskip("torch")
-    probe = np.random.default_rng(1).standard_normal((3, 11, 67)).astype(np.float32) / 100
+    calibration = np.random.default_rng(1).standard_normal((3, 11, 67)).astype(np.float32) / 100
     expected = theirs(torch.tensor(TOKENS)).logits
-    (expected * torch.tensor(probe)).sum().backward()
+    (expected * torch.tensor(calibration)).sum().backward()
     kept = plan.commit(kept, values)
 
     def loss(t):
         logits = model.apply(plan.bind(kept, t), TOKENS)
-        return jnp.sum(logits * probe), logits
+        return jnp.sum(logits * calibration), logits
 
     found, logits = jax.grad(loss, has_aux=True)(values)
     np.testing.assert_allclose(logits, expected.detach().numpy(), atol=1e-5)

@@ -75,13 +75,13 @@ def test_targets_are_all_linear_layers(pair):
 
 def test_outputs_and_gradients(pair):
     torch, theirs, model, _, plan, kept, trained = pair
-    probe = np.random.default_rng(1).standard_normal((3, 11, 67)).astype(np.float32) / 100
+    calibration = np.random.default_rng(1).standard_normal((3, 11, 67)).astype(np.float32) / 100
     expected = theirs(torch.tensor(TOKENS)).logits
-    (expected * torch.tensor(probe)).sum().backward()
+    (expected * torch.tensor(calibration)).sum().backward()
 
     def loss(t):
         logits = model.apply(plan.bind(kept, t), TOKENS)
-        return jnp.sum(logits * probe), logits
+        return jnp.sum(logits * calibration), logits
 
     grads, logits = jax.grad(loss, has_aux=True)(trained)
     np.testing.assert_allclose(logits, expected.detach().numpy(), atol=1e-5)

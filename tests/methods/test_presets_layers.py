@@ -18,8 +18,8 @@ from jft.presets.subtuning import Greedy
 from jft.select import backward
 from jft.select.halves import halves
 from jft.select.layers import Between, Last, Spaced
+from jft.train.calibration import RunCalibration
 from jft.train.objectives import LanguageModel
-from jft.train.probe import LoopProbe
 from tests.methods import decoder
 
 DATA = decoder.batches()
@@ -32,9 +32,9 @@ def params():
 
 
 @pytest.fixture(scope="module")
-def probe(params):
+def calibration(params):
     paths = [p for p in tree.flatten(params) if p.startswith("layers/")]
-    return LoopProbe(decoder.MODEL, params, paths, LanguageModel(), DATA)
+    return RunCalibration(decoder.MODEL, params, paths, LanguageModel(), DATA)
 
 
 def by_layer(values):
@@ -183,14 +183,14 @@ def test_layers_by_score(params):
     masks = decoder.in_layers(params, np.argsort(-np.asarray(scores))[:1])
     decoder.check(jft.method("layers_by_score", k=1, batches=3), lambda n, w: masks, params, DATA)
     named = [{**b, "prior": np.float32(likelihood[4 * i : 4 * i + 4])} for i, b in enumerate(DATA[:3])]
-    found = LoopProbe(decoder.MODEL, params, ["layers/attn/q/w"], LanguageModel(), named)
+    found = RunCalibration(decoder.MODEL, params, ["layers/attn/q/w"], LanguageModel(), named)
     np.testing.assert_allclose(decoders_scores("prior", found), scores, rtol=1e-4)
     with pytest.raises(ValueError, match="no 'other' to correlate"):
         decoders_scores("other", found)
 
 
-def decoders_scores(target, probe):
-    return Correlation(target, batches=3)(probe)["layers"]
+def decoders_scores(target, calibration):
+    return Correlation(target, batches=3)(calibration)["layers"]
 
 
 def _entering(w, tokens):
@@ -251,10 +251,10 @@ def test_subtuning_searches_greedily(params):
 
 
 class Evaluations:
-    """Stands for a probe: what is evaluated is looked up by the set of layers that was trained."""
+    """Stands for a calibration: what is evaluated is looked up by the set of layers that was trained."""
 
-    def __init__(self, probe, worth):
-        self._probe, self._worth, self.asked = probe, worth, []
+    def __init__(self, calibration, worth):
+        self._probe, self._worth, self.asked = calibration, worth, []
 
     def __getattr__(self, name):
         return getattr(self._probe, name)
@@ -267,9 +267,9 @@ class Evaluations:
         return {"loss": self._worth(table)}
 
 
-def test_greedy_stops_where_the_gain_is_small_and_keeps_to_its_shortlist(probe):
+def test_greedy_stops_where_the_gain_is_small_and_keeps_to_its_shortlist(calibration):
     gains = {0: 0.5, 1: 0.1, 2: 0.4, 3: 0.3}
-    found = Evaluations(probe, lambda table: 1 - sum(gains[i] for i in table["layers/attn/q/w"]))
+    found = Evaluations(calibration, lambda table: 1 - sum(gains[i] for i in table["layers/attn/q/w"]))
     assert Greedy(1, tolerance=0.35)(found)["layers/attn/q/w"] == (0, 2)
     assert Greedy(1, tolerance=0.2)(found)["layers/attn/q/w"] == (0, 2, 3)
     found.asked.clear()
@@ -277,13 +277,13 @@ def test_greedy_stops_where_the_gain_is_small_and_keeps_to_its_shortlist(probe):
     assert len(found.asked) == 4 + 1
 
 
-def test_range_search_goes_down_the_tree(probe):
+def test_range_search_goes_down_the_tree(calibration):
     def worth(table):
         layers, cost = table[next(iter(table))], 0.1 * sum("attn" in p for p in table)
         return cost + abs(np.mean(layers) - 2) + 0.01 * len(layers)
 
     search = RangeSearch(1, modules=((r"attn/",), (r"mlp/up/",)))
-    found = Evaluations(probe, worth)
+    found = Evaluations(calibration, worth)
     table = search(found)
     assert table == {"layers/mlp/up/w": (2,)}
     tried = [x[next(iter(x))] for x in found.asked]
@@ -379,7 +379,7 @@ def test_green_trainer_decides_again(params, tmp_path):
 def test_costs_are_known_for_one_stack_alone():
     params = decoder.parameters(_clip())
     with pytest.raises(ValueError, match="one stack of layers"):
-        backward.chain(LoopProbe(Model(_clip()), params, list(tree.flatten(params)), LanguageModel(), DATA))
+        backward.chain(RunCalibration(Model(_clip()), params, list(tree.flatten(params)), LanguageModel(), DATA))
 
 
 # Skip tuning.
@@ -421,8 +421,8 @@ def test_soft_mask_scales_gradients_by_unit(params):
     """Importance by hand from differences of the divergence in each gate would take the model's noise: taken as given."""
     from jft.presets.cofitune import importance
 
-    probe = LoopProbe(decoder.MODEL, params, ["layers/mlp/up/w"], LanguageModel(), DATA)
-    found = {k: np.asarray(v, np.float64) for k, v in importance(probe, 2, 0.1).items()}
+    calibration = RunCalibration(decoder.MODEL, params, ["layers/mlp/up/w"], LanguageModel(), DATA)
+    found = {k: np.asarray(v, np.float64) for k, v in importance(calibration, 2, 0.1).items()}
     assert found["layers/mlp/channels"].shape == (4, 12) and found["layers/attn/heads"].shape == (4, 4)
     assert all((x >= 0).all() and (x < 1).all() and x.std() > 0.05 for x in found.values())
     scale = {

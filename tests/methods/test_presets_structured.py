@@ -16,9 +16,9 @@ from jft.models.memory import Memory
 from jft.models.moe import Experts
 from jft.select import heads, scores
 from jft.select.memory import accesses, slot_counts
-from jft.train import identity
+from jft.train import resume
+from jft.train.calibration import RunCalibration
 from jft.train.objectives import LanguageModel
-from jft.train.probe import LoopProbe
 from tests.methods import decoder
 
 DATA = decoder.batches()
@@ -170,8 +170,8 @@ def _routing(model, params, batch):
 
 @pytest.mark.parametrize("mlps", [0, 1])
 def test_precise_sft_trains_the_slices_of_the_chosen_heads(mlps, params):
-    probe = LoopProbe(decoder.MODEL, params, [O], LanguageModel(), DATA)
-    found = {n: np.asarray(x) for n, x in heads.patching(probe, 1, mlps=bool(mlps)).items()}
+    calibration = RunCalibration(decoder.MODEL, params, [O], LanguageModel(), DATA)
+    found = {n: np.asarray(x) for n, x in heads.patching(calibration, 1, mlps=bool(mlps)).items()}
     chosen = best(found["layers/attn/o"].ravel(), 3).reshape(L, H)
     queries, groups = np.repeat(chosen, K, 1), np.repeat(chosen.reshape(L, G, -1).any(2), K, 1)
     masks = {
@@ -229,16 +229,16 @@ def test_a_background_from_a_file(tmp_path):
     known = slot_counts(Model(REMEMBERS), params, DATA[:2])
     np.savez(tmp_path / "known.npz", counts=known.counts, batches=known.batches, size=known.size)
     method = jft.method("sparse_memory", slots=3, background=str(tmp_path / "known.npz"))
-    probe = LoopProbe(Model(REMEMBERS), params, ["memory/table"], LanguageModel(), DATA)
-    assert np.asarray(method.select.score(probe)["memory/table"]).shape == (25,)
+    calibration = RunCalibration(Model(REMEMBERS), params, ["memory/table"], LanguageModel(), DATA)
+    assert np.asarray(method.select.score(calibration)["memory/table"]).shape == (25,)
     other = jft.method("sparse_memory", background=type(known)(np.zeros(9), np.zeros(9), 1))
     with pytest.raises(ValueError, match="counts 9 slots, and the memory has 25"):
-        other.select.score(probe)
+        other.select.score(calibration)
 
 
 def test_a_run_is_told_by_what_does_not_change_between_processes():
     method = jft.method("precise_sft")
-    said = identity._json(method.options)
+    said = resume._json(method.options)
     assert said["counterfactual"] == "jft.select.heads.rolled" and "0x" not in str(said)
 
 
@@ -256,9 +256,9 @@ def test_wrong_choices_are_refused(params):
     ):
         with pytest.raises(ValueError, match=message):
             jft.method(**options)
-    probe = LoopProbe(decoder.MODEL, params, [O], LanguageModel(), DATA)
+    calibration = RunCalibration(decoder.MODEL, params, [O], LanguageModel(), DATA)
     with pytest.raises(ValueError, match="has no experts to score"):
-        jft.method("esft").select.score(probe)
+        jft.method("esft").select.score(calibration)
 
 
 def test_a_zero_slice_of_a_weight_costs_one_slot_of_padding(params):

@@ -42,8 +42,8 @@ def spread(params, chosen):
 class Squares:
     """``w^2``, entry by entry."""
 
-    def __call__(self, probe):
-        return {p: jnp.square(probe.params[p].astype(jnp.float32)) for p in probe.paths}
+    def __call__(self, calibration):
+        return {p: jnp.square(calibration.params[p].astype(jnp.float32)) for p in calibration.paths}
 
 
 def select(unit, how, **more):
@@ -82,10 +82,10 @@ def test_layers(params, pool):
 
 
 def _probe(params, paths):
+    from jft.train.calibration import RunCalibration
     from jft.train.objectives import LanguageModel
-    from jft.train.probe import LoopProbe
 
-    return LoopProbe(decoder.MODEL, params, list(paths), LanguageModel(), DATA)
+    return RunCalibration(decoder.MODEL, params, list(paths), LanguageModel(), DATA)
 
 
 def test_layers_within_a_share_of_the_parameters(params):
@@ -192,13 +192,13 @@ def test_what_is_refused(make, message):
 def test_stacked_experts_are_no_matrices():
     weights = {"layers/mlp/experts/up/w": jnp.ones((2, 3, 4, 5))}
 
-    class Probe:
+    class Calibration:
         params, paths, lead = weights, tuple(weights), staticmethod(lambda path: 2)
 
     scored = layers.Scored(Squares(), granularity.Matrix(), budget.PerLeaf(count=1))
     with pytest.raises(ValueError, match=r"selected by granularity=Expert\(\)"):
-        scored(Probe)
-    assert layers.Scored(Squares(), granularity.Name(), budget.Globally(count=1))(Probe) == dict.fromkeys(weights)
+        scored(Calibration)
+    assert layers.Scored(Squares(), granularity.Name(), budget.Globally(count=1))(Calibration) == dict.fromkeys(weights)
 
 
 def test_the_cli_tells_what_is_chosen():

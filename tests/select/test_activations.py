@@ -13,8 +13,8 @@ from jft.models import DecoderConfig, Model, T5Config
 from jft.models.core import Hooks
 from jft.models.moe import Experts, route
 from jft.select import activations, heads, layers, scores
+from jft.train.calibration import RunCalibration
 from jft.train.objectives import Contrastive, LanguageModel, Seq2Seq
-from jft.train.probe import LoopProbe
 from tests.train import tools
 
 DECODER = Model(DecoderConfig(vocab=32, width=16, layers=2, heads=4, kv_heads=2, hidden=24))
@@ -36,9 +36,9 @@ def initial(model, seed):
 
 
 @functools.cache
-def probe_of(model, paths=("layers/attn/q/w",)):
+def calibration_of(model, paths=("layers/attn/q/w",)):
     params = jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, initial(model, 1))
-    return LoopProbe(model, params, paths, LanguageModel(), data())
+    return RunCalibration(model, params, paths, LanguageModel(), data())
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -50,9 +50,9 @@ def outputs_and_products(model, params, batch):
     return model.apply(params, batch, Hooks(product=product))
 
 
-def products(probe, batch):
+def products(calibration, batch):
     """Inputs and outputs of every product, by name, as numpy."""
-    _, reads = outputs_and_products(probe.model, tree.unflatten(probe.params), batch)
+    _, reads = outputs_and_products(calibration.model, tree.unflatten(calibration.params), batch)
     return {k: tuple(np.asarray(z, np.float64) for z in v) for k, v in reads.items()}
 
 
@@ -62,47 +62,47 @@ def kept(batch):
 
 def test_wanda():
     paths = ("layers/attn/o/w", "layers/mlp/down/w", "head/w")
-    probe = probe_of(DECODER, paths)
-    found = scores.Wanda(2)(probe)
+    calibration = calibration_of(DECODER, paths)
+    found = scores.Wanda(2)(calibration)
     for path in paths:
-        w = np.asarray(probe.params[path], np.float64)
+        w = np.asarray(calibration.params[path], np.float64)
         total = 0
         for batch in data():
-            x = products(probe, batch)[path.removesuffix("/w")][0]
+            x = products(calibration, batch)[path.removesuffix("/w")][0]
             total = total + (x[..., kept(batch), :] ** 2).sum(-2)
         np.testing.assert_allclose(found[path], np.abs(w) * np.sqrt(total)[..., None], rtol=2e-5)
 
 
 def test_wanda_of_experts_counts_the_tokens_sent_to_them():
     path = "layers/mlp/experts/up/w"
-    probe = probe_of(MIXTURE, (path,))
-    w = np.asarray(probe.params[path], np.float64)
+    calibration = calibration_of(MIXTURE, (path,))
+    w = np.asarray(calibration.params[path], np.float64)
     total = np.zeros(w.shape[:-1])
     for batch in data():
-        x, logits = products(probe, batch)["layers/mlp/router"]
+        x, logits = products(calibration, batch)["layers/mlp/router"]
         chosen = np.asarray(route(jnp.asarray(logits, jnp.float32), MIXTURE.config.experts)[1])
         for layer in range(2):
             for b, t in zip(*np.nonzero(kept(batch)), strict=True):
                 for e in chosen[layer, b, t]:
                     total[layer, e] += x[layer, b, t] ** 2
     np.testing.assert_allclose(
-        scores.Wanda(2)(probe)[path], np.abs(w) * np.sqrt(total)[..., None], rtol=2e-5, atol=1e-7
+        scores.Wanda(2)(calibration)[path], np.abs(w) * np.sqrt(total)[..., None], rtol=2e-5, atol=1e-7
     )
 
 
 @pytest.mark.parametrize("kind", ["token", "gate"])
 def test_experts(kind):
-    probe = probe_of(MIXTURE)
+    calibration = calibration_of(MIXTURE)
     expected = np.zeros((2, 4))
     for batch in data():
-        logits = products(probe, batch)["layers/mlp/router"][1]
+        logits = products(calibration, batch)["layers/mlp/router"][1]
         for layer in range(2):
             for b, t in zip(*np.nonzero(kept(batch)), strict=True):
                 p = np.exp(logits[layer, b, t]) / np.exp(logits[layer, b, t]).sum()
                 best = np.argsort(-p)[:2]
                 expected[layer, best] += p[best] / p[best].sum() if kind == "gate" else 0.5
     expected /= expected.sum(1, keepdims=True)
-    found = activations.experts(probe, 2, kind)
+    found = activations.experts(calibration, 2, kind)
     assert set(found) == {"layers/mlp/router"}
     np.testing.assert_allclose(found["layers/mlp/router"], expected, rtol=1e-4)
 
@@ -133,8 +133,8 @@ def logits_with(model, params, batch, gates):
 
 
 def test_gates_are_the_mean_size_of_each_examples_gradient():
-    probe = probe_of(DECODER)
-    objective, params = LanguageModel(), tree.unflatten(probe.params)
+    calibration = calibration_of(DECODER)
+    objective, params = LanguageModel(), tree.unflatten(calibration.params)
 
     @jax.jit
     @jax.grad
@@ -144,7 +144,7 @@ def test_gates_are_the_mean_size_of_each_examples_gradient():
 
     rows = [{k: v[i : i + 1] for k, v in b.items()} for b in data() for i in np.flatnonzero(b["valid"])]
     expected = np.mean([np.abs(gradient(np.ones((2, 4), np.float32), row)) for row in rows], axis=0)
-    found = heads.gates(probe, 2)
+    found = heads.gates(calibration, 2)
     assert len(rows) == 7
     np.testing.assert_allclose(found["layers/attn/o"], expected, rtol=1e-4, atol=1e-8)
 
@@ -157,9 +157,9 @@ def right_logit(objective, logits, batch):
 
 
 def test_ablation_is_what_gating_a_head_off_does():
-    probe = probe_of(DECODER)
+    calibration = calibration_of(DECODER)
     expected, total = np.zeros((2, 4)), 0
-    logits = functools.partial(logits_with, DECODER, tree.unflatten(probe.params))
+    logits = functools.partial(logits_with, DECODER, tree.unflatten(calibration.params))
     for batch in data():
         clean, weight = right_logit(LanguageModel(), logits(batch, np.ones((2, 4))), batch)
         total += weight
@@ -168,11 +168,11 @@ def test_ablation_is_what_gating_a_head_off_does():
                 gates = np.ones((2, 4))
                 gates[layer, head] = 0
                 expected[layer, head] += clean - right_logit(LanguageModel(), logits(batch, gates), batch)[0]
-    found = heads.patching(probe, 2, None, freeze=False)["layers/attn/o"]
+    found = heads.patching(calibration, 2, None, freeze=False)["layers/attn/o"]
     np.testing.assert_allclose(found, expected / total, rtol=1e-3, atol=1e-5)
 
 
-def patched(probe, batch, name, layer, part, other, clean=None):
+def patched(calibration, batch, name, layer, part, other, clean=None):
     """Logits with one part of one product's input taken from ``other``; all heads' from ``clean`` where it is given."""
 
     def product(at, x, w, index):
@@ -185,19 +185,19 @@ def patched(probe, batch, name, layer, part, other, clean=None):
         return dot(x, w), None
 
     state = {"layers/attn/o": jnp.arange(2), "layers/mlp/down": jnp.arange(2)}
-    return probe.model.apply(tree.unflatten(probe.params), batch, Hooks(product=product, state=state))[0]
+    return calibration.model.apply(tree.unflatten(calibration.params), batch, Hooks(product=product, state=state))[0]
 
 
 @pytest.mark.parametrize("freeze", [True, False])
 def test_patching_against_one_pass_for_each_head(freeze):
-    probe = probe_of(DECODER)
+    calibration = calibration_of(DECODER)
     objective = LanguageModel()
     expected, total = {"layers/attn/o": np.zeros((2, 4)), "layers/mlp/down": np.zeros((2, 1))}, 0
-    run = jax.jit(functools.partial(patched, probe), static_argnums=1)
-    unpatched = lambda batch: outputs_and_products(DECODER, tree.unflatten(probe.params), batch)[0]
+    run = jax.jit(functools.partial(patched, calibration), static_argnums=1)
+    unpatched = lambda batch: outputs_and_products(DECODER, tree.unflatten(calibration.params), batch)[0]
     for batch in data():
-        clean = {k: v[0] for k, v in products(probe, batch).items()}
-        other = {k: v[0] for k, v in products(probe, heads.rolled(batch)).items()}
+        clean = {k: v[0] for k, v in products(calibration, batch).items()}
+        other = {k: v[0] for k, v in products(calibration, heads.rolled(batch)).items()}
         before, weight = right_logit(objective, unpatched(batch), batch)
         total += weight
         for name, table in expected.items():
@@ -207,15 +207,15 @@ def test_patching_against_one_pass_for_each_head(freeze):
                     part = np.arange(clean[name].shape[-1]) // size == head
                     after = run(batch, name, layer, part, other, clean if freeze else None)
                     table[layer, head] += before - right_logit(objective, after, batch)[0]
-    found = heads.patching(probe, 2, freeze=freeze, mlps=True)
+    found = heads.patching(calibration, 2, freeze=freeze, mlps=True)
     assert set(found) == set(expected)
     for name, table in expected.items():
         np.testing.assert_allclose(found[name], table / total, rtol=1e-3, atol=2e-5, err_msg=name)
 
 
 def test_freezing_leaves_the_last_layer_alone_and_changes_the_first():
-    probe = probe_of(DECODER)
-    one, other = (heads.patching(probe, 1, freeze=freeze)["layers/attn/o"] for freeze in (True, False))
+    calibration = calibration_of(DECODER)
+    one, other = (heads.patching(calibration, 1, freeze=freeze)["layers/attn/o"] for freeze in (True, False))
     np.testing.assert_allclose(one[1], other[1], rtol=1e-4, atol=1e-6)
     assert np.abs(one[0] - other[0]).max() > 1e-3
 
@@ -226,7 +226,7 @@ def prior(outputs, batch):
 
 @pytest.mark.parametrize("pool", ["mean", "last"])
 def test_correlation(pool):
-    probe = probe_of(DECODER)
+    calibration = calibration_of(DECODER)
     values, targets = [], []
 
     def value(name, h, state):
@@ -234,14 +234,14 @@ def test_correlation(pool):
 
     read = jax.jit(lambda params, batch: DECODER.apply(params, batch, Hooks(value=value))[1]["layers/mlp/out"])
     for batch in data():
-        h = np.asarray(read(tree.unflatten(probe.params), batch), np.float64)
+        h = np.asarray(read(tree.unflatten(calibration.params), batch), np.float64)
         for b in np.flatnonzero(batch["valid"]):
             real = h[:, b, batch["segments"][b] > 0]
             values.append(real.mean(1) if pool == "mean" else real[:, -1])
             targets.append(batch["tokens"][b][batch["segments"][b] > 0].sum() / 100)
     h = np.stack(values)
     r = np.array([[np.corrcoef(h[:, layer, d], targets)[0, 1] for d in range(16)] for layer in range(2)])
-    found = activations.correlation(probe, prior, 2, "layers/mlp/out", pool)
+    found = activations.correlation(calibration, prior, 2, "layers/mlp/out", pool)
     np.testing.assert_allclose(found, np.sqrt((r**2).mean(1)), rtol=1e-3)
 
 
@@ -279,7 +279,7 @@ def test_towers_and_decoders_read_their_own_tokens():
         for k, s in (("tokens", "segments"), ("decoder_tokens", "decoder_segments"))
     }
     paths = tuple(p for p in model.linear_paths(params) if p.endswith("/w"))
-    one, other = (LoopProbe(model, params, paths, Seq2Seq(), [b]) for b in (batch, {**batch, **noise}))
+    one, other = (RunCalibration(model, params, paths, Seq2Seq(), [b]) for b in (batch, {**batch, **noise}))
     a, b = scores.Wanda()(one), scores.Wanda()(other)
     assert set(a) == set(paths)
     for path in paths:
@@ -292,8 +292,8 @@ def test_towers_and_decoders_read_their_own_tokens():
 
 def test_a_mesh_agrees_with_one_device():
     mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})
-    one = probe_of(MIXTURE)
-    many = LoopProbe(MIXTURE, tree.unflatten(one.params), one.paths, LanguageModel(), data(), mesh=mesh)
+    one = calibration_of(MIXTURE)
+    many = RunCalibration(MIXTURE, tree.unflatten(one.params), one.paths, LanguageModel(), data(), mesh=mesh)
     for ask in (
         lambda p: activations.experts(p, 2),
         lambda p: heads.gates(p, 2),
@@ -312,7 +312,7 @@ CONTRASTIVE = Contrastive()
     ("ask", "message"),
     [
         (lambda p: activations.experts(p, 1), "'llama' model has no experts"),
-        (lambda p: activations.experts(probe_of(MIXTURE), 1, "count"), "kind is 'count'"),
+        (lambda p: activations.experts(calibration_of(MIXTURE), 1, "count"), "kind is 'count'"),
         (lambda p: activations.until([[1.0, 2.0]], 0), "p is 0"),
         (lambda p: activations.until([[0.0, 0.0]], 0.5), "not all zero in a row"),
         (lambda p: layers.pooled_layers({"head/w": np.ones(3)}), "none of the scored weights is in a layer: head/w"),
@@ -320,21 +320,23 @@ CONTRASTIVE = Contrastive()
         (lambda p: activations.correlation(p, lambda o, b: b["segments"][:, 0], 1), "same for all examples"),
         (lambda p: activations.correlation(p, prior, 1, "layers/out"), "no site 'layers/out'"),
         (lambda p: activations.correlation(p, prior, 1, pool="first"), "pool is 'first'"),
-        (lambda p: scores.Wanda()(probe_of(DECODER, ("layers/attn_norm/scale",))), "norm/scale' is no product"),
+        (lambda p: scores.Wanda()(calibration_of(DECODER, ("layers/attn_norm/scale",))), "norm/scale' is no product"),
         (
-            lambda p: scores.Wanda()(LoopProbe(tools.apply, tools.parameters(), ("one/w",), LanguageModel(), data())),
+            lambda p: scores.Wanda()(
+                RunCalibration(tools.apply, tools.parameters(), ("one/w",), LanguageModel(), data())
+            ),
             "own models",
         ),
         (
-            lambda p: heads.gates(LoopProbe(DECODER, tree.unflatten(p.params), (), CONTRASTIVE, data()), 1),
+            lambda p: heads.gates(RunCalibration(DECODER, tree.unflatten(p.params), (), CONTRASTIVE, data()), 1),
             "no gradient",
         ),
         (
-            lambda p: heads.patching(LoopProbe(DECODER, tree.unflatten(p.params), (), CONTRASTIVE, data()), 1),
+            lambda p: heads.patching(RunCalibration(DECODER, tree.unflatten(p.params), (), CONTRASTIVE, data()), 1),
             "no answer",
         ),
     ],
 )
 def test_refusals(ask, message):
     with pytest.raises(ValueError, match=message):
-        ask(probe_of(DECODER))
+        ask(calibration_of(DECODER))

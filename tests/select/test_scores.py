@@ -13,16 +13,18 @@ from jft.models import DecoderConfig, Model
 from jft.models.moe import Experts
 from jft.select import scores
 from jft.select.low_rank import low_rank
+from jft.train.calibration import RunCalibration
 from jft.train.objectives import Classification, LanguageModel
-from jft.train.probe import LoopProbe
 from tests.train import tools
 
 PATHS = ("one/w", "one/b", "two/w")
 
 
 @functools.cache
-def probe(paths=PATHS, train=None, seed=0):
-    return LoopProbe(tools.apply, tools.parameters(), paths, Classification(), tools.batches(), train=train, seed=seed)
+def calibration(paths=PATHS, train=None, seed=0):
+    return RunCalibration(
+        tools.apply, tools.parameters(), paths, Classification(), tools.batches(), train=train, seed=seed
+    )
 
 
 DECODER = Model(DecoderConfig(vocab=32, width=16, layers=2, heads=4, kv_heads=2, hidden=24))
@@ -44,7 +46,7 @@ def initial(model, seed=1):
 
 def language(model, paths, **options):
     params = options.pop("params", None) or initial(model)
-    return LoopProbe(model, params, paths, LanguageModel(), tokens_of(model), **options)
+    return RunCalibration(model, params, paths, LanguageModel(), tokens_of(model), **options)
 
 
 def wide(x):
@@ -99,7 +101,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_formula(name):
     score, reference = CASES[name]
-    found = score(probe(train=shifted))
+    found = score(calibration(train=shifted))
     assert set(found) == set(PATHS)
     for path in PATHS:
         assert found[path].dtype == jnp.float32
@@ -118,13 +120,13 @@ def test_scores_are_values(name):
 def test_fisher_per_example():
     rows = [{k: v[i : i + 1] for k, v in b.items()} for b in tools.batches()[:2] for i in range(8)][:10]
     each = [tools.reference_gradient(tools.parameters(), r)[1] for r in rows]
-    found = scores.Fisher(10)(probe())
+    found = scores.Fisher(10)(calibration())
     for path in PATHS:
         np.testing.assert_allclose(found[path], np.mean([g[path] ** 2 for g in each], axis=0), rtol=5e-5, atol=1e-9)
 
 
 def test_sm3_against_a_loop_over_entries():
-    found = scores.SM3(3)(probe(("one/w", "two/w")))
+    found = scores.SM3(3)(calibration(("one/w", "two/w")))
     for path, score in found.items():
         rows, columns = np.zeros(score.shape[0]), np.zeros(score.shape[1])
         for gradient in gradients(3):
@@ -211,11 +213,11 @@ def test_random_is_uniform_and_differs_by_path_draw_and_seed():
 
 
 def meshed(mesh=None):
-    """A probe of a decoder whose matrices eight devices share."""
+    """A calibration of a decoder whose matrices eight devices share."""
     model = Model(DecoderConfig(vocab=32, width=128, layers=2, heads=4, hidden=256))
     data = [{"tokens": np.random.default_rng(0).integers(0, 32, (8, 8)).astype(np.int32)}]
     paths = ("layers/mlp/up/w", "layers/attn/o/w")
-    return LoopProbe(model, initial(model, 0), paths, LanguageModel(), data, mesh=mesh)
+    return RunCalibration(model, initial(model, 0), paths, LanguageModel(), data, mesh=mesh)
 
 
 TOLERANCES = {
@@ -243,10 +245,10 @@ def test_meshes_agree_with_one_device(shape, on_one_device):
 def test_given_is_checked_and_taken():
     r = np.random.default_rng(0)
     given = {p: r.normal(size=WEIGHTS[p].shape) for p in PATHS}
-    found = scores.Given(given)(probe())
+    found = scores.Given(given)(calibration())
     for path in PATHS:
         np.testing.assert_allclose(found[path], given[path], rtol=1e-6)
-    nested = scores.Given(tree.unflatten(given))(probe())
+    nested = scores.Given(tree.unflatten(given))(calibration())
     np.testing.assert_array_equal(nested["one/w"], found["one/w"])
 
 
@@ -263,10 +265,10 @@ def test_difference_marks_what_training_changed(tmp_path):
     vector = delta.TaskVector.between(params, tree.unflatten(tuned))
     vector.save(tmp_path / "tau.safetensors")
     for source in (tree.unflatten(tuned), tuned, vector, tmp_path / "tau.safetensors"):
-        found = scores.Difference(source)(probe())
+        found = scores.Difference(source)(calibration())
         np.testing.assert_array_equal(found["one/w"], expected)
         np.testing.assert_array_equal(found["two/w"], 0)
-    assert float(jnp.sum(scores.Difference(vector.select("^one"), 1e-8)(probe())["one/w"])) == 3
+    assert float(jnp.sum(scores.Difference(vector.select("^one"), 1e-8)(calibration())["one/w"])) == 3
 
 
 def test_difference_reads_a_tuned_model(tmp_path):
@@ -287,16 +289,16 @@ def test_difference_reads_a_tuned_model(tmp_path):
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda: scores.LowRank(4)(probe()), r"one/b of shape \(16,\) holds no matrices"),
-        (lambda: scores.LowRank(0)(probe(("one/w",))), "rank is 0"),
-        (lambda: scores.LowRank(2, oversample=-1)(probe(("one/w",))), "oversample is -1"),
-        (lambda: scores.SM3()(probe()), r"one/b of shape \(16,\) holds no matrices"),
-        (lambda: scores.Given({"one/w": np.ones(3)})(probe(("one/w",))), r"score of one/w is of shape \(3,\)"),
-        (lambda: scores.Given({})(probe()), "score of one/b is missing"),
+        (lambda: scores.LowRank(4)(calibration()), r"one/b of shape \(16,\) holds no matrices"),
+        (lambda: scores.LowRank(0)(calibration(("one/w",))), "rank is 0"),
+        (lambda: scores.LowRank(2, oversample=-1)(calibration(("one/w",))), "oversample is -1"),
+        (lambda: scores.SM3()(calibration()), r"one/b of shape \(16,\) holds no matrices"),
+        (lambda: scores.Given({"one/w": np.ones(3)})(calibration(("one/w",))), r"score of one/w is of shape \(3,\)"),
+        (lambda: scores.Given({})(calibration()), "score of one/b is missing"),
         (lambda: scores.Sum(()), "Sum of 0 scores"),
         (lambda: scores.Sum((scores.Magnitude(),), (1.0, 2.0)), "with 2 weights"),
         (lambda: scores.Product(()), "Product of no scores"),
-        (lambda: scores.Movement(3)(probe()), "which this probe cannot"),
+        (lambda: scores.Movement(3)(calibration()), "which this calibration cannot"),
     ],
 )
 def test_refusals(ask, message):

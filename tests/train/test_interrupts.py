@@ -81,9 +81,9 @@ def test_two_processes_stop_at_the_same_step(tmp_path):
     """SIGTERM to one of two: both save and stop together, and go on from there as one process would have done."""
 
     def pair():
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            shared = {"JFT_COORDINATOR": f"localhost:{probe.getsockname()[1]}", "JFT_NUM_PROCESSES": "2"}
+        with socket.socket() as calibration:
+            calibration.bind(("localhost", 0))
+            shared = {"JFT_COORDINATOR": f"localhost:{calibration.getsockname()[1]}", "JFT_NUM_PROCESSES": "2"}
         return [start(tmp_path / "two", tmp_path / "cache", 60, JFT_PROCESS_ID=str(i), **shared) for i in (0, 1)]
 
     finish(start(tmp_path / "one", tmp_path / "cache", 60))

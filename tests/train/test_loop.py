@@ -11,8 +11,8 @@ import pytest
 import jft
 from jft.parallel import MemoryBudgetError
 from jft.train import NonFiniteError
-from jft.train.checkpoints import Changed
 from jft.train.metrics import JsonLines, read
+from jft.train.resume import Changed
 from tests.train import tools
 
 QUIET = {"every": 1, "progress": False}

@@ -1,4 +1,4 @@
-"""What a run is: the facts that its checkpoints and task vector carry, and that must be the same to go on from them."""
+"""The resume check: the facts that a run's checkpoints and task vector carry, and that must be the same to go on from them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,37 @@ import numpy as np
 
 from jft import delta, files, tree
 from jft.methods import Method
+from jft.methods.registry import comparable
 from jft.train.optimizers import Given
 from jft.train.state import State
+
+SHOWN = 8  # differences named in an error
+
+
+class Changed(ValueError):
+    """The run in the workdir is another one: the same name, but not the same base, method, optimizer or data."""
+
+
+def _dotted(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping) and value:
+        return {k: v for key, inner in value.items() for k, v in _dotted(inner, f"{prefix}{key}.").items()}
+    return {prefix.removesuffix("."): value}
+
+
+def compare(saved: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+    """Refuse with :class:`Changed` where the identities differ: ``what``, and each difference as ``key: old -> new``."""
+    old, new = _dotted(comparable(saved)), _dotted(comparable(json.loads(json.dumps(now))))
+    keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k, "nothing") != new.get(k, "nothing")]
+    if keys:
+        # What trains follows from the rest, leaf by leaf: shown last, and not to the last leaf.
+        keys.sort(key=lambda k: k.startswith("trained."))
+        lines = [f"  {k}: {old.get(k, 'nothing')!r} -> {new.get(k, 'nothing')!r}" for k in keys[:SHOWN]]
+        lines += [f"  and {len(keys) - SHOWN} more"] if len(keys) > SHOWN else []
+        changes = "\n".join(lines)
+        raise Changed(
+            f"{what} of another run, so going on in this workdir would be wrong:\n{changes}\n"
+            "undo the change, or give another workdir"
+        )
 
 
 def check_manifest(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -71,7 +100,6 @@ def refuse_another(workdir: Path | None, itself: Mapping[str, Any]) -> None:
     if path is None or not path.is_file():
         return
     from jft.delta import file
-    from jft.train.checkpoints import compare
 
     left = file.inspect(path).manifest
     before = {key: left.get(key) for key in itself} | {"base": left.get("base", {}).get("fingerprint")}

@@ -1,4 +1,4 @@
-"""`Probe`: all that a score may look at, so that scores know nothing of loops, meshes or data pipelines."""
+"""`Calibration`: all that a score may look at, so that scores know nothing of loops, meshes or data pipelines."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ Per = Literal["batch", "example", "sampled"]
 Table = Mapping[str, Sequence[int] | None]
 
 
-class Probe(Protocol):
-    """A model, its weights, and the beginning of its training data; implemented by :class:`jft.train.probe.LoopProbe`.
+class Calibration(Protocol):
+    """A model, its weights, and the beginning of its training data.
 
-    Every call reads the data from its beginning and leaves the position of the training stream alone. ``paths`` are the
-    candidates, in the order of the parameters; ``params`` all weights by path; ``key`` is a PRNG key, from which draws are
-    made per path (:func:`jft.tree.key_for`); ``model`` and ``objective`` are those of the run. Results are float32, lie as
-    the weights do, and are refused (``ValueError``) where they are not finite.
+    Implemented by :class:`jft.train.calibration.RunCalibration`. Every call reads the data from its beginning and leaves the
+    position of the training stream alone. ``paths`` are the candidates, in the order of the parameters; ``params`` all
+    weights by path; ``key`` is a PRNG key, from which draws are made per path (:func:`jft.tree.key_for`); ``model`` and
+    ``objective`` are those of the run. Results are float32, lie as the weights do, and are refused (``ValueError``) where
+    they are not finite.
     """
 
     @property
@@ -78,7 +79,7 @@ class Probe(Protocol):
         """
         ...
 
-    def after(self, steps: int, how: Any = None) -> Probe:
+    def after(self, steps: int, how: Any = None) -> Calibration:
         """The same at the weights that :meth:`tuned` leads to."""
         ...
 

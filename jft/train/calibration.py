@@ -1,4 +1,4 @@
-"""`LoopProbe`: what scores look at, computed as the training step would compute it."""
+"""`RunCalibration`: what scores look at, computed as the training step would compute it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jft.compiled import program_cache
 from jft.methods import InPlace, Method, Plan, Select
 from jft.methods.parametrise import Parametrisation
 from jft.models.core import is_jft_model
-from jft.select import probe
+from jft.select import calibration
 from jft.train import evaluation, feed
 from jft.train.feed import Feed
 from jft.train.objectives import Objective
@@ -75,8 +75,8 @@ def _jit(function: Callable, *static: Any, place: Any = None) -> Callable:
     return jax.jit(functools.partial(function, *static), donate_argnums=0, out_shardings=place)
 
 
-class LoopProbe:
-    """The :class:`jft.select.probe.Probe` of a training run.
+class RunCalibration:
+    """The :class:`jft.select.calibration.Calibration` of a training run.
 
     model: a jft model, or any ``apply(params, batch)``. params: the base, arrays on their devices. paths: the candidates.
     objective: of the run. data: what :class:`jft.train.feed.Feed` takes and can be begun anew (a list of batches, a
@@ -143,7 +143,7 @@ class LoopProbe:
                 raise ValueError(f"candidate {path!r} is {self.params[path].dtype}, which has no gradient")
 
     def lead(self, path: str) -> int:
-        return probe.lead(path, self.params[path].ndim, is_jft_model(self.model))
+        return calibration.lead(path, self.params[path].ndim, is_jft_model(self.model))
 
     @property
     def _weights(self) -> tuple[Weights, Weights]:
@@ -183,7 +183,7 @@ class LoopProbe:
         return _mean(self.fold(_add, self._zeros(), batches), batches, "gradient")
 
     def squares(
-        self, count: int, per: probe.Per = "example", power: int = 2, tokens: Literal["mean", "sum"] = "mean"
+        self, count: int, per: calibration.Per = "example", power: int = 2, tokens: Literal["mean", "sum"] = "mean"
     ) -> Weights:
         for name, value, known in (
             ("per", per, ("batch", "example", "sampled")),
@@ -235,16 +235,18 @@ class LoopProbe:
             total = run(total, self._tree, batch, *arguments)
         return total
 
-    def tuned(self, steps: int, table: probe.Table | None = None, how: Any = None, penalties: tuple = ()) -> Weights:
+    def tuned(
+        self, steps: int, table: calibration.Table | None = None, how: Any = None, penalties: tuple = ()
+    ) -> Weights:
         if self._train is None:
-            raise ValueError("this score trains first, which this probe cannot; give LoopProbe(train=...)")
+            raise ValueError("this score trains first, which this calibration cannot; give RunCalibration(train=...)")
         if steps < 1:
             raise ValueError(f"a score after {steps} steps of training; it must be at least 1")
         asked = {"table": table, "how": how, "penalties": penalties or None}
         found = tree.flatten(self._train(steps, **{k: v for k, v in asked.items() if v is not None}))
         return found if table is not None else {p: found[p] for p in self.paths}
 
-    def after(self, steps: int, how: Any = None) -> LoopProbe:
+    def after(self, steps: int, how: Any = None) -> RunCalibration:
         other = copy.copy(self)
         other.params = {**self.params, **self.tuned(steps, how=how)}
         other._tree = tree.like(self._tree, other.params)
@@ -252,7 +254,7 @@ class LoopProbe:
 
     def evaluate(self, params: Mapping[str, Array]) -> dict[str, float]:
         if self._evaluate is None:
-            raise ValueError("this score evaluates, which this probe cannot; give LoopProbe(evaluate=...)")
+            raise ValueError("this score evaluates, which this calibration cannot; give RunCalibration(evaluate=...)")
         return self._evaluate(tree.like(self._tree, params))
 
 
@@ -265,7 +267,7 @@ def _mean(total: Weights, count: int, what: str) -> Weights:
     return {p: x / count for p, x in total.items()}
 
 
-def probe_of(
+def calibration_of(
     recipe: Recipe,
     model: Any,
     params: Any,
@@ -275,7 +277,7 @@ def probe_of(
     optimizer: Any,
     eval_data: Any = None,
     eval_batches: int = 0,
-) -> LoopProbe:
+) -> RunCalibration:
     """What scores may look at: ``params``, and the batches that the stream gives next."""
 
     def train(steps: int, table: Any = None, how: Any = None, penalties: tuple = ()) -> Any:
@@ -315,7 +317,7 @@ def probe_of(
         compute = evaluation.sums(apply_of(model), recipe.objective)
         return evaluation.mean(compute, params, eval_data, recipe.objective, mesh, eval_batches)
 
-    return LoopProbe(
+    return RunCalibration(
         model,
         params,
         recipe.plan.candidates,

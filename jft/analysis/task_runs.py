@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jft import data, methods, tree
-from jft.analysis import records, seeds, settings
+from jft.analysis import run_store, seeds, settings
 from jft.analysis.bases import Base
 from jft.analysis.interpolation import Forward
 from jft.analysis.tasks import Task
@@ -44,12 +44,12 @@ class Training:
         config = settings.of_run(study, task.name, method, seed)
         facts = {"base": base.fingerprint, "metric": study["metric"], "head": study["head"]}
         folder = seeds.folder(workdir, task.name, method, seed)
-        return cls(task, method, config, folder, {**records.plain(config), **facts})
+        return cls(task, method, config, folder, {**run_store.plain(config), **facts})
 
     @property
     def outcome(self) -> dict[str, Any] | None:
         """What is recorded of it, or None."""
-        done = records.read(self.workdir, self.compared)
+        done = run_store.read(self.workdir, self.compared)
         return None if done is None else {"seed": self.config.seed, **done}
 
 
@@ -83,7 +83,7 @@ def _fleets(runs: Sequence[Training], together: bool) -> list[list[Training]]:
     groups: dict[Any, list[Training]] = {}
     for run in runs:
         alone = not together or methods.method(**run.config.method).schedule is not None
-        rest = json.dumps({**records.plain(run.config), "data": None, "eval_data": None}, sort_keys=True)
+        rest = json.dumps({**run_store.plain(run.config), "data": None, "eval_data": None}, sort_keys=True)
         key = run.task.name if alone else (run.task.model, run.task.objective, rest)
         groups.setdefault(key, []).append(run)
     return list(groups.values())
@@ -95,13 +95,13 @@ def _again(study: Mapping[str, Any], base: Base, run: Training, method: str) -> 
     if first is None:
         raise ValueError(f"{run.workdir} holds no finished run to take the task vector of")
     compared = {**run.compared, "forward": study["methods"][method]}
-    done = records.read(run.workdir, compared, name)
+    done = run_store.read(run.workdir, compared, name)
     if done is not None:
         return {"seed": run.config.seed, **done}
     vector = TaskVector.load(run.workdir / VECTOR)
     forward = settings.forward(study, method, vector)
     scores = _scores(run.task, base, vector.resolve(base.params), forward)
-    return records.write(run.workdir, compared, {**first, "method": method, **scores, "curve": []}, name)
+    return run_store.write(run.workdir, compared, {**first, "method": method, **scores, "curve": []}, name)
 
 
 def _train(base: Base, runs: Sequence[Training], fleets: Path) -> None:
@@ -144,7 +144,7 @@ def _train(base: Base, runs: Sequence[Training], fleets: Path) -> None:
         since = time.perf_counter() - share  # of the training its share, of what follows its own
         vector = end.task_vector if run.task.head is None else end.task_vector.exclude("^classifier/")
         vector.save(run.workdir / VECTOR)
-        records.write(run.workdir, run.compared, _measured(run, base, end, vector, since, len(runs)))
+        run_store.write(run.workdir, run.compared, _measured(run, base, end, vector, since, len(runs)))
     for end in finished:
         if end.error is not None:
             raise end.error
@@ -167,7 +167,7 @@ def _loader(config: Any, base: Base) -> Any:
 
 
 def _manifest(run: Training, base: Base) -> dict[str, Any]:
-    return {"source": base.source, "config": records.plain(run.config), "data": run.config.data}
+    return {"source": base.source, "config": run_store.plain(run.config), "data": run.config.data}
 
 
 def _measured(

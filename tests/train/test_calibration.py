@@ -10,22 +10,22 @@ import pytest
 from jft import parallel, tree
 from jft.models import Classifier, DecoderConfig, Model, T5Config, VisionConfig
 from jft.models.moe import Experts
-from jft.train import probe as module
+from jft.train import calibration as module
+from jft.train.calibration import RunCalibration
 from jft.train.objectives import Classification, Contrastive, LanguageModel, Seq2Seq
-from jft.train.probe import LoopProbe
 from tests.train import tools
 
 PATHS = ("one/w", "one/b", "two/w")
 
 
-def probe_of(data=None, paths=PATHS, **options):
+def calibration_of(data=None, paths=PATHS, **options):
     options = {"objective": Classification(), "data": tools.batches() if data is None else data} | options
-    return LoopProbe(tools.apply, tools.parameters(), paths, **options)
+    return RunCalibration(tools.apply, tools.parameters(), paths, **options)
 
 
 def language(paths=("embed/table", "head/w"), **options):
     options = {"objective": LanguageModel(), "data": tools.token_batches()} | options
-    return LoopProbe(tools.bigram, tools.bigram_parameters(), paths, **options)
+    return RunCalibration(tools.bigram, tools.bigram_parameters(), paths, **options)
 
 
 def close(found, expected, rtol=2e-5):
@@ -58,7 +58,7 @@ def weights64(params):
 
 
 def test_gradient_is_the_mean_of_the_batches_gradients():
-    found = probe_of().gradient(3)
+    found = calibration_of().gradient(3)
     each = [tools.reference_gradient(tools.parameters(), b)[1] for b in tools.batches()[:3]]
     close(found, {p: np.mean([g[p] for g in each], axis=0) for p in PATHS})
 
@@ -73,7 +73,7 @@ def test_gradient_of_tokens_weighs_each_target_of_the_batch_alike(accumulate):
 
 @pytest.mark.parametrize("power", [1, 2])
 def test_squares_per_batch(power):
-    found = probe_of().squares(4, "batch", power)
+    found = calibration_of().squares(4, "batch", power)
     each = [tools.reference_gradient(tools.parameters(), b)[1] for b in tools.batches()[:4]]
     close(found, {p: np.mean([np.abs(g[p]) ** power for g in each], axis=0) for p in PATHS})
 
@@ -81,7 +81,7 @@ def test_squares_per_batch(power):
 @pytest.mark.parametrize(("power", "chunk", "count"), [(2, 1, 19), (1, 4, 19), (2, 8, 8)])
 def test_squares_per_example_stop_at_the_count(power, chunk, count):
     """19 examples: two whole batches of 8, and 3 of the third."""
-    found = probe_of(chunk=chunk).squares(count, power=power)
+    found = calibration_of(chunk=chunk).squares(count, power=power)
     rows = [{k: v[i : i + 1] for k, v in b.items()} for b in tools.batches() for i in range(8)][:count]
     each = [tools.reference_gradient(tools.parameters(), r)[1] for r in rows]
     close(found, {p: np.mean([np.abs(g[p]) ** power for g in each], axis=0) for p in PATHS})
@@ -91,7 +91,7 @@ def test_examples_that_do_not_count_are_passed_over():
     data = tools.batches()
     keep = np.array([1, 0, 1, 1, 0, 0, 1, 1], bool)
     masked = [{**b, "valid": keep} for b in data]
-    found = probe_of(masked).squares(7)
+    found = calibration_of(masked).squares(7)
     rows = [{k: v[i : i + 1] for k, v in b.items()} for b in data[:2] for i in np.flatnonzero(keep)][:7]
     each = [tools.reference_gradient(tools.parameters(), r)[1] for r in rows]
     close(found, {p: np.mean([g[p] ** 2 for g in each], axis=0) for p in PATHS})
@@ -112,12 +112,12 @@ def test_sampled_targets_give_the_true_fisher_information():
     batch = {k: v[:2] for k, v in tools.batches(1)[0].items()}
     params = tools.parameters()
     count = 4000
-    found = probe_of([batch] * 1, paths=("two/b",)).squares(count, "sampled")["two/b"]
+    found = calibration_of([batch] * 1, paths=("two/b",)).squares(count, "sampled")["two/b"]
     logits = np.asarray(tools.apply(params, batch), np.float64)
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     expected = np.mean(p * (1 - p), axis=0)  # E[(p - onehot(y))^2] for y ~ p
     np.testing.assert_allclose(found, expected, rtol=0.1)
-    empirical = probe_of([batch], paths=("two/b",)).squares(2)["two/b"]
+    empirical = calibration_of([batch], paths=("two/b",)).squares(2)["two/b"]
     assert not np.allclose(empirical, expected, rtol=0.3)
 
 
@@ -133,11 +133,11 @@ def test_sampled_loss_of_tokens_keeps_the_masks_and_the_inputs():
 
 def test_sampled_targets_are_drawn_for_each_example_and_batch_anew():
     batch = tools.token_batches(1)[0]
-    probe = language(data=[batch])
+    calibration = language(data=[batch])
     counting = len([1 for row in target_weights(batch) if row.sum()])
-    first, again = probe.squares(counting, "sampled"), probe.squares(counting, "sampled")
+    first, again = calibration.squares(counting, "sampled"), calibration.squares(counting, "sampled")
     close(first, again, rtol=0)
-    twice = probe.squares(2 * counting, "sampled")
+    twice = calibration.squares(2 * counting, "sampled")
     assert np.abs(twice["head/w"] - first["head/w"]).max() > 1e-4
     other = language(data=[batch], seed=1).squares(counting, "sampled")
     assert np.abs(other["head/w"] - first["head/w"]).max() > 1e-4
@@ -181,36 +181,36 @@ def test_one_pass_for_matrices_is_a_pass_for_each_example(model, objective, batc
     """Every weight of the model: what the products' taps give is what ``vmap`` of the gradient gives."""
     params = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, model.init(jax.random.key(0)))
     data = [batch(np.random.default_rng(0))]
-    probe = LoopProbe(model, params, tree.flatten(params), objective, data, chunk=2, accumulate=accumulate)
-    taps = module.tapped(model, probe._setting, *probe._weights, data[0])
-    plain = {p for p in probe.paths if p.endswith("/w") and "/experts/" not in p}
+    calibration = RunCalibration(model, params, tree.flatten(params), objective, data, chunk=2, accumulate=accumulate)
+    taps = module.tapped(model, calibration._setting, *calibration._weights, data[0])
+    plain = {p for p in calibration.paths if p.endswith("/w") and "/experts/" not in p}
     assert set(taps) == plain
     assert len(plain) >= 6
-    found = probe.squares(3, *how)
+    found = calibration.squares(3, *how)
     monkeypatch.setattr(module, "tapped", lambda *_: ())
-    expected = probe.squares(3, *how)
-    for path in probe.paths:
+    expected = calibration.squares(3, *how)
+    for path in calibration.paths:
         scale = float(jnp.max(expected[path]))
         assert scale > 0 or path.endswith("k/b"), path
         np.testing.assert_allclose(found[path], expected[path], rtol=2e-4, atol=1e-5 * scale, err_msg=path)
 
 
 def test_candidates_alone_are_differentiated():
-    probe = probe_of(paths=("two/w",))
-    assert set(probe.gradient()) == {"two/w"}
-    jaxpr = jax.make_jaxpr(functools.partial(_gradient_of, probe))(*probe._weights, tools.batches()[0])
+    calibration = calibration_of(paths=("two/w",))
+    assert set(calibration.gradient()) == {"two/w"}
+    jaxpr = jax.make_jaxpr(functools.partial(_gradient_of, calibration))(*calibration._weights, tools.batches()[0])
     assert [x.aval.shape for x in jaxpr.jaxpr.outvars] == [(16, 3)]
 
 
-def _gradient_of(probe, rest, chosen, batch):
-    return module._gradient(probe._setting, rest, chosen, batch)
+def _gradient_of(calibration, rest, chosen, batch):
+    return module._gradient(calibration._setting, rest, chosen, batch)
 
 
 def test_bfloat16_weights_give_float32_gradients():
-    probe = LoopProbe(
+    calibration = RunCalibration(
         tools.apply, tools.parameters(dtype=jnp.bfloat16), PATHS, Classification(), tools.batches(), accumulate=2
     )
-    found = probe.gradient(2)
+    found = calibration.gradient(2)
     assert {g.dtype for g in found.values()} == {np.dtype("float32")}
 
 
@@ -221,8 +221,8 @@ def test_data_is_read_from_its_beginning_each_time():
         calls.append(1)
         return tools.batches()
 
-    probe = probe_of(anew)
-    close(probe.gradient(2), probe.gradient(2), rtol=0)
+    calibration = calibration_of(anew)
+    close(calibration.gradient(2), calibration.gradient(2), rtol=0)
     assert len(calls) == 2
 
 
@@ -233,8 +233,8 @@ def test_meshes_agree_with_one_device(shape):
     r = np.random.default_rng(0)
     data = [{"tokens": r.integers(0, 32, (8, 8)).astype(np.int32)} for _ in range(2)]
     paths = ("layers/mlp/up/w", "head/w", "layers/attn/q/w")
-    one = LoopProbe(model, params, paths, LanguageModel(), data)
-    many = LoopProbe(model, params, paths, LanguageModel(), data, mesh=parallel.make_mesh(shape))
+    one = RunCalibration(model, params, paths, LanguageModel(), data)
+    many = RunCalibration(model, params, paths, LanguageModel(), data, mesh=parallel.make_mesh(shape))
     for ask in (
         lambda p: p.gradient(2),
         lambda p: p.squares(2, "batch"),
@@ -251,7 +251,7 @@ def test_meshes_agree_with_one_device(shape):
 def test_lead_counts_layers_and_experts():
     model = Model(DecoderConfig(vocab=8, width=8, layers=2, heads=2, hidden=8, qkv_bias=True))
     params = model.init(jax.random.key(0))
-    probe = LoopProbe(model, params, ("head/w",), LanguageModel(), [])
+    calibration = RunCalibration(model, params, ("head/w",), LanguageModel(), [])
     leads = {
         "head/w": 0,
         "layers/attn/q/w": 1,
@@ -259,8 +259,8 @@ def test_lead_counts_layers_and_experts():
         "final_norm/scale": 0,
         "layers/attn_norm/scale": 1,
     }
-    assert {p: probe.lead(p) for p in leads} == leads
-    assert probe_of().lead("one/w") == 0
+    assert {p: calibration.lead(p) for p in leads} == leads
+    assert calibration_of().lead("one/w") == 0
 
 
 def test_tuned_gives_the_candidates():
@@ -270,7 +270,7 @@ def test_tuned_gives_the_candidates():
         seen.append(steps)
         return jax.tree.map(lambda x: x + 1, tools.parameters())
 
-    found = probe_of(train=train).tuned(5)
+    found = calibration_of(train=train).tuned(5)
     assert seen == [5] and set(found) == set(PATHS)
     close(found, {p: np.asarray(tree.flatten(tools.parameters())[p]) + 1 for p in PATHS})
 
@@ -282,19 +282,22 @@ def nan_batches():
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda: probe_of(paths=("three/w",)), "'three/w' is no weight"),
-        (lambda: probe_of(iter(tools.batches())), "which an iterator has left"),
-        (lambda: probe_of().gradient(0), "over 0 batches"),
-        (lambda: probe_of().squares(0), "over 0 examples"),
-        (lambda: probe_of().squares(3, "rows"), "per is 'rows'; choose one of batch, example, sampled"),
-        (lambda: probe_of().squares(3, power=3), "power is 3"),
-        (lambda: probe_of().tuned(3), r"give LoopProbe\(train=...\)"),
-        (lambda: probe_of(train=lambda n: None).tuned(0), "after 0 steps"),
-        (lambda: probe_of(nan_batches()).gradient(), "gradient of one/b is not finite"),
-        (lambda: probe_of(objective=Contrastive()).squares(3), "take per='batch'"),
-        (lambda: probe_of(objective=Contrastive(), accumulate=2), "it does not split"),
-        (lambda: probe_of(lambda: (b for b in tools.batches(2))).gradient(3), "the data ended"),
-        (lambda: probe_of([{**b, "valid": np.zeros(8, bool)} for b in tools.batches()]).squares(3), "total weight 0"),
+        (lambda: calibration_of(paths=("three/w",)), "'three/w' is no weight"),
+        (lambda: calibration_of(iter(tools.batches())), "which an iterator has left"),
+        (lambda: calibration_of().gradient(0), "over 0 batches"),
+        (lambda: calibration_of().squares(0), "over 0 examples"),
+        (lambda: calibration_of().squares(3, "rows"), "per is 'rows'; choose one of batch, example, sampled"),
+        (lambda: calibration_of().squares(3, power=3), "power is 3"),
+        (lambda: calibration_of().tuned(3), r"give RunCalibration\(train=...\)"),
+        (lambda: calibration_of(train=lambda n: None).tuned(0), "after 0 steps"),
+        (lambda: calibration_of(nan_batches()).gradient(), "gradient of one/b is not finite"),
+        (lambda: calibration_of(objective=Contrastive()).squares(3), "take per='batch'"),
+        (lambda: calibration_of(objective=Contrastive(), accumulate=2), "it does not split"),
+        (lambda: calibration_of(lambda: (b for b in tools.batches(2))).gradient(3), "the data ended"),
+        (
+            lambda: calibration_of([{**b, "valid": np.zeros(8, bool)} for b in tools.batches()]).squares(3),
+            "total weight 0",
+        ),
     ],
 )
 def test_refusals(ask, message):

@@ -18,7 +18,7 @@ from jft.models.decoder import DecoderConfig
 from jft.models.encoder import EncoderConfig
 from jft.models.memory import Memory
 from jft.models.model import Model
-from jft.models.suffix import precompute, split
+from jft.models.split import precompute, split
 from jft.models.t5 import T5Config
 from jft.models.token_merging import TokenSelection
 from jft.models.vision import VisionConfig
