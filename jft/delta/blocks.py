@@ -23,7 +23,6 @@ from jft.delta.selected import (
     flat_index,
     joined,
     over_leading,
-    pad_axis,
     padded_coordinates,
     row_major,
     stacked,
@@ -177,6 +176,7 @@ class BlockLayout(Layout):
     height: int
     width: int
     matrices = Matrices()
+    slot = -3
 
     def axes(self, at: Any) -> tuple[tuple, tuple]:
         return (..., ROWS, COLUMNS, None, None), (..., ROWS, COLUMNS, None, None, None)
@@ -232,6 +232,5 @@ class BlockLayout(Layout):
     def slots(self, at: Any) -> int:
         return at.shape[-2]
 
-    def pad(self, at: Array, values: Array, most: int, shape: tuple[int, ...]) -> tuple[Array, Array]:
-        extent = shape[-2] // self.height // at.shape[-4]
-        return padded_coordinates(at, most, extent), pad_axis(values, -3, most)
+    def pad(self, at: Array, most: int, shape: tuple[int, ...]) -> Array:
+        return padded_coordinates(at, most, shape[-2] // self.height // at.shape[-4])

@@ -25,7 +25,6 @@ from jft.delta.selected import (
     flat_index,
     joined,
     over_leading,
-    pad_axis,
     padded_coordinates,
     row_major,
     stacked,
@@ -260,6 +259,5 @@ class EntryLayout(Layout):
     def slots(self, at: Any) -> int:
         return at.shape[-2]
 
-    def pad(self, at: Array, values: Array, most: int, shape: tuple[int, ...]) -> tuple[Array, Array]:
-        extent = shape[-at.shape[-1]] // self._grid(at)[0]
-        return padded_coordinates(at, most, extent), pad_axis(values, -1, most)
+    def pad(self, at: Array, most: int, shape: tuple[int, ...]) -> Array:
+        return padded_coordinates(at, most, shape[-at.shape[-1]] // self._grid(at)[0])

@@ -64,8 +64,10 @@ class Layout:
         """Values on the host as the encoding that stores them, of a weight of ``shape``."""
         raise NotImplementedError
 
-    def pad(self, at: Array, values: Array, most: int, shape: tuple[int, ...]) -> tuple[Array, Array]:
-        """The same with ``most`` parts for each matrix; the new ones lie past the end of a weight of ``shape``."""
+    slot: int = -1  # the axis of values along which parts stand
+
+    def pad(self, at: Array, most: int, shape: tuple[int, ...]) -> Array:
+        """``at`` with ``most`` parts for each matrix; the new ones lie past the end of a weight of ``shape``."""
         raise NotImplementedError
 
     def first(self, at: Array) -> Array:
@@ -143,8 +145,8 @@ class Selected(Change):
         """The same with ``most`` parts for each matrix."""
         if most == self.slots:
             return self
-        at, values = self.layout.pad(self.at, self.values, most, self.shape)
-        return self.replace(at=at, values=values)
+        at = self.layout.pad(self.at, most, self.shape)
+        return self.replace(at=at, values=pad_axis(self.values, self.layout.slot, most))
 
     @property
     def slots(self) -> int:

@@ -23,7 +23,6 @@ from jft.delta.selected import (
     below,
     flat_index,
     over_leading,
-    pad_axis,
     padded_coordinates,
     stacked,
     whole_coordinates,
@@ -214,6 +213,10 @@ class SliceLayout(Layout):
     axis: int
 
     @property
+    def slot(self) -> int:  # type: ignore[override]
+        return self.axis
+
+    @property
     def matrices(self) -> Matrices:  # type: ignore[override]
         """The rows, or columns, that train of one matrix are one."""
         return Matrices((-3, -2), (-1,)) if self.axis == ROWS else Matrices((-3,), (-2, -1))
@@ -278,11 +281,8 @@ class SliceLayout(Layout):
             values = np.moveaxis(values, len(lead), -1)
         return Slices(jnp.asarray(flat, jnp.int32), jnp.asarray(values[valid]), shape, self.axis)
 
-    def pad(self, at: Array, values: Array, most: int, shape: tuple[int, ...]) -> tuple[Array, Array]:
-        extent = shape[self.axis] // at.shape[-2]
-        return padded_coordinates(at[..., None], most, extent)[..., 0], pad_axis(
-            values, -2 if self.axis == ROWS else -1, most
-        )
+    def pad(self, at: Array, most: int, shape: tuple[int, ...]) -> Array:
+        return padded_coordinates(at[..., None], most, shape[self.axis] // at.shape[-2])[..., 0]
 
 
 def _whole_index(at: Array, size: int) -> Array:

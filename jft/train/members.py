@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jft import methods, tree
 from jft.methods import Method, Plan
 from jft.methods.parametrise import Parametrisation
 from jft.names import nearest
+from jft.select.granularity import Granularity
 from jft.train import memory_check, stacked, step
 from jft.train.optimizers import Given, Optimizer
 from jft.train.optimizers import optimizer as find_optimizer
@@ -163,7 +163,7 @@ class Members(list[Member]):
         """The members' plans as one program can train them."""
         return plans
 
-    def chosen(self, each: list[dict[str, Any]], params: Any) -> dict[str, Any]:
+    def chosen(self, each: list[dict[str, Any]], plan: Plan, params: Any) -> dict[str, Any]:
         """The members' selections as the step takes them."""
         return each[0]
 
@@ -196,9 +196,11 @@ class Fleet(Members):
         _check_equal(self, plans)
         return plans
 
-    def chosen(self, each: list[dict[str, Any]], params: Any) -> dict[str, Any]:
-        flat = tree.flatten(params)
-        return {p: np.stack(_padded([c[p] for c in each], p, max(flat[p].shape))) for p in each[0]}
+    def chosen(self, each: list[dict[str, Any]], plan: Plan, params: Any) -> dict[str, Any]:
+        shapes = {p: tuple(x.shape) for p, x in tree.flatten(params).items()}
+        return {
+            p: np.stack(_padded([at[p] for at in each], plan.granularity(p, shapes[p]), shapes[p])) for p in each[0]
+        }
 
     def compile_step(
         self, recipe: step.Recipe, params: Any, chosen: Any, mesh: Any, differ: bool, members: int = 0
@@ -268,27 +270,9 @@ def _check_equal(members: Fleet, plans: Sequence[Plan]) -> None:
             )
 
 
-def _padded(each: Sequence[Any], path: str, extent: int) -> list[Any]:
-    """Selections in one weight at the size of the largest: padding is out of range, as :mod:`jft.delta.selected` has it."""
-    sizes = {at.shape for at in each}
-    if len(sizes) == 1:
-        return list(each)
-    same = len({len(s) for s in sizes}) == 1
-    axes = [i for i, n in enumerate(zip(*sizes, strict=True)) if len(set(n)) > 1] if same else []
-    if len(axes) != 1:
-        raise ValueError(f"the selections of {path} are laid out differently: {', '.join(map(str, sorted(sizes)))}")
-    return [_grown(at, axes[0], max(s[axes[0]] for s in sizes), extent) for at in each]
-
-
-def _grown(at: Any, axis: int, size: int, extent: int) -> Any:
-    """``at`` with ``size`` places along ``axis``: new ones have first coordinates beyond ``extent`` and all others."""
-    missing = size - at.shape[axis]
-    if not missing:
-        return at
-    shape = (*at.shape[:axis], missing, *at.shape[axis + 1 :])
-    start = jnp.maximum(jnp.max(at, initial=0) + 1, extent)
-    places = start + jnp.arange(missing, dtype=at.dtype)
-    new = jnp.broadcast_to(places.reshape(-1, *(1,) * (at.ndim - axis - 1)), shape)
-    if axis < at.ndim - 1:  # coordinates stand last: those after the first are zero
-        new = jnp.where(jnp.arange(at.shape[-1]) == 0, new, 0)
-    return jnp.concatenate([at, new.astype(at.dtype)], axis)
+def _padded(each: Sequence[Any], unit: Granularity, shape: tuple[int, ...]) -> list[Any]:
+    """Selections of all members in one weight, each with as many slots as the largest."""
+    layout = unit.layout
+    assert layout is not None, "only parts inside weights have coordinates"
+    most = max(layout.slots(at) for at in each)
+    return [at if layout.slots(at) == most else layout.pad(at, most, shape) for at in each]

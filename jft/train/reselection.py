@@ -131,7 +131,7 @@ def find(config: RunConfig, members: Members, streams: Streams, params: Any, wor
     if plans[0].selects and not chosen:
         cells = grids(plans[0], params, config.mesh)
         each = [begin(plan, calibration(i, members[i].start(params)), cells) for i, plan in enumerate(plans)]
-        chosen = members.chosen(each, params)
+        chosen = members.chosen(each, plans[0], params)
     return Trainable(dataclasses.replace(recipe, plan=plans[0]), plans, chosen, decided, calibration)
 
 
