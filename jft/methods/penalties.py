@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -39,16 +39,26 @@ def _sized(total: Array, plan: Any, kept: Mapping[str, Any], trained: Mapping[st
 class L1ToBase:
     """``weight * sum |theta - theta_0|`` over all trained values, or with ``mean`` their mean.
 
-    ``mean=True`` is that of LT-SFT's code (``|theta - theta_0| / N``; Ansell et al. 2022, arXiv:2110.07560). Its derivative at
-    no change is 0.
+    of: what the mean is divided by, the number of ``trained`` values, or ``all`` parameters of the model, the frozen ones too:
+    LT-SFT's ``|theta - theta_0| / N`` (Ansell et al. 2022, arXiv:2110.07560; its code's N). The derivative at no change is 0.
     """
 
     weight: float
     mean: bool = False
+    of: Literal["trained", "all"] = "trained"
+
+    def __post_init__(self) -> None:
+        """Refuse a number of values that is not known, or that a sum is not divided by."""
+        if self.of not in ("trained", "all"):
+            raise ValueError(f"of {self.of!r} is unknown; choose trained or all")
+        if self.of == "all" and not self.mean:
+            raise ValueError("of='all' says what a mean is divided by, and mean is False; add mean=True")
 
     def __call__(self, plan: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> Array:
-        changes = _changes(plan, kept, trained)
-        return self.weight * _sized(_sum(map(absolute, changes)), plan, kept, trained, self.mean)
+        total = _sum(map(absolute, _changes(plan, kept, trained)))
+        if self.of == "all":
+            return self.weight / plan.size(kept, trained) * total
+        return self.weight * _sized(total, plan, kept, trained, self.mean)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -316,6 +316,12 @@ class Plan:
         each = {p: self._each(functools.partial(one, p=p), p, t) for p, t in trained.items()}
         return sum(jax.tree.leaves(each))
 
+    def size(self, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> int:
+        """How many parameters the model has, frozen ones included."""
+        plain = lambda k, t: {p: how.bind(k[p], t.get(p, ()), structured=False) for p, how in self.leaves.items()}
+        inside = tree.count(jax.eval_shape(plain, dict(kept), dict(trained)))
+        return inside + sum(tree.size(kept[p]) for p in self.paths if p not in self.leaves)
+
     def _each(self, function: Any, path: str, values: Any) -> Any:
         """``function(leaf, value)`` of every array that trains at ``path``, with what it is."""
         # An optimizer may have put empty nodes in the place of values that it leaves to another.

@@ -161,6 +161,8 @@ def _share(given: Any, available: int, shape: tuple[int, ...], lead: int, path: 
         return available
     given = given.of(path) if isinstance(given, budget.ByPattern) else given
     given = given.at(shape) if isinstance(given, budget.PerMatrix) else given
+    if hasattr(given, "share"):  # a budget that chooses by itself
+        return given.share(shape)
     if isinstance(given, budget.Beyond):
         raise ValueError(f"how much lies beyond {given.threshold:g} is for the scores to say")
     if given.density is None and not isinstance(given, budget.PerMatrix):

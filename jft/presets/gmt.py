@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jft.methods import Card
 from jft.methods.parametrise import InPlace
 from jft.methods.plan import Method
 from jft.methods.registry import register
@@ -47,7 +48,18 @@ class TopGradient(Rule):
         return each_leaf(plan, largest, gradient), memory
 
 
-@register("gmt", paper="Li et al. 2024, arXiv:2406.15330")
+CARD = Card(
+    formula="G: the mean gradient of a step's microbatches. In each matrix and vector of n entries the round(density * n) "
+    "largest |G| stay, the others become 0; theta <- theta - lr * (mask * G), the mask anew at every step.",
+    follows="paper; no code is public",
+    departs="The paper's update is plain descent; here the masked gradient goes to the run's optimizer, whose momentum "
+    "still moves entries that were not chosen.",
+    defaults={"density": ("0.1 to 0.4", "-")},
+    check="steps of Adam on NumPy gradients cut to the largest of each matrix and vector, with and without accumulation",
+)
+
+
+@register("gmt", paper="Li et al. 2024, arXiv:2406.15330", card=CARD)
 def gmt(density: float = 0.2) -> Method:
     """Train every weight, in each step by the largest ``density`` of the gradient's entries in each matrix and vector.
 

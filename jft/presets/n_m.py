@@ -77,7 +77,7 @@ class OfEachGroup:
         """How many of ``available`` entries are selected."""
         return available // self.m * self.n
 
-    def masks(self, found: Mapping[str, Array], largest: bool) -> dict[str, Array]:
+    def masks(self, found: Mapping[str, Array], largest: bool, leads: Mapping[str, int]) -> dict[str, Array]:
         """``{path: mask}`` of scores by path."""
         return {path: self._mask(score if largest else -score) for path, score in found.items()}
 

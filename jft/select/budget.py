@@ -188,7 +188,7 @@ class Beyond:
 
     threshold: float
 
-    def masks(self, scores: Mapping[str, Array], largest: bool) -> dict[str, Array]:
+    def masks(self, scores: Mapping[str, Array], largest: bool, leads: Mapping[str, int]) -> dict[str, Array]:
         """Their masks. Raises ``ValueError`` where there is none."""
         masks = {p: x > self.threshold if largest else x < self.threshold for p, x in scores.items()}
         if not any(map(bool, jax.device_get([jnp.any(m) for m in masks.values()]))):
@@ -256,7 +256,7 @@ def choose(
     if isinstance(budget, Everything):
         return {p: jnp.ones_like(x, bool) for p, x in scores.items()}
     if hasattr(budget, "masks"):  # a budget that chooses by itself
-        return budget.masks(scores, largest)
+        return budget.masks(scores, largest, leads)
     if isinstance(budget, ByPattern):
         own = {p: budget.of(p) for p in scores}
         found: dict[str, Array] = {}

@@ -226,7 +226,7 @@ class Wanda:
     """``|w_ij| ||x_i||``, x_i input i of the product over all real tokens of ``batches`` (Sun et al. 2023, arXiv:2306.11695).
 
     For weights of products (``.../w``) in jft's models; an expert's tokens are those sent to it. Wanda compares weights of
-    one output only: a budget per column.
+    one output only: :class:`jft.select.PerColumn`.
     """
 
     batches: int = 1
@@ -289,11 +289,11 @@ def _placed(x: Any, w: Any) -> Array:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Difference:
     """1 where ``|theta1 - theta0| > tolerance``, else 0: the subnetwork that training changed (Mukherjee et al. 2025,
-    arXiv:2505.11711, who compare bfloat16 weights of reinforcement learning at 1e-5).
+    arXiv:2505.11711, who compare bfloat16 weights of reinforcement learning at 1e-5). theta1 is rounded to the dtype of the
+    base first, so that a tuned model has one difference in whatever form it is given.
 
     tuned: a :class:`jft.TaskVector` (paths it does not hold did not change); the tuned parameters, by path or in their
-    tree; or where they lie, a ``.safetensors`` file of a task vector or a directory that :func:`jft.load` reads. To rank
-    by the size of the change use :class:`Given`.
+    tree; or where they lie, a ``.safetensors`` file of a task vector or a directory that :func:`jft.load` reads.
     """
 
     tuned: Any
@@ -302,29 +302,30 @@ class Difference:
     def __call__(self, calibration: Calibration) -> Scores:
         if self.tuned is None:
             raise ValueError("a difference needs the tuned model: tuned=, a directory, a task vector or parameters")
+        base = _candidates(calibration)
         tuned = _read(self.tuned, calibration) if isinstance(self.tuned, str | os.PathLike) else self.tuned
         if isinstance(tuned, delta.TaskVector):
-            return {
-                p: self._changed(calibration.params[p], tuned[p].dense() if p in tuned else None)
-                for p in calibration.paths
-            }
-        changes = _each(jnp.subtract, Given(tuned)(calibration), _candidates(calibration))
-        return {p: self._changed(calibration.params[p], c) for p, c in changes.items()}
+            tuned = {p: w + _placed(tuned[p].dense(), w) if p in tuned else w for p, w in base.items()}
+        else:
+            tuned = Given(tuned)(calibration)
+        # Rounded outside a compiled program, in which XLA may keep the bits that rounding takes.
+        return _each(_beyond(self.tolerance), base, {p: tuned[p].astype(w.dtype) for p, w in base.items()})
 
-    def _changed(self, w: Array, change: Any) -> Array:
-        if change is None:
-            return jnp.zeros(w.shape, jnp.float32, device=getattr(w, "sharding", None))
-        return (jnp.abs(_placed(change, w)) > self.tolerance).astype(jnp.float32)
+
+@program_cache
+def _beyond(tolerance: float) -> Callable[[Array, Array], Array]:
+    return lambda a, b: (jnp.abs(a - b) > tolerance).astype(jnp.float32)
 
 
 def _read(place: str | os.PathLike, calibration: Calibration) -> Any:
-    """A task vector from a file, or the parameters of a model from its directory, laid and rounded as the base is."""
+    """A task vector from a file, or the parameters of a model from its directory, laid as the base is, in its widest dtype."""
     if str(place).endswith(".safetensors"):
         return delta.TaskVector.load(place)
     from jft.models import load
 
-    w = calibration.params[calibration.paths[0]]
-    return load(str(place), mesh=getattr(getattr(w, "sharding", None), "mesh", None), dtype=w.dtype)[1]
+    base = list(_candidates(calibration).values())
+    mesh = getattr(getattr(base[0], "sharding", None), "mesh", None)
+    return load(str(place), mesh=mesh, dtype=jnp.result_type(*base))[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -380,8 +381,8 @@ def _multiplied(*values: Array) -> Array:
 class Normalised:
     """``(s - mean) / std`` over each matrix; with ``squash`` the logistic function of it, as SPIDER ranks weights.
 
-    std is that of the population; a matrix whose scores are all alike becomes 0. SPIDER (Huang et al. 2024,
-    arXiv:2411.10928) compares ``sigmoid(z(|theta0|))`` with ``sigmoid(z(|sum of g|))``.
+    std is that of the population; a matrix whose scores are all alike becomes 0. SPIDER (Huang et al. 2024, arXiv:2411.10928;
+    by the sample's std) compares ``sigmoid(z(|theta0|))`` with ``sigmoid(z(|sum of g|))``.
     """
 
     score: Score

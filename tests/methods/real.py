@@ -70,7 +70,7 @@ LAYERS = {
 ENTRIES = {
     "fish_mask": ({"density": 0.1, "count": 64}, 1e-2, None),
     "lt_sft": ({"density": 0.1, "dense_steps": 20}, 5e-3, None),
-    "tr_pts": ({"density": 0.1, "count": 64}, 1e-2, None),
+    "tr_pts": ({"top": 0.1, "count": 64}, 1e-2, None),
     "sift": ({"rate": 0.1}, 1e-2, share(0.1, 1)),
     "lift": ({"rank": 4, "filter_rank": 8}, 1e-2, factors(4)),
     "super_tuning": ({"sparsity": 0.9}, 1e-2, share(0.1)),

@@ -96,6 +96,19 @@ def rows(count, data=DATA):
     return each[:count]
 
 
+W = wide(parameters())
+LINEAR, BODY = (UP, DOWN), (UP, BIAS, DOWN)
+
+
+def average(values):
+    """The mean of ``{path: array}`` over a list of them."""
+    return {p: np.mean([v[p] for v in values], axis=0) for p in SHAPES}
+
+
+def sizes(values):
+    return {p: np.abs(x) for p, x in values.items()}
+
+
 def everything(paths=tuple(SHAPES)):
     return {p: np.ones(SHAPES[p], bool) for p in paths}
 
@@ -158,9 +171,21 @@ def largest_of_each(scores, k):
     return {p: np.stack([largest(x, count(x.size)) for x in s]) for p, s in scores.items()}
 
 
+def of_all(scores, density, paths):
+    """Masks of the largest ``int(density * entries)`` of ``paths`` together, ties in the order of the model's parameters."""
+    ordered = {p: scores[p] for p in sorted(paths)}
+    return largest_of_all(ordered, int(density * sum(s.size for s in ordered.values())))
+
+
+def of_each(scores, k):
+    """Masks of the ``k`` largest entries of each matrix inside the layers."""
+    return largest_of_each({p: scores[p] for p in LINEAR}, k)
+
+
 def run(method, steps, **options):
     given = {"data": DATA, "optimizer": ADAM, "objective": "classification", "log": {"progress": False}} | options
-    return jft.finetune(MODEL, parameters(), given.pop("data"), steps=steps, method=method, **given)
+    params = given.pop("params", None) or parameters()
+    return jft.finetune(MODEL, params, given.pop("data"), steps=steps, method=method, **given)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -193,3 +218,16 @@ def check(finished, expected, support=None, tolerance=1e-5):
         else:
             moved = np.asarray(changes[path])
             assert not moved[~support[path]].any() and moved.any() == support[path].any(), path
+
+
+def check_entries(method, expected, beside=(), steps=(1, 3), added=None, **options):
+    """A run selects the entries of the masks ``expected`` and moves them, and all of ``beside``, as Adam in NumPy does."""
+    trained = dict(expected) | everything(beside)
+    for count in steps:
+        finished = run(method, count, **options)
+        found = masks(finished)
+        assert set(found) == set(expected)
+        for path, mask in expected.items():
+            np.testing.assert_array_equal(found[path], mask, err_msg=path)
+        check(finished, follow(W, trained, count, added=added), trained)
+    return finished

@@ -42,6 +42,18 @@ def test_l1_and_l2_to_the_base():
     count = sum(x.size for x in change.values())
     for sized, whole in ((L1ToBase(0.3, mean=True), L1ToBase(0.3)), (L2SP(0.7, mean=True), L2SP(0.7))):
         np.testing.assert_allclose(sized(plan, kept, moved) * count, whole(plan, kept, moved), rtol=1e-5)
+    every = sum(x.size for x in base.values())
+    assert every > count and plan.size(kept, moved) == every
+    mean = L1ToBase(0.3, mean=True, of="all")(plan, kept, moved)
+    np.testing.assert_allclose(mean, 0.3 * sum(np.abs(x).sum() for x in change.values()) / every, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("train", "select"), [(InPlace(), {"layers": (0, 2)}), (LowRank(2, 2.0), {"linear_only": True})]
+)
+def test_the_size_of_a_model_counts_what_is_frozen(train, select):
+    params, plan, kept, trained = planned(train, **select)
+    assert plan.size(kept, trained) == tree.count(params)
 
 
 def test_nuclear_norm():
@@ -95,6 +107,8 @@ def test_projection_keeps_exactly_the_budget_over_all_weights():
         (lambda: _penalty(Masked(), L1ToBase(1.0)), "no base to stay near"),
         (lambda: _penalty(LowRank(2, 2.0), Nuclear(1.0)), "change is no matrix"),
         (lambda: _penalty(InPlace(), SharedLayers(1.0)), "goes with train=Taps"),
+        (lambda: L1ToBase(0.1, of="all"), "of='all' says what a mean is divided by, and mean is False; add mean=True"),
+        (lambda: L1ToBase(0.1, mean=True, of="model"), "of 'model' is unknown; choose trained or all"),
     ],
 )
 def test_wrong_uses_are_refused(make, message):
