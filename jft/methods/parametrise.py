@@ -33,7 +33,7 @@ class Parametrisation:
     selects: ClassVar[bool] = False
     exact: ClassVar[bool] = False
     shares: ClassVar[tuple[str, ...]] = ()
-    lender: ClassVar[Any] = None
+    lender: Any = None
 
     def fitted(
         self,

@@ -200,8 +200,8 @@ class Projection(Schedule):
 
 CARD = Card(
     formula=(
-        "w + z d, z = clip(s (u - l) + l, 0, 1), s = sigmoid(logit(U) + alpha), l = -1.5, u = 1.5, alpha from 5, times a gate of "
-        "the whole matrix; loss + weight * sum P(z > 0), P = sigmoid(alpha - log(-l / u)) times the matrix's; then the "
+        "w + z d, z = clip(s (u - l) + l, 0, 1), s = sigmoid(logit(U) + alpha), l = -1.5, u = 1.5, alpha from 5, times a gate "
+        "of the whole matrix; loss + weight * sum P(z > 0), P = sigmoid(alpha - log(-l / u)) times the matrix's; then the "
         "largest 0.5 % of |z d| stay and train on"
     ),
     follows="paper: product of the two probabilities, exact count; code: constants, rates",

@@ -10,11 +10,10 @@ from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
 
-
 CARD = Card(
     formula="loss + weight * mean |w - w0| over what trains",
     follows="paper and code of lottery-ticket sparse fine-tuning, in its phase of full fine-tuning",
-    check="value and gradient, also at no change, float64 NumPy; three steps by finetune",
+    check="value and gradient, also at no change, float64 NumPy",
     code="cambridgeltl/composable-sft@29f7872d, src/sft/trainer.py",
     departs="The code divides by the number of all values of the model; a head that does not train is not among them here.",
     defaults={"weight": (0.1, 0.0)},

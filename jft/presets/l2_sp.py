@@ -10,11 +10,10 @@ from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
 
-
 CARD = Card(
     formula="loss + weight / 2 * |w - w0|^2 + head / 2 * |h|^2, w what is pretrained and h the new head",
     follows="paper; code: both weights",
-    check="value and gradient of both terms, float64 NumPy; the penalty of a step",
+    check="value and gradient of both terms, float64 NumPy",
     code="holyseven/TransferLearningClassification@14263561, model/network_base.py, run_classification/run_exp.py",
     departs="Every value is drawn, as in the paper; the code's default mode leaves biases and norms out.",
     defaults={"weight": ("swept", 0.01), "head": (0.01, 0.01)},

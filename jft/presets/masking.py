@@ -40,8 +40,8 @@ def masking(
     """Train which weights of the matrices inside the layers are there; their values stay. One bit for each is stored.
 
     sparsity: the fraction masked at random at the start (the paper's best is about 0.05). start: ``uniform``, scores from
-    ``-low`` (None: 0.02) upwards, of which that fraction is below the threshold: U(-0.02, 0.58), as in the released code; or its
-    ``two_point``, at the threshold plus or minus ``margin`` (None: the threshold, so 0 and 0.02), where more weights change
+    ``-low`` (None: 0.02) upwards, of which that fraction is below the threshold: U(-0.02, 0.58), as in the released code; or
+    its ``two_point``, at the threshold plus or minus ``margin`` (None: the threshold, so 0 and 0.02), where more weights change
     for one learning rate. The paper also masks the pooler and the classifier.
     """
     return Method(Select(linear_only=True), Masked(None, sparsity, threshold, start, low, margin))

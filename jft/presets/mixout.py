@@ -76,13 +76,13 @@ class Mixout(Parametrisation):
 
 
 CARD = Card(
-    formula="((1 - M) v + M w - p w) / (1 - p) in training steps, M ~ Bernoulli(p) for each input of a linear layer; v in evaluation",
+    formula="((1 - M) v + M w - p w) / (1 - p) in training, M ~ Bernoulli(p) for each input of a linear layer; v in evaluation",
     follows="paper; code: one draw for all weights that leave an input, linear layers alone",
     check="forward, gradients and three steps, float64 NumPy; which weights of a decoder and a vision transformer are mixed",
     code="bloodwass/mixout@18f377d2, mixout/mixout.py, mixout/mixlinear.py",
     departs=(
-        "The gradient has the factor 1 / (1 - p) of the formula, which the code leaves out: 10 times the code's at p = 0.9, the "
-        "same under Adam."
+        "The gradient has the factor 1 / (1 - p) of the formula, which the code leaves out: 10 times the code's at p = 0.9, "
+        "the same under Adam."
     ),
     defaults={"p": ("0.7 to 0.9", 0.0), "unit": ("neuron", "neuron")},
 )
@@ -95,7 +95,8 @@ def mixout(
 ) -> Method:
     """Train every weight but the head's, in steps that put part of each linear layer back to its pretrained values.
 
-    Embedding and position tables, patches, norms and biases train in place. p: the probability of that. unit: whether all weights that leave a neuron go back together, or each by itself. A new head
-    has no pretrained values; it trains with ``also="^classifier/"``.
+    Embedding and position tables, patches, norms and biases train in place. p: the probability of that. unit: whether all
+    weights that leave a neuron go back together, or each by itself. A new head has no pretrained values; it trains with
+    ``also="^classifier/"``.
     """
     return Method(Select(exclude=HEADS), Mixout(p, unit))

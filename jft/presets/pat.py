@@ -30,7 +30,7 @@ Array = jax.Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SparsifiedWeight:
-    """The structured weight ``w (1 + a b) diag(scale)``, never formed: a ``[..., O, r]``, b ``[..., r, O]``, scale ``[..., O]``."""
+    """The structured weight ``w (1 + a b) diag(scale)``, never formed: a ``[..., O, r]``, b ``[..., r, O]``."""
 
     w: Any
     a: Array
@@ -108,12 +108,16 @@ class Sparsified(Parametrisation):
     def factor(self, trained: dict[str, Array], key: Array | None = None) -> Array:
         """What each output channel is multiplied by, ``[*lead, O]``."""
         temperature, bias, learns = jax.lax.stop_gradient(trained["phase"])
-        m = trained["mask"]
+        m, (*lead, width, _) = trained["mask"], trained["a"].shape
+        if m.shape != (width,):
+            raise ValueError(
+                f"the mask has {m.shape[0]} channels and a weight here {width}; include only what writes to the residual stream"
+            )
         m = jnp.where(learns > 0, m, jax.lax.stop_gradient(m))
         soft = jax.nn.sigmoid(jnp.maximum(temperature * m, -10.0)) + bias
         final = (m >= 0).astype(m.dtype) if key is None else soft
         there = jnp.where(learns > 0, soft, final)
-        return there * (trained["scale"] if self.scaled else jnp.ones((*trained["a"].shape[:-2], m.shape[0]), m.dtype))
+        return there * (trained["scale"] if self.scaled else jnp.ones((*lead, width), m.dtype))
 
     def bind(self, kept: Array, trained: dict[str, Array], structured: bool, key: Array | None = None) -> Any:
         parts = (kept, trained["a"], trained["b"], self.factor(trained, key))
@@ -226,13 +230,14 @@ class ChannelBudget:
 CARD = Card(
     formula=(
         "y = x w (1 + a b) * c * s on what writes to the residual stream, with one mask for all, c = sigmoid(T m) + bias, m "
-        "from 0. Over G steps T = 1/(1 - ln t/ln G) and bias = max(1/2 - t/G, 0); from 0.8 G T stays and data no longer move "
-        "m; in the result c = 1[m >= 0]. Loss + 10 |open/count - 1| + mean (m -+ 1/2)^2 + sum over modules of mean((aᵀa - 1)^2)."
+        "from 0. Over G steps T = 1/(1 - ln t/ln G) and bias = max(1/2 - t/G, 0); from 0.8 G T stays and data no longer "
+        "move m; in the result c = 1[m >= 0]. Loss + 10 |open/count - 1| + mean (m -+ 1/2)^2 + sum over modules of "
+        "mean((aᵀa - 1)^2)."
     ),
     follows="paper: modules, shared mask, identity loss; code: the mask's schedule and start, budget, rank, weights",
     check=(
-        "forward, gradients, budget and schedule in float64 NumPy from the code's formulas; a run by finetune: the channels "
-        "wanted stay, never fewer than a fifth of the mask at any step, and they come out of the model without a trace"
+        "forward, gradients, budget and schedule in float64 NumPy from the code's formulas; the gradient norm of a step has "
+        "one mask; over a run its mean stays above 0.4, 18 +- 2 of 24 channels stay, and the rest come out without a trace"
     ),
     code="kriskrisliu/PAT_Pruning-Aware-Tuning@bc540950, DimDownModule.py",
     departs=(

@@ -53,8 +53,8 @@ def agreement_dropout(key: Array, task: Any, anchor: Any, strength: float = 1.0,
 ATTENTION = (r"^(?!text/).*\battn/",)
 CARD = Card(
     formula=(
-        "w * 1[s > 0.005] in the image encoder's attention, s from 0.01; loss + l2 * sum over matrices of ||s||_2; each entry of "
-        "its gradient a is kept with probability (1 + sgn(a) (a + b) / (|a| + |b|)) / 2, b that toward the base's predictions"
+        "w * 1[s > 0.005] in the image encoder's attention, s from 0.01; loss + l2 * sum over matrices of ||s||_2; each entry "
+        "of its gradient a is kept with probability (1 + sgn(a) (a + b) / (|a| + |b|)) / 2, b that to the base's predictions"
     ),
     follows="paper; code: threshold, start, l2, the penalty inside a",
     check=(
@@ -63,7 +63,7 @@ CARD = Card(
     ),
     code="wuw2019/R-AMT@07f8d2c3, code/trainers/masktuning.py, code/configs/trainers/MASK/vit_b16.yaml",
     departs=(
-        "q, k and v have a norm each (code: one, of their common tensor: at the start 3 * l2 * |s| against sqrt(3) * l2 * |s|). "
+        "q, k and v have a norm each (code: one, of their common tensor: first 3 * l2 * |s| against sqrt(3) * l2 * |s|). "
         "The code masks the patch convolution too. What trains by `also` has its gradient dropped by the same rule."
     ),
     defaults={"l2": ("-", 1e-4), "dropout": (1.0, 1.0)},

@@ -89,7 +89,7 @@ class SharedLayers:
 CARD = Card(
     formula="w_l + 1[s_l >= 0.1] d_l with d_l from 0, s_l from 0.15, straight through; loss + weight / L * sum_l |s_l|",
     follows="paper; code: threshold, start of the scores, weight",
-    check="forward, gradients, three steps, penalty, float64 NumPy; scores do not move in 100 steps of decay alone",
+    check="forward, gradients, three steps, penalty, float64 NumPy; decay alone moves d and no score",
     code="MattWallingford/TAPS@87e91888, models/taps_net.py, train_sequential.py",
     departs=(
         "The penalty acts from the start (code: after warmup_epochs=2 of 30) and is divided by L (code: by 52 whatever L). The "

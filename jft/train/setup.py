@@ -93,9 +93,7 @@ def _start(
     return frozen, own(lives[0], places.live, donate), join(values, like.state.trained)
 
 
-def measured(
-    update: step.Step, held: Holdings, calibrations: Sequence[Callable[[], Any]], steps: int
-) -> Holdings:
+def measured(update: step.Step, held: Holdings, calibrations: Sequence[Callable[[], Any]], steps: int) -> Holdings:
     """What is held, with what the method's rule finds out about each member's base before the first of ``steps`` updates."""
     plan, rule = update.recipe.plan, update.recipe.plan.method.rule
     if rule is None:

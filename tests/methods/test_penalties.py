@@ -1,7 +1,6 @@
 """Penalties on the plan of a small model."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 

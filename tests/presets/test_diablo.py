@@ -14,7 +14,11 @@ from tests.methods import leaf, learning
 
 MUTATIONS = (
     ("jft/presets/diablo.py", "def diablo(blocks: int = 64)", "def diablo(blocks: int = 32)"),
-    ("jft/presets/diablo.py", "rows // self.blocks, columns // self.blocks)", "columns // self.blocks, rows // self.blocks)"),
+    (
+        "jft/presets/diablo.py",
+        "rows // self.blocks, columns // self.blocks)",
+        "columns // self.blocks, rows // self.blocks)",
+    ),
     ("jft/presets/diablo.py", "jnp.zeros(shape, jnp.float32)", "jnp.ones(shape, jnp.float32)"),
     ("jft/presets/diablo.py", "Select(linear_only=True)", "Select()"),
 )

@@ -17,11 +17,19 @@ from tests.methods import leaf, learning, toy
 
 MUTATIONS = (
     ("jft/presets/diff_pruning.py", "math.log(-self.lower / self.upper)", "math.log(-self.upper / self.lower)"),
-    ("jft/presets/diff_pruning.py", "self.weight * jnp.sum(likely * append_axes(shared, likely.ndim))", "self.weight * jnp.sum(likely)"),
+    (
+        "jft/presets/diff_pruning.py",
+        "self.weight * jnp.sum(likely * append_axes(shared, likely.ndim))",
+        "self.weight * jnp.sum(likely)",
+    ),
     ("jft/presets/diff_pruning.py", "delta.Leaf(decays=False, origin=None, rate", "delta.Leaf(origin=None, rate"),
     ("jft/presets/diff_pruning.py", "alpha_rate: float = 1e4,\n", "alpha_rate: float = 1e3,\n"),
     ("jft/presets/diff_pruning.py", "top({p: jnp.abs(x) for", "top({p: x for"),
-    ("jft/presets/diff_pruning.py", "    density: float = 0.005,\n    project_at", "    density: float = 0.01,\n    project_at"),
+    (
+        "jft/presets/diff_pruning.py",
+        "    density: float = 0.005,\n    project_at",
+        "    density: float = 0.01,\n    project_at",
+    ),
 )
 KEY = jax.random.key(4)
 sigmoid = lambda x: 1 / (1 + np.exp(-x))

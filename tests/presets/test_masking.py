@@ -47,7 +47,7 @@ def test_forward_gradients_and_steps():
 def test_scores_start_as_in_the_released_code():
     """maskers.py with controlled_init=None, threshold 1e-2 and init_scale 2e-2: U(-0.02, 0.58) for 5 % masked."""
     how = jft.method("masking").train
-    kept, scores = how.init(KEY, np.ones((4, 50, 50), np.float32))
+    _, scores = how.init(KEY, np.ones((4, 50, 50), np.float32))
     scores = np.sort(np.asarray(scores, np.float64), axis=None)
     quantiles = np.linspace(-0.02, (0.02 + 0.01) / 0.05 - 0.02, scores.size)
     assert quantiles[-1] == pytest.approx(0.58)

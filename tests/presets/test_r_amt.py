@@ -18,12 +18,20 @@ from tests.methods import decoder, leaf, learning
 MUTATIONS = (
     ("jft/presets/r_amt.py", "(jnp.abs(a) + jnp.abs(b) + eps) + 1) / 2", "(jnp.abs(a) + jnp.abs(b) + eps) + 1)"),
     ("jft/presets/r_amt.py", "jnp.sign(a) * (a + b)", "jnp.sign(a) * (a - b)"),
-    ("jft/presets/r_amt.py", "agreement_dropout(key, gradient, anchor, self.strength)", "agreement_dropout(key, anchor, gradient, self.strength)"),
+    (
+        "jft/presets/r_amt.py",
+        "agreement_dropout(key, gradient, anchor, self.strength)",
+        "agreement_dropout(key, anchor, gradient, self.strength)",
+    ),
     ("jft/presets/r_amt.py", "(?!text/).*", ".*"),
     ("jft/presets/r_amt.py", "0.0, 5e-3,", "0.0, 1e-2,"),
     ("jft/presets/r_amt.py", "strict=True, ", ""),
     ("jft/presets/r_amt.py", "l2: float = 1e-4,", "l2: float = 1e-3,"),
-    ("jft/methods/masks.py", "jnp.sqrt(jnp.sum(jnp.square(trained), axis=axes))", "jnp.sum(jnp.square(trained), axis=axes)"),
+    (
+        "jft/methods/masks.py",
+        "jnp.sqrt(jnp.sum(jnp.square(trained), axis=axes))",
+        "jnp.sum(jnp.square(trained), axis=axes)",
+    ),
 )
 KEY = jax.random.key(1)
 
@@ -89,7 +97,9 @@ def test_dropout_in_a_step_is_that_of_the_formula():
     params, data, rate, l2 = decoder.parameters(), decoder.batches(2), 0.3, 0.01
     method = jft.method("r_amt", l2=l2, also="final_norm/")
     sgd = {"name": "sgd", "lr": rate, "momentum": 0.0, "clip": 0.0}
-    run = functools.partial(jft.finetune, decoder.MODEL, params, data, method=method, optimizer=sgd, log={"progress": False})
+    run = functools.partial(
+        jft.finetune, decoder.MODEL, params, data, method=method, optimizer=sgd, log={"progress": False}
+    )
     before, after = (run(steps=n).state.trained for n in (1, 2))
     base = decoder.wide(params)
     scores = {p: np.asarray(s, np.float64) for p, s in before.items() if p.endswith("/w")}

@@ -54,4 +54,4 @@ def test_the_penalty_is_the_mean_size_of_the_scores_times_its_weight():
 def test_it_learns_and_decay_leaves_the_scores_alone():
     learning.check(jft.method("taps", weight=0.01), 1e-2, learning.LINEAR)
     moved = learning.moved_by_decay(jft.method("taps"))
-    assert moved == dict.fromkeys(learning.LINEAR, {"delta": True, "score": False})
+    assert moved == {p: {"delta": True, "score": False} for p in learning.LINEAR}
