@@ -24,13 +24,16 @@ class Parametrisation:
 
     random: whether :meth:`bind` draws noise in training. live: whether ``kept["w"]`` always holds the current values, so that
     the loop owns, donates and updates it. selects: whether :meth:`init` needs ``at``, the parts of the weight that train.
-    exact: whether :meth:`bind` needs the float32 masters themselves, in whatever dtype the model runs.
+    exact: whether :meth:`bind` needs the float32 masters themselves, in whatever dtype the model runs. shares: names among
+    the trained values that all weights of a plan have in common: the first of them holds these, and is the others' ``lender``.
     """
 
     random: ClassVar[bool] = False
     live: Any = False
     selects: ClassVar[bool] = False
     exact: ClassVar[bool] = False
+    shares: ClassVar[tuple[str, ...]] = ()
+    lender: Any = None
 
     def fitted(
         self,
@@ -39,12 +42,16 @@ class Parametrisation:
         granularity: Granularity | None = None,
         anchored: bool = False,
         linearized: bool = False,
+        linear: bool | None = None,
+        lender: str | None = None,
     ) -> Any:
         """The parametrisation for one weight, with what is told of it; what is not told stays as it is.
 
         lead: how many of its first axes only stack matrices or vectors (layers, experts). granularity: as what the parts of it
         that train are selected. anchored: what :attr:`jft.delta.Leaf.origin` needs is kept. linearized: the weight stays the
-        base, and the model is linear in the change. Raises ``ValueError`` for what it cannot be.
+        base, and the model is linear in the change. linear: whether it is the weight of a linear layer, not a table or
+        convolution. lender: the path that holds what :attr:`shares` names, where this one does not. Raises ``ValueError`` for
+        what it cannot be.
         """
         if granularity is not None:
             raise ValueError(
@@ -55,7 +62,7 @@ class Parametrisation:
             raise ValueError(
                 f"{type(self).__name__} keeps no base to linearize the model at; train it with forward='standard'"
             )
-        told = {"lead": lead, "anchor": anchored or None}
+        told = {"lead": lead, "anchor": anchored or None, "linear": linear, "lender": lender}
         known = {f.name for f in dataclasses.fields(self)}  # type: ignore[arg-type]  # subclasses are dataclasses
         changes = {name: value for name, value in told.items() if value is not None and name in known}
         return dataclasses.replace(self, **changes) if changes else self  # type: ignore[type-var]
@@ -132,6 +139,10 @@ class InPlace(Parametrisation):
 
     def bind(self, kept: Any, trained: Array, structured: bool, key: Array | None = None) -> Array:
         return trained
+
+    def tangent(self, kept: Any, trained: Array, key: Array | None = None) -> delta.Changed:
+        # A linearized model has it as a Shift; this is for what compares with the base in a standard forward pass.
+        return moved_from(kept, trained) if self.anchor else super().tangent(kept, trained, key)
 
     def encode(self, base: Array | None, kept: Any, trained: Array) -> delta.Encoding:
         if base is None:
@@ -227,6 +238,11 @@ class Composed(Parametrisation):
         return self.first.selects
 
     def fitted(self, **told: Any) -> Any:
+        if self.first.shares:
+            raise ValueError(
+                f"{type(self.first).__name__} shares {', '.join(self.first.shares)} among whole weights; it does not go into "
+                f"{type(self).__name__}: train all layers, and nothing beside it"
+            )
         return dataclasses.replace(self, first=self.first.fitted(**told))  # type: ignore[type-var]
 
 

@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 
+from jft import tree
+
 Array = jax.Array
 
 
@@ -65,16 +67,24 @@ class L1ToBase:
 class L2SP:
     """``weight / 2 * sum (theta - theta_0)^2`` over all trained values, or with ``mean`` their mean: decay to the base.
 
-    Li, Grandvalet and Davoine 2018, arXiv:1802.01483 (their alpha is ``weight``). Where decay should not pass through an
-    adaptive optimizer, decouple it: the optimizer's decay toward the base.
+    Weights whose path ``new`` finds (a new head) have no pretrained value: their term is ``new_weight / 2 * sum theta^2``. Li,
+    Grandvalet and Davoine 2018, arXiv:1802.01483, whose alpha and beta are ``weight`` and ``new_weight``. Where decay should
+    not pass through an adaptive optimizer, decouple it: the optimizer's decay toward the base.
     """
 
     weight: float
     mean: bool = False
+    new: tuple[str, ...] = ()
+    new_weight: float = 0.0
 
     def __call__(self, plan: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> Array:
-        changes = _changes(plan, kept, trained)
-        return self.weight / 2 * _sized(_sum(jnp.sum(jnp.square(x)) for x in changes), plan, kept, trained, self.mean)
+        found = tree.matcher(self.new)
+        is_new = {p: bool(self.new) and found(p) for p in trained}
+        old = {p: t for p, t in trained.items() if not is_new[p]}
+        away = _sum(jnp.sum(jnp.square(x)) for x in _changes(plan, kept, old))
+        values = [plan.leaves[p].bind(kept[p], t, False) for p, t in trained.items() if is_new[p]]
+        to_zero = self.new_weight / 2 * _sum(jnp.sum(jnp.square(x)) for x in values)
+        return self.weight / 2 * _sized(away, plan, kept, old, self.mean) + to_zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +120,3 @@ def _nuclear(x: Array, eps: float) -> Array:
         x = jnp.swapaxes(x, -1, -2)
     gram = jnp.einsum("...io,...ip->...op", x, x, precision=jax.lax.Precision.HIGHEST)
     return jnp.sum(jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram), 0) + eps), axis=-1)
-
-
-def soften(gradient: Any, importance: Any) -> Any:
-    """``(1 - importance) * gradient``, leaf by leaf: a soft mask, with importance in [0, 1] of the base's own knowledge.
-
-    Important weights move less and none is frozen for good (Ke et al. 2023, arXiv:2302.03241; Zhang et al. 2024,
-    arXiv:2404.10306). Leaves of ``importance`` broadcast against those of ``gradient``.
-    """
-    return jax.tree.map(lambda g, i: (1 - i) * g, gradient, importance)

@@ -94,8 +94,15 @@ class Method:
             )
         _check(leaves, shapes, self.name)
         linearized = self.forward == "linearized"
+        layered = _linear_layers(shapes, linear, stacked)
+        lender = next((p for p in shapes if p in leaves and leaves[p].shares), None)
         ordered = {
-            p: leaves[p].fitted(lead=lead(p, len(shapes[p].shape), stacked), linearized=linearized)
+            p: leaves[p].fitted(
+                lead=lead(p, len(shapes[p].shape), stacked),
+                linearized=linearized,
+                linear=p in layered,
+                lender=None if p == lender else lender,
+            )
             for p in shapes
             if p in leaves
         }
@@ -143,6 +150,12 @@ def _parts(
 def _matrices(shapes: Mapping[str, Any]) -> tuple[str, ...]:
     """Weights of a model jft does not know that look like matrix products: two axes, and not an embedding table."""
     return tuple(p for p, x in shapes.items() if len(x.shape) == 2 and not re.search("embed|table|position", p.lower()))
+
+
+def _linear_layers(shapes: Mapping[str, Any], linear: tuple[str, ...], stacked: bool) -> frozenset[str]:
+    """The weights of linear layers, in layers and outside: neither tables nor patches, whose weight is a convolution's."""
+    own = (p for p in shapes if p.endswith("/w") and "patch" not in p.split("/"))
+    return frozenset(own if stacked else linear)
 
 
 def _check(leaves: Mapping[str, Parametrisation], shapes: Mapping[str, Any], name: str) -> None:
@@ -238,10 +251,15 @@ class Plan:
             if how is None:
                 bound.append(kept[path])
                 continue
-            values = trained.get(path, ())
+            values = self.values(trained, path)
             values = values if how.exact else tree.cast(values, dtype)
             bound.append(how.bind(kept[path], values, self._takes_structured(path), self._noise(path, key)))
         return jax.tree.unflatten(self.structure, bound)
+
+    def values(self, trained: Mapping[str, Any], path: str) -> Any:
+        """What trains at ``path``, and what another weight holds for it."""
+        how, own = self.leaves[path], trained.get(path, ())
+        return own if how.lender is None else {**own, **{name: trained[how.lender][name] for name in how.shares}}
 
     def _takes_structured(self, path: str) -> bool:
         """Whether the model takes a structured weight at ``path``."""
@@ -263,7 +281,7 @@ class Plan:
         """What the model gives for ``batch``, by the method's forward pass; differentiable in ``trained``, as :meth:`bind`."""
         if self.method.forward == "standard":
             return apply(self.bind(kept, trained, dtype, key), batch)
-        tangents = {p: self.leaves[p].tangent(kept[p], t, self._noise(p, key)) for p, t in trained.items()}
+        tangents = {p: self.leaves[p].tangent(kept[p], self.values(trained, p), self._noise(p, key)) for p in trained}
 
         def build(weights: Mapping[str, Any]) -> Any:
             seen = {p: delta.changed.as_seen(w, self._takes_structured(p)) for p, w in weights.items()}
@@ -275,7 +293,7 @@ class Plan:
 
     def base(self, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> Any:
         """The parameters before training, where everything that trains keeps them."""
-        tangents = {p: how.tangent(kept[p], trained.get(p, ())) for p, how in self.leaves.items()}
+        tangents = {p: how.tangent(kept[p], self.values(trained, p)) for p, how in self.leaves.items()}
         flat = [_base(tangents[p]) if p in tangents else kept[p] for p in self.paths]
         return jax.tree.unflatten(self.structure, flat)
 
@@ -338,21 +356,21 @@ class Plan:
 
     def penalty(self, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> jax.Array | None:
         """What the method adds to the loss, once per batch; None where that is nothing."""
-        own = [self.leaves[p].penalty(kept[p], t) for p, t in trained.items()]
+        own = [self.leaves[p].penalty(kept[p], self.values(trained, p)) for p in trained]
         parts = [x for x in own if x is not None] + [fn(self, kept, trained) for fn in self.method.penalties]
         return functools.reduce(jnp.add, parts) if parts else None
 
     def merged(self, base: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> Any:
         """Plain parameters after training, in the dtypes and containers of ``base`` (arrays or shapes)."""
         flat = tree.flatten(base)
-        bound = {p: how.bind(kept[p], trained.get(p, ()), structured=False) for p, how in self.leaves.items()}
+        bound = {p: how.bind(kept[p], self.values(trained, p), structured=False) for p, how in self.leaves.items()}
         out = {p: bound[p] if p in bound else kept[p] for p in flat}
         return tree.like(base, {p: x.astype(flat[p].dtype) for p, x in out.items()})
 
     def encode(self, base: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, delta.Encoding]:
         """``{path: encoded change}`` for what trained, in float32."""
         flat = tree.flatten(base)
-        return {p: self.leaves[p].encode(flat[p], kept[p], t) for p, t in trained.items()}
+        return {p: self.leaves[p].encode(flat[p], kept[p], self.values(trained, p)) for p in trained}
 
     def scales(self, trained: Mapping[str, Any]) -> dict[str, Any]:
         """Learning-rate multipliers, shaped like ``trained``."""

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jft import delta, tree
+from jft.methods.card import Card
 from jft.methods.parametrise import InPlace, Parametrisation, moved_from
 from jft.methods.patterns import HEADS
 from jft.methods.plan import Method, Plan
@@ -38,7 +39,9 @@ class HardConcrete(Parametrisation):
 
     Penalty: ``weight * sum over entries of P(open)`` with ``P(open) = sigmoid(alpha - log(-lower / upper))``, times the group's
     in the paper (``counted="product"``); the released code adds the two kinds up (``"sum"``), so a closed group saves nothing.
-    The code has an optimizer of its own for alpha, at 0.1 beside 1e-5: here ``alpha_rate`` is that ratio.
+    The code has an optimizer of its own for alpha, at 0.1 beside 1e-5: here ``alpha_rate`` is that ratio. Its 0.1 stays while
+    the other falls to 0 (a scheduler that is never stepped), and the gradients of d and of alpha are clipped apart; here one
+    schedule and one clip go for both, so that under linear decay alpha moves by half as much.
 
     Kept: w. Trained, float32: ``delta`` d like w (starts at 0), ``alpha`` like w and ``group`` [*lead] (from ``init_alpha``).
     lead: leading axes of the weight; None: those beyond a matrix. :func:`project` picks what stays for good.
@@ -195,7 +198,32 @@ class Projection(Schedule):
         return Renewal(chosen, self.method_at(plan.method, standing.step, standing.steps), weights=weights)
 
 
-@register("diff_pruning", paper="Guo, Rush and Kim 2021, arXiv:2012.07463")
+CARD = Card(
+    formula=(
+        "w + z d, z = clip(s (u - l) + l, 0, 1), s = sigmoid(logit(U) + alpha), l = -1.5, u = 1.5, alpha from 5, times a gate "
+        "of the whole matrix; loss + weight * sum P(z > 0), P = sigmoid(alpha - log(-l / u)) times the matrix's; then the "
+        "largest 0.5 % of |z d| stay and train on"
+    ),
+    follows="paper: product of the two probabilities, exact count; code: constants, rates",
+    check="gates, penalty, gradients, three steps and projection, float64 NumPy",
+    code="dguo98/DiffPruning@085fa7d9, examples/run_glue_diffpruning.py",
+    departs=(
+        "Evaluation and projection have U = 1/2 (code: a fresh draw). The gates' rate follows the schedule (code: constant; "
+        "half the movement under linear decay), and one clip goes for d and alpha (code: one each). The code bisects for the "
+        "threshold and stops near the count."
+    ),
+    defaults={
+        "weight": ("-", 1.25e-7),
+        "group": (True, True),
+        "counted": ("product", "sum"),
+        "alpha_rate": ("0.1 / 1e-5", "0.1 / 1e-5"),
+        "init_alpha": (5.0, 5.0),
+        "density": (0.005, 0.005),
+    },
+)
+
+
+@register("diff_pruning", paper="Guo, Rush and Kim 2021, arXiv:2012.07463", card=CARD)
 def diff_pruning(
     weight: float = 1.25e-7,
     group: bool = True,

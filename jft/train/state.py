@@ -224,15 +224,15 @@ def _start(
     return frozen, own(lives[0], places.live, donate), join(values, like.state.trained)
 
 
-def measured(update: Step, held: Holdings, calibrations: Sequence[Callable[[], Any]]) -> Holdings:
-    """What is held, with what the method's rule finds out about each member's base before the first step."""
+def measured(update: Step, held: Holdings, calibrations: Sequence[Callable[[], Any]], steps: int) -> Holdings:
+    """What is held, with what the method's rule finds out about each member's base before the first of ``steps`` updates."""
     plan, rule = update.recipe.plan, update.recipe.plan.method.rule
     if rule is None:
         return held
     memory = held.state.memory
-    each = [
-        rule.measure(plan, look(), take(memory, i) if update.stack else memory) for i, look in enumerate(calibrations)
-    ]
+    first = [rule.start(take(memory, i) if update.stack else memory, steps) for i in range(len(calibrations))]
+    each = [rule.measure(plan, look(), start) for start, look in zip(first, calibrations, strict=True)]
+    each = [start if measure is None else measure for start, measure in zip(first, each, strict=True)]
     if each[0] is not None:
         memory = jax.device_put(join(each, update.holdings.state.memory), update.layout.state.memory)
     return dataclasses.replace(held, state=dataclasses.replace(held.state, memory=memory))

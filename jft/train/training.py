@@ -136,7 +136,7 @@ class Training:
             self._refuse_another(each)
             fresh = hold(self.update, self.params, self._chosen, seeds, donate, overlays)
             calibrations = [lambda i=i, m=m: self._probe(i, m.start(self.params)) for i, m in enumerate(members)]
-            self.held = measured(self.update, fresh, calibrations)
+            self.held = measured(self.update, fresh, calibrations, self.config.steps)
         self.sound = np.asarray(jax.device_get(self.held.state.step) == begin)
         for i in np.flatnonzero(~np.atleast_1d(self.sound)).tolist():
             last = int(self.held.state.step[i])
