@@ -79,10 +79,10 @@ class Gradient:
 
 @dataclasses.dataclass(frozen=True)
 class Accumulated:
-    """``|sum over batches of g|`` at the base (SMT, He et al. 2024, arXiv:2405.15525; SPIDER): n times :class:`Gradient`.
+    """``|sum over batches of g|`` at the base (SPIDER, Huang et al. 2024, arXiv:2411.10928): n times :class:`Gradient`.
 
-    Their codes sum while they train; here the weights stand still. Their order is that of :class:`Gradient`; their size
-    matters where scores are added.
+    Its code sums while it trains; here the weights stand still. The order is that of :class:`Gradient`; the size matters
+    where scores are added.
     """
 
     batches: int = 1

@@ -17,6 +17,7 @@ HOW = {
     "max": np.max,
     "l2": lambda x: np.sqrt(np.sum(x**2)),
     "abs_mean": lambda x: np.mean(np.abs(x)),
+    "mean_abs": lambda x: np.abs(np.mean(x)),
 }
 
 # unit, shape of the weight, leading axes, and for each unit the entries it holds: {unit index: index of the weight}
