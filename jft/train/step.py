@@ -80,11 +80,12 @@ class Recipe:
 
     @property
     def transform(self) -> optax.GradientTransformationExtraArgs:
-        """From gradients to updates for a learning rate of 1. Where selections change, each value has an age of its own."""
+        """From gradients to updates for a learning rate of 1. Where selections change, each value may have an age of its own."""
         if isinstance(self.optimizer, Given):
             return optax.with_extra_args_support(self.optimizer.given)
         decays = functools.partial(self.plan.decays, paths=self.decayed)
-        return self.optimizer.transform(decays, self.plan.matrices, aged=self.plan.method.schedule is not None)
+        schedule = self.plan.method.schedule
+        return self.optimizer.transform(decays, self.plan.matrices, aged=schedule is not None and schedule.aged)
 
 
 def gradients(

@@ -36,6 +36,17 @@ def share(density, extra=0):
     return lambda shape: int(np.floor(density * shape[-2] * shape[-1] + 1e-9)) + extra
 
 
+def share_of_model(density, small):
+    """As many of each matrix as a density of the whole model spreads over the matrices inside layers."""
+
+    def promised(shape):
+        sizes = {p: x.size for p, x in tree.flatten(digits(small)[1]).items()}
+        inside = sum(n for p, n in sizes.items() if p.startswith("layers/") and p.endswith("/w"))
+        return int(density * sum(sizes.values())) * shape[-2] * shape[-1] // inside
+
+    return promised
+
+
 def factors(rank):
     """As many of each matrix as factors of a rank have."""
     return lambda shape: rank * (shape[-2] + shape[-1])
@@ -74,8 +85,8 @@ ENTRIES = {
     "super_tuning": ({"sparsity": 0.9}, 1e-2, share(0.1)),
     "shira": ({"rank": 4}, 1e-2, factors(4)),
     "sara": ({"density": 0.2}, 1e-2, None),
-    "spiel_ag": ({"density": 0.1}, 1e-2, share(0.1)),
-    "spiel_ma": ({"density": 0.1}, 1e-2, share(0.1)),
+    "spiel_ag": ({"density": 0.1}, 1e-2, share_of_model(0.1, small=False)),
+    "spiel_ma": ({"density": 0.1}, 1e-2, share_of_model(0.1, small=True)),
 }
 PARTS = {
     "block_sparse": ({"density": 0.1, "block": (8, 8)}, 1e-2),

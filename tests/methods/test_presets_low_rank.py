@@ -217,7 +217,7 @@ def test_a_selection_beside_a_low_rank_change_that_would_settle_is_refused():
         "spider",
         {"name": "gmt", "density": 0.3},
         {"name": "sara", "density": 0.2},
-        {"name": "spiel_ag", "density": 0.3, "every": 1, "batches": 2},
+        {"name": "spiel_ag", "density": 0.3, "every": 3, "batches": 1},
     ],
     ids=lambda m: m if isinstance(m, str) else m["name"],
 )
