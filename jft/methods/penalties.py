@@ -9,11 +9,16 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from jft.select.calibration import lead
+
 Array = jax.Array
 
 
 class Penalty(Protocol):
-    """A scalar of everything that trains, its weight included: ``penalty(plan, kept, trained)``."""
+    """A scalar of everything that trains, its weight included: ``penalty(plan, kept, trained)``.
+
+    One that draws says so by ``random = True``, and is given the key of the step as well: ``penalty(plan, kept, trained, key)``.
+    """
 
     def __call__(self, plan: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> Array: ...
 
@@ -90,7 +95,7 @@ class Nuclear:
                 raise ValueError(
                     f"{path} trains {type(plan.leaves[path]).__name__}, whose change is no matrix; no nuclear norm"
                 )
-            if change.ndim >= 2:
+            if change.ndim - lead(path, change.ndim, plan.structured) == 2:
                 total = total + jnp.sum(_nuclear(change, self.eps))
         return self.weight * total
 

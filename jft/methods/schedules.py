@@ -28,6 +28,7 @@ class Renewal:
 
     seeds: of newcomers, ``{path: (mean gradient, mean squared gradient)}`` laid out like the weight, as if Adam had seen
     ``age`` of them. weights: float32, of paths whose values start from there, with new moments, in place of what was.
+    restart: whether the optimizer starts anew, counters included, with nothing of its state carried over.
     """
 
     chosen: Mapping[str, Array]
@@ -35,6 +36,7 @@ class Renewal:
     seeds: Mapping[str, tuple[Array, Array]] = dataclasses.field(default_factory=dict)
     age: int = 0
     weights: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    restart: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -97,7 +97,7 @@ def gradients(
     ``key``) is the same in all of them. What the method adds to the loss is added once.
     """
     gradient, value, means, weight = _data_gradients(recipe, kept, trained, batch, mesh, key)
-    penalty = functools.partial(recipe.plan.penalty, kept)
+    penalty = functools.partial(recipe.plan.penalty, kept, key=key)
     if jax.eval_shape(penalty, trained) is None:
         return gradient, value, means, weight
     added, pull = jax.value_and_grad(penalty)(trained)

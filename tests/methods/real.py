@@ -84,7 +84,7 @@ ENTRIES = {
     "lift": ({"rank": 4, "filter_rank": 8}, 1e-2, factors(4)),
     "super_tuning": ({"sparsity": 0.9}, 1e-2, share(0.1)),
     "shira": ({"rank": 4}, 1e-2, factors(4)),
-    "sara": ({"density": 0.2}, 1e-2, None),
+    "sara": ({"density": 0.2, "above": 0}, 1e-2, None),
     "spiel_ag": ({"density": 0.1}, 1e-2, share_of_model(0.1, small=False)),
     "spiel_ma": ({"density": 0.1}, 1e-2, share_of_model(0.1, small=True)),
 }
