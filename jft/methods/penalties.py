@@ -17,7 +17,7 @@ Array = jax.Array
 class Penalty(Protocol):
     """A scalar of everything that trains, its weight included: ``penalty(plan, kept, trained)``.
 
-    One that draws says so by ``random = True``, and is given the key of the step as well: ``penalty(plan, kept, trained, key)``.
+    One that draws says so by ``random = True``, and is given the step's key as well: ``penalty(plan, kept, trained, key)``.
     """
 
     def __call__(self, plan: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> Array: ...

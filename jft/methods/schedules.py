@@ -210,7 +210,9 @@ def _replaced(how: Any, kept: Any, moved: Array, grown: tuple[Array, ...], share
     active = how.spread(kept, jnp.ones_like(moved), zeros) > 0
     size = jnp.where(active, how.spread(kept, jnp.abs(moved), zeros), -jnp.inf)
     count = lambda mask: jnp.sum(mask, axis=tuple(range(lead, w.ndim)), dtype=jnp.int32)
-    best = lambda mask, score, k: threshold.top_each(jnp.where(mask, score, -jnp.inf), jnp.minimum(k, count(mask)), lead)
+    best = lambda mask, score, k: threshold.top_each(
+        jnp.where(mask, score, -jnp.inf), jnp.minimum(k, count(mask)), lead
+    )
     free = jnp.asarray(share * count(active), jnp.int32)
     leaving = active & ~best(active, size, count(active) - free)
     if len(grown) > 1:

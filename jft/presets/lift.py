@@ -13,18 +13,19 @@ from jft.select import budget, scores
 CARD = Card(
     formula=(
         "W_r the truncated SVD of each matrix W[I, O] at filter_rank; its rank (I + O) entries of largest |W_r| train; every "
-        "`every` steps the same again from the current weights; Adam's moments of entries that stay are carried over, those of "
-        "new ones start at 0, and all are corrected by one count of steps: m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)"
+        "`every` steps the same again from the current weights; Adam's moments of entries that stay are carried over, those "
+        "of new ones start at 0, and all are corrected by one count of steps: m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)"
     ),
     follows=(
-        "Paper: the largest |W_r|, ranks, refreshes, moments carried. Code: the exact SVD, one count of steps for all entries, "
-        "the interval's default, matrices of linear layers without the head."
+        "Paper: the largest |W_r|, ranks, refreshes, moments carried. Code: the exact SVD, one count of steps for all "
+        "entries, the interval's default, matrices of linear layers without the head."
     ),
     code="zihanghliu/LIFT@c4a679d8bda092d6ef594fe846acf6787b405631, src/sparseAdam.py, src/finetune_sft.py",
     departs=(
-        "The code selects by torch.topk(largest='largest' in mask_type), and its scripts pass mask_type=lift_sparse, so that in "
-        "fact the smallest |W_r| train: largest=False. It refreshes after every*n - 1 steps, here after every*n. Its eps is added "
-        "to sqrt(v) before the correction. A budget of more entries than a matrix has is refused, where the code takes all."
+        "The code selects by torch.topk(largest='largest' in mask_type), and its scripts pass mask_type=lift_sparse, so that "
+        "in fact the smallest |W_r| train: largest=False. It refreshes after every*n - 1 steps, here after every*n. Its eps "
+        "is added to sqrt(v) before the correction. A budget of more entries than a matrix has is refused, where the code "
+        "takes all."
     ),
     defaults={
         "rank": (128, 128),
@@ -35,8 +36,8 @@ CARD = Card(
         "aged": ("-", False),
     },
     check=(
-        "selections and five steps through two refreshes against float64 NumPy, both counts of steps; the randomised selection "
-        "and the exact one on Gaussian matrices"
+        "selections and five steps through two refreshes against float64 NumPy, both counts of steps; the randomised "
+        "selection and the exact one on Gaussian matrices"
     ),
 )
 
@@ -61,7 +62,9 @@ def lift(
     which a new entry's first step at step t is ``(1 - b1) / sqrt(1 - b2)`` of the learning rate, 3.2 for Adam's defaults.
     """
     if aged and not every:
-        raise ValueError("aged=True tells new entries from old ones, and with every=0 none is new; set every, or aged=False")
+        raise ValueError(
+            "aged=True tells new entries from old ones, and with every=0 none is new; set every, or aged=False"
+        )
     select = Select(
         linear_only=True,
         score=scores.LowRank(filter_rank, exact=exact),

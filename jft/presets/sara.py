@@ -110,20 +110,20 @@ class StillSmall(Schedule):
 
 CARD = Card(
     formula=(
-        "The entries |p| < theta of all parameters train, with the loss + lambda ||P * M||_* of one matrix drawn at each step, P "
-        "its values and M its mask, whose derivative is lambda U V^T; after half of the run those of them with |p| < theta still "
-        "train, the others keep their value, and Adam starts anew"
+        "The entries |p| < theta of all parameters train, with the loss + lambda ||P * M||_* of one matrix drawn at each "
+        "step, P its values and M its mask, whose derivative is lambda U V^T; after half of the run those of them with |p| < "
+        "theta still train, the others keep their value, and Adam starts anew"
     ),
     follows=(
-        "Paper: the smallest entries, a nuclear norm, entries chosen anew part-way. Code: every number, all parameters, the norm "
-        "of the values rather than of their change, one matrix a step of those with min(I, O) > 64, Adam anew."
+        "Paper: the smallest entries, a nuclear norm, entries chosen anew part-way. Code: every number, all parameters, the "
+        "norm of the values rather than of their change, one matrix a step of those with min(I, O) > 64, Adam anew."
     ),
     code="sjtuplayer/SaRA@ea21192477eb07f11f0fa202108e8c07873d91b9, optim/adamw.py, optim/adamw2.py, finetune.sh",
     departs=(
-        "In optim/adamw.py, the default, the norm's gradient goes to tensors that no update reads, so that it has no effect; in "
-        "optim/adamw2.py it has, and Adam's moments go on part-way (restart=False). The code loses the update at which it "
-        "chooses anew. Its learning rate, 1e-3 exp(-350 theta), is the run's own here. Where it finds no matrix for the norm it "
-        "fails, and so does this."
+        "In optim/adamw.py, the default, the norm's gradient goes to tensors that no update reads, so that it has no effect; "
+        "in optim/adamw2.py it has, and Adam's moments go on part-way (restart=False). The code loses the update at which it "
+        "chooses anew. Its learning rate, 1e-3 exp(-350 theta), is the run's own here. Where it finds no matrix for the norm "
+        "it fails, and so does this."
     ),
     defaults={
         "threshold": ("2e-3 for Stable Diffusion 1.5", 2e-3),
@@ -162,7 +162,9 @@ def sara(
     if norm not in ("values", "change"):
         raise ValueError(f"norm {norm!r} is unknown; it is of the values or of the change")
     if above is not None and (norm == "change" or not nuclear):
-        raise ValueError(f"above={above} says which matrices' values have a norm; leave it out with {norm=} and {nuclear=}")
+        raise ValueError(
+            f"above={above} says which matrices' values have a norm; leave it out with {norm=} and {nuclear=}"
+        )
     if not nuclear and norm == "change":
         raise ValueError("norm='change' says of what the nuclear norm is, and nuclear=0 leaves it out; leave out one")
     if not again and not restart:

@@ -30,12 +30,13 @@ class MeanGradient:
 CARD = Card(
     formula=(
         "G = sum over 100 batches of g; score of a 256 x 256 block: |mean of G over it|; the int(attention P / 256^2) best "
-        "blocks of all q, k, v and the int(mlp P / 256^2) best of all MLP matrices train, P the parameters in all matrices "
-        "of the model, embeddings and head among them"
+        "blocks of all q, k, v and the int(mlp P / 256^2) best of all MLP matrices train, P the parameters in all matrices of "
+        "the model, embeddings and head among them"
     ),
     follows=(
-        "Paper: blocks by gradient, competing over layers, attention and MLP apart. Code: which matrices, |mean| (its default, "
-        "its PEFT script, and its attention path whatever the option), fractions of all matrices, the MLP off by default."
+        "Paper: blocks by gradient, competing over layers, attention and MLP apart. Code: which matrices, |mean| (its "
+        "default, its PEFT script, and its attention path whatever the option), fractions of all matrices, the MLP off by "
+        "default."
     ),
     code=(
         "HectorHHZ/Sparse_Matrix_Tuning@31c5ff6b2f6bef20ab1e9e14d844b39fb7363eed, deepspeed/fine_tune.py, "
@@ -43,9 +44,10 @@ CARD = Card(
     ),
     departs=(
         "The code sums gradients over 100 steps of full fine-tuning and goes on from the weights these lead to; here all are "
-        "taken at the base, which needs no optimizer state of the whole model and trains nothing outside the blocks. pool goes "
-        "for both kinds; the code's option reaches the MLP alone. Its L1 orders blocks as abs_mean does. Its README's run of a "
-        "Llama 8B has mlp=0.0084 and abs_mean. Its mode for channels, whose gradient lands in the wrong rows, is not offered."
+        "taken at the base, which needs no optimizer state of the whole model and trains nothing outside the blocks. pool "
+        "goes for both kinds; the code's option reaches the MLP alone. Its L1 orders blocks as abs_mean does. Its README's "
+        "run of a Llama 8B has mlp=0.0084 and abs_mean. Its mode for channels, whose gradient lands in the wrong rows, is not "
+        "offered."
     ),
     defaults={
         "attention": ("0.84% of the model", 0.0084),
@@ -79,9 +81,7 @@ def smt(
     if pool not in POOLS:
         raise ValueError(f"pool {pool!r} is none of smt's; choose one of {', '.join(POOLS)}")
     kinds = (("(^|/)attn/[qkv]/", attention), ("(^|/)mlp/", mlp))
-    parts = tuple(
-        (path, budget.Globally(density=fraction, of="matrices")) for path, fraction in kinds if fraction
-    )
+    parts = tuple((path, budget.Globally(density=fraction, of="matrices")) for path, fraction in kinds if fraction)
     select = Select(
         ("|".join(path for path, _ in parts),),
         linear_only=True,

@@ -18,9 +18,9 @@ CARD = Card(
     follows="Paper: growth by SM3's accumulators. Code: every number, who competes, and when.",
     code="AlanAnsell/peft@73b455b480c5a93ec17ff0e817f946df5899b2af, src/peft/tuners/sft/trainer.py, optimizer.py",
     departs=(
-        "The code trains by SM3, and its accumulators are the optimizer's: of the active entries' gradients alone, since the run "
-        "began. Here the run's optimizer is any, Adam by default, and the accumulators are made anew at each reselection, from "
-        "the gradients of all entries over `batches` batches at the weights of that moment."
+        "The code trains by SM3, and its accumulators are the optimizer's: of the active entries' gradients alone, since the "
+        "run began. Here the run's optimizer is any, Adam by default, and the accumulators are made anew at each reselection, "
+        "from the gradients of all entries over `batches` batches at the weights of that moment."
     ),
     defaults={"density": ("-", 0.01), "every": ("-", 20), "first": ("-", 0.2), "batches": ("-", 5)},
     check="accumulators, selections and eight steps through two reselections against float64 NumPy",

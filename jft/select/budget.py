@@ -41,9 +41,9 @@ class Budget:
     """How much of a group of units that compete with each other is selected; exactly one of the first three is given.
 
     density: the fraction of their parameters, in (0, 1], read as the decimal it is written as; ``of`` ``matrices`` or
-    ``model`` it is the fraction of all of the model's matrices, or parameters, which :func:`resolved` spreads evenly over
-    the candidates. count: how many units. parameters: how many parameters at most. round: how a density of units, or parameters over the cost of one unit, becomes
-    a whole number; it is at least one, and at most all.
+    ``model`` it is the fraction of all of the model's matrices, or parameters, which :func:`resolved` spreads evenly over the
+    candidates. count: how many units. parameters: how many parameters at most. round: how a density of units, or parameters
+    over the cost of one unit, becomes a whole number; it is at least one, and at most all.
 
     Where units cost differently, those of the best score are taken one after the other while they fit a density of (or the
     number of) parameters; ``unfit`` is what happens at the first that does not: ``stop`` there, or ``skip`` it and go on.

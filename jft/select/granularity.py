@@ -96,7 +96,8 @@ class Granularity:
         """Scores of units, float32: the sum, mean, max, root of the summed squares, mean size, or size of the mean, inside.
 
         The last two are ``abs_mean``, ``mean |s|``, and ``mean_abs``, ``|mean s|``: SMT's code names them by which comes
-        first in ``x.mean().abs()``. Sums are in float32, in the order XLA adds: over an axis that is sharded their last bit may depend on the mesh.
+        first in ``x.mean().abs()``. Sums are in float32, in the order XLA adds: over an axis that is sharded their last bit
+        may depend on the mesh.
         """
         if how not in POOLS:
             raise ValueError(f"pool {how!r} is unknown; choose one of {', '.join(POOLS)}")

@@ -14,9 +14,7 @@ from jft.compiled import program_cache
 Array = jax.Array
 
 
-def low_rank(
-    w: Array, rank: int, oversample: int | None, iterations: int, key: Array, exact: bool = False
-) -> Array:
+def low_rank(w: Array, rank: int, oversample: int | None, iterations: int, key: Array, exact: bool = False) -> Array:
     """``W_r = U_r U_r^T W`` in float32 for each matrix of ``w[..., I, O]``, sharded as ``w``.
 
     exact: U_r (or V_r, for ``W V_r V_r^T``) are the leading eigenvectors of ``W W^T`` (or ``W^T W``), whichever is smaller:

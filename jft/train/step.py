@@ -80,7 +80,7 @@ class Recipe:
 
     @property
     def transform(self) -> optax.GradientTransformationExtraArgs:
-        """From gradients to updates for a learning rate of 1. Where selections change, each value may have an age of its own."""
+        """From gradients to updates for a learning rate of 1. Where selections change, values may have ages of their own."""
         if isinstance(self.optimizer, Given):
             return optax.with_extra_args_support(self.optimizer.given)
         decays = functools.partial(self.plan.decays, paths=self.decayed)

@@ -91,7 +91,7 @@ ENTRIES = {
 PARTS = {
     "block_sparse": ({"density": 0.1, "block": (8, 8)}, 1e-2),
     "n_m": ({}, 1e-2),
-    "smt": ({"attention": 0.2, "mlp": 0.2, "block": (8, 8), "batches": 5}, 1e-2),
+    "smt": ({"attention": 0.05, "mlp": 0.1, "block": (8, 8), "batches": 5}, 1e-2),
     "s2ft": ({"o": 0.5, "down": 0.25, "v": 0.5, "up": 0.25}, 1e-2),
     "rosa": ({"rank": 4, "density": 0.05, "warmup": 20}, 5e-3),
     "dsee": ({"rank": 4, "count": 64}, 1e-2),
@@ -110,7 +110,7 @@ TEXTS = {
     "pat": ({"fraction": 0.9, "rank": 8, "identity": 0.1}, 5e-3, "dense"),
     "precise_sft": ({"heads": 0.5}, 1e-2, "dense"),
     "esft": ({"p": 0.6, "batches": 2}, 5e-3, "experts"),
-    "sparse_memory": ({"slots": 64}, 5e-2, "memory"),
+    "sparse_memory": ({"slots": 64, "every": 0}, 5e-2, "memory"),
 }
 # Presets that need a tuned model or two towers have runs of their own.
 OTHERS = {"rl_subnetwork", "skip_tuning"}

@@ -90,7 +90,9 @@ def check(name, kind):
     start = stack.masks(stack.run({"name": name, **OPTIONS}, 1))
     inside = sum(mask.size for mask in start.values())
     for mask in start.values():
-        assert (mask.sum((1, 2)) == int(DENSITY * sum(map(np.prod, stack.SHAPES.values()))) * mask[0].size // inside).all()
+        assert (
+            mask.sum((1, 2)) == int(DENSITY * sum(map(np.prod, stack.SHAPES.values()))) * mask[0].size // inside
+        ).all()
     expected, masks, again = follow(start, kind)
     finished = stack.run({"name": name, **OPTIONS}, STEPS)
     for path, mask in stack.masks(finished).items():

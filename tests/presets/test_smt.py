@@ -14,7 +14,10 @@ from jft.train.objectives import LanguageModel
 from tests.methods import decoder
 
 DATA, SIDE, BATCHES = decoder.batches(), 4, 3
-KINDS = {"attention": [f"layers/attn/{n}/w" for n in "kqv"], "mlp": [f"layers/mlp/{n}/w" for n in ("down", "gate", "up")]}
+KINDS = {
+    "attention": [f"layers/attn/{n}/w" for n in "kqv"],
+    "mlp": [f"layers/mlp/{n}/w" for n in ("down", "gate", "up")],
+}
 ALL = 2 * 13 * 8 + 4 * (8 * 8 + 8 * 4 + 8 * 4 + 8 * 8) + 4 * 3 * 8 * 12  # embedding and head, q k v o, MLP
 POOLS = {
     "mean_abs": lambda x: np.abs(x.mean((2, 4))),
@@ -100,7 +103,7 @@ def test_defaults_are_those_of_the_released_code():
 def test_wrong_options_are_refused():
     with pytest.raises(ValueError, match="attention and mlp both 0 trains nothing"):
         jft.method("smt", attention=0)
-    with pytest.raises(ValueError, match="pool 'max' is none of smt's; choose one of mean_abs"):
+    with pytest.raises(ValueError, match=r"pool 'max' is none of smt's; choose one of mean_abs"):
         jft.method("smt", pool="max")
-    with pytest.raises(ValueError, match="density 0.9 of all 2128 parameters of the matrices is 1915"):
+    with pytest.raises(ValueError, match=r"density 0.9 of all 2128 parameters of the matrices is 1915"):
         chosen(attention=0.9)

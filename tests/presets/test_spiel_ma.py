@@ -11,8 +11,8 @@ MUTATIONS = (
     ("jft/presets/spiel_ma.py", 'of="model"', 'of="candidates"'),
     ("jft/presets/spiel_ma.py", '"sm3")', '"gradient")'),
     ("jft/methods/schedules.py", "valid = ~active", "valid = leaving | ~active"),
-    ("jft/select/scores.py", "return rows[..., :, None] * columns[..., None, :]", "return rows[..., :, None] + columns[..., None, :]"),
-    ("jft/select/scores.py", "out[path] = (jnp.max(nu, axis=-1), jnp.max(nu, axis=-2))", "out[path] = (jnp.sum(nu, axis=-1), jnp.max(nu, axis=-2))"),
+    ("jft/select/scores.py", "rows[..., :, None] * columns", "rows[..., :, None] + columns"),
+    ("jft/select/scores.py", "out[path] = (jnp.max(nu", "out[path] = (jnp.sum(nu"),
 )  # fmt: skip
 
 

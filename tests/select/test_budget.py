@@ -294,7 +294,9 @@ def test_a_density_of_the_model_is_spread_over_the_candidates():
                 assert int(chosen[path][matrix].sum()) == wanted * size // 108
     parts = resolved(ByPattern((("attn", Globally(density=0.1, of="model")),)), ["layers/attn/q/w"], SHAPES, LEADS)
     assert parts.of("layers/attn/q/w").density == Fraction(14, 60)
-    with pytest.raises(ValueError, match="density 0.9 of all 147 parameters of the model is 132, and layers/attn/q/w can give"):
+    with pytest.raises(
+        ValueError, match=r"density 0.9 of all 147 parameters of the model is 132, and layers/attn/q/w can give"
+    ):
         resolved(Globally(density=0.9, of="model"), ["layers/attn/q/w"], SHAPES, LEADS)
     with pytest.raises(ValueError, match="of='model' says what a density is a fraction of; given: count"):
         Globally(count=3, of="model")
