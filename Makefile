@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKDIR ?= runs/quickstart
+PART ?= 1/1
 # Files in the order of their names: the longest come early, so that no worker ends long after the other.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=8
 SMOKE := tests/test_tree.py tests/methods/test_methods.py tests/methods/test_sparse.py tests/select/test_granularity.py tests/delta tests/merge \
   tests/parallel tests/train/test_loop.py tests/train/test_step.py tests/train/test_selection.py tests/cli tests/models/test_adapters.py
 
-.PHONY: help install quickstart test test-peers test-newest lint format clean
+.PHONY: help install quickstart test test-peers test-newest mutations lint format clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,6 +45,9 @@ test-peers: $(VENV)/.peers  ## The comparisons with torch, transformers, peft an
 
 test-newest: $(VENV)/.test  ## A smoke subset, for another interpreter: make test-newest PYTHON=python3.13 VENV=.venv-newest
 	$(PYTEST) -m "not peers and not slow and not optimized" $(SMOKE)
+
+mutations: $(VENV)/.test  ## Change the code line by line and see a test fail each time: PART=3/40 for a share of the list.
+	$(BIN)/python tests/mutate.py --part $(PART)
 
 lint: $(VENV)/.test  ## Format check, lint and types.
 	$(BIN)/ruff format --check .

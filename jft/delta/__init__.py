@@ -12,6 +12,7 @@ from jft.delta.gate import Gate
 from jft.delta.low_rank import LowRank
 from jft.delta.manifest import BaseMismatch, derive, describe, describe_base
 from jft.delta.n_m import NM
+from jft.delta.random_bases import RandomBases
 from jft.delta.registry import kinds, register, rule
 from jft.delta.rows import Rows
 from jft.delta.selected import Layout, Selected
@@ -37,6 +38,7 @@ __all__ = [
     "Leaf",
     "LowRank",
     "Matrices",
+    "RandomBases",
     "Rows",
     "Selected",
     "SliceLayout",

@@ -14,7 +14,7 @@ from jft.delta.changed import COLUMNS, ROWS, Change, Matrices
 from jft.delta.encoding import Encoding, unravel
 from jft.delta.entries import Entries
 from jft.delta.low_rank import LowRank
-from jft.delta.numeric import host, inner, matmul, visible
+from jft.delta.numeric import inner, matmul
 from jft.delta.registry import register, rule
 from jft.delta.selected import (
     Layout,
@@ -23,13 +23,14 @@ from jft.delta.selected import (
     flat_index,
     joined,
     over_leading,
-    pad_axis,
     padded_coordinates,
+    row_major,
     stacked,
     whole_coordinates,
 )
-from jft.delta.sparse import Sparse, find, pick, row_major, united
+from jft.delta.sparse import Sparse, find, pick, united
 from jft.kernels import blocks as kernel
+from jft.tree import host, visible
 
 Array = jax.Array
 
@@ -175,6 +176,7 @@ class BlockLayout(Layout):
     height: int
     width: int
     matrices = Matrices()
+    slot = -3
 
     def axes(self, at: Any) -> tuple[tuple, tuple]:
         return (..., ROWS, COLUMNS, None, None), (..., ROWS, COLUMNS, None, None, None)
@@ -230,6 +232,5 @@ class BlockLayout(Layout):
     def slots(self, at: Any) -> int:
         return at.shape[-2]
 
-    def pad(self, at: Array, values: Array, most: int, shape: tuple[int, ...]) -> tuple[Array, Array]:
-        extent = shape[-2] // self.height // at.shape[-4]
-        return padded_coordinates(at, most, extent), pad_axis(values, -3, most)
+    def pad(self, at: Array, most: int, shape: tuple[int, ...]) -> Array:
+        return padded_coordinates(at, most, shape[-2] // self.height // at.shape[-4])

@@ -16,7 +16,7 @@ import numpy as np
 from jft.delta import elias_fano
 from jft.delta.changed import COLUMNS, ROWS, Change
 from jft.delta.encoding import Dense, Encoding, Sum, entry_index
-from jft.delta.numeric import host, inner, visible
+from jft.delta.numeric import inner
 from jft.delta.registry import register, rule
 from jft.delta.selected import (
     Layout,
@@ -25,12 +25,13 @@ from jft.delta.selected import (
     flat_index,
     joined,
     over_leading,
-    pad_axis,
     padded_coordinates,
+    row_major,
     stacked,
     whole_coordinates,
 )
-from jft.delta.sparse import Sparse, find, overlaid, pick, row_major, united
+from jft.delta.sparse import Sparse, find, overlaid, pick, united
+from jft.tree import host, visible
 
 Array = jax.Array
 
@@ -258,6 +259,5 @@ class EntryLayout(Layout):
     def slots(self, at: Any) -> int:
         return at.shape[-2]
 
-    def pad(self, at: Array, values: Array, most: int, shape: tuple[int, ...]) -> tuple[Array, Array]:
-        extent = shape[-at.shape[-1]] // self._grid(at)[0]
-        return padded_coordinates(at, most, extent), pad_axis(values, -1, most)
+    def pad(self, at: Array, most: int, shape: tuple[int, ...]) -> Array:
+        return padded_coordinates(at, most, shape[-at.shape[-1]] // self._grid(at)[0])

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.delta.changed import COLUMNS, ROWS, Matrices
-from jft.delta.selected import Layout, below, flat_index, over_leading, pad_axis
+from jft.delta.selected import Layout, below, flat_index, over_leading
 from jft.delta.slices import Slices
 from jft.dot import expert_dot, grouped_dot
 
@@ -30,6 +30,7 @@ class ExpertLayout(Layout):
     """
 
     matrices = Matrices()
+    slot = -3
 
     def axes(self, at: Any) -> tuple[tuple, tuple]:
         return (..., None), (..., None, ROWS, COLUMNS)
@@ -71,10 +72,10 @@ class ExpertLayout(Layout):
         index = (experts[:, None] * rows + np.arange(rows)).reshape(-1)
         return Slices(jnp.asarray(index, jnp.int32), jnp.asarray(values[real].reshape(-1, columns)), shape, ROWS)
 
-    def pad(self, at: Array, values: Array, most: int, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    def pad(self, at: Array, most: int, shape: tuple[int, ...]) -> Array:
         have = at.shape[-1]
         new = jnp.broadcast_to(shape[0] + jnp.arange(have, most, dtype=at.dtype), (*at.shape[:-1], most - have))
-        return jnp.concatenate([at, new], axis=-1), pad_axis(values, -3, most)
+        return jnp.concatenate([at, new], axis=-1)
 
 
 def locate(mask: Any) -> Array:

@@ -16,19 +16,19 @@ from jft.delta.changed import COLUMNS, ROWS, Change, Matrices
 from jft.delta.encoding import Encoding, unravel
 from jft.delta.entries import Entries
 from jft.delta.low_rank import LowRank
-from jft.delta.numeric import host, inner, visible, wide
+from jft.delta.numeric import inner, wide
 from jft.delta.registry import register, rule
 from jft.delta.selected import (
     Layout,
     below,
     flat_index,
     over_leading,
-    pad_axis,
     padded_coordinates,
     stacked,
     whole_coordinates,
 )
 from jft.delta.sparse import Sparse, pick, united
+from jft.tree import host, visible
 
 Array = jax.Array
 
@@ -213,6 +213,10 @@ class SliceLayout(Layout):
     axis: int
 
     @property
+    def slot(self) -> int:  # type: ignore[override]
+        return self.axis
+
+    @property
     def matrices(self) -> Matrices:  # type: ignore[override]
         """The rows, or columns, that train of one matrix are one."""
         return Matrices((-3, -2), (-1,)) if self.axis == ROWS else Matrices((-3,), (-2, -1))
@@ -277,11 +281,8 @@ class SliceLayout(Layout):
             values = np.moveaxis(values, len(lead), -1)
         return Slices(jnp.asarray(flat, jnp.int32), jnp.asarray(values[valid]), shape, self.axis)
 
-    def pad(self, at: Array, values: Array, most: int, shape: tuple[int, ...]) -> tuple[Array, Array]:
-        extent = shape[self.axis] // at.shape[-2]
-        return padded_coordinates(at[..., None], most, extent)[..., 0], pad_axis(
-            values, -2 if self.axis == ROWS else -1, most
-        )
+    def pad(self, at: Array, most: int, shape: tuple[int, ...]) -> Array:
+        return padded_coordinates(at[..., None], most, shape[self.axis] // at.shape[-2])[..., 0]
 
 
 def _whole_index(at: Array, size: int) -> Array:

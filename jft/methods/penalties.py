@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from jft.select.calibration import lead
+from jft import tree
 
 Array = jax.Array
 
@@ -95,7 +95,7 @@ class Nuclear:
                 raise ValueError(
                     f"{path} trains {type(plan.leaves[path]).__name__}, whose change is no matrix; no nuclear norm"
                 )
-            if change.ndim - lead(path, change.ndim, plan.structured) == 2:
+            if change.ndim - tree.lead(path, change.ndim, plan.structured) == 2:
                 total = total + jnp.sum(_nuclear(change, self.eps))
         return self.weight * total
 

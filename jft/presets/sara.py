@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jft import delta
+from jft import delta, tree
 from jft.methods import Card
 from jft.methods.parametrise import InPlace
 from jft.methods.penalties import Nuclear
@@ -21,7 +21,6 @@ from jft.methods.registry import register
 from jft.methods.schedules import Renewal, Schedule, Standing
 from jft.methods.select import Select
 from jft.select import budget, scores
-from jft.select.calibration import lead
 
 Array = jax.Array
 THRESHOLD, SIDE = 2e-3, 64  # of the released script and optimizer
@@ -46,7 +45,7 @@ class NuclearOfOne:
         counts: list[int] = []
         for path in plan.selects:
             shape = kept[path]["w"].shape
-            outer = lead(path, len(shape), plan.structured)
+            outer = tree.lead(path, len(shape), plan.structured)
             if len(shape) - outer == 2 and min(shape[-2:]) > self.above:
                 branches.append(functools.partial(_nuclear, plan.leaves[path].layout, kept[path], trained[path], outer))
                 counts.append(math.prod(shape[:outer]))
@@ -100,8 +99,9 @@ class StillSmall(Schedule):
         return Renewal(chosen, restart=self.restart)
 
     def _small(self, plan: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> Callable[[Array], Array]:
-        if self.threshold is not None:
-            return lambda x: jnp.abs(x) < self.threshold
+        theta = self.threshold
+        if theta is not None:
+            return lambda x: jnp.abs(x) < theta
         moved = plan.change(kept, trained)
         first = (jnp.max(jnp.abs(trained[p] - moved[p]), initial=0) for p in plan.selects)
         largest = functools.reduce(jnp.maximum, first)

@@ -8,23 +8,23 @@ start and end of the run are there once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jft import methods, tree
 from jft.methods import Method, Plan
 from jft.methods.parametrise import Parametrisation
 from jft.names import nearest
-from jft.train import memory_check, resume, setup, stacked, step
+from jft.select.granularity import Granularity
+from jft.train import memory_check, stacked, step
 from jft.train.optimizers import Given, Optimizer
 from jft.train.optimizers import optimizer as find_optimizer
-from jft.train.result import NonFiniteError
-from jft.train.run_config import RunConfig
+from jft.train.run_config import RunConfig, check_manifest
 
 KEYS = ("name", "data", "eval_data", "seed", "lr", "optimizer", "method", "params", "manifest", "workdir")
 Options = Mapping[str, Any]
@@ -72,7 +72,7 @@ def member(name: str, given: Options, shared: Options, base: Any) -> Member:
         optimizer=_optimizer(name, given, shared["optimizer"]),
         method=_method(given.get("method"), shared["method"]),
         params=params,
-        manifest=resume.check_manifest({**(shared["manifest"] or {}), **given.get("manifest", {})}),
+        manifest=check_manifest({**(shared["manifest"] or {}), **given.get("manifest", {})}),
         workdir=None if workdir is None else Path(workdir),
     )
 
@@ -163,25 +163,21 @@ class Members(list[Member]):
         """The members' plans as one program can train them."""
         return plans
 
-    def chosen(self, each: list[dict[str, Any]], params: Any) -> dict[str, Any]:
+    def chosen(self, each: list[dict[str, Any]], plan: Plan, params: Any) -> dict[str, Any]:
         """The members' selections as the step takes them."""
         return each[0]
 
     def compile_step(self, recipe: step.Recipe, params: Any, chosen: Any, mesh: Any, differ: bool) -> step.Step:
         """The step, from shapes. differ: whether members have batches of their own."""
-        return setup.compile_step(recipe, params, chosen, mesh, self[0].seed)
+        return step.compile_step(recipe, params, chosen, mesh, self[0].seed)
 
-    def remedies(self, update: Any, params: Any, chosen: Any, batch: Any) -> Any:
-        """What makes a run fit that does not, where that is something else than for a run by itself."""
-        return None
+    def remedies(self, update: Any, params: Any, chosen: Any, batch: Any, model: Any) -> Any:
+        """What gives pairs of what would make a run fit that does not, and bytes with it."""
+        return functools.partial(memory_check.remedies, update, batch, model, params)
 
     def identity(self, each: list[dict[str, Any]]) -> dict[str, Any]:
         """What checkpoints say of the run, from what they would say of each member."""
         return each[0]
-
-    def end(self, errors: Sequence[Any], directory: Any, step: int, positions: list[Any]) -> NonFiniteError:
-        """Why a run ends after ``step`` of which no member is left; directory: of its checkpoints, if it has any."""
-        return errors[0]
 
 
 class Fleet(Members):
@@ -200,9 +196,11 @@ class Fleet(Members):
         _check_equal(self, plans)
         return plans
 
-    def chosen(self, each: list[dict[str, Any]], params: Any) -> dict[str, Any]:
-        flat = tree.flatten(params)
-        return {p: np.stack(_padded([c[p] for c in each], p, max(flat[p].shape))) for p in each[0]}
+    def chosen(self, each: list[dict[str, Any]], plan: Plan, params: Any) -> dict[str, Any]:
+        shapes = {p: tuple(x.shape) for p, x in tree.flatten(params).items()}
+        return {
+            p: np.stack(_padded([at[p] for at in each], plan.granularity(p, shapes[p]), shapes[p])) for p in each[0]
+        }
 
     def compile_step(
         self, recipe: step.Recipe, params: Any, chosen: Any, mesh: Any, differ: bool, members: int = 0
@@ -211,25 +209,20 @@ class Fleet(Members):
         one = {p: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for p, x in chosen.items()}
         return stacked.compile_step(recipe, params, owned, one, mesh, members or len(self), differ)
 
-    def remedies(self, update: Any, params: Any, chosen: Any, batch: Any) -> Any:
+    def remedies(self, update: Any, params: Any, chosen: Any, batch: Any, model: Any) -> Any:
         def fewer() -> Iterator[tuple[str, int]]:
             differ, mesh = update.axes.batch, update.layout.mesh
             members = len(self) // 2
             while members:
                 part = self.compile_step(update.recipe, params, chosen, mesh, differ, members)
                 rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((members, *x.shape[1:]), x.dtype), batch)  # noqa: B023
-                yield f"{members} members", memory_check.needs(part, rows if differ else batch, params).total
+                yield f"{members} members", part.memory(rows if differ else batch, params).total
                 members //= 2
 
         return fewer
 
     def identity(self, each: list[dict[str, Any]]) -> dict[str, Any]:
         return {"fleet": {m.name: facts for m, facts in zip(self, each, strict=True)}}
-
-    def end(self, errors: Sequence[Any], directory: Any, step: int, positions: list[Any]) -> NonFiniteError:
-        saved = f"their states are saved in {directory}" if directory else "no workdir, so no state was saved"
-        text = "\n".join(map(str, errors))
-        return NonFiniteError(f"no member of the fleet is left; {saved}:\n{text}", step, positions)
 
 
 def _sharing(plan: Plan) -> Plan:
@@ -277,27 +270,9 @@ def _check_equal(members: Fleet, plans: Sequence[Plan]) -> None:
             )
 
 
-def _padded(each: Sequence[Any], path: str, extent: int) -> list[Any]:
-    """Selections in one weight at the size of the largest: padding is out of range, as :mod:`jft.delta.selected` has it."""
-    sizes = {at.shape for at in each}
-    if len(sizes) == 1:
-        return list(each)
-    same = len({len(s) for s in sizes}) == 1
-    axes = [i for i, n in enumerate(zip(*sizes, strict=True)) if len(set(n)) > 1] if same else []
-    if len(axes) != 1:
-        raise ValueError(f"the selections of {path} are laid out differently: {', '.join(map(str, sorted(sizes)))}")
-    return [_grown(at, axes[0], max(s[axes[0]] for s in sizes), extent) for at in each]
-
-
-def _grown(at: Any, axis: int, size: int, extent: int) -> Any:
-    """``at`` with ``size`` places along ``axis``: new ones have first coordinates beyond ``extent`` and all others."""
-    missing = size - at.shape[axis]
-    if not missing:
-        return at
-    shape = (*at.shape[:axis], missing, *at.shape[axis + 1 :])
-    start = jnp.maximum(jnp.max(at, initial=0) + 1, extent)
-    places = start + jnp.arange(missing, dtype=at.dtype)
-    new = jnp.broadcast_to(places.reshape(-1, *(1,) * (at.ndim - axis - 1)), shape)
-    if axis < at.ndim - 1:  # coordinates stand last: those after the first are zero
-        new = jnp.where(jnp.arange(at.shape[-1]) == 0, new, 0)
-    return jnp.concatenate([at, new.astype(at.dtype)], axis)
+def _padded(each: Sequence[Any], unit: Granularity, shape: tuple[int, ...]) -> list[Any]:
+    """Selections of all members in one weight, each with as many slots as the largest."""
+    layout = unit.layout
+    assert layout is not None, "only parts inside weights have coordinates"
+    most = max(layout.slots(at) for at in each)
+    return [at if layout.slots(at) == most else layout.pad(at, most, shape) for at in each]

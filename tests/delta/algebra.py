@@ -35,7 +35,7 @@ def make(kind, seed, shape=SHAPE):
         grid = (int(np.prod(lead)), rows // b, columns // c)
         at = np.stack(np.unravel_index(rng.permutation(np.prod(grid))[:6], grid), axis=-1)
         return Blocks(jnp.asarray(at, jnp.int32), draw(6, b, c), shape)
-    if kind in ("slices", "columns", "n_m"):
+    if kind in ("slices", "columns"):
         axis, extent, other = (-2, rows, columns) if kind == "slices" else (-1, columns, rows)
         at = jnp.asarray(rng.permutation(int(np.prod(lead)) * extent)[:7], jnp.int32)
         return Slices(at, draw(7, other), shape, axis)

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from jft.models import core
+from jft.tree import cast
 
 L, I, O, N = 3, 8, 6, 5  # noqa: E741
 _draw = np.random.default_rng(0)
@@ -160,7 +161,7 @@ def check_transforms(how, kept, trained, key=None):
 
     @functools.partial(jax.jit, static_argnums=0)
     def forward(dtype):
-        w = how.bind(jax.tree.map(lambda x: x.astype(dtype), kept), trained, True, key)
+        w = how.bind(cast(kept, dtype), trained, True, key)
         return loss(w, True, dtype), core.dot(jnp.asarray(X[0], dtype), jax.tree.map(lambda x: x[0], w))
 
     (low, y), (exact, _) = forward(jnp.bfloat16), forward(jnp.float32)

@@ -13,7 +13,7 @@ from jft.dot import dot
 from jft.models import Hooks
 from jft.presets.precise_sft import precise_sft
 from jft.select import heads
-from jft.train import resume
+from jft.train import run_config
 from tests.methods import decoder
 
 DATA = decoder.batches()
@@ -101,5 +101,5 @@ def test_defaults():
 
 def test_a_run_is_told_by_what_does_not_change_between_processes():
     method = jft.method("precise_sft")
-    said = resume._json(method.options)
+    said = run_config._json(method.options)
     assert said["counterfactual"] == "jft.select.heads.rolled" and "0x" not in str(said)

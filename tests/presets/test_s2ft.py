@@ -8,7 +8,7 @@ import pytest
 
 import jft
 from jft import tree
-from jft.methods import selecting
+from jft.methods import select
 from jft.presets.s2ft import s2ft
 from jft.select import scores
 from tests.methods import decoder
@@ -107,7 +107,7 @@ def test_s2ft_is_training_of_a_contiguous_slice_of_the_permuted_model(params):
 
 def test_what_a_step_is_compiled_for_before_there_are_weights(params):
     plan = jft.method("s2ft", o=0.25, down=0.25).plan(params, decoder.MODEL)
-    found = selecting.expected(plan, tree.flatten(params), {})
+    found = select.expected(plan, tree.flatten(params), {})
     assert {p: x.shape for p, x in found.items()} == {O: (L, 1, 2), DOWN: (L, 1, 3)}
 
 

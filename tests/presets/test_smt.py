@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jft
-from jft.methods import selecting
+from jft.methods import select
 from jft.presets.smt import smt
 from jft.train.calibration import RunCalibration
 from jft.train.objectives import LanguageModel
@@ -61,7 +61,7 @@ def chosen(**options):
     plan = jft.method("smt", block=(SIDE, SIDE), batches=BATCHES, **options).plan(decoder.parameters(), decoder.MODEL)
     calibration = RunCalibration(decoder.MODEL, decoder.parameters(), plan.selects, LanguageModel(), DATA)
     found = {}
-    for path, at in selecting.choose(plan, calibration, {}).items():
+    for path, at in select.choose(plan, calibration, {}).items():
         rows, columns = (n // SIDE for n in calibration.params[path].shape[1:])
         found[path] = np.zeros((4, rows, columns), bool)
         for layer, i, j in ((n, *ij) for n, one in enumerate(np.asarray(at)[:, 0, 0]) for ij in one):
