@@ -45,7 +45,7 @@ METHODS = {
     "lora": {"name": "lora", "rank": 4},
     "bitfit": {"name": "bitfit"},
     "block_sparse": {"name": "block_sparse", "density": 0.05, "block": (16, 16)},
-    "lift": {"name": "lift", "rank": 4, "filter_rank": 16},
+    "lift": {"name": "lift", "rank": 4, "filter_rank": 16, "every": 0},
 }
 RATES = {"lora": 5e-3, "bitfit": 1e-2, "block_sparse": 5e-3, "lift": 5e-3}
 QUIET = {"every": 5, "progress": False}

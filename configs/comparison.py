@@ -26,8 +26,8 @@ DIGITS = {
     "full": {"name": "full"},
     "lora": {"name": "lora", "rank": 4},
     "block_sparse": {"name": "block_sparse", "density": 0.09375, "block": (8, 8)},
-    "lift": {"name": "lift", "rank": 4, "filter_rank": 8},
-    "spiel_ag": {"name": "spiel_ag", "density": 0.09375},
+    "lift": {"name": "lift", "rank": 4, "filter_rank": 8, "every": 0},
+    "spiel_ag": {"name": "spiel_ag", "density": 0.09074},
     "lt_sft": {"name": "lt_sft", "density": 0.09074, "dense_steps": 200},
     "masking": {"name": "masking", "start": "two_point", "threshold": 5e-3},
 }
@@ -35,7 +35,7 @@ DIGITS = {
 LIBRARY = {
     **DIGITS,
     "block_sparse": {"name": "block_sparse", "density": 0.1, "block": (8, 8)},
-    "spiel_ag": {"name": "spiel_ag", "density": 0.09616},
+    "spiel_ag": {"name": "spiel_ag", "density": 0.0728},
     "lt_sft": {"name": "lt_sft", "density": 0.08278, "dense_steps": 200},
 }
 RATES = {

@@ -55,7 +55,10 @@ def digits(pretraining: int = 400, steps: int = 200, points: int = 9, fleet: boo
                 "method": {"name": "block_sparse", "density": 0.1, "block": (8, 8)},
                 "optimizer": {**COSINE, "lr": 5e-3},
             },
-            "lift": {"method": {"name": "lift", "rank": 4, "filter_rank": 8}, "optimizer": {**COSINE, "lr": 5e-3}},
+            "lift": {
+                "method": {"name": "lift", "rank": 4, "filter_rank": 8, "every": 0},
+                "optimizer": {**COSINE, "lr": 5e-3},
+            },
             "masking": {
                 "method": {"name": "masking", "start": "two_point", "threshold": 5e-3},
                 "optimizer": {**COSINE, "lr": 5e-3},

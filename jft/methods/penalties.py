@@ -15,7 +15,10 @@ Array = jax.Array
 
 
 class Penalty(Protocol):
-    """A scalar of everything that trains, its weight included: ``penalty(plan, kept, trained)``."""
+    """A scalar of everything that trains, its weight included: ``penalty(plan, kept, trained)``.
+
+    One that draws says so by ``random = True``, and is given the step's key as well: ``penalty(plan, kept, trained, key)``.
+    """
 
     def __call__(self, plan: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> Array: ...
 
@@ -110,7 +113,7 @@ class Nuclear:
                 raise ValueError(
                     f"{path} trains {type(plan.leaves[path]).__name__}, whose change is no matrix; no nuclear norm"
                 )
-            if change.ndim >= 2:
+            if change.ndim - tree.lead(path, change.ndim, plan.structured) == 2:
                 total = total + jnp.sum(_nuclear(change, self.eps))
         return self.weight * total
 

@@ -208,7 +208,8 @@ class Plan:
     @property
     def random(self) -> bool:
         """Whether a training step draws noise."""
-        return any(how.random for how in self.leaves.values())
+        drawn = (getattr(penalty, "random", False) for penalty in self.method.penalties)
+        return any(how.random for how in self.leaves.values()) or any(drawn)
 
     def anchored(self) -> Plan:
         """The same, keeping of the base what it takes to measure the change from it."""
@@ -354,10 +355,16 @@ class Plan:
         """For each leaf of ``trained`` the matrices it stacks, if any (:class:`jft.delta.Matrices`)."""
         return {p: self._each(lambda leaf, x: leaf.stacked_matrices(x.ndim), p, t) for p, t in trained.items()}
 
-    def penalty(self, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> jax.Array | None:
-        """What the method adds to the loss, once per batch; None where that is nothing."""
-        own = [self.leaves[p].penalty(kept[p], self.values(trained, p)) for p in trained]
-        parts = [x for x in own if x is not None] + [fn(self, kept, trained) for fn in self.method.penalties]
+    def penalty(
+        self, kept: Mapping[str, Any], trained: Mapping[str, Any], key: jax.Array | None = None
+    ) -> jax.Array | None:
+        """What the method adds to the loss, once per batch; None where that is nothing. key: for what draws."""
+        each = [self.leaves[p].penalty(kept[p], self.values(trained, p)) for p in trained]
+        parts = [x for x in each if x is not None]
+        for index, penalty in enumerate(self.method.penalties):
+            noise = None if key is None else tree.key_for(key, f"penalty {index}")
+            drawn = (noise,) if getattr(penalty, "random", False) else ()
+            parts.append(penalty(self, kept, trained, *drawn))
         return functools.reduce(jnp.add, parts) if parts else None
 
     def merged(self, base: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> Any:

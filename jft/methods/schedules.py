@@ -28,6 +28,7 @@ class Renewal:
 
     seeds: of newcomers, ``{path: (mean gradient, mean squared gradient)}`` laid out like the weight, as if Adam had seen
     ``age`` of them. weights: float32, of paths whose values start from there, with new moments, in place of what was.
+    restart: whether the optimizer starts anew, counters included, with nothing of its state carried over.
     """
 
     chosen: Mapping[str, Array]
@@ -35,6 +36,7 @@ class Renewal:
     seeds: Mapping[str, tuple[Array, Array]] = dataclasses.field(default_factory=dict)
     age: int = 0
     weights: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    restart: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +53,14 @@ class Standing:
 
 
 class Schedule:
-    """Frozen dataclasses; reset: whether what is dropped goes back to the base instead of keeping its value."""
+    """Frozen dataclasses; reset: whether what is dropped goes back to the base instead of keeping its value.
+
+    aged: whether Adam corrects the bias of each value's moments by the steps this value has trained for, rather than all by
+    the steps of the run.
+    """
 
     reset: bool = False
+    aged: bool = True
 
     def begin(self, plan: Plan, calibration: Calibration, grids: Mapping[str, tuple[int, int]]) -> dict[str, Array]:
         """``{path: at}`` of what trains from the start."""
@@ -79,6 +86,7 @@ class Refresh(Schedule):
     every: int
     times: int = 0
     reset: bool = False
+    aged: bool = True
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.times < 0:
@@ -120,13 +128,18 @@ class After(Schedule):
 
 @dataclasses.dataclass(frozen=True)
 class DropAndGrow(Schedule):
-    """Every ``every`` steps the entries of each matrix that changed least go back to the base, and others take their place.
+    """Entries of each matrix that changed least go back to the base, and others take their place, as many as before.
 
-    Of k entries ``rate(t) * k`` are replaced: all at the first time, then ``first * (1 - t / T)`` of them (Ansell et al.
-    2024, arXiv:2401.16405; as its released code). Those with the smallest ``|value - base|`` are dropped. grow says who
-    comes: ``gradient``, the largest accumulated ``|sum of g|`` over ``batches`` batches, among the k largest ``|g|`` of the
-    first (SpIEL-AG), whose moments start at the mean of g and g^2; or ``sm3``, the largest ``row * column`` of SM3's
-    accumulators (SpIEL-MA).
+    Before updates ``batches``, ``batches + every``, ``batches + 2 * every``, ... of each matrix's k entries the ``int(p k)``
+    with the smallest ``|value - base|`` may go: all at the first time, then ``p = first * (1 - t / T)`` (Ansell et al. 2024,
+    arXiv:2401.16405; as its released code). Candidates compete for as many places, by what ``grow`` says:
+
+    ``gradient`` (SpIEL-AG): the k largest ``|g|`` of the first of ``batches`` batches without the entries that stay, by
+    ``|sum of g|`` over all of these batches. An entry that may go and wins stays, with its value and moments; others that win
+    come in, at the base, with moments as of ``batches`` gradients with these means; and of those that may go and do not win,
+    as many as come in go, the least changed first.
+
+    ``sm3`` (SpIEL-MA): all entries that did not train, by ``row * column`` of SM3's accumulators; moments start at zero.
     """
 
     every: int = 20
@@ -137,17 +150,22 @@ class DropAndGrow(Schedule):
     reset: bool = True
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.batches < 1 or not 0 < self.first <= 1:
-            raise ValueError(f"drop-and-grow with every={self.every}, batches={self.batches}, first={self.first}")
+        if not 0 < self.first <= 1:
+            raise ValueError(f"first is {self.first}, the share of entries that may be replaced; it lies in (0, 1]")
+        if not 1 <= self.batches < self.every:
+            raise ValueError(
+                f"batches={self.batches} and every={self.every}: entries are replaced `batches` steps into each `every` steps, "
+                "so that batches is at least 1 and less than every"
+            )
         if self.grow not in ("gradient", "sm3"):
             raise ValueError(f"grow is {self.grow!r}; 'gradient' or 'sm3'")
 
     def due(self, step: int, steps: int) -> bool:
-        return step > 0 and step % self.every == 0
+        return step % self.every == self.batches
 
     def rate(self, step: int, steps: int) -> float:
-        """The share of the selected entries that is replaced before update ``step``."""
-        if self.all_at_first and step == self.every:
+        """The share of the selected entries that may be replaced before update ``step``."""
+        if self.all_at_first and step == self.batches:
             return 1.0
         return self.first * (1 - step / steps)
 
@@ -160,7 +178,7 @@ class DropAndGrow(Schedule):
             if not how.selects:
                 continue
             kept, lead = standing.kept[path], standing.calibration.lead(path)
-            mask = _replaced(how, kept, change[path], grown[path], share, lead, self.grow == "gradient")
+            mask = _replaced(how, kept, change[path], grown[path], share, lead)
             unit = standing.plan.granularity(path, kept["w"].shape)
             chosen[path] = unit.locate(mask, lead, standing.grids.get(path, (1, 1)))
         return Renewal(chosen, seeds=seeds, age=self.batches if seeds else 0)
@@ -182,20 +200,26 @@ def _add_both(carry: tuple, gradient: Mapping[str, Array]) -> tuple:
     return add(total, dict(gradient)), add(squares, {p: g * g for p, g in gradient.items()})
 
 
-def _replaced(
-    how: Any, kept: Any, moved: Array, grown: tuple[Array, ...], share: float, lead: int, candidates: bool
-) -> Array:
-    """The new mask of one weight: what moved most stays, what would gain most comes; as many as before in each matrix."""
+def _replaced(how: Any, kept: Any, moved: Array, grown: tuple[Array, ...], share: float, lead: int) -> Array:
+    """The new mask of one weight, with as many entries of each matrix as before.
+
+    grown: what newcomers compete by, and, where entries that may go can win as well, what candidates are the largest of.
+    """
     w = kept["w"]
     zeros = jnp.zeros(w.shape, jnp.float32)
     active = how.spread(kept, jnp.ones_like(moved), zeros) > 0
-    count = jnp.sum(active, axis=tuple(range(lead, w.ndim)), dtype=jnp.int32)
-    drop = jnp.asarray(share * count, jnp.int32)
     size = jnp.where(active, how.spread(kept, jnp.abs(moved), zeros), -jnp.inf)
-    stay = threshold.top_each(size, count - drop, lead)
-    score = grown[0]
-    if candidates:
-        # Among as many as are active, by the first gradient alone.
-        score = jnp.where(threshold.top_each(grown[1], count, lead), score, -1.0)
-    come = threshold.top_each(jnp.where(active, -jnp.inf, score), drop, lead)
-    return stay | come
+    count = lambda mask: jnp.sum(mask, axis=tuple(range(lead, w.ndim)), dtype=jnp.int32)
+    best = lambda mask, score, k: threshold.top_each(
+        jnp.where(mask, score, -jnp.inf), jnp.minimum(k, count(mask)), lead
+    )
+    free = jnp.asarray(share * count(active), jnp.int32)
+    leaving = active & ~best(active, size, count(active) - free)
+    if len(grown) > 1:
+        valid = threshold.top_each(grown[1], count(active), lead) & (leaving | ~active)
+    else:
+        valid = ~active
+    winners = best(valid, grown[0], free)
+    # Those that leave make room for no more than come in; of them the most changed stay.
+    losers, coming = leaving & ~winners, winners & ~active
+    return (active & ~losers) | best(losers, size, count(losers) - count(coming)) | coming

@@ -124,7 +124,9 @@ def choose(plan: Plan, calibration: Calibration, grids: Mapping[str, tuple[int, 
         masks[path] = scores[path] if of_units else units[path].pool(scores[path], leads[path], select.pool)
         costs[path] = math.prod(shapes[path]) // tree.size(masks[path])
     del scores
-    masks = budget.choose(masks, costs, leads, select.budget, select.largest, shapes)
+    everything = {p: tuple(w.shape) for p, w in calibration.params.items()}
+    spent = budget.resolved(select.budget, masks, everything, {p: calibration.lead(p) for p in everything})
+    masks = budget.choose(masks, costs, leads, spent, select.largest, shapes)
     return {p: units[p].locate(m, leads[p], grids.get(p, (1, 1))) for p, m in masks.items()}
 
 
@@ -135,6 +137,9 @@ def expected(plan: Plan, shapes: Mapping[str, Any], grids: Mapping[str, tuple[in
     that chooses by itself may say how much that is about: ``share(path, units of a matrix)``.
     """
     chosen = {}
+    every = {p: tuple(x.shape) for p, x in shapes.items()}
+    outer = {p: tree.lead(p, len(s), plan.structured) for p, s in every.items()}
+    given = budget.resolved(plan.method.select.budget, plan.selects, every, outer)
     for path in plan.selects:
         shape = tuple(shapes[path].shape)
         lead = tree.lead(path, len(shape), plan.structured)
@@ -145,7 +150,7 @@ def expected(plan: Plan, shapes: Mapping[str, Any], grids: Mapping[str, tuple[in
         matrix = math.prod(mask.shape[lead:])
         score = plan.method.select.score
         says = hasattr(score, "share")  # a score that chooses by itself
-        share = score.share(path, matrix) if says else _share(plan.method.select.budget, matrix, shape, lead, path)
+        share = score.share(path, matrix) if says else _share(given, matrix, shape, lead, path)
         rows = math.prod(shape[lead:]) // matrix // shape[-1] if layout == SliceLayout(ROWS) else 1
         columns = math.prod(shape[lead:]) // matrix // shape[-2] if layout == SliceLayout(COLUMNS) else 1
         cut = (grid[:1] if layout.axis == ROWS else grid[1:]) if isinstance(layout, SliceLayout) else grid

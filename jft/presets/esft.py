@@ -8,6 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from jft.methods import Card
 from jft.methods.parametrise import InPlace
 from jft.methods.plan import Method
 from jft.methods.registry import register
@@ -42,7 +43,24 @@ class ExpertUse:
         return out
 
 
-@register("esft", paper="Wang et al. 2024, arXiv:2407.01906")
+CARD = Card(
+    formula=(
+        "r_e, expert e's share of the routed tokens of its layer, count / k (token), or its mean gate value (gate), each "
+        "layer's summing to 1; experts train in descending order of r until the sum of those taken is at least p"
+    ),
+    follows="Paper: both scores, the rule, what is frozen. Code: the order, when it stops, 0.2 for tokens.",
+    code="deepseek-ai/ESFT@579a7711e4b332b4c57b47e378a0cf240d85caa6, scripts/expert/generate_expert_config.py",
+    departs=(
+        "The stored script divides scores by their sums over layers rather than experts, and rounds them to four places; here "
+        "each layer's scores sum to 1. Experts without any token never train. The sample is `batches` of the training data; "
+        "the script takes a number of tokens."
+    ),
+    defaults={"p": ("0.2 for tokens, 0.1 for gates", "0.2 for tokens"), "kind": ("both", "token")},
+    check="experts by both scores and steps of them on a mixture of experts against float64 NumPy",
+)
+
+
+@register("esft", paper="Wang et al. 2024, arXiv:2407.01906", card=CARD)
 def esft(p: float | None = None, kind: Literal["token", "gate"] = "token", batches: int = 8) -> Method:
     """Train the experts of each layer that the data uses most; the router, other experts and the rest are frozen.
 

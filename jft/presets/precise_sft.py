@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jft.methods import Card
 from jft.methods.parametrise import InPlace
 from jft.methods.plan import Method
 from jft.methods.registry import register
@@ -60,7 +61,22 @@ class PatchedHeads:
         return spread_heads(mask, extent)
 
 
-@register("precise_sft", paper="Zhang et al. 2024, arXiv:2409.01659")
+CARD = Card(
+    formula=(
+        "A head's score is the mean over targets of logit(right answer) - the same with the head's output replaced by that on "
+        "a counterfactual prompt, all other heads held at their own; the best train: their columns of q, k, v and rows of o"
+    ),
+    follows="Paper: path patching, heads of all layers compared, fewer than 5% of them, their slices. No public code.",
+    departs=(
+        "The paper writes counterfactuals by hand, prompts without the arithmetic; the default is the next example of the "
+        "batch. It says neither how many heads nor how many MLPs of a model train; here it is a fraction, and no MLP."
+    ),
+    defaults={"heads": ("<5%", "-"), "freeze": (True, "-")},
+    check="heads and MLPs by one forward pass for each, and steps of their slices against float64 NumPy",
+)
+
+
+@register("precise_sft", paper="Zhang et al. 2024, arXiv:2409.01659", card=CARD)
 def precise_sft(
     heads: float = 0.05,
     mlps: int = 0,

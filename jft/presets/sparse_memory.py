@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jft.methods import Card
 from jft.methods.parametrise import InPlace
 from jft.methods.plan import Method
 from jft.methods.registry import register
@@ -62,17 +63,33 @@ class Slots:
         return known
 
 
-@register("sparse_memory", paper="Lin et al. 2025, arXiv:2510.15103")
+CARD = Card(
+    formula=(
+        "score_i = c_i / sum_j c_j * log((|B| + 1) / (|{b in B: slot i is read in b}| + 1)), c_i the reads of slot i by the "
+        "new batch, B the background batches; the rows of the memory's table with the `slots` best train"
+    ),
+    follows="Paper: formula, every batch by itself, a background of 1000 pretraining batches. No public code.",
+    departs=(
+        "Without a background, which a preset cannot know, the most read slots train. The optimizer is the run's: Adam's "
+        "moments of slots that stay are carried over, where the paper's plain SGD has none."
+    ),
+    defaults={"every": (1, "-"), "batches": (1, "-")},
+    check="reads of a decoder and TF-IDF in float64 NumPy; steps of the chosen rows, chosen once and anew for every batch",
+)
+
+
+@register("sparse_memory", paper="Lin et al. 2025, arXiv:2510.15103", card=CARD)
 def sparse_memory(
-    slots: int = 512, background: memory.Accesses | str | None = None, batches: int = 1, every: int = 0
+    slots: int = 512, background: memory.Accesses | str | None = None, batches: int = 1, every: int = 1
 ) -> Method:
     """Train the slots of a memory that the new data reads and other data does not; everything else is frozen.
 
     slots: how many rows of the table, those with the best TF-IDF. background: what other data reads
     (:func:`jft.select.memory.slot_counts` over, say, 1000 batches of pretraining data, or its ``.npz`` file); without it the
-    most read are taken. The paper scores every batch by itself: ``every=1``, which with ``batches=1`` looks at the batch
-    that comes next; 0 chooses once, from the first ``batches``. It forgets least with plain SGD (``optimizer={"name":
-    "sgd", "momentum": 0}``), which also leaves a changing selection nothing to carry over; Adam's moments carry over.
+    most read are taken. every: steps from one selection to the next. The paper scores every batch by itself, which is 1 and,
+    with ``batches=1``, looks at the batch that comes next; 0 chooses once, from the first ``batches``. It forgets least with
+    plain SGD (``optimizer={"name": "sgd", "momentum": 0}``), which also leaves a changing selection nothing to carry over;
+    Adam's moments carry over.
     """
     select = Select(
         (r"(^|/)memory/table$",),

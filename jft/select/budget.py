@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
@@ -19,11 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import tree
+from jft.select.flops import plan_flops
 from jft.select.threshold import top_together
 from jft.tree import host
 
 Array = jax.Array
 Round = Literal["nearest", "floor", "ceil", "floor+1"]
+Whole = Literal["candidates", "matrices", "model"]
 
 _ROUND = {
     "nearest": lambda x: math.floor(x + Fraction(1, 2)),
@@ -38,9 +40,10 @@ _GREEDY = 1 << 24  # units that the host goes through one by one
 class Budget:
     """How much of a group of units that compete with each other is selected; exactly one of the first three is given.
 
-    density: the fraction of their parameters, in (0, 1], read as the decimal it is written as. count: how many units.
-    parameters: how many parameters at most. round: how a density of units, or parameters over the cost of one unit, becomes
-    a whole number; it is at least one, and at most all.
+    density: the fraction of their parameters, in (0, 1], read as the decimal it is written as; ``of`` ``matrices`` or
+    ``model`` it is the fraction of all of the model's matrices, or parameters, which :func:`resolved` spreads evenly over the
+    candidates. count: how many units. parameters: how many parameters at most. round: how a density of units, or parameters
+    over the cost of one unit, becomes a whole number; it is at least one, and at most all.
 
     Where units cost differently, those of the best score are taken one after the other while they fit a density of (or the
     number of) parameters; ``unfit`` is what happens at the first that does not: ``stop`` there, or ``skip`` it and go on.
@@ -48,10 +51,11 @@ class Budget:
     Raises ``ValueError`` where what is given is not one of these.
     """
 
-    density: float | None = None
+    density: float | Fraction | None = None
     count: int | None = None
     parameters: int | None = None
     round: Round = "floor"
+    of: Whole = "candidates"
     unfit: Literal["stop", "skip"] = "stop"
     amounts: ClassVar[tuple[str, ...]] = ("density", "count", "parameters")
 
@@ -69,6 +73,10 @@ class Budget:
             value = getattr(self, name)
             if name != "density" and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1):
                 raise ValueError(f"{name} {value!r} is not a positive integer")
+        if self.of not in ("candidates", "matrices", "model"):
+            raise ValueError(f"of {self.of!r} is unknown; a density is of the candidates, the matrices or the model")
+        if self.of != "candidates" and self.density is None:
+            raise ValueError(f"of={self.of!r} says what a density is a fraction of; given: {given[0]}")
         if self.round not in _ROUND:
             raise ValueError(f"round {self.round!r} is unknown; choose one of {', '.join(_ROUND)}")
         if self.unfit not in ("stop", "skip"):
@@ -100,9 +108,9 @@ class Budget:
         return _at_least(_at_most(self.parameters, available, "parameters", what), cheapest, what)
 
 
-def _decimal(x: float) -> Fraction:
+def _decimal(x: float | Fraction) -> Fraction:
     """What ``x`` was written as: 0.29 of 100 is 29, and not the 28 that binary rounding makes of it."""
-    return Fraction(repr(float(x)))
+    return x if isinstance(x, Fraction) else Fraction(repr(float(x)))
 
 
 def _at_most(wanted: int, available: int, kind: str, what: str) -> int:
@@ -199,16 +207,30 @@ class Beyond:
 
 @dataclasses.dataclass(frozen=True)
 class ByPattern:
-    """Budgets of their own for weights of different names: pairs ``(pattern, budget)``, of which the first that fits counts."""
+    """Budgets of their own for weights of different names: pairs ``(pattern, budget)``, of which the first that fits counts.
+
+    The weights of each pair compete among themselves alone, whatever the budget of another pair is.
+    """
 
     parts: tuple[tuple[str, Any], ...]
 
-    def of(self, path: str) -> Any:
-        """The budget of a weight. Raises ``ValueError`` where no pattern is found in its path."""
-        for pattern, budget in self.parts:
+    def part(self, path: str) -> int:
+        """Which pair a weight belongs to. Raises ``ValueError`` where no pattern is found in its path."""
+        for index, (pattern, _) in enumerate(self.parts):
             if re.search(pattern, path):
-                return budget
+                return index
         raise ValueError(f"no budget for {path}: its path matches none of {', '.join(p for p, _ in self.parts)}")
+
+    def of(self, path: str) -> Any:
+        """The budget of a weight."""
+        return self.parts[self.part(path)][1]
+
+    def pools(self, paths: Iterable[str]) -> list[tuple[Any, list[str]]]:
+        """For each pair its budget and those of ``paths`` that are its own."""
+        own: list[tuple[Any, list[str]]] = [(budget, []) for _, budget in self.parts]
+        for path in paths:
+            own[self.part(path)][1].append(path)
+        return own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +252,31 @@ class Flops:
         full = sum(map(int, weight_flops)) + sum(map(int, activation_flops[:-1]))
         budget = math.floor(_decimal(self.fraction) * full)
         return plan_flops(importance, weight_flops, activation_flops, budget, self.resolution)
+
+
+def resolved(
+    budget: Any, candidates: Iterable[str], shapes: Mapping[str, Sequence[int]], leads: Mapping[str, int]
+) -> Any:
+    """``budget`` with densities of the model's matrices or of all of it as densities of the ``candidates``.
+
+    shapes, leads: of all weights. The same fraction of each candidate is meant, so that they have ``density * total``, a
+    whole number, together. Raises ``ValueError`` where that is more than they hold.
+    """
+    if isinstance(budget, ByPattern):
+        each = [resolved(one, paths, shapes, leads) for one, paths in budget.pools(candidates)]
+        return ByPattern(tuple((pattern, one) for (pattern, _), one in zip(budget.parts, each, strict=True)))
+    if not isinstance(budget, Budget) or budget.of == "candidates" or budget.density is None:
+        return budget
+    paths = list(candidates)
+    size = lambda these: sum(math.prod(shapes[p]) for p in these)
+    counted = [p for p, s in shapes.items() if budget.of == "model" or len(s) - leads[p] == 2]
+    wanted = max(_ROUND[budget.round](_decimal(budget.density) * size(counted)), 1)
+    if paths and wanted > size(paths):
+        raise ValueError(
+            f"density {budget.density} of all {size(counted)} parameters of the {budget.of} is {wanted}, and "
+            f"{_named(dict.fromkeys(paths))} can give {size(paths)}; lower it"
+        )
+    return dataclasses.replace(budget, of="candidates", density=Fraction(wanted, size(paths)) if paths else 1)
 
 
 def choose(
@@ -258,13 +305,14 @@ def choose(
     if hasattr(budget, "masks"):  # a budget that chooses by itself
         return budget.masks(scores, largest, leads)
     if isinstance(budget, ByPattern):
-        own = {p: budget.of(p) for p in scores}
         found: dict[str, Array] = {}
-        for one in dict.fromkeys(own.values()):
-            found |= choose({p: x for p, x in scores.items() if own[p] == one}, costs, leads, one, largest, shapes)
+        for one, paths in budget.pools(scores):
+            found |= choose({p: scores[p] for p in paths}, costs, leads, one, largest, shapes)
         return {p: found[p] for p in scores}
     if not scores:
         return {}
+    if budget.of != "candidates":
+        raise ValueError(f"{budget} needs all of the model's weights: take what `resolved` makes of it")
     leads = {p: min(leads[p], x.ndim) for p, x in scores.items()}
     masks: dict[str, Array] = {}
     for paths, lead in budget.groups(leads):
@@ -311,7 +359,7 @@ def _choose(
     return {p: jax.device_put(masks[p], x.sharding) for p, x in scores.items()}
 
 
-def _named(scores: Mapping[str, Array]) -> str:
+def _named(scores: Mapping[str, Any]) -> str:
     paths = list(scores)
     return ", ".join(paths[:3]) + (f" and {len(paths) - 3} others" if len(paths) > 3 else "")
 
@@ -336,54 +384,3 @@ def _greedy(
                 break
     ends = np.cumsum([x.size for x in scores.values()])[:-1]
     return dict(zip(scores, np.split(mask, ends), strict=True))
-
-
-def plan_flops(
-    importance: Sequence[float],
-    weight_flops: Sequence[int],
-    activation_flops: Sequence[int],
-    budget: int,
-    resolution: int = 1000,
-) -> list[int]:
-    """Which tensors to train so that their importance is largest and the backward pass costs at most ``budget`` FLOPs.
-
-    Tensors come in the order of the backward pass, the one nearest the loss first. ``weight_flops[i]`` is the cost of the
-    gradient of tensor i, ``activation_flops[i]`` that of passing the gradient on beyond it. A choice whose last tensor is d
-    costs ``sum(weight_flops[chosen]) + sum(activation_flops[:d])``. The best choice is found by dynamic programming over
-    (tensor, cost), where costs are rounded up to a ``resolution``-th of the budget (to whole FLOPs, where that is finer):
-    the budget is never exceeded. Time and memory ``n * resolution``.
-
-    Returns the indices, in order; none where no tensor of positive importance fits. GreenTrainer (Huang et al. 2023,
-    arXiv:2309.13192).
-
-    Raises ``ValueError`` for lists of different lengths, negative costs, or a budget or resolution below 1.
-    """
-    value = np.asarray(importance, np.float64)
-    weight, passing = [int(f) for f in weight_flops], [int(f) for f in activation_flops]
-    if not value.size == len(weight) == len(passing):
-        raise ValueError(
-            f"{value.size} importances, {len(weight)} and {len(passing)} costs are not of the same tensors"
-        )
-    if budget < 1 or resolution < 1 or min(weight + passing, default=0) < 0 or np.isnan(value).any():
-        raise ValueError("a budget and a resolution are at least 1, costs at least 0, importances are no NaN")
-    step = max(1, -(-int(budget) // resolution))
-    room = int(budget) // step
-    best = np.zeros(room + 1)  # by what may be spent on weights, over the tensors so far
-    taken = np.zeros((value.size, room + 1), bool)
-    last, spent, most = -1, 0, 0.0
-    passed = 0
-    for d, gain in enumerate(value):
-        free = int(budget) - passed - weight[d]
-        if free >= 0 and gain + best[free // step] > most:
-            last, spent, most = d, free // step, gain + best[free // step]
-        need = -(-weight[d] // step)
-        if need <= room:
-            taken[d, need:] = best[: room + 1 - need] + gain > best[need:]
-            best[need:] = np.maximum(best[need:], best[: room + 1 - need] + gain)
-        passed += passing[d]
-    chosen = [last] if last >= 0 else []
-    for i in range(last - 1, -1, -1):
-        if taken[i, spent]:
-            chosen.append(i)
-            spent -= -(-weight[i] // step)
-    return chosen[::-1]

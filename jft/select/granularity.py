@@ -36,7 +36,7 @@ from jft.delta.changed import COLUMNS, ROWS
 from jft.delta.selected import locate, mask_at
 
 Array = jax.Array
-How = Literal["sum", "mean", "max", "l2", "abs_mean"]
+How = Literal["sum", "mean", "max", "l2", "abs_mean", "mean_abs"]
 Axis = Literal["rows", "columns"]
 
 POOLS = {
@@ -45,6 +45,7 @@ POOLS = {
     "max": lambda x, axes: jnp.max(x, axes),
     "l2": lambda x, axes: jnp.sqrt(jnp.sum(jnp.square(x), axes)),
     "abs_mean": lambda x, axes: jnp.mean(jnp.abs(x), axes),
+    "mean_abs": lambda x, axes: jnp.abs(jnp.mean(x, axes)),
 }
 
 
@@ -92,9 +93,11 @@ class Granularity:
         return counts
 
     def pool(self, score: Array, lead: int, how: How = "sum") -> Array:
-        """Scores of units, float32: the sum, mean, max, root of the summed squares, or mean size of those inside.
+        """Scores of units, float32: the sum, mean, max, root of the summed squares, mean size, or size of the mean, inside.
 
-        Sums are in float32, in the order XLA adds: over an axis that is sharded their last bit may depend on the mesh.
+        The last two are ``abs_mean``, ``mean |s|``, and ``mean_abs``, ``|mean s|``: SMT's code names them by which comes
+        first in ``x.mean().abs()``. Sums are in float32, in the order XLA adds: over an axis that is sharded their last bit
+        may depend on the mesh.
         """
         if how not in POOLS:
             raise ValueError(f"pool {how!r} is unknown; choose one of {', '.join(POOLS)}")

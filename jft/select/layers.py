@@ -269,8 +269,9 @@ def _pool(parts: list[Array], pool: How) -> Array:
         return jnp.max(jnp.stack([jnp.max(x, axis=1) for x in parts]), axis=0)
     each = {"l2": jnp.square, "abs_mean": jnp.abs}.get(pool, lambda x: x)
     total = functools.reduce(jnp.add, (jnp.sum(each(x), axis=1) for x in parts))
-    if pool in ("mean", "abs_mean"):
-        return total / sum(x.shape[1] for x in parts)
+    if pool in ("mean", "abs_mean", "mean_abs"):
+        mean = total / sum(x.shape[1] for x in parts)
+        return jnp.abs(mean) if pool == "mean_abs" else mean
     return jnp.sqrt(total) if pool == "l2" else total
 
 

@@ -180,21 +180,11 @@ def _renewed(
     frozen, live, _ = plan.detach(plan.commit(after, values))
 
     values = jax.device_put(values, new.layout.state.trained)
-    state = dataclasses.replace(
-        held.state,
-        trained=values,
-        opt_state=_moments(
-            held.state.opt_state,
-            new.start(values),
-            trained,
-            values,
-            carry,
-            found,
-            recipe.optimizer,
-            {p: w.shape for p, w in current.items()},
-        ),
-        chosen=chosen,
-    )
+    start = new.start(values)
+    if not found.restart:
+        shapes = {p: w.shape for p, w in current.items()}
+        start = _moments(held.state.opt_state, start, trained, values, carry, found, recipe.optimizer, shapes)
+    state = dataclasses.replace(held.state, trained=values, opt_state=start, chosen=chosen)
     places = new.layout.holdings
     now = Holdings(state, own(live, places.live, donate=False), jax.device_put(frozen, places.frozen))
     return new, now, settled

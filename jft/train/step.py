@@ -83,11 +83,12 @@ class Recipe:
 
     @functools.cached_property
     def transform(self) -> optax.GradientTransformationExtraArgs:
-        """From gradients to updates for a learning rate of 1. Where selections change, each value has an age of its own."""
+        """From gradients to updates for a learning rate of 1. Where selections change, values may have ages of their own."""
         if isinstance(self.optimizer, Given):
             return optax.with_extra_args_support(self.optimizer.given)
         decays = functools.partial(self.plan.decays, paths=self.decayed)
-        return self.optimizer.transform(decays, self.plan.matrices, aged=self.plan.method.schedule is not None)
+        schedule = self.plan.method.schedule
+        return self.optimizer.transform(decays, self.plan.matrices, aged=schedule is not None and schedule.aged)
 
 
 def gradients(
@@ -99,7 +100,7 @@ def gradients(
     ``key``) is the same in all of them. What the method adds to the loss is added once.
     """
     gradient, value, means, weight = _data_gradients(recipe, kept, trained, batch, mesh, key)
-    penalty = functools.partial(recipe.plan.penalty, kept)
+    penalty = functools.partial(recipe.plan.penalty, kept, key=key)
     if jax.eval_shape(penalty, trained) is None:
         return gradient, value, means, weight
     added, pull = jax.value_and_grad(penalty)(trained)

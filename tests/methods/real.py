@@ -36,6 +36,17 @@ def share(density, extra=0):
     return lambda shape: int(np.floor(density * shape[-2] * shape[-1] + 1e-9)) + extra
 
 
+def share_of_model(density, small):
+    """As many of each matrix as a density of the whole model spreads over the matrices inside layers."""
+
+    def promised(shape):
+        sizes = {p: x.size for p, x in tree.flatten(digits(small)[1]).items()}
+        inside = sum(n for p, n in sizes.items() if p.startswith("layers/") and p.endswith("/w"))
+        return int(density * sum(sizes.values())) * shape[-2] * shape[-1] // inside
+
+    return promised
+
+
 def factors(rank):
     """As many of each matrix as factors of a rank have."""
     return lambda shape: rank * (shape[-2] + shape[-1])
@@ -75,14 +86,14 @@ ENTRIES = {
     "lift": ({"rank": 4, "filter_rank": 8}, 1e-2, factors(4)),
     "super_tuning": ({"sparsity": 0.9}, 1e-2, share(0.1)),
     "shira": ({"rank": 4}, 1e-2, factors(4)),
-    "sara": ({"density": 0.2}, 1e-2, None),
-    "spiel_ag": ({"density": 0.1}, 1e-2, share(0.1)),
-    "spiel_ma": ({"density": 0.1}, 1e-2, share(0.1)),
+    "sara": ({"density": 0.2, "above": 0}, 1e-2, None),
+    "spiel_ag": ({"density": 0.1}, 1e-2, share_of_model(0.1, small=False)),
+    "spiel_ma": ({"density": 0.1}, 1e-2, share_of_model(0.1, small=True)),
 }
 PARTS = {
     "block_sparse": ({"density": 0.1, "block": (8, 8)}, 1e-2),
     "n_m": ({}, 1e-2),
-    "smt": ({"attention": 0.2, "mlp": 0.2, "block": (8, 8), "batches": 5}, 1e-2),
+    "smt": ({"attention": 0.05, "mlp": 0.1, "block": (8, 8), "batches": 5}, 1e-2),
     "s2ft": ({"o": 0.5, "down": 0.25, "v": 0.5, "up": 0.25}, 1e-2),
     "rosa": ({"rank": 4, "density": 0.05, "warmup": 20}, 5e-3),
     "dsee": ({"rank": 4, "count": 64}, 1e-2),
@@ -101,7 +112,7 @@ TEXTS = {
     "pat": ({"fraction": 0.9, "rank": 8, "identity": 0.1}, 5e-3, "dense"),
     "precise_sft": ({"heads": 0.5}, 1e-2, "dense"),
     "esft": ({"p": 0.6, "batches": 2}, 5e-3, "experts"),
-    "sparse_memory": ({"slots": 64}, 5e-2, "memory"),
+    "sparse_memory": ({"slots": 64, "every": 0}, 5e-2, "memory"),
 }
 # Presets that need a tuned model or two towers have runs of their own.
 OTHERS = {"rl_subnetwork", "skip_tuning"}

@@ -216,8 +216,8 @@ def test_a_selection_beside_a_low_rank_change_that_would_settle_is_refused():
         {"name": "dsee", "rank": 2, "count": 6, "filter_rank": 2, "keep": 0.5, "exact": True},
         "spider",
         {"name": "gmt", "density": 0.3},
-        {"name": "sara", "density": 0.2},
-        {"name": "spiel_ag", "density": 0.3, "every": 1, "batches": 2},
+        {"name": "sara", "density": 0.2, "above": 0},
+        {"name": "spiel_ag", "density": 0.3, "every": 3, "batches": 1},
     ],
     ids=lambda m: m if isinstance(m, str) else m["name"],
 )

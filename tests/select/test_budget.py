@@ -1,4 +1,5 @@
 import itertools
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jft.parallel import make_mesh
 from jft.select import Everything, Flops, Globally, PerLayer, PerLeaf, PerMatrix, choose, plan_flops
+from jft.select.budget import ByPattern, resolved
 
 SHAPES = {
     "embed/table": (6, 4),
@@ -261,3 +263,44 @@ def test_flops_of_a_fraction():
     assert Flops(0.5).plan([1, 3, 2, 9], [10] * 4, [10] * 4) == [0, 1]
     assert Flops(1.0).plan([1, 3, 2, 9], [10] * 4, [10] * 4) == [0, 1, 2, 3]
     assert Flops(0.1).plan([1, 3, 2, 9], [10] * 4, [10] * 4) == []
+
+
+def test_patterns_are_pools_of_their_own_whatever_their_number():
+    """Equal budgets of two patterns are met twice, not once by both."""
+    x = scores()
+    halves = {"attn": ["layers/attn/q/w"], "experts": ["layers/mlp/experts/up/w"]}
+    for one, other in ((0.3, 0.3), (0.3, 0.5)):
+        found = choose(
+            {p: x[p] for paths in halves.values() for p in paths}, ONE, LEADS,
+            ByPattern((("attn/", Globally(density=one)), ("experts/", Globally(density=other)))),
+        )  # fmt: skip
+        for density, path in ((one, "layers/attn/q/w"), (other, "layers/mlp/experts/up/w")):
+            assert int(found[path].sum()) == int(density * x[path].size + 1e-9), (path, density)
+
+
+def test_a_density_of_the_model_is_spread_over_the_candidates():
+    sizes = {p: int(np.prod(s)) for p, s in SHAPES.items()}  # 24, 60, 48 and 15
+    for of, total in (("model", 147), ("matrices", 132)):
+        wanted = int(0.25 * total)  # 36 and 33
+        paths = ["layers/attn/q/w", "layers/mlp/experts/up/w"]
+        budget = resolved(Globally(density=0.25, of=of), paths, SHAPES, LEADS)
+        chosen = choose({p: scores()[p] for p in paths}, ONE, LEADS, budget)
+        assert sum(int(m.sum()) for m in chosen.values()) == wanted
+        each = resolved(PerMatrix(density=0.25, of=of), paths, SHAPES, LEADS)
+        chosen = choose({p: scores()[p] for p in paths}, ONE, LEADS, each)
+        for path in paths:
+            for matrix in np.ndindex(*SHAPES[path][: LEADS[path]]):
+                size = sizes[path] // int(np.prod(SHAPES[path][: LEADS[path]]))
+                assert int(chosen[path][matrix].sum()) == wanted * size // 108
+    parts = resolved(ByPattern((("attn", Globally(density=0.1, of="model")),)), ["layers/attn/q/w"], SHAPES, LEADS)
+    assert parts.of("layers/attn/q/w").density == Fraction(14, 60)
+    with pytest.raises(
+        ValueError, match=r"density 0.9 of all 147 parameters of the model is 132, and layers/attn/q/w can give"
+    ):
+        resolved(Globally(density=0.9, of="model"), ["layers/attn/q/w"], SHAPES, LEADS)
+    with pytest.raises(ValueError, match="of='model' says what a density is a fraction of; given: count"):
+        Globally(count=3, of="model")
+    with pytest.raises(ValueError, match="of 'head' is unknown"):
+        Globally(density=0.1, of="head")
+    with pytest.raises(ValueError, match="needs all of the model's weights"):
+        choose(scores(), ONE, LEADS, Globally(density=0.1, of="model"))

@@ -17,6 +17,7 @@ HOW = {
     "max": np.max,
     "l2": lambda x: np.sqrt(np.sum(x**2)),
     "abs_mean": lambda x: np.mean(np.abs(x)),
+    "mean_abs": lambda x: np.abs(np.mean(x)),
 }
 
 # unit, shape of the weight, leading axes, and for each unit the entries it holds: {unit index: index of the weight}
@@ -195,3 +196,11 @@ X = jnp.zeros((2, 4, 6))
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_layer_that_selects_nothing_costs_slots_of_padding_alone():
+    """Two rows of one layer: the others have as many slots, past the end of the weight."""
+    mask = np.zeros((4, 8), bool)
+    mask[1, 4:6] = True
+    at = np.asarray(Row().locate(jnp.asarray(mask), 1))
+    assert at.shape == (4, 1, 2) and (at[[0, 2, 3]] >= 8).all() and at[1].tolist() == [[4, 5]]

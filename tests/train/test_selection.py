@@ -17,7 +17,7 @@ from jft.train.optimizers import Optimizer
 SGD = {"name": "sgd", "lr": 0.1}
 QUIET = {"progress": False, "every": 1}
 METHODS = {
-    "entries": {"name": "lift", "rank": 2, "filter_rank": 8, "exact": True},
+    "entries": {"name": "lift", "rank": 2, "filter_rank": 8, "every": 0},
     "blocks": {"name": "block_sparse", "density": 0.2, "block": (8, 8), "scope": "global"},
     "rows": {"name": "sparse_rows"},
 }
