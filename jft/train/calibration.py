@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -250,6 +251,11 @@ class RunCalibration:
         other = copy.copy(self)
         other.params = {**self.params, **self.tuned(steps, how=how)}
         other._tree = tree.like(self._tree, other.params)
+        return other
+
+    def with_objective(self, objective: Any) -> RunCalibration:
+        other = copy.copy(self)
+        other.objective, other._setting = objective, dataclasses.replace(self._setting, objective=objective)
         return other
 
     def evaluate(self, params: Mapping[str, Array]) -> dict[str, float]:
