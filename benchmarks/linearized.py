@@ -24,9 +24,10 @@ from throughput import torch_model, versions
 import jft
 from jft import parallel, tree
 from jft.bench.step import by_chance, drawn
-from jft.train import feed, setup, step
+from jft.train import feed, step
 from jft.train.objectives import objective
 from jft.train.optimizers import optimizer
+from jft.train.state import hold
 
 SIDES = {
     "full": ("full", {}),
@@ -81,11 +82,11 @@ def jft_step(model, params, name: str, options: dict, shape: tuple[int, int]):
     chosen = drawn(plan, params, model)
     adamw = optimizer({"name": "adamw", "lr": 1e-4, "weight_decay": 0.0, "clip": 1.0})
     recipe = step.Recipe(model.apply, plan, objective("lm"), adamw, dtype=model.execution.dtype)
-    update = setup.compile_step(recipe, params, chosen, None)
+    update = step.compile_step(recipe, params, chosen, None)
     compiled = update.compiled({"tokens": jax.ShapeDtypeStruct(shape, np.int32)})
     memory = parallel.estimate(compiled)
     cost = {"flops": step.flops(compiled), "peak": memory.total, "trained": tree.count(update.holdings.state.trained)}
-    held = setup.hold(update, params, chosen, seed=0)
+    held = hold(update, params, chosen, seed=0)
 
     def run(tokens: np.ndarray) -> float:
         nonlocal held

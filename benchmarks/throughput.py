@@ -93,15 +93,16 @@ def torch_step(model, method: str, args: argparse.Namespace):
 
 def jft_step(model, params, method: str, args: argparse.Namespace):
     """A function of tokens that makes one step and returns the loss: the step that :func:`jft.finetune` runs."""
-    from jft.train import feed, setup, step
+    from jft.train import feed, step
     from jft.train.objectives import objective
     from jft.train.optimizers import optimizer
+    from jft.train.state import hold
 
     plan = jft.method(method, **({"rank": args.rank} if method == "lora" else {})).plan(params, model)
     chosen = optimizer({"name": "adamw", "lr": 1e-4, "weight_decay": 0.0, "clip": 1.0})
     recipe = step.Recipe(model.apply, plan, objective("lm"), chosen, dtype=model.execution.dtype)
-    update = setup.compile_step(recipe, params, {}, None)
-    held = setup.hold(update, params, {}, seed=0)
+    update = step.compile_step(recipe, params, {}, None)
+    held = hold(update, params, {}, seed=0)
     sound = np.asarray(True)
 
     def run(tokens: np.ndarray) -> float:

@@ -120,6 +120,14 @@ def stacks(leaves: Mapping[str, Any]) -> dict[str, int]:
     return found
 
 
+def lead(path: str, ndim: int, stacked: bool) -> int:
+    """The leading axes of a leaf that stack matrices ``[in, out]`` or, with layers ``[L, D]``, vectors.
+
+    stacked: the model is one of jft's, whose leaves under ``layers/`` begin with the axis L.
+    """
+    return max(int(stacked and stack_of(path) is not None), ndim - 2)
+
+
 def layer_of(path: str) -> tuple[str, int] | None:
     """The layer that a path carries the number of, and the number: ``("h_3", 3)`` of ``h_3/kernel``; None without one.
 
@@ -162,6 +170,27 @@ def cast(tree: Tree, dtype: Any) -> Tree:
     if dtype is None:
         return tree
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def concrete(x: Any) -> bool:
+    """Whether ``x`` has values: not under a transformation, not a shape alone."""
+    return isinstance(x, jax.Array | np.ndarray) and not isinstance(x, jax.core.Tracer)
+
+
+def visible(*arrays: Any) -> bool:
+    """Whether this process can look at all values of ``arrays``: concrete, and not spread over other processes."""
+    return all(
+        concrete(x) and (isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated) for x in arrays
+    )
+
+
+def host(x: Any) -> np.ndarray:
+    """``x`` in this process's memory, contiguous; gathered where not :func:`visible`: then all processes must call."""
+    if not visible(x) and isinstance(x, jax.Array):
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.ascontiguousarray(np.asarray(x)).reshape(np.shape(x))
 
 
 def _mix(h: jax.Array) -> jax.Array:

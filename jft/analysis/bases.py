@@ -15,8 +15,8 @@ import numpy as np
 from jft import data, files, parallel, tree
 from jft.analysis import run_store, settings
 from jft.models.classifier import Classifier
+from jft.models.core import Model
 from jft.models.loading import fetch
-from jft.models.model import Model
 from jft.train import experiment
 from jft.train.config import check
 

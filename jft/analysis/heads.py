@@ -14,8 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jft.models.core import Scope
-from jft.models.model import Model
+from jft.models.core import Model, Scope
 
 Head = dict[str, Any]
 # The bias of a class that only fills up: its probability is exactly zero in float32, and its logit is finite in bfloat16.

@@ -19,7 +19,7 @@ from jft.analysis.bases import Base, write_params
 from jft.analysis.interpolation import Forward
 from jft.delta import TaskVector
 from jft.models.classifier import Classifier
-from jft.models.model import Model
+from jft.models.core import Model
 from jft.train import evaluate, objective
 
 

@@ -19,13 +19,14 @@ import numpy as np
 
 from jft import methods, parallel, tree
 from jft.bench.shapes import MODELS
-from jft.methods import Method, Plan, selecting
+from jft.methods import Method, Plan, select
 from jft.models import Execution, Model
 from jft.names import nearest
 from jft.select import scores
-from jft.train import feed, setup, step, trainable
+from jft.train import feed, reselection, step
 from jft.train.objectives import objective
 from jft.train.optimizers import optimizer
+from jft.train.state import hold
 
 OPTIMIZER = {"name": "adamw", "lr": 1e-4}
 
@@ -104,11 +105,11 @@ class Candidate:
             step.apply_of(model, mesh), plan, objective("lm"), optimizer(OPTIMIZER).unscheduled(), dtype=execution.dtype
         )
         if params is None:
-            grids = trainable.grids(plan, self.shapes, mesh)
-            self.chosen = selecting.expected(plan, tree.flatten(self.shapes), grids)
+            grids = reselection.grids(plan, self.shapes, mesh)
+            self.chosen = select.expected(plan, tree.flatten(self.shapes), grids)
         else:
             self.chosen = drawn(plan, params, model, mesh)
-        self.update = setup.compile_step(self.recipe, self.shapes, self.chosen, mesh)
+        self.update = step.compile_step(self.recipe, self.shapes, self.chosen, mesh)
         self.counted = not setting.unroll and not setting.topology
         self.batch = {"tokens": jax.ShapeDtypeStruct((setting.batch, setting.tokens), np.int32)}
 
@@ -142,7 +143,7 @@ class Candidate:
     def ready(self, params: Any) -> Callable[[Any], None]:
         """A function that makes one step and waits for it."""
         update = self.update
-        held = setup.hold(update, params, self.chosen, seed=0)
+        held = hold(update, params, self.chosen, seed=0)
 
         def run(batch: Any) -> None:
             nonlocal held
@@ -165,7 +166,7 @@ def drawn(plan: Plan, params: Any, model: Model, mesh: Any = None) -> dict[str, 
     if not plan.selects:
         return {}
     calibration = _Drawing(plan.selects, tree.flatten(params), jax.random.key(1), model, plan.structured)
-    return selecting.choose(plan, calibration, trainable.grids(plan, params, mesh))  # type: ignore[arg-type]
+    return select.choose(plan, calibration, reselection.grids(plan, params, mesh))  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +180,7 @@ class _Drawing:
     structured: bool
 
     def lead(self, path: str) -> int:
-        return selecting.leading(path, self.params[path].ndim, self.structured)
+        return tree.lead(path, self.params[path].ndim, self.structured)
 
 
 def measure(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jft import terminal
@@ -21,6 +22,7 @@ def _describe(entry: Any) -> dict[str, Any]:
         "paper": entry.paper,
         "summary": entry.summary.replace("``", ""),
         "options": entry.options,
+        **({} if entry.card is None else {"card": dataclasses.asdict(entry.card)}),
     }
     try:
         built = method(entry.name)
@@ -58,18 +60,55 @@ def _table(rows: list[dict[str, Any]]) -> None:
     terminal.show(terminal.table(headers, cells, left=headers, fold=headers[1:]))
 
 
-def _card(row: dict[str, Any], doc: str) -> None:
+def _card(row: dict[str, Any], doc: str, card: Any) -> None:
     print(f"{row['name']}: {row['summary']}\n")
     body = doc.split("\n\n", maxsplit=1)
     if len(body) == 2:
         print(body[1] + "\n")
     print(f"  paper    {row['paper']}")
+    for name, text in _sources(card):
+        print(f"  {name:<8} {text}")
     print(f"  trains   {row['trains']}")
     print(f"  stores   {row['stores']}")
     for name, default in row["options"].items():
-        print(f"  option   {name} = {default!r}")
+        print(f"  option   {name} = {default!r}{_elsewhere(card, name)}")
     print("  always   include=PATTERNS (only these), exclude=PATTERNS (none of these),")
     print("           also=PATTERNS (train these in place as well), freeze=PATTERNS (never train these)")
+
+
+def _sources(card: Any) -> list[tuple[str, str]]:
+    """What a card says, by name; nothing for a method without one."""
+    if card is None:
+        return []
+    texts = {"formula": card.formula, "code": card.code, "follows": card.follows, "departs": card.departs or "nowhere"}
+    return [(name, text) for name, text in {**texts, "check": card.check}.items() if text]
+
+
+def _elsewhere(card: Any, option: str) -> str:
+    """The defaults of paper and code, where the card has them."""
+    if card is None or option not in card.defaults:
+        return ""
+    paper, code = card.defaults[option]
+    return f"  (paper: {paper}, code: {code})"
+
+
+def markdown(entries: Mapping[str, Any]) -> str:
+    """The cards of all methods, docs/methods.md."""
+    lines = [
+        "# Methods",
+        "",
+        "Each preset held against its paper and the code its authors released. `jft methods NAME` prints one;",
+        "`jft methods --markdown` wrote this page.",
+    ]
+    for name, entry in entries.items():
+        lines += ["", f"## {name}", "", entry.summary, "", f"- **paper**: {entry.paper}"]
+        lines += [f"- **{key}**: {text}" for key, text in _sources(entry.card)]
+        if entry.arguments:
+            lines += ["", "| option | jft | paper | code |", "|---|---|---|---|"]
+        for option, default in entry.arguments.items():
+            paper, code = entry.card.defaults.get(option, ("", "")) if entry.card else ("", "")
+            lines.append(f"| {option} | `{default!r}` | {paper} | {code} |")
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -77,6 +116,9 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="jft methods", description=__doc__)
     parser.add_argument("name", nargs="?", help="one method in full, instead of the table of all")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the cards of all methods, as docs/methods.md has them"
+    )
     options = parser.strict(argv)
 
     from jft.methods import entries
@@ -84,12 +126,15 @@ def main(argv: Sequence[str]) -> int:
     known = entries()
     if options.name is not None and options.name not in known:
         raise UsageError(f"unknown method {options.name!r}{nearest(options.name, known)}; `jft methods` lists all")
+    if options.markdown:
+        print(markdown(known), end="")
+        return 0
     if options.name is not None:
         import inspect
 
         row = _describe(known[options.name])
         doc = inspect.getdoc(known[options.name].build) or ""
-        print(json.dumps(row, default=str, indent=2)) if options.json else _card(row, doc)
+        print(json.dumps(row, default=str, indent=2)) if options.json else _card(row, doc, known[options.name].card)
         return 0
     rows = [_describe(entry) for entry in known.values()]
     print(json.dumps(rows, default=str, indent=2)) if options.json else _table(rows)

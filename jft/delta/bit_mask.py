@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import tree
-from jft.delta.numeric import host
 from jft.delta.registry import register
 from jft.delta.relative import Relative
+from jft.tree import host
 
 Array = jax.Array
 

@@ -14,7 +14,7 @@ from jft.delta.changed import COLUMNS, ROWS, Change, Matrices
 from jft.delta.encoding import Encoding, unravel
 from jft.delta.entries import Entries
 from jft.delta.low_rank import LowRank
-from jft.delta.numeric import host, inner, matmul, visible
+from jft.delta.numeric import inner, matmul
 from jft.delta.registry import register, rule
 from jft.delta.selected import (
     Layout,
@@ -25,11 +25,13 @@ from jft.delta.selected import (
     over_leading,
     pad_axis,
     padded_coordinates,
+    row_major,
     stacked,
     whole_coordinates,
 )
-from jft.delta.sparse import Sparse, find, pick, row_major, united
+from jft.delta.sparse import Sparse, find, pick, united
 from jft.kernels import blocks as kernel
+from jft.tree import host, visible
 
 Array = jax.Array
 

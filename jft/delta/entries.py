@@ -16,7 +16,7 @@ import numpy as np
 from jft.delta import elias_fano
 from jft.delta.changed import COLUMNS, ROWS, Change
 from jft.delta.encoding import Dense, Encoding, Sum, entry_index
-from jft.delta.numeric import host, inner, visible
+from jft.delta.numeric import inner
 from jft.delta.registry import register, rule
 from jft.delta.selected import (
     Layout,
@@ -27,10 +27,12 @@ from jft.delta.selected import (
     over_leading,
     pad_axis,
     padded_coordinates,
+    row_major,
     stacked,
     whole_coordinates,
 )
-from jft.delta.sparse import Sparse, find, overlaid, pick, row_major, united
+from jft.delta.sparse import Sparse, find, overlaid, pick, united
+from jft.tree import host, visible
 
 Array = jax.Array
 

@@ -32,8 +32,8 @@ import safetensors.numpy
 from jft import files
 from jft.delta.encoding import Encoding
 from jft.delta.manifest import Manifest
-from jft.delta.numeric import host
 from jft.delta.registry import kinds
+from jft.tree import host
 
 FORMAT = "jft.task_vector"
 VERSION = 1

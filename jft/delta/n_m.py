@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.delta.changed import COLUMNS, ROWS
-from jft.delta.numeric import visible
 from jft.delta.registry import register
 from jft.delta.selected import Layout
 from jft.delta.sparse import Sparse
+from jft.tree import visible
 
 Array = jax.Array
 

@@ -1,4 +1,4 @@
-"""The precision deltas are computed in, exact counts, and which arrays can be looked at."""
+"""The precision that deltas are computed in, and exact counts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 Array = jax.Array
 
@@ -38,24 +37,3 @@ def count_nonzero(x: Array) -> int:
         return count_nonzero(x[0])
     pieces = min(x.shape[0], x.size // _COUNTED_AT_ONCE + 1)
     return sum(count_nonzero(piece) for piece in jnp.array_split(x, pieces))
-
-
-def concrete(x: Any) -> bool:
-    """Whether ``x`` has values: not under a transformation, not a shape alone."""
-    return isinstance(x, jax.Array | np.ndarray) and not isinstance(x, jax.core.Tracer)
-
-
-def visible(*arrays: Any) -> bool:
-    """Whether this process can look at all values of ``arrays``: concrete, and not spread over other processes."""
-    return all(
-        concrete(x) and (isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated) for x in arrays
-    )
-
-
-def host(x: Any) -> np.ndarray:
-    """``x`` in this process's memory, contiguous; gathered where not :func:`visible`: then all processes must call."""
-    if not visible(x) and isinstance(x, jax.Array):
-        from jax.experimental import multihost_utils
-
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-    return np.ascontiguousarray(np.asarray(x)).reshape(np.shape(x))

@@ -10,7 +10,8 @@ import jax
 from jft import tree
 from jft.delta.encoding import Dense, Encoding, standing_alone
 from jft.delta.entries import Entries
-from jft.delta.numeric import visible, wide
+from jft.delta.numeric import wide
+from jft.tree import visible
 
 Array = jax.Array
 

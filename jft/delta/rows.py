@@ -10,10 +10,11 @@ import jax.numpy as jnp
 
 from jft.delta.encoding import Encoding, entry_index
 from jft.delta.low_rank import LowRank
-from jft.delta.numeric import host, inner, matmul
+from jft.delta.numeric import inner, matmul
 from jft.delta.registry import register, rule
 from jft.delta.slices import Slicing, matched, union
 from jft.delta.sparse import overlaid
+from jft.tree import host
 
 Array = jax.Array
 

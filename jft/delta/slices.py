@@ -16,7 +16,7 @@ from jft.delta.changed import COLUMNS, ROWS, Change, Matrices
 from jft.delta.encoding import Encoding, unravel
 from jft.delta.entries import Entries
 from jft.delta.low_rank import LowRank
-from jft.delta.numeric import host, inner, visible, wide
+from jft.delta.numeric import inner, wide
 from jft.delta.registry import register, rule
 from jft.delta.selected import (
     Layout,
@@ -29,6 +29,7 @@ from jft.delta.selected import (
     whole_coordinates,
 )
 from jft.delta.sparse import Sparse, pick, united
+from jft.tree import host, visible
 
 Array = jax.Array
 

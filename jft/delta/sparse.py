@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.delta.encoding import Encoding
-from jft.delta.numeric import count_nonzero, inner, visible, wide
+from jft.delta.numeric import count_nonzero, inner, wide
 from jft.delta.registry import kinds
 
 Array = jax.Array
@@ -83,29 +83,6 @@ class Sparse(Encoding):
     @property
     def nnz(self) -> int:
         return count_nonzero(jnp.asarray(self.values))
-
-
-def row_major(what: str, rows: Array, columns: Array, extents: tuple[int, int]) -> np.ndarray | None:
-    """The permutation that puts coordinates in row-major order; None where they are, or cannot be looked at.
-
-    Raises ``ValueError`` where one lies outside ``extents`` or stands twice.
-    """
-    if not visible(rows, columns) or not rows.size:
-        return None
-    r, c = np.asarray(rows), np.asarray(columns)
-    for axis, x, extent in (("row", r, extents[0]), ("column", c, extents[1])):
-        if x.min() < 0 or x.max() >= extent:
-            raise ValueError(f"{what} {axis}s {x.min()}..{x.max()} leave the {extent} {axis}s there are")
-    if _increasing(r, c):
-        return None
-    order = np.lexsort((c, r))
-    if not _increasing(r[order], c[order]):
-        raise ValueError(f"the coordinates of {what} must be distinct; add the values that belong together first")
-    return order
-
-
-def _increasing(r: np.ndarray, c: np.ndarray) -> bool:
-    return bool(((r[1:] > r[:-1]) | ((r[1:] == r[:-1]) & (c[1:] > c[:-1]))).all())
 
 
 @jax.jit

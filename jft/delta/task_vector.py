@@ -16,7 +16,8 @@ from jft.compiled import program_cache
 from jft.delta import file
 from jft.delta import manifest as manifests
 from jft.delta.encoding import Dense, Encoding, standing_alone
-from jft.delta.numeric import concrete, wide
+from jft.delta.numeric import wide
+from jft.tree import concrete
 
 Array = jax.Array
 

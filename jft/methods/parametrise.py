@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jft import delta, tree
-from jft.delta.numeric import host
 from jft.select.granularity import Granularity
+from jft.tree import host
 
 Array = jax.Array
 

@@ -20,8 +20,8 @@ from jft.methods.parametrise import InPlace, Parametrisation
 from jft.methods.select import Select
 from jft.models.core import STRUCTURED, Runs, is_jft_model
 from jft.select import layers
-from jft.select.calibration import lead
 from jft.select.granularity import Granularity
+from jft.tree import lead
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jft.methods import selecting
+from jft.methods import select
 from jft.methods.plan import Method, Plan
 from jft.select import scores, threshold
 from jft.select.calibration import Calibration
@@ -61,7 +61,7 @@ class Schedule:
 
     def begin(self, plan: Plan, calibration: Calibration, grids: Mapping[str, tuple[int, int]]) -> dict[str, Array]:
         """``{path: at}`` of what trains from the start."""
-        return selecting.choose(plan, calibration, grids)
+        return select.choose(plan, calibration, grids)
 
     def due(self, step: int, steps: int) -> bool:
         """Whether to select anew before update ``step`` (from 0) out of ``steps``."""
@@ -92,7 +92,7 @@ class Refresh(Schedule):
         return step > 0 and step % self.every == 0 and (not self.times or step // self.every <= self.times)
 
     def renew(self, standing: Standing) -> Renewal:
-        return Renewal(selecting.choose(standing.plan, standing.calibration, standing.grids))
+        return Renewal(select.choose(standing.plan, standing.calibration, standing.grids))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ class After(Schedule):
         return step == self.steps
 
     def renew(self, standing: Standing) -> Renewal:
-        return Renewal(selecting.choose(standing.plan, standing.calibration, standing.grids))
+        return Renewal(select.choose(standing.plan, standing.calibration, standing.grids))
 
 
 @dataclasses.dataclass(frozen=True)

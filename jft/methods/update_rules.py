@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 import jax
 
-from jft.select.calibration import Calibration, lead
+from jft.select.calibration import Calibration
+from jft.tree import lead
 
 Array = jax.Array
 Values = Mapping[str, Any]

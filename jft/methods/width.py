@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import tree
+from jft.models.core import Model
 from jft.models.decoder import DecoderConfig
-from jft.models.model import Model
 
 READS = re.compile(r"(^|/)(q|k|v|gate|up|router|head)/w$")
 WRITES = re.compile(r"(^|/)((o|down)/(w|b)|table)$")

@@ -6,10 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jft.models.classifier import Classifier
-from jft.models.core import Execution, Hooks
+from jft.models.core import Execution, Hooks, Model
 from jft.models.hf.checkpoint import LoadError
 from jft.models.loading import load
-from jft.models.model import Model
 from jft.models.saving import save
 
 _LATE = {

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jft.models import blocks, core
-from jft.models.batch import inputs
-from jft.models.core import Execution, Hooks, Params, Scope
+from jft.models.core import Execution, Hooks, Params, Scope, inputs
 
 Array = jax.Array
 POOLS = ("cls", "mean", "last", "pooler", "embedding")

@@ -12,9 +12,7 @@ import jax.numpy as jnp
 from jft.dot import take
 from jft.kernels.attention import Mask
 from jft.models import blocks, core
-from jft.models.batch import inputs
-from jft.models.core import Execution, Hooks, Params, Scope
-from jft.models.model import Model
+from jft.models.core import Execution, Hooks, Model, Params, Scope, inputs
 from jft.models.split import entering
 from jft.models.vision import VisionConfig
 

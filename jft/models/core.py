@@ -1,4 +1,4 @@
-"""What every model is made of: one matrix product, named sites, one scan over layers.
+"""What every model is made of: `Model`, its inputs, one matrix product, named sites, one scan over layers.
 
 A jft model is a pure function of nested dicts. Three conventions hold in all of them:
 
@@ -11,16 +11,18 @@ A jft model is a pure function of nested dicts. Three conventions hold in all of
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
+from jft import tree
 from jft.dot import accumulator, dot
 
 Array = jax.Array
@@ -66,7 +68,7 @@ def _is_runs(x: Any) -> bool:
     return isinstance(x, Runs)
 
 
-def _cut(tree: Any, sizes: tuple[int, ...]) -> list[Any]:
+def _cut(leaves: Any, sizes: tuple[int, ...]) -> list[Any]:
     """Stacked leaves (arrays, or :class:`Runs` of exactly these sizes) as one tree for each run."""
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
 
@@ -77,7 +79,7 @@ def _cut(tree: Any, sizes: tuple[int, ...]) -> list[Any]:
             return leaf.parts[i]
         return jax.lax.slice_in_dim(leaf, starts[i], starts[i] + sizes[i], axis=0)
 
-    return [jax.tree.map(lambda leaf: part(leaf, i), tree, is_leaf=_is_runs) for i in range(len(sizes))]  # noqa: B023
+    return [jax.tree.map(lambda leaf: part(leaf, i), leaves, is_leaf=_is_runs) for i in range(len(sizes))]  # noqa: B023
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +138,60 @@ class Execution:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
         if self.attention_block < 1:
             raise ValueError(f"attention_block is {self.attention_block}; it must be at least 1")
+
+
+class Architecture(Protocol):
+    """What a family (decoder, encoder, vision, clip, seq2seq) supplies: pure functions of its frozen config."""
+
+    def init(self, key: Array, dtype: Any) -> dict: ...
+
+    def forward(self, execution: Execution, params: Params, batch: Any, hooks: Hooks | None) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A pure function of a parameter pytree: ``model.apply(params, batch) -> outputs``.
+
+    config: the architecture's frozen, hashable description, which is also its code (:class:`Architecture`).
+    execution: how it runs (activation dtype, remat, unrolling); ``model.with_(remat="full")`` changes it.
+    A model is hashable, so jitted functions that close over equal models are compiled once.
+    """
+
+    config: Any
+    execution: Execution = Execution()
+
+    def with_(self, **execution: Any) -> Model:
+        """The same model run another way: any field of :class:`Execution`."""
+        return dataclasses.replace(self, execution=dataclasses.replace(self.execution, **execution))
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> dict:
+        """Random parameters in ``dtype``, drawn per path, so that any device mesh gives the same ones."""
+        return self.config.init(key, dtype)
+
+    def abstract(self, dtype: Any = jnp.float32) -> dict:
+        """Shapes and dtypes of the parameters; nothing is allocated."""
+        return jax.eval_shape(functools.partial(self.config.init, dtype=dtype), jax.random.key(0))
+
+    def apply(self, params: Params, batch: Any, hooks: Hooks | None = None) -> Any:
+        """Outputs for a batch: an array ``tokens[B, T]`` or a dict (see the architecture's ``forward``).
+
+        With ``hooks``, ``(outputs, reads)``.
+        """
+        return self.config.forward(self.execution, params, batch, hooks)
+
+    @property
+    def product_head(self) -> str | None:
+        """The site behind which the model is one product with its head's weights, :meth:`head`; None where it is more."""
+        return getattr(self.config, "product_head", None)
+
+    def head(self, params: Params, h: Array) -> Array:
+        """Outputs from the value at the site :attr:`product_head`."""
+        return self.config.logits(Scope(self.execution), params, h)
+
+    def linear_paths(self, params: Params | None = None) -> tuple[str, ...]:
+        """Paths of the weight matrices inside the layers: what LoRA and sparse methods target by default."""
+        flat = tree.flatten(params if params is not None else self.abstract())
+        return tuple(p for p in flat if p.endswith("/w") and tree.stack_of(p) is not None and "router" not in p)
 
 
 class Scope:
@@ -212,6 +268,11 @@ def _remat(step: Callable, policy: str) -> Callable:
     return jax.checkpoint(step, policy=policies[policy], prevent_cse=False)
 
 
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """The context in which a model is traced for ``mesh``, so that it can spread its activations over the devices."""
+    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
 def rows_over_devices(h: Array) -> Array:
     """``h[B, ...]`` with its rows over the ``data`` and ``fsdp`` axes of the mesh in whose context the model is traced.
 
@@ -224,6 +285,58 @@ def rows_over_devices(h: Array) -> Array:
         return h
     free = PartitionSpec.UNCONSTRAINED
     return jax.lax.with_sharding_constraint(h, PartitionSpec(axes, *(free for _ in h.shape[1:])))
+
+
+class Inputs(NamedTuple):
+    """Token inputs, all int32 ``[B, T]``; ``segments`` may be ``[1, T]`` where every row is one unpadded sequence.
+
+    plain: no segments and no positions were given: position t is t and nothing is padded.
+    """
+
+    tokens: Array
+    segments: Array
+    positions: Array
+    plain: bool
+
+
+def inputs(batch: Any, prefix: str = "") -> Inputs:
+    """Tokens with their segments and positions, from a batch: an integer array ``[B, T]``, or a dict.
+
+    ``segments`` (0: padding; 1, 2, ...: the sequences packed in a row) default to one segment, or, where ``positions``
+    are given, to a new one wherever positions fall back. ``positions`` default to counting from the start of each
+    segment. ``prefix`` is that of the keys (``decoder_``). Raises ValueError for a missing key, a wrong shape or dtype.
+    """
+    given = batch if hasattr(batch, "keys") else {"tokens": batch}
+    if prefix + "tokens" not in given:
+        raise ValueError(f"the batch has no {prefix + 'tokens'!r}, only {sorted(given)}")
+    tokens = _integers(given[prefix + "tokens"], prefix + "tokens")
+    segments, positions = (given.get(prefix + key) for key in ("segments", "positions"))
+    if segments is None and positions is None:
+        T = tokens.shape[1]
+        return Inputs(tokens, jnp.ones((1, T), jnp.int32), jnp.arange(T, dtype=jnp.int32)[None], True)
+    if positions is not None:
+        positions = _integers(positions, prefix + "positions", tokens.shape)
+    if segments is None and positions is not None:
+        falls = jnp.pad(positions[:, 1:] <= positions[:, :-1], ((0, 0), (1, 0)))
+        segments = 1 + jnp.cumsum(falls, axis=1, dtype=jnp.int32)
+    segments = _integers(segments, prefix + "segments", tokens.shape)
+    return Inputs(tokens, segments, count_within(segments) if positions is None else positions, False)
+
+
+def count_within(segments: Array) -> Array:
+    """Positions ``[B, T]`` that restart at 0 wherever the segment changes."""
+    index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
+    starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def _integers(x: Any, name: str, shape: tuple[int, ...] | None = None) -> Array:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers; got {x.dtype}")
+    if x.ndim != 2 or (shape is not None and x.shape != shape):
+        raise ValueError(f"{name} must have shape {shape or '[B, T]'}; got {x.shape}")
+    return x.astype(jnp.int32)
 
 
 def recomputed(fn: Callable[..., Array]) -> Callable[..., Array]:

@@ -13,8 +13,7 @@ from jft import tree
 from jft.dot import take, transpose
 from jft.kernels.attention import Mask, attention
 from jft.models import core
-from jft.models.batch import Inputs, inputs
-from jft.models.core import ACTIVATIONS, Execution, Hooks, Params, Scope, layer_norm, rms_norm
+from jft.models.core import ACTIVATIONS, Execution, Hooks, Inputs, Params, Scope, inputs, layer_norm, rms_norm
 from jft.models.memory import Memory, remember
 from jft.models.moe import Experts, moe
 from jft.models.rope import Rope, rotate
@@ -191,7 +190,7 @@ class DecoderConfig:
         """Logits ``[B, T, V]`` in ``execution.dtype``; with hooks ``(logits, reads)``.
 
         batch: int tokens ``[B, T]``, or a dict with ``tokens`` and optionally ``segments`` and ``positions``
-        (:func:`jft.models.batch.inputs`). Sites: ``embed``, ``layers/in``, ``layers/attn/out``, ``layers/mlp/out``, ``final``.
+        (:func:`jft.models.core.inputs`). Sites: ``embed``, ``layers/in``, ``layers/attn/out``, ``layers/mlp/out``, ``final``.
         """
         scope = Scope(execution, hooks)
         logits = self.outputs(scope, params, batch)

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jft.dot import take
 from jft.kernels.attention import Mask
 from jft.models import blocks, core
-from jft.models.batch import inputs
-from jft.models.core import Execution, Hooks, Params, Scope
+from jft.models.core import Execution, Hooks, Params, Scope, inputs
 
 Array = jax.Array
 

@@ -15,11 +15,10 @@ from jax.sharding import Mesh, Sharding
 
 from jft import tree
 from jft.models.classifier import Classifier
-from jft.models.core import Execution
+from jft.models.core import Execution, Model
 from jft.models.hf import heads, reader, registry
 from jft.models.hf.checkpoint import Checkpoint, LoadError, read_json
 from jft.models.hf.mapping import Family
-from jft.models.model import Model
 
 HUB_FILES = ["*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja"]
 _log = logging.getLogger(__name__)

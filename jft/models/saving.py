@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import tree
-from jft.delta.numeric import host
 from jft.models.classifier import Classifier
+from jft.models.core import Model
 from jft.models.hf import heads, reader, registry, writer
 from jft.models.hf.checkpoint import NAMES, read_json
 from jft.models.hf.mapping import Family, Source
 from jft.models.loading import fetch
-from jft.models.model import Model
+from jft.tree import host
 
 COMPANIONS = (
     "added_tokens.json",

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 
 from jft import tree
 from jft.models import blocks
-from jft.models.core import Execution, Hooks, Params, Runs, Scope
-from jft.models.model import Model
+from jft.models.core import Execution, Hooks, Model, Params, Runs, Scope
 
 Array = jax.Array
 Skipped = tuple[tuple[str, int], ...]

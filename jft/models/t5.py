@@ -13,8 +13,7 @@ import numpy as np
 from jft.dot import take, transpose
 from jft.kernels.attention import Mask
 from jft.models import blocks, core
-from jft.models.batch import Inputs, inputs
-from jft.models.core import Execution, Hooks, Params, Scope
+from jft.models.core import Execution, Hooks, Inputs, Params, Scope, inputs
 
 Array = jax.Array
 

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 
 from jft.kernels.attention import attention
 from jft.models import blocks, core
-from jft.models.core import Params, Scope
-from jft.models.model import Model
+from jft.models.core import Model, Params, Scope
 from jft.models.split import collect, cut, inside, length
 
 Array = jax.Array

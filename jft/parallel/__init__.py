@@ -2,7 +2,7 @@
 
 from jft.parallel.distributed import start
 from jft.parallel.memory import MemoryBudgetError, MemoryEstimate, check, device_budget, estimate, plan, refusal
-from jft.parallel.mesh import batch_sharding, batch_shards, make_mesh, microbatches, put_batch, replicated, tracing
+from jft.parallel.mesh import batch_sharding, batch_shards, make_mesh, microbatches, put_batch, replicated
 from jft.parallel.sharding import RULES, dividing, shardings, shards, specs
 from jft.parallel.topology import topology_mesh
 
@@ -27,5 +27,4 @@ __all__ = [
     "specs",
     "start",
     "topology_mesh",
-    "tracing",
 ]

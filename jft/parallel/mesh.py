@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -121,8 +120,3 @@ def _local_shards(mesh: Mesh) -> int:
     total = batch_shards(mesh)
     blocks = batch_sharding(mesh).addressable_devices_indices_map((total,))
     return len({index[0].indices(total) for index in blocks.values() if index is not None})
-
-
-def tracing(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """The context in which a model is traced for ``mesh``, so that it can spread its activations over the devices."""
-    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)

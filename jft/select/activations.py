@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.dot import dot
-from jft.models.batch import inputs
-from jft.models.core import Hooks, is_jft_model
+from jft.models.core import Hooks, inputs, is_jft_model
 from jft.models.moe import route
 from jft.select.calibration import Calibration
 

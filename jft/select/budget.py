@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import tree
-from jft.delta.numeric import host
 from jft.select.threshold import top_together
+from jft.tree import host
 
 Array = jax.Array
 Round = Literal["nearest", "floor", "ceil", "floor+1"]

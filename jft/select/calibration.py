@@ -7,8 +7,6 @@ from typing import Any, Literal, Protocol
 
 import jax
 
-from jft import tree
-
 Array = jax.Array
 Weights = dict[str, Array]
 Per = Literal["batch", "example", "sampled"]
@@ -90,11 +88,3 @@ class Calibration(Protocol):
     def evaluate(self, params: Mapping[str, Array]) -> dict[str, float]:
         """Loss and metrics of weights by path on the run's evaluation data."""
         ...
-
-
-def lead(path: str, ndim: int, stacked: bool) -> int:
-    """The leading axes of a leaf that stack matrices ``[in, out]`` or, with layers ``[L, D]``, vectors.
-
-    stacked: the model is one of jft's, whose leaves under ``layers/`` begin with the axis L.
-    """
-    return max(int(stacked and tree.stack_of(path) is not None), ndim - 2)

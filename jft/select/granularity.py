@@ -33,7 +33,7 @@ import numpy as np
 
 from jft.delta import BlockLayout, EntryLayout, ExpertLayout, Layout, SliceLayout
 from jft.delta.changed import COLUMNS, ROWS
-from jft.select import indices
+from jft.delta.selected import locate, mask_at
 
 Array = jax.Array
 How = Literal["sum", "mean", "max", "l2", "abs_mean"]
@@ -189,10 +189,10 @@ class Entry(Granularity):
         return shape
 
     def locate(self, mask: Array, lead: int, grid: tuple[int, ...] = (1, 1), capacity: int | None = None) -> Array:
-        return indices.locate(mask, _grid(grid, mask.ndim - lead), capacity)
+        return locate(mask, _grid(grid, mask.ndim - lead), capacity)
 
     def mask_of(self, at: Array, shape: Any, lead: int) -> Array:
-        return indices.mask_of(at, shape_of(shape)[lead:], lead)
+        return mask_at(at, shape_of(shape)[lead:], lead)
 
     def _extent(self, at: Array, shape: tuple[int, ...]) -> int:
         n = at.shape[-1]
@@ -241,10 +241,10 @@ class Block(Granularity):
         return *shape[:-2], shape[-2] // block.rows, shape[-1] // block.columns
 
     def locate(self, mask: Array, lead: int, grid: tuple[int, ...] = (1, 1), capacity: int | None = None) -> Array:
-        return indices.locate(mask, _grid(grid, 2), capacity)
+        return locate(mask, _grid(grid, 2), capacity)
 
     def mask_of(self, at: Array, shape: Any, lead: int) -> Array:
-        return indices.mask_of(at, self.units(shape, lead)[lead:], lead)
+        return mask_at(at, self.units(shape, lead)[lead:], lead)
 
     def _extent(self, at: Array, shape: tuple[int, ...]) -> int:
         return self.units(shape, len(shape) - 2)[-2] // at.shape[-4]
@@ -282,10 +282,10 @@ class _Slice(Granularity):
     def locate(self, mask: Array, lead: int, grid: tuple[int, ...] = (1, 1), capacity: int | None = None) -> Array:
         size = self._size()
         g = _grid(grid, 2)[0 if self._axis() == "rows" else 1]
-        return indices.locate(spread(mask, size), (g,), capacity)[..., 0]
+        return locate(spread(mask, size), (g,), capacity)[..., 0]
 
     def mask_of(self, at: Array, shape: Any, lead: int) -> Array:
-        mask = indices.mask_of(at[..., None], (self._of(shape_of(shape)),), lead)
+        mask = mask_at(at[..., None], (self._of(shape_of(shape)),), lead)
         return jnp.any(mask.reshape(*mask.shape[:-1], -1, self._size()), axis=-1)
 
     def _extent(self, at: Array, shape: tuple[int, ...]) -> int:
@@ -387,10 +387,10 @@ class Expert(Granularity):
         return ExpertLayout()
 
     def locate(self, mask: Array, lead: int, grid: tuple[int, ...] = (1, 1), capacity: int | None = None) -> Array:
-        return indices.locate(mask, (1,), capacity)[..., 0, :, 0]
+        return locate(mask, (1,), capacity)[..., 0, :, 0]
 
     def mask_of(self, at: Array, shape: Any, lead: int) -> Array:
-        return indices.mask_of(at[..., None, :, None], (shape_of(shape)[-3],), lead - 1)
+        return mask_at(at[..., None, :, None], (shape_of(shape)[-3],), lead - 1)
 
     def _extent(self, at: Array, shape: tuple[int, ...]) -> int:
         return shape[-3]

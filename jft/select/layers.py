@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import tree
-from jft.delta.numeric import host
 from jft.select import budget as budgets
 from jft.select.calibration import Calibration
 from jft.select.granularity import POOLS, Granularity, How, Layer, Name
 from jft.select.halves import halves
+from jft.tree import host
 
 Array = jax.Array
 Table = Mapping[str, Sequence[int] | None]

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.dot import dot
-from jft.models.batch import inputs
-from jft.models.core import Hooks
+from jft.models.core import Hooks, inputs
 from jft.models.memory import lookup
 
 Array = jax.Array

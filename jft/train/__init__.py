@@ -6,8 +6,8 @@ from jft.train.metrics import Logging
 from jft.train.objectives import Objective, objective, objectives
 from jft.train.optimizers import Optimizer, optimizer
 from jft.train.preemption import Preempted
-from jft.train.result import NonFiniteError, Run
 from jft.train.state import State
+from jft.train.training import NonFiniteError, Run
 
 __all__ = [
     "Logging",

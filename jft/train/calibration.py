@@ -22,12 +22,42 @@ from jft.select import calibration
 from jft.train import evaluation, feed
 from jft.train.feed import Feed
 from jft.train.objectives import Objective
-from jft.train.per_example import Each, Setting, squares, tapped
+from jft.train.per_example import Each, squares, tapped
 from jft.train.state import find_mesh
 from jft.train.step import Recipe, apply_of, dtype_of
 
 Array = jax.Array
 Weights = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is computed on which layout; equal settings share compiled functions.
+
+    order: all paths. places: shardings of the candidates on a mesh. dtype: of candidates where the model sees them.
+    accumulate: microbatches per batch. chunk: examples whose whole gradients are held at once.
+    """
+
+    apply: Callable[[Any, Any], Any]
+    objective: Objective
+    structure: Any
+    order: tuple[str, ...]
+    mesh: Any
+    places: tuple[tuple[str, Any], ...]
+    dtype: Any
+    accumulate: int
+    chunk: int
+
+    def tree(self, rest: Mapping[str, Array], chosen: Mapping[str, Array]) -> Any:
+        """The parameters; candidates in the dtype in which the step shows trained values to the model."""
+        flat = {**rest, **tree.cast(dict(chosen), self.dtype)}
+        return jax.tree.unflatten(self.structure, [flat[p] for p in self.order])
+
+    def laid(self, values: Weights) -> Weights:
+        """``values`` sharded as the weights are."""
+        places = dict(self.places)
+        constrain = jax.lax.with_sharding_constraint
+        return {p: constrain(x, places[p]) if p in places else x for p, x in values.items()}
 
 
 def _gradient(setting: Setting, rest: Weights, chosen: Weights, batch: Any) -> Weights:
@@ -144,7 +174,7 @@ class RunCalibration:
                 raise ValueError(f"candidate {path!r} is {self.params[path].dtype}, which has no gradient")
 
     def lead(self, path: str) -> int:
-        return calibration.lead(path, self.params[path].ndim, is_jft_model(self.model))
+        return tree.lead(path, self.params[path].ndim, is_jft_model(self.model))
 
     @property
     def _weights(self) -> tuple[Weights, Weights]:

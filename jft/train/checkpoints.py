@@ -18,9 +18,10 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from jft import delta, tree
-from jft.delta.numeric import host
-from jft.train.resume import Changed, compare
+from jft.delta import file
+from jft.methods.registry import comparable
 from jft.train.state import State
+from jft.tree import host
 
 HIGHER_IS_BETTER = ("accuracy",)
 
@@ -41,6 +42,48 @@ class Checkpointing:
     def __post_init__(self):
         if self.every < 0 or self.keep < 1:
             raise ValueError(f"checkpoint.every is {self.every} and keep {self.keep}; they are at least 0 and 1")
+
+
+SHOWN = 8  # differences named in an error
+
+
+class Changed(ValueError):
+    """The run in the workdir is another one: the same name, but not the same base, method, optimizer or data."""
+
+
+def _dotted(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping) and value:
+        return {k: v for key, inner in value.items() for k, v in _dotted(inner, f"{prefix}{key}.").items()}
+    return {prefix.removesuffix("."): value}
+
+
+def compare(saved: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+    """Refuse with :class:`Changed` where the identities differ: ``what``, and each difference as ``key: old -> new``."""
+    old, new = _dotted(comparable(saved)), _dotted(comparable(json.loads(json.dumps(now))))
+    keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k, "nothing") != new.get(k, "nothing")]
+    if keys:
+        # What trains follows from the rest, leaf by leaf: shown last, and not to the last leaf.
+        keys.sort(key=lambda k: k.startswith("trained."))
+        lines = [f"  {k}: {old.get(k, 'nothing')!r} -> {new.get(k, 'nothing')!r}" for k in keys[:SHOWN]]
+        lines += [f"  and {len(keys) - SHOWN} more"] if len(keys) > SHOWN else []
+        changes = "\n".join(lines)
+        raise Changed(
+            f"{what} of another run, so going on in this workdir would be wrong:\n{changes}\n"
+            "undo the change, or give another workdir"
+        )
+
+
+def refuse_another(workdir: Path | None, itself: Mapping[str, Any]) -> None:
+    """Refuse to start where another run has left its result, which this one would write over."""
+    path = None if workdir is None else workdir / "task_vector.safetensors"
+    if path is None or not path.is_file():
+        return
+
+    left = file.inspect(path).manifest
+    before = {key: left.get(key) for key in itself} | {"base": left.get("base", {}).get("fingerprint")}
+    if "narrowed" in left:  # of part of its base: the whole one is not known
+        before["base"] = itself["base"]
+    compare(before, itself, f"{path} is")
 
 
 def newest(directory: Path) -> tuple[int, dict[str, Any] | None, dict[str, jax.ShapeDtypeStruct]]:

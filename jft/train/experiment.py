@@ -18,7 +18,7 @@ from jft.names import nearest
 from jft.train import feed
 from jft.train.config import Config, ModelConfig, check
 from jft.train.finetune import finetune
-from jft.train.result import Run
+from jft.train.training import Run
 
 ARCHITECTURES = {
     "decoder": "DecoderConfig",

@@ -196,6 +196,16 @@ def tokens(batch: Any) -> int:
     return total
 
 
+def global_shapes(batch: Any, axis: int = 0) -> Any:
+    """Shapes of the global batch, from this process's rows of it, which lie along ``axis``."""
+
+    def widen(x: np.ndarray) -> jax.ShapeDtypeStruct:
+        shape = tuple(n * jax.process_count() if i == axis else n for i, n in enumerate(x.shape))
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+
+    return jax.tree.map(widen, batch)
+
+
 def positions(batch: Any) -> int:
     """Token positions of a batch of arrays or shapes, padding included: what is computed. 0 where it has no tokens."""
     if not isinstance(batch, Mapping):

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from jft import parallel
 from jft.methods import Method
-from jft.train import memory_check, trainable
-from jft.train.feed import Streams
+from jft.train import reselection
+from jft.train.feed import Streams, global_shapes
 from jft.train.members import Fleet, Members, listed, member
 from jft.train.metrics import Logging
 from jft.train.objectives import Objective
 from jft.train.preemption import Preempted, Watch
 from jft.train.report import Report
-from jft.train.result import Pending, Run
 from jft.train.run_config import RunConfig, options
-from jft.train.training import Training
+from jft.train.training import Pending, Run, Training
 
 if TYPE_CHECKING:
     import optax
@@ -97,14 +97,15 @@ def finetune(
     workdir = None if workdir is None else Path(workdir)
 
     # What trains: by name, or as the run that is taken up says, or found now from the base and the first batches.
-    trains = trainable.find(config, members, streams, params, workdir)
+    trains = reselection.find(config, members, streams, params, workdir)
 
     # How it lies on the devices, and whether it fits, before anything is allocated.
     update = members.compile_step(trains.recipe, params, trains.chosen, config.mesh, streams.differ)
-    batch = memory_check.global_shapes(streams.peek(), axis=int(streams.differ))
+    batch = global_shapes(streams.peek(), axis=int(streams.differ))
     donate = donate and members[0].method.schedule is None
-    remedies = members.remedies(update, params, trains.chosen, batch)
-    memory = memory_check.check(update, batch, model, params, donate, remedies)
+    remedies = members.remedies(update, params, trains.chosen, batch, model)
+    budget = parallel.device_budget(update.layout.device)
+    memory = parallel.check(update.memory(batch, params, donate), budget, remedies)
     params = jax.device_put(params, update.layout.params)
 
     # The state: from the newest checkpoint, or from the start.

@@ -8,6 +8,7 @@ start and end of the run are there once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,10 @@ from jft import methods, tree
 from jft.methods import Method, Plan
 from jft.methods.parametrise import Parametrisation
 from jft.names import nearest
-from jft.train import memory_check, resume, setup, stacked, step
+from jft.train import memory_check, stacked, step
 from jft.train.optimizers import Given, Optimizer
 from jft.train.optimizers import optimizer as find_optimizer
-from jft.train.result import NonFiniteError
-from jft.train.run_config import RunConfig
+from jft.train.run_config import RunConfig, check_manifest
 
 KEYS = ("name", "data", "eval_data", "seed", "lr", "optimizer", "method", "params", "manifest", "workdir")
 Options = Mapping[str, Any]
@@ -72,7 +72,7 @@ def member(name: str, given: Options, shared: Options, base: Any) -> Member:
         optimizer=_optimizer(name, given, shared["optimizer"]),
         method=_method(given.get("method"), shared["method"]).fitted(base),
         params=params,
-        manifest=resume.check_manifest({**(shared["manifest"] or {}), **given.get("manifest", {})}),
+        manifest=check_manifest({**(shared["manifest"] or {}), **given.get("manifest", {})}),
         workdir=None if workdir is None else Path(workdir),
     )
 
@@ -169,19 +169,15 @@ class Members(list[Member]):
 
     def compile_step(self, recipe: step.Recipe, params: Any, chosen: Any, mesh: Any, differ: bool) -> step.Step:
         """The step, from shapes. differ: whether members have batches of their own."""
-        return setup.compile_step(recipe, params, chosen, mesh, self[0].seed)
+        return step.compile_step(recipe, params, chosen, mesh, self[0].seed)
 
-    def remedies(self, update: Any, params: Any, chosen: Any, batch: Any) -> Any:
-        """What makes a run fit that does not, where that is something else than for a run by itself."""
-        return None
+    def remedies(self, update: Any, params: Any, chosen: Any, batch: Any, model: Any) -> Any:
+        """What gives pairs of what would make a run fit that does not, and bytes with it."""
+        return functools.partial(memory_check.remedies, update, batch, model, params)
 
     def identity(self, each: list[dict[str, Any]]) -> dict[str, Any]:
         """What checkpoints say of the run, from what they would say of each member."""
         return each[0]
-
-    def end(self, errors: Sequence[Any], directory: Any, step: int, positions: list[Any]) -> NonFiniteError:
-        """Why a run ends after ``step`` of which no member is left; directory: of its checkpoints, if it has any."""
-        return errors[0]
 
 
 class Fleet(Members):
@@ -211,25 +207,20 @@ class Fleet(Members):
         one = {p: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for p, x in chosen.items()}
         return stacked.compile_step(recipe, params, owned, one, mesh, members or len(self), differ)
 
-    def remedies(self, update: Any, params: Any, chosen: Any, batch: Any) -> Any:
+    def remedies(self, update: Any, params: Any, chosen: Any, batch: Any, model: Any) -> Any:
         def fewer() -> Iterator[tuple[str, int]]:
             differ, mesh = update.axes.batch, update.layout.mesh
             members = len(self) // 2
             while members:
                 part = self.compile_step(update.recipe, params, chosen, mesh, differ, members)
                 rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((members, *x.shape[1:]), x.dtype), batch)  # noqa: B023
-                yield f"{members} members", memory_check.needs(part, rows if differ else batch, params).total
+                yield f"{members} members", part.memory(rows if differ else batch, params).total
                 members //= 2
 
         return fewer
 
     def identity(self, each: list[dict[str, Any]]) -> dict[str, Any]:
         return {"fleet": {m.name: facts for m, facts in zip(self, each, strict=True)}}
-
-    def end(self, errors: Sequence[Any], directory: Any, step: int, positions: list[Any]) -> NonFiniteError:
-        saved = f"their states are saved in {directory}" if directory else "no workdir, so no state was saved"
-        text = "\n".join(map(str, errors))
-        return NonFiniteError(f"no member of the fleet is left; {saved}:\n{text}", step, positions)
 
 
 def _sharing(plan: Plan) -> Plan:

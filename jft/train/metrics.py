@@ -1,10 +1,12 @@
-"""Where metrics go: always one JSON object a line, and TensorBoard or Weights & Biases where asked for."""
+"""What is measured of a run, and where it goes: one JSON object a line, TensorBoard, Weights & Biases, the terminal."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import sys
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -146,3 +148,139 @@ class Metrics:
     def close(self) -> None:
         for sink in self._sinks:
             sink.close()
+
+
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,  # 2307e12 a chip, which JAX shows as two devices
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+}
+"""Dense bfloat16 FLOP/s of one JAX device by the start of its ``device_kind``, from the makers' data sheets."""
+
+
+def peak_flops(device: Any) -> float | None:
+    """Dense bfloat16 FLOP/s of a device, or None where it is not known (every CPU)."""
+    kind = device.device_kind
+    names = [name for name in PEAK_FLOPS if kind == name or (name.startswith("NVIDIA") and _starts(kind, name))]
+    return PEAK_FLOPS[max(names, key=len)] if names else None
+
+
+def _starts(kind: str, name: str) -> bool:
+    return kind.startswith(name) and not kind[len(name) : len(name) + 1].isalnum()
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """FLOPs of one step on all devices, and how they were counted (``source``), over their peak FLOP/s (None: unknown)."""
+
+    flops: float | None
+    source: str
+    peak: float | None
+
+
+class Meter:
+    """Steps, examples and tokens per second since it was last read; time spent in :meth:`pause` does not count."""
+
+    def __init__(self, work: Work):
+        self._work = work
+        self._reset()
+
+    def _reset(self) -> None:
+        self._since, self._steps, self._examples, self._tokens = time.perf_counter(), 0, 0, 0
+
+    def add(self, examples: int, tokens: int) -> None:
+        self._steps += 1
+        self._examples += examples
+        self._tokens += tokens
+
+    def pause(self, seconds: float) -> None:
+        self._since += seconds
+
+    def read(self) -> dict[str, float]:
+        """Rates since the last reading: ``steps_per_s``, ``examples_per_s``, ``tokens_per_s``, ``mfu`` where known."""
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        rates = {"steps_per_s": self._steps / seconds, "examples_per_s": self._examples / seconds}
+        if self._tokens:
+            rates["tokens_per_s"] = self._tokens / seconds
+        if self._work.flops and self._work.peak:
+            rates["mfu"] = self._work.flops * rates["steps_per_s"] / self._work.peak
+        self._reset()
+        return rates
+
+
+def line(step: int, steps: int, split: str, values: dict[str, float]) -> str:
+    """One row as text: ``train 120/1000  loss 1.234  accuracy 0.56  12.3 steps/s``."""
+    shown = [k for k in ("loss", "accuracy", "perplexity", "grad_norm", "lr") if k in values]
+    parts = [f"{split:5} {step}/{steps}"] + [f"{k} {values[k]:.4g}" for k in shown]
+    for key, unit in (("steps_per_s", "steps/s"), ("tokens_per_s", "tokens/s")):
+        if key in values:
+            parts.append(f"{values[key]:,.3g} {unit}" if values[key] < 100 else f"{values[key]:,.0f} {unit}")
+    if "mfu" in values:
+        parts.append(f"MFU {100 * values['mfu']:.1f}%")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03``."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+class Progress:
+    """What the user sees of a run. shows: nothing at all if false (processes but the first, quiet runs)."""
+
+    def __init__(self, steps: int, start: int, shows: bool):
+        self._steps, self._shows = steps, shows
+        self._bar: Any = None
+        if shows and sys.stdout.isatty():
+            self._bar, self._task = _bar(steps, start)
+
+    def say(self, text: str) -> None:
+        """Print ``text``, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        elif self._shows:
+            print(text, flush=True)
+
+    def advance(self, step: int) -> None:
+        """``step`` updates have been given to the devices."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def show(self, step: int, split: str, values: dict[str, float]) -> None:
+        """A row of metrics."""
+        text = line(step, self._steps, split, values)
+        if self._bar is not None and split == "train":
+            self._bar.update(self._task, completed=step, metrics=text)
+        elif self._shows:
+            left = (self._steps - step) / values["steps_per_s"] if values.get("steps_per_s") else 0
+            self.say(f"{text}  {duration(left)} left" if left else text)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _bar(steps: int, start: int) -> tuple[Any, Any]:
+    from rich import progress
+
+    bar = progress.Progress(
+        progress.BarColumn(), progress.TextColumn("{task.fields[metrics]}"), progress.TimeRemainingColumn()
+    )
+    task = bar.add_task("train", total=steps, completed=start, metrics=f"train {start}/{steps}")
+    bar.start()
+    return bar, task

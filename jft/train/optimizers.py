@@ -172,11 +172,11 @@ def scale_by_aged_adam(b1: float, b2: float, eps: float) -> optax.GradientTransf
 
 
 def _decay_to_base(weight: float, decays: Decays | None) -> optax.GradientTransformationExtraArgs:
-    """Adds ``weight * change``, the values' distance from the base, which the step hands in."""
+    """Adds ``weight * change``, the values' distance from the base, which ``change()`` of the step gives."""
 
     def update(updates: Any, state: Any, params: Any = None, *, change: Any, **_: Any) -> tuple[Any, Any]:
         wanted = decays(updates) if decays else jax.tree.map(lambda _: True, updates)
-        moved = jax.tree.map(lambda u, c, d: u + weight * c if d else u, updates, dict(change), wanted)
+        moved = jax.tree.map(lambda u, c, d: u + weight * c if d else u, updates, change(), wanted)
         return moved, state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,42 +20,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jft import parallel, tree
 from jft.dot import dot
 from jft.models.core import Hooks, is_jft_model
-from jft.select import calibration
 from jft.train import feed
-from jft.train.objectives import Objective
+
+if TYPE_CHECKING:
+    from jft.train.calibration import Setting
 
 Array = jax.Array
 Weights = dict[str, Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What is computed on which layout; equal settings share compiled functions.
-
-    order: all paths. places: shardings of the candidates on a mesh. dtype: of candidates where the model sees them.
-    accumulate: microbatches per batch. chunk: examples whose whole gradients are held at once.
-    """
-
-    apply: Callable[[Any, Any], Any]
-    objective: Objective
-    structure: Any
-    order: tuple[str, ...]
-    mesh: Any
-    places: tuple[tuple[str, Any], ...]
-    dtype: Any
-    accumulate: int
-    chunk: int
-
-    def tree(self, rest: Mapping[str, Array], chosen: Mapping[str, Array]) -> Any:
-        """The parameters; candidates in the dtype in which the step shows trained values to the model."""
-        flat = {**rest, **tree.cast(dict(chosen), self.dtype)}
-        return jax.tree.unflatten(self.structure, [flat[p] for p in self.order])
-
-    def laid(self, values: Weights) -> Weights:
-        """``values`` sharded as the weights are."""
-        places = dict(self.places)
-        constrain = jax.lax.with_sharding_constraint
-        return {p: constrain(x, places[p]) if p in places else x for p, x in values.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +113,7 @@ def tapped(model: Any, setting: Setting, rest: Weights, chosen: Weights, batch: 
     reads = jax.eval_shape(lambda: model.apply(setting.tree(rest, chosen), batch, hooks=hooks)[1])
     size, found = feed.rows(batch), []
     for path, w in chosen.items():
-        x, lead = reads.get(path.removesuffix("/w")), calibration.lead(path, w.ndim, True)
+        x, lead = reads.get(path.removesuffix("/w")), tree.lead(path, w.ndim, True)
         matrices = path.endswith("/w") and "/experts/" not in path and w.ndim - lead == 2
         if matrices and x is not None and x.ndim - lead in (2, 3) and x.shape[lead] == size:
             found.append(path)

@@ -1,18 +1,23 @@
-"""`Report`: what the user sees of a run, and the rows of metrics of each member."""
+"""`Report`: what the user sees of a run: what trains of which weights, the first example, and each member's metrics."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jft.train import feed, memory_check, resume, summary
-from jft.train.metrics import Metrics
+from jft import files, terminal, tree
+from jft.data.display import marked
+from jft.methods import Plan
+from jft.train import feed, step
+from jft.train.metrics import Meter, Metrics, Progress
 from jft.train.optimizers import Given
-from jft.train.progress import Meter, Progress
-from jft.train.result import Pending
-from jft.train.training import Training
+from jft.train.training import Pending, Training
 
 
 class Report:
@@ -24,30 +29,31 @@ class Report:
     def __init__(self, training: Training, begin: int, memory: Any, batch: Any, tokenizer: Any):
         self._training, config, members = training, training.config, training.members
         self._log, self._steps, primary = config.log, config.steps, jax.process_index() == 0
-        example = summary.example(training.streams.feed(0).peek(), config.objective, tokenizer)
         # Not before: a start that was refused leaves the config of the run that is there.
         self._metrics = []
         for member in members:
-            resume.write_config(member.workdir, member.manifest)
+            write_config(member.workdir, member.manifest)
             # A member of a fleet may have no folder where others have.
             tensorboard = config.log.tensorboard and (member.workdir is not None or not members.stacked)
             self._metrics.append(Metrics(member.workdir, begin, tensorboard, config.log.wandb, primary))
         self._progress = Progress(config.steps, begin, config.log.progress and primary)
         times = 1 if training.streams.differ else len(members)
-        work = memory_check.work(training.update, batch, training.params, times)
+        work = step.work(training.update, batch, training.params, times)
         self._meter = Meter(work)
-        self._introduce(f"step takes {memory}; FLOPs by {work.source}", example, begin)
+        if config.log.progress and primary:
+            self._introduce(f"step takes {memory}; FLOPs by {work.source}", begin, tokenizer)
 
-    def _introduce(self, costs: str, example: str, begin: int) -> None:
+    def _introduce(self, costs: str, begin: int, tokenizer: Any) -> None:
         run, layout = self._training, self._training.update.layout
+        first = example(run.streams.feed(0).peek(), run.config.objective, tokenizer)
         plan, trained = run.update.recipe.plan, run.update.single.trained
         shardings = None if layout.mesh is None else layout.params
-        self.say(summary.text(summary.rows(run.params, trained, shardings)))
+        self.say(text(rows(run.params, trained, shardings)))
         names = ", ".join(member.name for member in run.members)
         members = f"{len(run.members)} members ({names}), each by " if run.members.stacked else ""
-        self.say(f"{members}method {summary.describe(plan)}; {costs}")
-        if example:
-            self.say(example)
+        self.say(f"{members}method {describe(plan)}; {costs}")
+        if first:
+            self.say(first)
         if "classifier/w" in plan.paths and "classifier/w" not in plan.leaves:
             self.say("the classifier stays as it is, which suits a fixed head; also='^classifier/' trains it")
         if begin:
@@ -98,3 +104,84 @@ class Report:
         for metrics in self._metrics:
             metrics.close()
         self._progress.close()
+
+
+def write_config(workdir: Path | None, manifest: Mapping[str, Any]) -> None:
+    """Make the folder of a run that has one, and write its manifest's ``config`` to ``config.json`` there."""
+    if workdir is not None and jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if "config" in manifest:
+            files.write_text(workdir / "config.json", json.dumps(manifest["config"], indent=2, default=str) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One weight: how it lies and how many of its values train."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    sharding: str
+    trains: int
+
+    @property
+    def density(self) -> float:
+        """Values that train, of values there are."""
+        return self.trains / max(int(np.prod(self.shape)), 1)
+
+
+def rows(params: Any, trained: Mapping[str, Any], shardings: Any = None) -> list[Row]:
+    """A row for each weight, in tree order; ``trained`` as in :meth:`Plan.init` (arrays or shapes)."""
+    specs = tree.flatten(shardings) if shardings is not None else {}
+    out = []
+    for path, x in tree.flatten(params).items():
+        spec = getattr(specs.get(path), "spec", None)
+        written = ", ".join("+".join(a) if isinstance(a, tuple) else str(a or "-") for a in spec) if spec else "-"
+        trains = tree.count(trained[path]) if path in trained else 0
+        out.append(Row(path, tuple(x.shape), np.dtype(x.dtype).name, written, trains))
+    return out
+
+
+def summary(table: list[Row]) -> str:
+    """``123 weights, 1,234,567 values, 12,345 train (1.0%)``."""
+    values = sum(int(np.prod(r.shape)) for r in table)
+    trains = sum(r.trains for r in table)
+    return f"{len(table)} weights, {values:,} values; {trains:,} train ({100 * trains / max(values, 1):.3g}%)"
+
+
+def text(table: list[Row]) -> str:
+    """The rows as plain aligned text, with the totals below."""
+    cells = []
+    for r in table:
+        trains = (f"{r.trains:,}", f"{r.density:.3g}") if r.trains else ("-", "-")
+        cells.append((r.path, "x".join(map(str, r.shape)) or "scalar", r.dtype, r.sharding, *trains))
+    headers = ("weight", "shape", "dtype", "sharding", "trains", "density")
+    lines = terminal.text(terminal.table(headers, cells, left=("weight", "dtype", "sharding")))
+    return f"{lines}\n{summary(table)}"
+
+
+def example(batch: Any, objective: Any, tokenizer: Any, limit: int = 400) -> str:
+    """The first row of a host batch decoded, up to ``limit`` tokens: with what the loss is over in ⟦brackets⟧ where that is
+    tokens, else with its label. Empty where the batch holds no text or there is no tokenizer.
+    """
+    if not isinstance(batch, Mapping):
+        batch = {"tokens": batch}
+    decoder = "decoder_" if "decoder_tokens" in batch else ""
+    if tokenizer is None or f"{decoder}tokens" not in batch:
+        return ""
+    tokens = batch[f"{decoder}tokens"][0]
+    segments = batch[f"{decoder}segments"][0] if f"{decoder}segments" in batch else np.ones_like(tokens)
+    end = min(int(np.flatnonzero(segments > 0).max(initial=-1)) + 1, limit)
+    weights = objective.weights(batch, np)[0] if hasattr(objective, "weights") else np.float32(1)
+    if weights.ndim:
+        # Weights stand where the prediction is made, one before the token that is predicted.
+        counts = np.roll(weights, 1) > 0
+        return f"first example, targets in brackets: {marked(tokenizer, tokens[:end], counts[:end])}"
+    label = f", label {batch['labels'][0]}" if "labels" in batch else ""
+    return f"first example{label}: {tokenizer.decode(tokens[:end])}"
+
+
+def describe(plan: Plan) -> str:
+    """The method in one line: name and options."""
+    options = ", ".join(f"{k}={v!r}" for k, v in plan.method.options.items())
+    return f"{plan.method.name}({options})"

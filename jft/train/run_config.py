@@ -1,19 +1,23 @@
-"""`RunConfig`: what all members of a run share: the model and its loss, how far, and where it is computed."""
+"""`RunConfig`: what all members of a run share, and the facts of a run that checkpoints and task vectors carry."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
-from jft import parallel
+from jft import delta, parallel, tree
+from jft.methods import Method
 from jft.train import feed, step
 from jft.train.metrics import Logging
 from jft.train.objectives import infer
 from jft.train.objectives import objective as find_objective
-from jft.train.state import find_mesh
+from jft.train.optimizers import Given
+from jft.train.state import State, find_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,3 +70,43 @@ def options(kind: type, value: Any) -> Any:
                 raise ValueError(f"{kind.__name__} has no option {key!r}; it has: {', '.join(known)}")
         return kind(**value)
     return value
+
+
+def check_manifest(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the caller says of the run; what no task vector could hold is refused now, not after training."""
+    said = delta.manifest.check(manifest or {})
+    for key in ("base", "operation"):
+        if key in said:
+            raise ValueError(f"manifest entry {key!r} is written by finetune itself; choose another name")
+    return said
+
+
+def describe(
+    method: Method, optimizer: Any, objective: Any, state: State, batch: Any, dtype: Any, seed: int
+) -> dict[str, Any]:
+    """What a run is, as JSON: a run may only go on from checkpoints that say the same."""
+    if isinstance(optimizer, Given):
+        options: Any = {"name": "optax", "state": sorted(tree.flatten(state.opt_state))}
+    else:
+        options = dataclasses.asdict(optimizer)
+    linear = {} if method.forward == "standard" else {"forward": method.forward, "until": method.until}
+    return {
+        "method": {"name": method.name, "options": _json(method.options), **linear},
+        "optimizer": _json(options),
+        "objective": {"name": type(objective).__name__, **_json(getattr(objective, "__dict__", {}))},
+        "batch": {p: [list(x.shape), np.dtype(x.dtype).name] for p, x in tree.flatten(batch).items()},
+        "trained": {p: [list(x.shape), np.dtype(x.dtype).name] for p, x in tree.flatten(state.trained).items()},
+        "dtype": None if dtype is None else np.dtype(dtype).name,
+        "seed": seed,
+    }
+
+
+def _json(value: Any) -> Any:
+    """``value`` as JSON would give it back; functions by their name, what else it cannot hold by its ``repr``."""
+
+    def said(value: Any) -> str:
+        # The repr of a function has its address, which another process puts elsewhere.
+        name = getattr(value, "__qualname__", None)
+        return f"{value.__module__}.{name}" if name else repr(value)
+
+    return json.loads(json.dumps(value, default=said))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,9 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jft import tree
 from jft.compiled import program_cache
-from jft.train import setup, step
-from jft.train.axis import depends, over_members, take
-from jft.train.state import Holdings, Layout, State, abstract, lay_out
+from jft.train import step
+from jft.train.state import Holdings, Layout, State, abstract, lay_out, take
 
 TOGETHER = {"cpu": 1}
 """Members computed at once on one device, all where it is not named. A processor gains nothing from larger products, and
@@ -81,7 +80,7 @@ def compile_step(
     and the selection ``chosen`` of one member. batch: whether batches differ.
     """
     plan = recipe.plan
-    single = setup.shapes(recipe, params, chosen)
+    single = step.shapes(recipe, params, chosen)
     one = lay_out(params, plan, single, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     flags = tree.like(params, {p: p in owned for p in tree.flatten(params)})
@@ -128,3 +127,38 @@ def _without(axis: str | None, part: Any) -> Any:
         return part
     left = tuple(a for a in (part if isinstance(part, tuple) else (part,)) if a != axis)
     return left or None
+
+
+def depends(fn: Callable, args: Sequence[Any], flags: Sequence[Any]) -> Any:
+    """A flag for every result of ``fn(*args)``: whether it depends on an argument whose flag is set."""
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
+    jaxpr = closed.jaxpr
+    reached = {v for v, flag in zip(jaxpr.invars, jax.tree.leaves(tuple(flags)), strict=True) if flag}
+    for equation in jaxpr.eqns:
+        if any(not hasattr(v, "val") and v in reached for v in equation.invars):
+            reached.update(equation.outvars)
+    found = [not hasattr(v, "val") and v in reached for v in jaxpr.outvars]
+    return jax.tree.unflatten(jax.tree.structure(shapes), found)
+
+
+def over_members(fn: Callable, flags: Sequence[Any], members: int, together: int) -> Callable:
+    """``fn`` for every member, results stacked. flags: for each argument a tree (or prefix) of whether members differ in it.
+
+    together: members computed at once; the others follow.
+    """
+    if together >= members:
+        return jax.vmap(fn, in_axes=tuple(jax.tree.map(lambda differs: 0 if differs else None, f) for f in flags))
+
+    def one_after_another(*args: Any) -> Any:
+        leaves, structure = jax.tree.flatten(args)
+        full = jax.tree.leaves(jax.tree.broadcast(tuple(flags), args))
+        stacked = [x for x, differs in zip(leaves, full, strict=True) if differs]
+
+        def one(stacked: list) -> Any:
+            rest = iter(stacked)
+            mixed = [next(rest) if differs else x for x, differs in zip(leaves, full, strict=True)]
+            return fn(*jax.tree.unflatten(structure, mixed))
+
+        return jax.lax.map(one, stacked, batch_size=together if together > 1 else None)
+
+    return one_after_another

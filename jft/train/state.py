@@ -1,18 +1,25 @@
-"""`State`: everything that changes from step to step, and where it lies on the devices."""
+"""`State` and `Holdings`: what a run holds, how that starts or is taken up, and where it lies on the devices."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jft import delta, parallel, tree
 from jft.methods import Plan
+
+if TYPE_CHECKING:
+    from jft.train.step import Step
+
+Seeds = int | Sequence[int]
+Overlays = Sequence[Mapping[str, Any]]
 
 
 @jax.tree_util.register_dataclass
@@ -157,3 +164,116 @@ def _like_trained(opt_state: Any, trained: Any, specs: Any) -> Any:
 def abstract(value: Any, shardings: Any) -> Any:
     """Shapes, dtypes and shardings of a tree, for compiling before anything is allocated."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), value, shardings)
+
+
+def hold(
+    update: Step, params: Any, chosen: Any, seed: Seeds, donate: bool = False, overlays: Overlays = ({},)
+) -> Holdings:
+    """All that a run holds before its first step. ``params`` lie as ``update.layout`` says.
+
+    seed, overlays: of a fleet those of its members; overlays: by path, weights in place of the base's. donate: live weights
+    take over the memory of ``params``, which cannot be used afterwards.
+    """
+    plan, places = update.recipe.plan, update.layout.state
+    chosen = jax.device_put(chosen, places.chosen)
+    frozen, live, trained = _start(update, params, chosen, seed, donate, overlays, {})
+    trained = jax.device_put(trained, places.trained)
+    keys = [np.asarray(jax.random.key_data(jax.random.key(s))) for s in _listed(seed)]
+    rule = plan.method.rule
+    memory = (jax.vmap(rule.init) if update.stack else rule.init)(trained) if rule else None
+    state = State(
+        step=jax.device_put(np.zeros(update.stack, np.int32), places.step),
+        trained=trained,
+        opt_state=update.start(trained),
+        rng=jax.device_put(join(keys, update.holdings.state.rng), places.rng),
+        chosen=chosen,
+        memory=jax.device_put(memory, places.memory),
+    )
+    return Holdings(state, live, frozen)
+
+
+def take_up(
+    update: Step, params: Any, state: State, settled: Settled, seed: Seeds, donate: bool, overlays: Overlays
+) -> Holdings:
+    """All that a run holds that goes on from ``state``: live weights hold its values again, and what settled in them."""
+    frozen, live, _ = _start(update, params, state.chosen, seed, donate, overlays, settled)
+    return Holdings(state, _committed(update.recipe.plan, frozen, live, state), frozen)
+
+
+def _listed(seed: Seeds) -> Sequence[int]:
+    return seed if isinstance(seed, Sequence) else [seed]
+
+
+def _start(
+    update: Step, params: Any, chosen: Any, seed: Seeds, donate: bool, overlays: Overlays, settled: Settled
+) -> tuple[Any, Any, Any]:
+    """``(frozen, live, trained)`` of all members, each made as a run by itself makes its own."""
+    plan, like, places = update.recipe.plan, update.holdings, update.layout.holdings
+    each: list[tuple[Any, Any, Any]] = []
+    for i, (key, weights) in enumerate(zip(map(jax.random.key, _listed(seed)), overlays, strict=True)):
+        base = {**tree.flatten(params), **weights}
+        start = tree.like(params, {p: settled[p].written(w) if p in settled else w for p, w in base.items()})
+        selected = take(chosen, i) if update.stack else chosen
+        kept, trained = plan.init(key, start, selected, base if settled else None)
+        frozen, live, _ = plan.detach(kept)
+        if each:  # what members share is held once, not until all are made
+            frozen = jax.tree.map(lambda to, a, b: b if to.ndim > b.ndim else a, like.frozen, each[0][0], frozen)
+        each.append((frozen, live, trained))
+    frozens, lives, values = zip(*each, strict=True)
+    frozen = jax.device_put(join(frozens, like.frozen), places.frozen)
+    return frozen, own(lives[0], places.live, donate), join(values, like.state.trained)
+
+
+def measured(update: Step, held: Holdings, calibrations: Sequence[Callable[[], Any]]) -> Holdings:
+    """What is held, with what the method's rule finds out about each member's base before the first step."""
+    plan, rule = update.recipe.plan, update.recipe.plan.method.rule
+    if rule is None:
+        return held
+    memory = held.state.memory
+    each = [
+        rule.measure(plan, look(), take(memory, i) if update.stack else memory) for i, look in enumerate(calibrations)
+    ]
+    if each[0] is not None:
+        memory = jax.device_put(join(each, update.holdings.state.memory), update.layout.state.memory)
+    return dataclasses.replace(held, state=dataclasses.replace(held.state, memory=memory))
+
+
+def go_back(update: Step, held: Holdings, state: State) -> Holdings:
+    """What is held, with another state of the same run and live weights that have its values."""
+    return Holdings(state, _committed(update.recipe.plan, held.frozen, held.live, state), held.frozen)
+
+
+def _committed(plan: Plan, frozen: Any, live: Any, state: State) -> Any:
+    def write(live: Any, frozen: Any, state: State) -> Any:
+        return plan.detach(plan.commit(plan.attach(frozen, live, state.chosen), state.trained))[1]
+
+    return jax.jit(write, donate_argnums=0)(live, frozen, state) if live else live
+
+
+def own(live: Any, places: Any, donate: bool) -> Any:
+    """Live weights for the run alone: copies, unless it may take the base's."""
+    live = jax.device_put(live, places)
+    return live if donate else jax.tree.map(lambda x: jnp.array(x, copy=True), live)
+
+
+def join(each: Sequence[Any], like: Any) -> Any:
+    """Equal trees of all members as one: stacked where ``like`` has an axis more, else the first member's."""
+    return jax.tree.map(lambda to, *x: stack(x) if to.ndim > np.ndim(x[0]) else x[0], like, *each)
+
+
+def stack(arrays: Sequence[Any]) -> Any:
+    """Arrays of all members as one; on the host where they are all there, which compiles nothing."""
+    if all(isinstance(x, np.ndarray) or x.is_fully_addressable for x in arrays):
+        return np.stack([np.asarray(x) for x in arrays])
+    return jnp.stack(arrays)
+
+
+def take(value: Any, i: int) -> Any:
+    """The part of member ``i``: the inverse of :func:`stack`."""
+
+    def part(x: Any) -> Any:
+        if isinstance(x, np.ndarray) or x.is_fully_addressable:
+            return jnp.asarray(np.asarray(x)[i])
+        return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+    return jax.tree.map(part, value)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,10 +16,12 @@ import optax
 from jft import parallel, tree
 from jft.compiled import program_cache
 from jft.methods import Plan
-from jft.models.core import is_jft_model
-from jft.train.objectives import Objective, TowardBase
+from jft.models.core import is_jft_model, on_mesh
+from jft.train import feed
+from jft.train.metrics import Work, peak_flops
+from jft.train.objectives import LanguageModel, Objective, Seq2Seq, TowardBase
 from jft.train.optimizers import Given, Optimizer
-from jft.train.state import Holdings, Layout, State, abstract
+from jft.train.state import Holdings, Layout, State, abstract, create, lay_out
 
 Metrics = dict[str, jax.Array]
 
@@ -31,12 +34,12 @@ class Apply:
     mesh: Any = None
 
     def __call__(self, params: Any, batch: Any, **hooks: Any) -> Any:
-        with parallel.tracing(self.mesh):
+        with on_mesh(self.mesh):
             return (self.model.apply if hasattr(self.model, "apply") else self.model)(params, batch, **hooks)
 
     def head(self, params: Any, h: Any) -> Any:
         """A jft model's :meth:`~jft.models.Model.head`."""
-        with parallel.tracing(self.mesh):
+        with on_mesh(self.mesh):
             return self.model.head(params, h)
 
 
@@ -78,7 +81,7 @@ class Recipe:
                 "is compared with every other, so microbatches minimise another loss; use accumulate=1 and shard the batch"
             )
 
-    @property
+    @functools.cached_property
     def transform(self) -> optax.GradientTransformationExtraArgs:
         """From gradients to updates for a learning rate of 1. Where selections change, each value has an age of its own."""
         if isinstance(self.optimizer, Given):
@@ -159,7 +162,7 @@ def step(
         gradient = rule.join(noise, gradient, anchor)
     if rule:
         gradient, memory = rule.gradient(plan, kept, state.trained, gradient, memory)
-    change = plan.change(kept, state.trained) if recipe.optimizer.to_base else None
+    change = functools.partial(plan.change, kept, state.trained)
     updates, opt_state = recipe.transform.update(gradient, state.opt_state, state.trained, change=change)
     scales = plan.scales(state.trained)
     updates = {p: jax.tree.map(lambda u, s: u * (rate * s), u, scales[p]) for p, u in updates.items()}
@@ -225,6 +228,26 @@ class Step:
         state, live, metrics = self.compiled(batch)(held.state, held.live, held.frozen, batch, rate, sound)
         return Holdings(state, live, held.frozen), metrics
 
+    def memory(self, batch: Any, params: Any, donated: bool = False) -> parallel.MemoryEstimate:
+        """Memory of a run on each device: the compiled step's, and that of the base where it lies apart from it.
+
+        donated: live weights are the base's own, so of these there is no second copy.
+        """
+        found = parallel.estimate(self.compiled(batch))
+        return dataclasses.replace(found, arguments=found.arguments + self._apart(params, donated))
+
+    def _apart(self, params: Any, donated: bool) -> int:
+        """Bytes on each device of base weights that the step itself does not take."""
+        held = self.holdings
+        taken = {path for path, frozen in held.frozen.items() if jax.tree.leaves(frozen) and path not in held.live}
+        taken |= set(held.live) if donated else set()
+        places = tree.flatten(self.layout.params)
+        return sum(
+            math.prod(places[path].shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
+            for path, x in tree.flatten(params).items()
+            if path not in taken
+        )
+
     def member(self, held: Holdings, index: int) -> tuple[State, dict[str, Any]]:
         """``(state, kept)`` of one member, here the only one."""
         return held.state, self.recipe.plan.attach(held.frozen, held.live, held.state.chosen)
@@ -261,6 +284,21 @@ def make(recipe: Recipe, layout: Layout, holdings: Holdings) -> Step:
     return _make(Key(recipe, layout, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), holdings)))
 
 
+def shapes(recipe: Recipe, params: Any, chosen: Mapping[str, Any], seed: int = 0) -> Holdings:
+    """What a run of ``recipe`` holds, from parameters and a selection given as arrays or shapes, without making it."""
+    plan = recipe.plan
+    kept, trained = jax.eval_shape(plan.init, jax.random.key(0), params, chosen)
+    frozen, live, chosen = plan.detach(kept)
+    state = jax.eval_shape(lambda t, c: create(plan, t, c, recipe.transform, seed), trained, chosen)
+    return Holdings(state, live, frozen)
+
+
+def compile_step(recipe: Recipe, params: Any, chosen: Mapping[str, Any], mesh: Any, seed: int = 0) -> Step:
+    """The step of ``recipe`` on ``mesh``, from arrays or shapes; batches are compiled for as they come."""
+    held = shapes(recipe, params, chosen, seed)
+    return make(recipe, lay_out(params, recipe.plan, held, mesh), held)
+
+
 def flops(compiled: jax.stages.Compiled) -> float | None:
     """What XLA counts for one execution on each device; a scan's body counts once. None where it does not tell."""
     cost = compiled.cost_analysis()
@@ -281,3 +319,24 @@ def formula_flops(params: Any, trained_paths: Any, tokens: float, predicts_token
     total = sum(sizes.values())
     training = sum(n for p, n in sizes.items() if p in trained_paths)
     return (4 * total + 2 * training) * tokens
+
+
+def work(update: Step, batch: Any, params: Any, times: int = 1) -> Work:
+    """FLOPs of one step: by formula where the batch is tokens, else as XLA counts the compiled step.
+
+    times: members that each go through the whole batch.
+    """
+    device = update.layout.device
+    peak = peak_flops(device)
+    peak = peak * update.layout.devices if peak else None
+    tokens = feed.positions(batch)
+    recipe = update.recipe
+    if tokens:
+        predicts = isinstance(recipe.objective, LanguageModel | Seq2Seq)
+        count = formula_flops(params, recipe.plan.leaves, tokens, predicts)
+        return Work(count * times, f"(4 N + 2 T) per token: {count:.3g} a step", peak)
+    counted = flops(update.compiled(batch))
+    if counted is None:
+        return Work(None, "nothing: this backend does not count", peak)
+    total = counted * update.layout.devices
+    return Work(total, f"XLA's count, the body of a scan once: {total:.3g} a step", peak)

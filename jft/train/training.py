@@ -1,8 +1,10 @@
-"""`Training`: members on their way from a base or a checkpoint to their results."""
+"""`Training`: members on their way from a base or a checkpoint to their results, each a `Run`."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,77 @@ import jax
 import numpy as np
 
 from jft import delta, tree
-from jft.train import evaluation, memory_check, reselection, result, resume, setup
-from jft.train import trainable as trainables
-from jft.train.feed import Streams
+from jft.methods import Plan
+from jft.train import evaluation, reselection
+from jft.train.feed import Streams, global_shapes
 from jft.train.members import Members
-from jft.train.result import NonFiniteError, Pending, Run
-from jft.train.run_config import RunConfig, options
-from jft.train.state import Holdings, Settled
+from jft.train.reselection import Trainable
+from jft.train.run_config import RunConfig, describe, options
+from jft.train.state import Holdings, Settled, State, go_back, hold, measured, take_up
 from jft.train.step import Step
-from jft.train.trainable import Trainable
+from jft.tree import host, visible
+
+
+class NonFiniteError(ValueError):
+    """The loss or gradient was not finite. step: of the update that was not made; position: of its batch in the data."""
+
+    def __init__(self, message: str, step: int, position: Any):
+        super().__init__(message)
+        self.step, self.position = step, position
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], step: int, position: Any, then: str, whose: str = "") -> NonFiniteError:
+        """That of a step with metrics ``values``; then: what became of the state."""
+        what = "has total weight 0 on all processes" if values["weight"] == 0 else "is not finite"
+        return cls(
+            f"{whose}the loss of step {step} {what}: loss {values['loss']:g}, grad_norm {values['grad_norm']:g}, data "
+            f"position {position}; {then}. Look at that batch, lower the learning rate, or clip",
+            step,
+            position,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A step given to the devices whose metrics nobody has looked at: updates made with it, the learning rate of each member,
+    and where each stream stood before its batch.
+    """
+
+    step: int
+    metrics: Mapping[str, Any]
+    rates: Sequence[float]
+    positions: list[Any]
+
+    def each(self) -> list[dict[str, float]]:
+        """The metrics of each member."""
+        values = {k: np.atleast_1d(v) for k, v in jax.device_get(self.metrics).items() if k != "sound"}
+        return [{k: float(v[i]) for k, v in values.items()} for i in range(len(self.rates))]
+
+
+@dataclasses.dataclass
+class Run:
+    """A finished run. metrics: all rows, ``{"step", "split", ...}``; evaluation: that of the state it ended with.
+
+    error: of a member of a fleet whose loss was not finite, and that ended before the others.
+    """
+
+    plan: Plan
+    state: State
+    metrics: list[dict]
+    evaluation: dict[str, float]
+    task_vector: delta.TaskVector
+    _base: Any
+    _kept: Any
+    error: NonFiniteError | None = None
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """The fine-tuned parameters, plain, in the dtypes of the base."""
+        return self.merged(self._base)
+
+    def merged(self, like: Any) -> Any:
+        """The fine-tuned parameters in the dtypes of ``like``, arrays or shapes."""
+        return self.plan.merged(like, self._kept, self.state.trained)
 
 
 class Training:
@@ -36,7 +100,7 @@ class Training:
     ):
         self.config, self.members, self.streams, self.update, self.params = config, members, streams, update, params
         self._plans, self._chosen, self._probe = trains.plans, trains.chosen, trains.calibration
-        self._batch = memory_check.global_shapes(streams.feed(0).peek())
+        self._batch = global_shapes(streams.feed(0).peek())
         self._settled: Settled = {}
         self._facts = [self._describe(i) for i in range(len(members))]
         shared = delta.describe_base(params)  # read once
@@ -47,7 +111,7 @@ class Training:
     def _describe(self, i: int) -> dict[str, Any]:
         member, config = self.members[i], self.config
         rest = config.objective, self.update.single, self._batch, config.dtype, member.seed
-        return resume.describe(member.method, member.optimizer, *rest)
+        return describe(member.method, member.optimizer, *rest)
 
     def begin(self, workdir: Path | None, checkpoint: Any, decided: Any, donate: bool) -> int:
         """Open the checkpoints, and hold what they have; the step that training goes on from, 0 without any."""
@@ -66,14 +130,13 @@ class Training:
         if begin:
             state, positions = self.checkpoints.restore(self.update.holdings.state)
             self._settled = self.checkpoints.settled()
-            self.held = setup.take_up(self.update, self.params, state, self._settled, seeds, donate, overlays)
+            self.held = take_up(self.update, self.params, state, self._settled, seeds, donate, overlays)
             self.streams.seek(positions if members.stacked else [positions])
         else:
-            for member, facts in zip(members, each, strict=True):
-                resume.refuse_another(member.workdir, facts)
-            held = setup.hold(self.update, self.params, self._chosen, seeds, donate, overlays)
+            self._refuse_another(each)
+            fresh = hold(self.update, self.params, self._chosen, seeds, donate, overlays)
             calibrations = [lambda i=i, m=m: self._probe(i, m.start(self.params)) for i, m in enumerate(members)]
-            self.held = setup.measured(self.update, held, calibrations)
+            self.held = measured(self.update, fresh, calibrations)
         self.sound = np.asarray(jax.device_get(self.held.state.step) == begin)
         for i in np.flatnonzero(~np.atleast_1d(self.sound)).tolist():
             last = int(self.held.state.step[i])
@@ -81,6 +144,14 @@ class Training:
                 f"member {members[i].name!r} stopped at step {last}, in a part before this", last, None
             )
         return begin
+
+    def _refuse_another(self, each: list[dict[str, Any]]) -> None:
+        """Refuse to write over the results that other runs have left in the members' folders."""
+        for member, facts in zip(self.members, each, strict=True):
+            if member.workdir is not None:
+                from jft.train.checkpoints import refuse_another
+
+                refuse_another(member.workdir, facts)
 
     def reselect(self, n: int) -> None:
         """Before update ``n``, select anew what trains, where the method's schedule says so. No fleet has one."""
@@ -93,7 +164,7 @@ class Training:
         )
         self._plans = [self.update.recipe.plan]
         if self.checkpoints:
-            self.checkpoints.renewed(self._describe(0), trainables.decided(self.update.recipe.plan))
+            self.checkpoints.renewed(self._describe(0), reselection.decided(self.update.recipe.plan))
 
     def step(self, batch: Any, rates: list[float]) -> dict[str, Any]:
         """Give one update to the devices; its metrics."""
@@ -118,8 +189,16 @@ class Training:
             self.errors[i] = NonFiniteError.of(values[i], done, position, then, label)
         if all(self.errors):
             self.save(done, pending.positions)
-            raise self.members.end(self.errors, directory, done, pending.positions)
+            raise self._end(directory, done, pending.positions)
         return [error for i in fresh if (error := self.errors[i])]
+
+    def _end(self, directory: Any, step: int, positions: list[Any]) -> NonFiniteError:
+        """Why a run ends after ``step`` of which no member is left; directory: of its checkpoints, if it has any."""
+        if not self.members.stacked:
+            return self.errors[0]  # type: ignore[return-value]  # all members have one
+        saved = f"their states are saved in {directory}" if directory else "no workdir, so no state was saved"
+        text = "\n".join(map(str, self.errors))
+        return NonFiniteError(f"no member of the fleet is left; {saved}:\n{text}", step, positions)
 
     def save(self, done: int, positions: list[Any], scores: list[dict[str, float]] | None = None) -> None:
         """Write a checkpoint, where the run has a workdir. scores: of an evaluation of this very state."""
@@ -142,7 +221,7 @@ class Training:
     def restore_best(self) -> list[dict[str, float]]:
         """Go back to the best checkpoint, where one is kept; its evaluation."""
         best, scores = self.checkpoints.restore_best(self.update.holdings.state)
-        self.held = setup.go_back(self.update, self.held, best)
+        self.held = go_back(self.update, self.held, best)
         return [scores]
 
     def result(self, i: int, scores: dict[str, float], rows: list[dict]) -> Run:
@@ -154,7 +233,7 @@ class Training:
         facts = {**member.manifest, **self._facts[i], "steps": int(state.step), "evaluation": scores, **stopped}
         encoded = reselection.change(self._settled, tree.flatten(base), plan.encode(base, kept, state.trained))
         vector = delta.TaskVector(encoded, {"base": self._bases[i], **delta.describe(None, **facts)})
-        result.save(vector, member.workdir)
+        save(vector, member.workdir)
         return Run(plan, state, rows, scores, vector, base, kept, error)
 
 
@@ -180,3 +259,12 @@ def _open(workdir: Path | None, checkpoint: Any, facts: Any, decided: Any, membe
             )
     workdir.mkdir(parents=True, exist_ok=True)
     return Checkpoints(workdir / "checkpoints", given, facts, decided)
+
+
+def save(vector: delta.TaskVector, workdir: Path | None) -> None:
+    """Write the result of a run into its folder, if it has one."""
+    if workdir is None:
+        return
+    whole = jax.tree.map(lambda x: x if visible(x) else host(x), vector)
+    if jax.process_index() == 0:
+        whole.save(workdir / "task_vector.safetensors")

@@ -8,8 +8,8 @@ import pytest
 import jft
 from jft.analysis import study
 from jft.data.tokenizer import byte_tokenizer
+from jft.models import Model
 from jft.models.clip import ClipConfig, TextConfig
-from jft.models.model import Model
 from jft.models.vision import VisionConfig
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from jft.delta import Changed, ExpertLayout, Selected, experts
 from jft.dot import dot, grouped_dot
+from jft.models import Model
 from jft.models.core import ACTIVATIONS, Execution, Hooks, Runs, Scope
 from jft.models.decoder import DecoderConfig
-from jft.models.model import Model
 from jft.models.moe import Experts, moe, route
 
 E, I, O, N = 6, 5, 7, 11  # noqa: E741

@@ -9,9 +9,9 @@ import numpy as np
 
 import jft
 from jft import tree
+from jft.models import Model
 from jft.models.core import Scope
-from jft.models.model import Model
-from jft.select.calibration import lead
+from jft.tree import lead
 from tests.methods.decoder import dense
 
 LAYERS, WIDTH, HIDDEN, CLASSES = 2, 6, 8, 3

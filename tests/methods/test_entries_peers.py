@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import jft
-from jft.methods import selecting
-from jft.select.calibration import lead
+from jft.methods.select import choose
 from jft.train.calibration import RunCalibration
 from jft.train.objectives import LanguageModel
+from jft.tree import lead
 
 pytestmark = [
     pytest.mark.peers,
@@ -42,7 +42,7 @@ def base(tmp_path_factory):
 def select(method, model, params):
     plan = jft.method(**method).plan(params, model)
     calibration = RunCalibration(model, params, plan.selects, LanguageModel(), [{"tokens": TOKENS}])
-    chosen = selecting.choose(plan, calibration, {})
+    chosen = choose(plan, calibration, {})
     return plan, *plan.init(jax.random.key(0), params, chosen)
 
 

@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec
 from jft import delta, tree
 from jft.delta import ExpertLayout, experts
 from jft.methods import InPlaceSelected
+from jft.models import Model
 from jft.models.core import Execution
 from jft.models.decoder import DecoderConfig
-from jft.models.model import Model
 from jft.models.moe import Experts
 from tests.methods import leaf
 

@@ -10,7 +10,7 @@ import jft
 from jft import tree
 from jft.dot import dot
 from jft.models.core import Hooks
-from jft.train.resume import Changed, compare
+from jft.train.checkpoints import Changed, compare
 from tests.methods import toy
 
 KEY = jax.random.key(0)

@@ -10,13 +10,13 @@ import pytest
 import jft
 from jft import parallel, tree
 from jft.dot import dot
-from jft.methods import selecting
+from jft.methods import select
 from jft.models import DecoderConfig, Hooks, Model
 from jft.models.memory import Memory
 from jft.models.moe import Experts
 from jft.select import heads, scores
 from jft.select.memory import accesses, slot_counts
-from jft.train import resume
+from jft.train import run_config
 from jft.train.calibration import RunCalibration
 from jft.train.objectives import LanguageModel
 from tests.methods import decoder
@@ -238,13 +238,13 @@ def test_a_background_from_a_file(tmp_path):
 
 def test_a_run_is_told_by_what_does_not_change_between_processes():
     method = jft.method("precise_sft")
-    said = resume._json(method.options)
+    said = run_config._json(method.options)
     assert said["counterfactual"] == "jft.select.heads.rolled" and "0x" not in str(said)
 
 
 def test_what_a_step_is_compiled_for_before_there_are_weights(params):
     plan = jft.method("s2ft", o=0.25, down=0.25).plan(params, decoder.MODEL)
-    found = selecting.expected(plan, tree.flatten(params), {})
+    found = select.expected(plan, tree.flatten(params), {})
     assert {p: x.shape for p, x in found.items()} == {O: (L, 1, 2), DOWN: (L, 1, 3)}
 
 

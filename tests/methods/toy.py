@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import tree
+from jft.models import Model
 from jft.models.core import Scope, layer_norm
-from jft.models.model import Model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 
 import jft
 from jft import tree
-from jft.models.model import Model
+from jft.models import Model
 from tests.models import hf_tools
 
 OUTPUT, GRADIENT = 2e-4, 1e-3  # absolute; relative to the largest entry of the parameter's gradient

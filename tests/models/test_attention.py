@@ -12,6 +12,7 @@ import jft
 from jft import parallel
 from jft.models import ClipConfig, DecoderConfig, EncoderConfig, Execution, Model, T5Config, VisionConfig
 from jft.models.clip import TextConfig
+from jft.models.core import on_mesh
 from jft.models.rope import Rope
 from jft.models.token_merging import TokenSelection
 
@@ -93,7 +94,7 @@ def test_on_a_mesh_it_is_the_same_and_blocks_exchange_nothing():
 
     def run(execution):
         def loss(tau, params, batch):
-            with parallel.tracing(mesh):
+            with on_mesh(mesh):
                 return jnp.mean(jnp.sin(jft.linearize(Model(config, execution).apply, params)(tau, batch)))
 
         compiled = jax.jit(jax.grad(loss)).lower(params, params, batch).compile()

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from jft import tree
+from jft.models import Model
 from jft.models.classifier import Classifier
 from jft.models.core import Hooks, Scope
 from jft.models.decoder import DecoderConfig
 from jft.models.encoder import EncoderConfig
 from jft.models.hf import encoders, vision
 from jft.models.hf.mapping import Family
-from jft.models.model import Model
 from jft.models.t5 import T5Config
 from jft.models.vision import VisionConfig
 from tests.models import parity

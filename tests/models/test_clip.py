@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jft.models import Model
 from jft.models.classifier import Classifier
 from jft.models.clip import ClipConfig, TextConfig, zero_shot_head
 from jft.models.core import Hooks
 from jft.models.hf.vision import FAMILIES
-from jft.models.model import Model
 from jft.models.vision import VisionConfig
 from tests.models import parity
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jft import tree
+from jft.models import Model
 from jft.models.hf.decoders import FAMILIES
-from jft.models.model import Model
 from tests.models import hf_tools
 
 torch = pytest.importorskip("torch")

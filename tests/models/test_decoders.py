@@ -11,10 +11,9 @@ import pytest
 
 from jft import tree
 from jft.delta import Changed, LowRank
-from jft.models import core
+from jft.models import Model, core
 from jft.models.core import Execution, Hooks, Scope
 from jft.models.decoder import DecoderConfig
-from jft.models.model import Model
 from jft.models.moe import Experts, moe
 from jft.models.rope import Rope
 

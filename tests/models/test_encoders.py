@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jft.models import Model
 from jft.models.core import Hooks
 from jft.models.encoder import EncoderConfig
 from jft.models.hf.encoders import FAMILIES
-from jft.models.model import Model
 from tests.models import parity
 
 TINY = EncoderConfig(vocab=37, width=12, layers=3, heads=3, hidden=20, positions=16)

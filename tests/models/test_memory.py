@@ -11,10 +11,10 @@ import pytest
 import jft
 from jft import tree
 from jft.dot import dot
+from jft.models import Model
 from jft.models.core import Hooks, Runs
 from jft.models.decoder import DecoderConfig
 from jft.models.memory import Memory, lookup
-from jft.models.model import Model
 from tests.models import parity
 
 MEMORY = Memory(slots=16, layers=(1, 2, 4), heads=2, top_k=3, key_size=6, value_size=5)

@@ -11,13 +11,13 @@ import pytest
 import jft
 from jft import tree
 from jft.dot import dot
+from jft.models import Model
 from jft.models.classifier import Classifier
 from jft.models.clip import ClipConfig, TextConfig
 from jft.models.core import Hooks, Runs
 from jft.models.decoder import DecoderConfig
 from jft.models.encoder import EncoderConfig
 from jft.models.memory import Memory
-from jft.models.model import Model
 from jft.models.split import precompute, split
 from jft.models.t5 import T5Config
 from jft.models.token_merging import TokenSelection

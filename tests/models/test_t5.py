@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jft.models import Model
 from jft.models.core import Hooks
 from jft.models.hf.seq2seq import FAMILIES
-from jft.models.model import Model
 from jft.models.t5 import T5Config, bucket
 from tests.models import parity
 

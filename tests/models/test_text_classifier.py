@@ -9,8 +9,8 @@ import pytest
 
 import jft
 from jft import tree
+from jft.models import Model
 from jft.models.clip import ClipConfig, TextConfig
-from jft.models.model import Model
 from jft.models.split import precompute, split
 from jft.models.text_classifier import NEVER, PromptClassifier, Texts
 from jft.models.vision import VisionConfig

@@ -12,10 +12,10 @@ import pytest
 import jft
 from jft import tree
 from jft.dot import dot
+from jft.models import Model
 from jft.models.classifier import Classifier
 from jft.models.clip import ClipConfig, TextConfig
 from jft.models.core import Hooks, Runs
-from jft.models.model import Model
 from jft.models.token_merging import TokenSelection, select, with_selection
 from jft.models.vision import VisionConfig
 from tests.models import parity

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jft.models import Model
 from jft.models.core import Hooks
 from jft.models.hf.vision import FAMILIES
-from jft.models.model import Model
 from jft.models.vision import VisionConfig, bicubic, patches
 from tests.models import parity
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jft.models import Model
 from jft.models.decoder import DecoderConfig
-from jft.models.model import Model
 from jft.select.memory import Accesses, accesses, slot_counts, tf_idf, top_rows
 from tests.models import test_memory as reference
 

@@ -11,7 +11,7 @@ import jft
 from jft.methods import InPlace, Method, Select
 from jft.select import budget, granularity, scores
 from jft.train import NonFiniteError, Preempted, experiment, preemption, stacked
-from jft.train.resume import Changed
+from jft.train.checkpoints import Changed
 from tests.methods import toy
 from tests.train import tools
 

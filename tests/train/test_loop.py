@@ -11,8 +11,8 @@ import pytest
 import jft
 from jft.parallel import MemoryBudgetError
 from jft.train import NonFiniteError
+from jft.train.checkpoints import Changed
 from jft.train.metrics import JsonLines, read
-from jft.train.resume import Changed
 from tests.train import tools
 
 QUIET = {"every": 1, "progress": False}
@@ -187,14 +187,14 @@ def test_a_model_without_matrices_that_does_not_fit_says_so(monkeypatch):
 
 
 def test_frozen_weights_are_counted_once_whatever_their_names():
-    from jft.train import memory_check, setup, step
+    from jft.train import step
     from jft.train.objectives import Classification
     from jft.train.optimizers import Optimizer
 
     params = {"layers": [{"w": np.zeros((64, 64), np.float32)}, {"w": np.zeros((64, 64), np.float32)}]}
     plan = jft.method("lora", rank=1).plan(params)
-    update = setup.compile_step(step.Recipe(tools.apply, plan, Classification(), Optimizer()), params, {}, None)
-    assert memory_check._beside(params, update, donated=False) == 0
+    update = step.compile_step(step.Recipe(tools.apply, plan, Classification(), Optimizer()), params, {}, None)
+    assert update._apart(params, donated=False) == 0
 
 
 def test_what_the_task_vector_cannot_hold_is_refused_before_training():

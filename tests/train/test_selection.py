@@ -9,7 +9,7 @@ import jft
 from jft import tree
 from jft.models import DecoderConfig, Model
 from jft.parallel import make_mesh
-from jft.train import setup, step
+from jft.train import step
 from jft.train.objectives import LanguageModel
 from jft.train.optimizers import Optimizer
 
@@ -112,11 +112,11 @@ def test_donated_weights_are_taken_over(model, params, data):
 def test_the_step_holds_gradients_and_moments_of_what_trains_alone(model, params):
     """Sizes of the compiled step's state, and that the live weights are its own output without a copy."""
     plan = jft.method(**METHODS["blocks"] | {"scope": "matrix"}).plan(params, model)
-    from jft.methods import selecting
+    from jft.methods import select
 
-    chosen = selecting.expected(plan, tree.flatten(params), {})
+    chosen = select.expected(plan, tree.flatten(params), {})
     recipe = step.Recipe(step.Apply(model), plan, LanguageModel(), Optimizer())
-    update = setup.compile_step(recipe, params, chosen, None)
+    update = step.compile_step(recipe, params, chosen, None)
     state = update.holdings.state
     linear = sum(tree.size(tree.flatten(params)[p]) for p in plan.selects)
     assert tree.count(state.trained) <= 1.1 * 0.2 * linear

@@ -13,9 +13,10 @@ from jft import tree
 from jft.delta import BlockLayout, EntryLayout, SliceLayout
 from jft.methods import InPlaceSelected
 from jft.presets.finegates import Gates
-from jft.train import setup, step
+from jft.train import step
 from jft.train.objectives import Classification, Contrastive, LanguageModel
 from jft.train.optimizers import Given, Optimizer
+from jft.train.state import hold
 from tests.train import tools
 
 
@@ -29,8 +30,8 @@ def recipe_of(apply, params, method="full", objective=None, optimizer=None, **op
 
 
 def prepare(recipe, params, mesh=None, chosen=None):
-    update = setup.compile_step(recipe, params, chosen or {}, mesh)
-    return update, setup.hold(update, jax.device_put(params, update.layout.params), chosen or {}, 0)
+    update = step.compile_step(recipe, params, chosen or {}, mesh)
+    return update, hold(update, jax.device_put(params, update.layout.params), chosen or {}, 0)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -317,5 +318,5 @@ def test_each_device_computes_its_share_of_the_batch():
     for mesh in (None, jft.parallel.make_mesh({"fsdp": 8})):
         plan = jft.method("full").plan(params, model)
         recipe = step.Recipe(step.apply_of(model, mesh), plan, LanguageModel(), Optimizer())
-        cost.append(step.flops(setup.compile_step(recipe, params, {}, mesh).compiled(batch)))
+        cost.append(step.flops(step.compile_step(recipe, params, {}, mesh).compiled(batch)))
     assert cost[1] < 1.3 * cost[0] / 8

@@ -6,9 +6,9 @@ import pytest
 
 import jft
 from jft import parallel, tree
-from jft.methods import selecting
+from jft.methods import select
 from jft.models import DecoderConfig, Execution, Model
-from jft.train import setup, step
+from jft.train import step
 from jft.train.objectives import LanguageModel
 from jft.train.optimizers import Optimizer
 
@@ -23,7 +23,7 @@ def temporaries(method, layers):
     params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     plan = method.plan(params, model)
     recipe = step.Recipe(step.Apply(model), plan, LanguageModel(), Optimizer())
-    update = setup.compile_step(recipe, params, selecting.expected(plan, tree.flatten(params), {}), None)
+    update = step.compile_step(recipe, params, select.expected(plan, tree.flatten(params), {}), None)
     return parallel.estimate(update.compiled({"tokens": jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)})).temporaries
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jft.data.tokenizer import byte_tokenizer
-from jft.train import summary
+from jft.train import report
 from jft.train.objectives import Classification, Contrastive, LanguageModel
 
 BYTES = byte_tokenizer()
@@ -21,22 +21,22 @@ def text(written: str, length: int = 16) -> dict:
 def test_targets_of_a_language_model_stand_in_brackets():
     batch = text("ask: yes")
     batch["loss_mask"] = np.where(np.arange(16) >= 5, batch["segments"], 0)
-    shown = summary.example(batch, LanguageModel(), BYTES)
+    shown = report.example(batch, LanguageModel(), BYTES)
     assert shown == "first example, targets in brackets: ask: ⟦yes⟧"
 
 
 def test_a_classified_text_is_shown_with_its_label():
     batch = text("good") | {"labels": np.array([3], np.int32)}
-    assert summary.example(batch, Classification(), BYTES) == "first example, label 3: good"
-    assert summary.example(batch, Classification(), BYTES, limit=2) == "first example, label 3: go"
+    assert report.example(batch, Classification(), BYTES) == "first example, label 3: good"
+    assert report.example(batch, Classification(), BYTES, limit=2) == "first example, label 3: go"
 
 
 def test_a_captioned_image_is_shown_by_its_caption():
     batch = text("a cat") | {"images": np.zeros((1, 2, 2, 3), np.float32)}
-    assert summary.example(batch, Contrastive(), BYTES) == "first example: a cat"
+    assert report.example(batch, Contrastive(), BYTES) == "first example: a cat"
 
 
 @pytest.mark.parametrize("coder", [None, BYTES])
 def test_images_alone_show_nothing(coder):
     batch = {"images": np.zeros((1, 2, 2, 3), np.float32), "labels": np.array([3], np.int32)}
-    assert summary.example(batch, Classification(), coder) == ""
+    assert report.example(batch, Classification(), coder) == ""
