@@ -65,8 +65,9 @@ def with_classes(
 ) -> Iterator[dict[str, Any]]:
     """The batches with ``classes`` bool ``[B, C]`` in place of ``similarity [B, C]``: what each is told apart from.
 
-    Ranks are drawn once, by :func:`kept_ranks`, the classes of every batch by :func:`likely_classes`; all rows of a batch
-    are alike, so that they split and shard as its examples do.
+    Ranks are drawn once, by :func:`kept_ranks` with these arguments, the classes of every batch by :func:`likely_classes`:
+    as many in each, ``kept_ranks(...).sum()``. All rows of a batch are alike, so that they split and shard as its examples
+    do.
     """
     choose: Any = None
     for batch in batches:
