@@ -109,6 +109,12 @@ class Method:
         plan = Plan(self, ordered, tuple(shapes), jax.tree.structure(params), structured=stacked)
         return plan.anchored() if self.penalties or self.rule else plan
 
+    def fitted(self, params: Any) -> Method:
+        """The method of a run that trains ``params`` (arrays or shapes): with its schedule fitted to them."""
+        if self.schedule is None:
+            return self
+        return dataclasses.replace(self, schedule=self.schedule.fitted(tree.flatten(params)))
+
     @property
     def undecided(self) -> layers.Choice | None:
         """What still has to say, from the base and the data, which whole layers and matrices train; None for nothing."""

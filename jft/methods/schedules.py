@@ -62,6 +62,10 @@ class Schedule:
     reset: bool = False
     aged: bool = True
 
+    def fitted(self, shapes: Mapping[str, Any]) -> Schedule:
+        """The schedule of a run that trains weights of these shapes, where it depends on them; itself otherwise."""
+        return self
+
     def begin(self, plan: Plan, calibration: Calibration, grids: Mapping[str, tuple[int, int]]) -> dict[str, Array]:
         """``{path: at}`` of what trains from the start."""
         return select.choose(plan, calibration, grids)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jft import tree
+from jft.methods import Card
 from jft.methods.parametrise import InPlace
 from jft.methods.patterns import LAYERS
 from jft.methods.plan import Method
@@ -76,7 +77,19 @@ class Correlation:
         return {stack: activations.correlation(calibration, target, self.batches, self.site, self.pool)}
 
 
-@register("layers_by_score", paper="Zhang et al. 2025, arXiv:2504.12585")
+CARD = Card(
+    formula="a layer's score is sqrt(mean over features d of r_d^2), r_d the Pearson correlation of feature d of what enters "
+    "the layer, a mean over each example's tokens, with a number known of each example; the k layers with the highest train",
+    follows="the abstract: layers whose activations correlate with a number of each example train",
+    check="scores from residual streams of a float64 NumPy pass, with the model's own log-likelihood and with a number from "
+    "the batch; one and three Adam steps",
+    departs="the statistic is jft's own: the abstract gives none, and the paper's text and code are not known here. score= "
+    "takes any other",
+    defaults={"target": ("prior log-probability of the answer", "-")},
+)
+
+
+@register("layers_by_score", paper="Zhang et al. 2025, arXiv:2504.12585", card=CARD)
 def layers_by_score(
     k: int = 1,
     target: Callable[..., Any] | str | None = None,

@@ -81,6 +81,10 @@ class Calibration(Protocol):
         """The same at the weights that :meth:`tuned` leads to."""
         ...
 
+    def with_objective(self, objective: Any) -> Calibration:
+        """The same, with gradients and their powers of another loss (:class:`jft.train.objectives.Objective`)."""
+        ...
+
     def evaluate(self, params: Mapping[str, Array]) -> dict[str, float]:
         """Loss and metrics of weights by path on the run's evaluation data."""
         ...

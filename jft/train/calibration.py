@@ -283,6 +283,11 @@ class RunCalibration:
         other._tree = tree.like(self._tree, other.params)
         return other
 
+    def with_objective(self, objective: Any) -> RunCalibration:
+        other = copy.copy(self)
+        other.objective, other._setting = objective, dataclasses.replace(self._setting, objective=objective)
+        return other
+
     def evaluate(self, params: Mapping[str, Array]) -> dict[str, float]:
         if self._evaluate is None:
             raise ValueError("this score evaluates, which this calibration cannot; give RunCalibration(evaluate=...)")

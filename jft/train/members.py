@@ -70,7 +70,7 @@ def member(name: str, given: Options, shared: Options, base: Any) -> Member:
         eval_data=given.get("eval_data", shared["eval_data"]),
         seed=given.get("seed", shared["seed"]),
         optimizer=_optimizer(name, given, shared["optimizer"]),
-        method=_method(given.get("method"), shared["method"]),
+        method=_method(given.get("method"), shared["method"]).fitted(base),
         params=params,
         manifest=check_manifest({**(shared["manifest"] or {}), **given.get("manifest", {})}),
         workdir=None if workdir is None else Path(workdir),

@@ -65,7 +65,7 @@ LAYERS = {
     "randlora": ({"rank": 4}, 1e-2, None),
     "uniform_layers": ({"fraction": 0.5}, 3e-3, 1),
     "gradual_unfreezing": ({"stages": 2}, 3e-3, None),
-    "surgical_fisher": ({"examples": 64}, 3e-3, 1),
+    "surgical_fisher": ({"examples": 64}, 3e-3, None),
     "layers_by_score": ({"k": 1, "batches": 2}, 3e-3, 1),
     "subtuning": ({"steps": 10}, 3e-3, None),
     "green_trainer": ({}, 3e-3, None),
