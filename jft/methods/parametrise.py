@@ -120,19 +120,23 @@ def moved_from(base: Array, weight: Array) -> delta.Changed:
 
 @dataclasses.dataclass(frozen=True)
 class InPlace(Parametrisation):
-    """The values themselves train, from ``w``, as a float32 master copy. anchor: keep ``w`` to measure the change from it."""
+    """The values themselves train, from ``w``, as a float32 master copy. anchor: keep ``w`` to measure the change from it.
+
+    rate: a multiplier of their learning rate.
+    """
 
     anchor: bool = False
+    rate: float = 1.0
 
     def fitted(
         self, *, granularity: Granularity | None = None, linearized: bool = False, **told: Any
     ) -> Parametrisation:
         if granularity is not None and granularity.layout is not None:
-            return InPlaceSelected(granularity.layout).fitted(linearized=linearized, **told)
-        return Shift() if linearized else super().fitted(**told)
+            return InPlaceSelected(granularity.layout, rate=self.rate).fitted(linearized=linearized, **told)
+        return Shift(self.rate) if linearized else super().fitted(**told)
 
     def leaves(self, at: Any = None) -> tuple[Any, Any]:
-        return delta.Leaf() if self.anchor else None, delta.Leaf(origin=lambda kept: kept)
+        return delta.Leaf() if self.anchor else None, delta.Leaf(origin=lambda kept: kept, rate=self.rate)
 
     def init(self, key: Array, w: Array, at: Array | None = None, base: Array | None = None) -> tuple[Any, Any]:
         return (w if base is None else base) if self.anchor else None, master(w)
@@ -162,11 +166,13 @@ class InPlaceSelected(Parametrisation):
 
     live: the run owns the weight and writes every update into it, so no copy of it is ever made. Not live: the weight stays
     the base, shared (by the members of a fleet), and the product with the change is added to that with the base.
-    kept ``{"w", "at", "origin"}``: the weight, the selection, and the base's values there.
+    kept ``{"w", "at", "origin"}``: the weight, the selection, and the base's values there. rate: a multiplier of their
+    learning rate.
     """
 
     layout: delta.Layout
     live: bool = True
+    rate: float = 1.0
     selects = True
 
     def fitted(self, *, linearized: bool = False, **told: Any) -> InPlaceSelected:
@@ -177,6 +183,7 @@ class InPlaceSelected(Parametrisation):
         trained = delta.Leaf(
             values,
             matrices=self.layout.matrices,
+            rate=self.rate,
             origin=lambda kept: kept["origin"],
             count=lambda kept: self.layout.count(kept["at"], kept["w"].shape),
         )
@@ -270,7 +277,15 @@ class Additive(Parametrisation):
 
 @dataclasses.dataclass(frozen=True)
 class Shift(Additive):
-    """``w + trained``: the change itself trains, in float32 and from zero; ``w`` stays the base."""
+    """``w + trained``: the change itself trains, in float32 and from zero; ``w`` stays the base.
+
+    rate: a multiplier of its learning rate.
+    """
+
+    rate: float = 1.0
+
+    def leaves(self, at: Any = None) -> tuple[Any, Any]:
+        return delta.Leaf(), delta.Leaf(rate=self.rate)
 
     def init(self, key: Array, w: Array, at: Array | None = None, base: Array | None = None) -> tuple[Any, Any]:
         return w, jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32))

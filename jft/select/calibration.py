@@ -14,9 +14,9 @@ Table = Mapping[str, Sequence[int] | None]
 
 
 class Calibration(Protocol):
-    """A model, its weights, and the beginning of its training data.
+    """A model, its weights, and the training data that comes next.
 
-    Implemented by :class:`jft.train.calibration.RunCalibration`. Every call reads the data from its beginning and leaves the
+    Implemented by :class:`jft.train.calibration.RunCalibration`. Every call reads the same batches and leaves the
     position of the training stream alone. ``paths`` are the candidates, in the order of the parameters; ``params`` all
     weights by path; ``key`` is a PRNG key, from which draws are made per path (:func:`jft.tree.key_for`); ``model`` and
     ``objective`` are those of the run. Results are float32, lie as the weights do, and are refused (``ValueError``) where
@@ -78,7 +78,9 @@ class Calibration(Protocol):
         ...
 
     def after(self, steps: int, how: Any = None) -> Calibration:
-        """The same at the weights that :meth:`tuned` leads to."""
+        """The same where a run of ``how`` stands after ``steps`` steps of its own schedule: at its weights, before the next
+        batch.
+        """
         ...
 
     def with_objective(self, objective: Any) -> Calibration:

@@ -131,10 +131,10 @@ class Movement:
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """``score`` at the weights that ``steps`` of training lead to, and the batches from their beginning.
+    """``score`` where the run would stand after its first ``steps`` steps: at their weights, over the batches that follow.
 
-    how: the parametrisation it trains in (:mod:`jft.methods.parametrise`; None for in place). A low-rank warm-up is what
-    RoSA takes gradients after (Nikdan et al. 2024, arXiv:2401.04679).
+    The learning rates are those of the whole run. how: the parametrisation it trains in (:mod:`jft.methods.parametrise`; None
+    for in place); a low-rank one is what RoSA takes gradients after (Nikdan et al. 2024, arXiv:2401.04679).
     """
 
     score: Score

@@ -22,6 +22,7 @@ from jft.select import calibration
 from jft.train import evaluation, feed
 from jft.train.feed import Feed
 from jft.train.objectives import Objective
+from jft.train.optimizers import beginning
 from jft.train.per_example import Each, squares, tapped
 from jft.train.state import find_mesh
 from jft.train.step import Recipe, apply_of, dtype_of
@@ -115,8 +116,9 @@ class RunCalibration:
     ``params``. dtype: as in :func:`jft.finetune`. accumulate: microbatches per batch. chunk: examples whose gradients in the
     weights that are no matrix of a product (:mod:`jft.train.per_example`) are held at once; default one for each shard of the
     batch.
-    train: ``train(steps, table=None, how=None, penalties=()) -> parameters`` (a pytree, or by path) after training of the
-    candidates, or with a table of the layers that it names; what :meth:`tuned` gives.
+    train: ``train(steps, table=None, how=None, penalties=(), begins=False) -> parameters`` (a pytree, or by path) after
+    training of the candidates, or with a table of the layers that it names; what :meth:`tuned` gives. begins: by the first
+    steps of the run's own schedule.
     evaluate: ``evaluate(parameters) -> metrics`` on held-out data.
     """
 
@@ -144,6 +146,7 @@ class RunCalibration:
             raise ValueError(f"accumulate={accumulate} does not go with {type(objective).__name__}: it does not split")
         self.model, self.objective, self._data, self._train = model, objective, data, train
         self._evaluate = evaluate
+        self._passed = 0  # batches that training up to here has taken
         self.mesh = find_mesh(params) if mesh is None else mesh
         if self.mesh is None:
             params = jax.tree.map(jnp.asarray, params)
@@ -186,11 +189,13 @@ class RunCalibration:
         return {p: jnp.zeros(self.params[p].shape, jnp.float32, device=self.params[p].sharding) for p in self.paths}
 
     def stream(self) -> Generator[Any, None, None]:
-        """The training batches from their beginning, on the devices; refused where the loop would refuse them."""
+        """The training batches that come next, on the devices; refused where the loop would refuse them."""
         data = self._data() if callable(self._data) else self._data
         device = next(iter(self.params.values())).sharding
         with contextlib.closing(feed.Feed(data)) as source:
-            step = 0
+            for step in range(self._passed):
+                source.next(step, self.objective)
+            step = self._passed
             while True:
                 batch = source.next(step, self.objective)
                 yield jax.device_put(batch, device) if self.mesh is None else parallel.put_batch(batch, self.mesh)
@@ -269,17 +274,21 @@ class RunCalibration:
     def tuned(
         self, steps: int, table: calibration.Table | None = None, how: Any = None, penalties: tuple = ()
     ) -> Weights:
+        found = self._trained(steps, table=table, how=how, penalties=penalties or None)
+        return found if table is not None else {p: found[p] for p in self.paths}
+
+    def _trained(self, steps: int, **options: Any) -> Weights:
         if self._train is None:
             raise ValueError("this score trains first, which this calibration cannot; give RunCalibration(train=...)")
         if steps < 1:
             raise ValueError(f"a score after {steps} steps of training; it must be at least 1")
-        asked = {"table": table, "how": how, "penalties": penalties or None}
-        found = tree.flatten(self._train(steps, **{k: v for k, v in asked.items() if v is not None}))
-        return found if table is not None else {p: found[p] for p in self.paths}
+        return tree.flatten(self._train(steps, **{k: v for k, v in options.items() if v is not None}))
 
     def after(self, steps: int, how: Any = None) -> RunCalibration:
+        found = self._trained(steps, how=how, begins=True)
         other = copy.copy(self)
-        other.params = {**self.params, **self.tuned(steps, how=how)}
+        other.params = {**self.params, **{p: found[p] for p in self.paths}}
+        other._passed = self._passed + steps
         other._tree = tree.like(self._tree, other.params)
         return other
 
@@ -311,12 +320,13 @@ def calibration_of(
     mesh: Any,
     seed: int,
     optimizer: Any,
+    of: int,
     eval_data: Any = None,
     eval_batches: int = 0,
 ) -> RunCalibration:
-    """What scores may look at: ``params``, and the batches that the stream gives next."""
+    """What scores may look at: ``params``, and the batches that the stream gives next. of: the steps of the run."""
 
-    def train(steps: int, table: Any = None, how: Any = None, penalties: tuple = ()) -> Any:
+    def train(steps: int, table: Any = None, how: Any = None, penalties: tuple = (), begins: bool = False) -> Any:
         from jft.train.finetune import finetune
 
         if table is None:
@@ -331,7 +341,7 @@ def calibration_of(
             _Borrowed(stream, recipe.objective),
             steps=steps,
             method=which,
-            optimizer=optimizer,
+            optimizer=beginning(optimizer, of) if begins else optimizer,
             objective=recipe.objective,
             mesh=mesh,
             accumulate=recipe.accumulate,

@@ -140,6 +140,26 @@ class Optimizer:
         return optax.chain(muon, optax.scale(-1.0))
 
 
+@dataclasses.dataclass(frozen=True)
+class Beginning(Optimizer):
+    """An optimizer for the first steps of a run of ``of`` steps: its rates are those of that run."""
+
+    of: int = 1
+
+    def rate(self, step: int, steps: int) -> float:
+        return super().rate(step, self.of)
+
+    def unscheduled(self) -> Optimizer:
+        return dataclasses.replace(super().unscheduled(), of=1)  # type: ignore[call-arg]
+
+
+def beginning(optimizer: Optimizer | Given, of: int) -> Optimizer | Given:
+    """``optimizer`` for the first steps of a run of ``of``; an optax transformation counts its steps by itself."""
+    if isinstance(optimizer, Given):
+        return optimizer
+    return Beginning(**{f.name: getattr(optimizer, f.name) for f in dataclasses.fields(Optimizer)}, of=of)
+
+
 class AgedAdamState(NamedTuple):
     """Adam's moments, and for each value how many gradients they have seen, float32."""
 

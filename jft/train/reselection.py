@@ -116,10 +116,8 @@ def find(config: RunConfig, members: Members, streams: Streams, params: Any, wor
 
     def calibration(index: int, params: Any) -> Any:
         member, stream = members[index], streams.feed(index)
-        evaluation = member.eval_data, config.eval_batches
-        return calibration_of(
-            recipes[index], config.model, params, stream, config.mesh, member.seed, member.optimizer, *evaluation
-        )
+        rest = member.optimizer, config.steps, member.eval_data, config.eval_batches
+        return calibration_of(recipes[index], config.model, params, stream, config.mesh, member.seed, *rest)
 
     decided = before.decided
     if members[0].method.undecided:

@@ -68,19 +68,39 @@ def batches(count=5, rows=8, seed=1):
 DATA = batches()
 
 
-def gradient(w, batch):
-    """``{path: d(mean cross entropy) / d(w)}``."""
+def forward(w, batch):
+    """``(h, inner)`` of every layer, and the logits last of ``h``."""
     h = [np.asarray(batch["x"], np.float64)]
     inner = []
     for i in range(LAYERS):
         inner.append(np.tanh(h[-1] @ w[UP][i] + w[BIAS][i]))
         h.append(h[-1] + inner[-1] @ w[DOWN][i])
-    z = h[-1] @ w[HEAD]
+    return [*h, h[-1] @ w[HEAD]], inner
+
+
+def moved(w, change, batch):
+    """The derivative of the logits along ``change``, ``{path: array}``, in forward mode."""
+    h, inner = forward(w, batch)
+    d = {p: change.get(p, np.zeros(s)) for p, s in SHAPES.items()}
+    dh = np.zeros_like(h[0])
+    for i in range(LAYERS):
+        du = (1 - inner[i] ** 2) * (dh @ w[UP][i] + h[i] @ d[UP][i] + d[BIAS][i])
+        dh = dh + du @ w[DOWN][i] + inner[i] @ d[DOWN][i]
+    return dh @ w[HEAD] + h[LAYERS] @ d[HEAD]
+
+
+def loss_gradient(z, batch):
+    """``d(mean cross entropy) / dz``."""
     p = np.exp(z - z.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
-    dz = (p - np.eye(CLASSES)[batch["labels"]]) / len(z)
+    return (p - np.eye(CLASSES)[batch["labels"]]) / len(z)
+
+
+def pulled(w, dz, batch):
+    """``{path: array}``: ``dz``, shaped like the logits, times their derivative in every weight."""
+    h, inner = forward(w, batch)
     out = {p: np.zeros(s) for p, s in SHAPES.items()}
-    out[HEAD] = h[-1].T @ dz
+    out[HEAD] = h[LAYERS].T @ dz
     dh = dz @ w[HEAD].T
     for i in reversed(range(LAYERS)):
         out[DOWN][i] = inner[i].T @ dh
@@ -88,6 +108,11 @@ def gradient(w, batch):
         out[UP][i], out[BIAS][i] = h[i].T @ du, du.sum(0)
         dh = dh + du @ w[UP][i].T
     return out
+
+
+def gradient(w, batch):
+    """``{path: d(mean cross entropy) / d(w)}``."""
+    return pulled(w, loss_gradient(forward(w, batch)[0][-1], batch), batch)
 
 
 def rows(count, data=DATA):
