@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -67,6 +67,17 @@ def like(tree: Tree, flat: Mapping[str, Any]) -> Tree:
 def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """``jax.tree.map`` whose function also gets the path: ``fn(path, leaf, *other_leaves)``."""
     return jax.tree_util.tree_map_with_path(lambda keys, *leaves: fn(path_of(keys), *leaves), tree, *rest)
+
+
+Patterns = Sequence[str] | str
+EVERYTHING = ("",)
+HEADS = (r"(^|/)(head|classifier)/",)
+LAYERS = (r"(^|/)(layers?|blocks?|h)(/|_)",)
+
+
+def patterns(value: Patterns) -> tuple[str, ...]:
+    """One regular expression on paths or several, as a tuple."""
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def matcher(patterns: str | Iterable[str]) -> Callable[[str], bool]:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jft.methods.card import Card
-from jft.methods.patterns import EVERYTHING, Patterns, patterns
 from jft.methods.plan import Method
 from jft.names import nearest
+from jft.tree import EVERYTHING, Patterns, patterns
 
 
 @dataclasses.dataclass(frozen=True)

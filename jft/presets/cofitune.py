@@ -16,7 +16,6 @@ from jft.dot import dot
 from jft.methods import Card
 from jft.methods.layer_search import better, stacks
 from jft.methods.parametrise import InPlace
-from jft.methods.patterns import Patterns, patterns
 from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
@@ -25,6 +24,7 @@ from jft.models.core import Hooks
 from jft.select.activations import hookable, real, rows
 from jft.select.calibration import Calibration
 from jft.select.layers import Between, Choice, Table, table_of
+from jft.tree import Patterns, patterns
 
 Array = jax.Array
 # The pattern of a weight in its layer, and the units whose importance scales its columns.

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jft import delta, tree
 from jft.methods.card import Card
 from jft.methods.parametrise import InPlace, Parametrisation, moved_from
-from jft.methods.patterns import HEADS
 from jft.methods.plan import Method, Plan
 from jft.methods.registry import register
 from jft.methods.reparametrised import append_axes, bound, keys, leading
@@ -24,6 +23,7 @@ from jft.select.calibration import Calibration
 from jft.select.granularity import Entry
 from jft.select.scores import Magnitude
 from jft.select.threshold import top
+from jft.tree import HEADS
 
 Array = jax.Array
 

@@ -6,12 +6,12 @@ from typing import Literal
 
 from jft.methods import Card
 from jft.methods.parametrise import InPlace
-from jft.methods.patterns import HEADS
 from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
 from jft.select import budget, scores
 from jft.select.calibration import Per
+from jft.tree import HEADS
 
 CARD = Card(
     formula="F = (1/N) sum_n (d log p(y_n|x_n) / d theta)^2; the k = floor(density * n) entries with the largest F of all n "

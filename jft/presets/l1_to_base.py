@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from jft.methods.card import Card
 from jft.methods.parametrise import InPlace
-from jft.methods.patterns import HEADS
 from jft.methods.penalties import L1ToBase
 from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
+from jft.tree import HEADS
 
 CARD = Card(
     formula="loss + weight * mean |w - w0| over what trains",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from jft.methods.card import Card
 from jft.methods.parametrise import InPlace
-from jft.methods.patterns import HEADS
 from jft.methods.penalties import L2SP
 from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
+from jft.tree import HEADS
 
 CARD = Card(
     formula="loss + weight / 2 * |w - w0|^2 + head / 2 * |h|^2, w what is pretrained and h the new head",

@@ -6,10 +6,10 @@ from typing import Literal
 
 from jft.methods.card import Card
 from jft.methods.low_rank import LowRankFixed
-from jft.methods.patterns import Patterns, patterns
 from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
+from jft.tree import Patterns, patterns
 
 # Queries and values of self- and cross-attention; of CLIP those of the image encoder, the one that the authors train.
 QUERIES_AND_VALUES = r"^(?!text/)(.*/)?(attn|cross)/[qv]/w$"

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jft import tree
 from jft.methods import Card
 from jft.methods.parametrise import InPlace
-from jft.methods.patterns import LAYERS
 from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
@@ -20,6 +19,7 @@ from jft.select import activations
 from jft.select.budget import PerLeaf
 from jft.select.calibration import Calibration
 from jft.select.granularity import Layer
+from jft.tree import LAYERS
 
 Array = jax.Array
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from jft.methods import Card
 from jft.methods.parametrise import InPlace
-from jft.methods.patterns import Patterns, patterns
 from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
 from jft.select.layers import Between
+from jft.tree import Patterns, patterns
 
 # Layer 22 of the 32 of Llama-3-8B.
 LOCATION = Between(22 / 32, 23 / 32)

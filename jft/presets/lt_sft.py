@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from jft.methods import Card
 from jft.methods.parametrise import InPlace
-from jft.methods.patterns import HEADS
 from jft.methods.penalties import L1ToBase
 from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
 from jft.select import budget, scores
+from jft.tree import HEADS
 
 CARD = Card(
     formula="Phase 1: train all, theta0 -> theta1. The k = floor(density * n) entries with the largest |theta1 - theta0| "

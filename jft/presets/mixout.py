@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jft import delta
 from jft.methods.card import Card
 from jft.methods.parametrise import Parametrisation, master
-from jft.methods.patterns import HEADS
 from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.reparametrised import bound, keys, leading
 from jft.methods.select import Select
+from jft.tree import HEADS
 
 Array = jax.Array
 

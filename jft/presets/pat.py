@@ -16,13 +16,13 @@ from jft.delta.changed import COLUMNS
 from jft.dot import dot, grouped_dot, take
 from jft.methods.card import Card
 from jft.methods.parametrise import Parametrisation
-from jft.methods.patterns import Patterns, patterns
 from jft.methods.penalties import absolute
 from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.reparametrised import straight_through
 from jft.methods.select import Select
 from jft.methods.update_rules import Rule
+from jft.tree import Patterns, patterns
 
 Array = jax.Array
 

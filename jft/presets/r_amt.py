@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from jft.methods.card import Card
 from jft.methods.masks import Masked
-from jft.methods.patterns import Patterns, patterns
 from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
 from jft.methods.update_rules import Rule
+from jft.tree import Patterns, patterns
 
 Array = jax.Array
 

@@ -10,12 +10,12 @@ import numpy as np
 from jft.methods import Card
 from jft.methods.layer_search import better, stacks
 from jft.methods.parametrise import InPlace
-from jft.methods.patterns import LAYERS
 from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
 from jft.select.calibration import Calibration
 from jft.select.layers import Choice, Table, table_of
+from jft.tree import LAYERS
 
 
 @dataclasses.dataclass(frozen=True)

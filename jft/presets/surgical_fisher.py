@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jft import tree
 from jft.methods import Card
 from jft.methods.parametrise import InPlace
-from jft.methods.patterns import LAYERS
 from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
@@ -19,6 +18,7 @@ from jft.select.budget import PerLeaf
 from jft.select.calibration import Calibration, Per
 from jft.select.granularity import Layer
 from jft.select.layers import pooled_layers
+from jft.tree import LAYERS
 
 Array = jax.Array
 # Everything that LAYERS does not match.
