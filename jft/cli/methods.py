@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -101,14 +102,20 @@ def markdown(entries: Mapping[str, Any]) -> str:
         "`jft methods --markdown` wrote this page.",
     ]
     for name, entry in entries.items():
-        lines += ["", f"## {name}", "", entry.summary, "", f"- **paper**: {entry.paper}"]
-        lines += [f"- **{key}**: {text}" for key, text in _sources(entry.card)]
+        lines += ["", f"## {name}", "", entry.summary.replace("``", "`"), "", f"- **paper**: {entry.paper}"]
+        lines += [f"- **{key}**: {_escaped(text)}" for key, text in _sources(entry.card)]
         if entry.arguments:
             lines += ["", "| option | jft | paper | code |", "|---|---|---|---|"]
         for option, default in entry.arguments.items():
             paper, code = entry.card.defaults.get(option, ("", "")) if entry.card else ("", "")
-            lines.append(f"| {option} | `{default!r}` | {paper} | {code} |")
+            cells = (f"`{default!r}`", _escaped(str(paper)), _escaped(str(code)))
+            lines.append(f"| {option} | " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    """Plain text with what Markdown would take for emphasis or a tag."""
+    return re.sub(r"([*_<`])", r"\\\1", text)
 
 
 def main(argv: Sequence[str]) -> int:
