@@ -98,8 +98,8 @@ CARD = Card(
     code="PaulAlbert31/RandLoRA@4ac565e, commonsense_reasoning/peft/src/peft/tuners/randlora and "
     "vision_language/src/rand_lora.py",
     departs="every matrix has bases of its own, drawn where they are used (peft: corners of one stored pair for all): the same "
-    "in distribution, of variance 1 exactly and not up to the 0.5% of a sample; the products take as long, the draws as many "
-    "random numbers as the weight has entries, twice a step. No ternary bases, which save nothing here, no dropout, no DoRA",
+    "in distribution, of variance 1 exactly and not up to the 0.5% of a sample; each use draws as many random numbers as the "
+    "weight has entries, forwards and again on the way back. No ternary bases, which save nothing here, no dropout, no DoRA",
     defaults={"rank": (32, 32), "alpha": ("-", "2 r or 20 r"), "by_bases": ("-", "language yes, images and peft no")},
 )
 
