@@ -19,7 +19,7 @@ CARD = Card(
     follows="paper: squared gradients of single examples, one threshold for the whole model; code: N, density, the head apart",
     code="varunnair18/FISH@b5bff1e6, transformers/examples/text-classification/run_glue_sparse_update.py",
     departs="The code's k is floor(density * all parameters) minus those of the head, here floor(density * all but these): "
-    "under 1 % of k for a classifier, and a language model's head would leave the code none. per='sampled' draws one target "
+    "0.1 % of k for BERT-large, and a language model's head would leave the code none. per='sampled' draws one target "
     "an example where the code's expect-* sums over all classes.",
     defaults={"density": (0.005, 0.005), "count": ("-", 1024), "per": ("example", "example"), "power": (2, 1)},
     check="entries and three Adam steps against float64 NumPy: per-example squared gradients sorted over all weights together",

@@ -70,26 +70,25 @@ CARD = Card(
 def shira(
     rank: int = 32,
     mask: Literal["struct", "rand", "wm", "grad", "snip"] = "rand",
-    batches: int | None = None,
+    batches: int = 1,
 ) -> Method:
     """Train ``rank * (I + O)`` entries of each matrix inside the layers, as many as LoRA of that rank would.
 
     mask: the paper's five. ``struct``, the diagonal and then whole rows and columns drawn at random, the last of them in
     part, so that the number is exact; ``rand``; ``wm``, the largest weights; ``grad``, the largest gradients; ``snip``, the
-    largest ``|gradient * weight|``; these two by the mean gradient of ``batches`` (default one), which others do not take.
-    peft has ``rand`` alone. Raises ``ValueError`` for an unknown mask, and for batches where none are read.
+    largest ``|gradient * weight|``; these two by the mean gradient of ``batches``, of which others take none.
+    peft has ``rand`` alone. Raises ``ValueError`` for an unknown mask, and for more batches where none is read.
     """
-    read = 1 if batches is None else batches
     masks: dict[str, scores.Score] = {
         "struct": Cross(),
         "rand": scores.Random(),
         "wm": scores.Magnitude(),
-        "grad": scores.Gradient(read),
-        "snip": scores.Snip(read),
+        "grad": scores.Gradient(batches),
+        "snip": scores.Snip(batches),
     }
     if mask not in masks:
         raise ValueError(f"mask {mask!r} is unknown; choose one of {', '.join(masks)}")
-    if batches is not None and mask not in ("grad", "snip"):
+    if batches != 1 and mask not in ("grad", "snip"):
         raise ValueError(
             f"mask {mask!r} reads no data, and batches is {batches}; leave batches out, or take grad or snip"
         )

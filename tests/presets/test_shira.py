@@ -12,12 +12,12 @@ from tests.methods.stack import DATA, LINEAR, W
 MUTATIONS = (
     ("jft/presets/shira.py", '] = "rand"', '] = "wm"'),
     ("jft/presets/shira.py", "rank: int = 32", "rank: int = 8"),
-    ("jft/presets/shira.py", "scores.Snip(read)", "scores.Gradient(read)"),
-    ("jft/presets/shira.py", "read = 1 if batches is None else batches", "read = 1"),
+    ("jft/presets/shira.py", "scores.Snip(batches)", "scores.Gradient(batches)"),
+    ("jft/presets/shira.py", "scores.Gradient(batches)", "scores.Gradient()"),
     ("jft/presets/shira.py", "budget.PerMatrix(rank=rank)", "budget.PerMatrix(count=8 * rank)"),
     ("jft/presets/shira.py", "diagonal, 2.0, ", "diagonal, 0.0, "),
     ("jft/presets/shira.py", "jnp.maximum(u", "jnp.multiply(u"),
-    ("jft/presets/shira.py", "batches is not None and mask not in", "mask not in"),
+    ("jft/presets/shira.py", "batches != 1 and mask not in", "batches > 9 and mask not in"),
 )
 COUNT = stack.WIDTH + stack.HIDDEN  # r (I + O) of rank 1
 
@@ -25,7 +25,7 @@ COUNT = stack.WIDTH + stack.HIDDEN  # r (I + O) of rank 1
 def test_defaults():
     # peft.ShiraConfig 0.21.2: r 32, mask_type random.
     given = {name: p.default for name, p in inspect.signature(shira).parameters.items()}
-    assert given == {"rank": 32, "mask": "rand", "batches": None}
+    assert given == {"rank": 32, "mask": "rand", "batches": 1}
 
 
 CASES = {

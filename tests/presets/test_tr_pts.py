@@ -85,6 +85,8 @@ def test_layers_of_every_kind(mesh):
     layers = [[("blocks/0/w", ())], [("blocks/1/w", ())], *stack_of_layers]
     expected = reference({p: x.astype(np.float64) for p, x in found.items()}, layers, 0.2, 2)
     assert (expected["blocks/1/w"].sum(0) == 1).all()  # C = max(1, 0)
+    # What a plan without weights counts on: layers that contribute the same.
+    assert ByContribution(0.2, 2).share((3, 8, 4)) == 2 * 4 and ByContribution(0.2, 9).share((3, 8, 4)) == 8 * 4
     given = {p: jnp.asarray(x) for p, x in found.items()}
     if mesh:
         place = NamedSharding(make_mesh({"fsdp": 4, "tensor": 2}), P())
