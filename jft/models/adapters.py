@@ -33,15 +33,18 @@ class _Nnx:
     inputs: Inputs
 
     def __call__(self, params: Any, batch: Any) -> Any:
+        # Imported on use: `import jft` must stay light.
         from flax import nnx
 
         state = nnx.State(params)
         return nnx.merge(self.graph, state, self.rest)(*self.inputs(batch))
 
     def __hash__(self) -> int:
+        # ``rest`` holds arrays, which do not hash.
         return hash((self.graph, self.inputs))
 
     def __eq__(self, other: object) -> bool:
+        # The arrays of ``rest`` are constants of a compiled step, so only the same adapter is surely the same program.
         return self is other
 
 
@@ -88,6 +91,7 @@ def from_linen(module: Any, variables: Any, inputs: Inputs = _whole, **options: 
             f"linen variables have no 'params' collection, only {sorted(variables)}; pass module.init(...)"
         )
     others = {k: v for k, v in variables.items() if k != "params"}
+    # A tuple, as a compiled step hashes its adapter.
     return _Linen(module, inputs, others, tuple(options.items())), variables["params"]
 
 
@@ -99,6 +103,7 @@ class _Equinox:
     batched: bool
 
     def __call__(self, params: Any, batch: Any) -> Any:
+        # Equinox is no dependency of jft: who passes such a module has it.
         import equinox
 
         module = equinox.combine(jax.tree.unflatten(self.structure, jax.tree.leaves(params)), self.static)

@@ -36,6 +36,7 @@ def draw(leaves: Mapping[str, Leaf], key: jax.Array, dtype: Any) -> dict:
     def one(path: str, leaf: Leaf) -> Array:
         if leaf.std == 0.0:
             return jnp.full(leaf.shape, leaf.constant, dtype)
+        # Drawn in float32 whatever ``dtype`` is, so that bfloat16 parameters are the float32 ones rounded.
         return (leaf.std * jax.random.normal(tree.key_for(key, path), leaf.shape, jnp.float32)).astype(dtype)
 
     return tree.unflatten({path: one(path, leaf) for path, leaf in leaves.items()})
@@ -65,6 +66,7 @@ def table(prefix: str, rows: int, width: int, std: float = 0.02) -> Leaves:
 def layer_leaves(prefix: str, layers: int, width: int, hidden: int, *, qkv_bias: bool = True) -> Leaves:
     """A stack of blocks: attention, an MLP without gate, two layer norms."""
     for name in ("q", "k", "v", "o"):
+        # ``qkv_bias`` of a ViT is about q, k and v: the output projection always has a bias.
         yield from linear(f"{prefix}/attn/{name}", width, width, layers=layers, bias=qkv_bias or name == "o")
     yield from linear(f"{prefix}/mlp/up", width, hidden, layers=layers)
     yield from linear(f"{prefix}/mlp/down", hidden, width, layers=layers)
@@ -112,6 +114,7 @@ def mlp(scope: Scope, name: str, x: Array, params: Params, activation: str) -> A
 def add(scope: Scope, name: str, h: Array, block: Callable[[Array], Array], normed: Norm, scales: Params, post: bool):
     """The residual step: ``h + block(norm(h))``, or ``norm(h + block(h))`` where the norm comes after (``post``)."""
     if post:
+        # The site is what the block adds, before the norm of the sum, so that it means the same in both orders.
         return normed(h + scope.site(f"{name}/out", block(h)), scales)
     return h + scope.site(f"{name}/out", block(normed(h, scales)))
 
@@ -169,5 +172,6 @@ def finish(scope: Scope, outputs: Any) -> Any:
 
 def check_length(length: int, limit: int, plain: bool) -> None:
     """Refuse a row longer than the position table, unless positions restart inside it."""
+    # With segments or positions the largest position is a traced value, which cannot be compared here.
     if plain and length > limit:
         raise ValueError(f"a sequence of {length} tokens is longer than the model's {limit} positions; truncate it")

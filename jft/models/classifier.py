@@ -35,9 +35,11 @@ class Classifier:
     def __post_init__(self) -> None:
         if self.classes < 1:
             raise ValueError(f"a classifier needs at least 1 class, not {self.classes}")
+        # A decoder has no defaults: its last token is the one that has seen the whole sequence.
         defaults = getattr(self.backbone, "head_defaults", lambda: ("last", "none"))()
         for field, default in zip(("pool", "dense"), defaults, strict=True):
             if getattr(self, field) in ("auto", None):
+                # Resolved here, so that 'auto' and the same choice by name are equal configs and compile one program.
                 object.__setattr__(self, field, default)
         self._check(embedding=defaults[0] == "embedding")
 
@@ -96,9 +98,12 @@ class Classifier:
             return jnp.tanh(scope.dot("pooler", h[:, 0], params["pooler"]))
         real = self._real(batch, h)
         if self.pool == "last":
+            # The largest index, not the count: padding may be on the left.
             last = jnp.max(jnp.where(real, jnp.arange(h.shape[1]), 0), axis=1)
             return jnp.take_along_axis(h, last[:, None, None], axis=1)[:, 0]
+        # Float32: bfloat16 counts exactly up to 256 tokens only.
         weights = real.astype(jnp.promote_types(h.dtype, jnp.float32))[..., None]
+        # At least 1: a row of padding alone would divide by zero.
         return (jnp.sum(h * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1.0)).astype(h.dtype)
 
     def _real(self, batch: Any, h: Array) -> Array:

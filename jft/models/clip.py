@@ -17,9 +17,8 @@ from jft.models.split import entering
 from jft.models.vision import VisionConfig
 
 Array = jax.Array
-LEGACY_EOS = (
-    2  # what configs said before transformers set the true id; the true one is then the highest in the vocabulary
-)
+# The id in configs older than transformers' correction of it; the true id is then the highest in the vocabulary.
+LEGACY_EOS = 2
 TOWER = VisionConfig(
     patch=32, activation="quick_gelu", eps=1e-5, patch_bias=False, embed_norm=True, family="clip_vision_model"
 )
@@ -49,6 +48,7 @@ class TextConfig:
     def leaves(self, prefix: str) -> blocks.Leaves:
         """Every parameter under ``prefix``, undrawn."""
         yield from blocks.table(f"{prefix}embed", self.vocab, self.width)
+        # 0.02 and 0.01 are the deviations of OpenAI's initialisation.
         yield from blocks.table(f"{prefix}positions", self.positions, self.width, 0.01)
         yield from blocks.layer_leaves(f"{prefix}layers", self.layers, self.width, self.hidden)
         yield from blocks.norm(f"{prefix}final_norm", self.width)
@@ -105,6 +105,7 @@ class ClipConfig:
         yield from self.text.leaves("text/")
         yield from blocks.linear("vision_projection", self.vision.width, self.projection, bias=False)
         yield from blocks.linear("text_projection", self.text.width, self.projection, bias=False)
+        # log(1 / 0.07) with the digits of transformers' config.
         yield "logit_scale", blocks.Leaf((), constant=2.6592)
 
     def forward(self, execution: Execution, params: Params, batch: Any, hooks: Hooks | None = None) -> Any:

@@ -79,6 +79,7 @@ def _cut(leaves: Any, sizes: tuple[int, ...]) -> list[Any]:
             return leaf.parts[i]
         return jax.lax.slice_in_dim(leaf, starts[i], starts[i] + sizes[i], axis=0)
 
+    # B023: each lambda is called within its own iteration, so the late binding of i is harmless.
     return [jax.tree.map(lambda leaf: part(leaf, i), leaves, is_leaf=_is_runs) for i in range(len(sizes))]  # noqa: B023
 
 
@@ -191,6 +192,7 @@ class Model:
     def linear_paths(self, params: Params | None = None) -> tuple[str, ...]:
         """Paths of the weight matrices inside the layers: what LoRA and sparse methods target by default."""
         flat = tree.flatten(params if params is not None else self.abstract())
+        # Not the router: a change there changes which experts run, not what a matrix computes.
         return tuple(p for p in flat if p.endswith("/w") and tree.stack_of(p) is not None and "router" not in p)
 
 
@@ -238,10 +240,12 @@ class Scope:
 
         ``prefix`` (``layers``) is that of the parameters: hook state whose name starts with it is sliced with them.
         """
+        # Sites outside the layers have no axis L to slice.
         inside = {k: v for k, v in self.state.items() if k.startswith(prefix + "/")}
 
         def step(carry: Array, sliced: Any) -> tuple[Array, dict[str, Any]]:
             layer_params, layer_xs, layer_state = sliced
+            # A scope per layer: its reads are traced values of the scan's body, which may leave it only as outputs.
             scope = Scope(self.execution, self.hooks, layer_state)
             return body(scope, carry, layer_params, layer_xs), scope.reads
 
@@ -265,6 +269,7 @@ def _remat(step: Callable, policy: str) -> Callable:
     policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
     if policy not in policies:
         raise ValueError(f"remat policy {policy!r} is unknown; choose none, full or dots")
+    # The barriers that prevent CSE are needless inside a scan, and cost time.
     return jax.checkpoint(step, policy=policies[policy], prevent_cse=False)
 
 
@@ -283,6 +288,7 @@ def rows_over_devices(h: Array) -> Array:
     axes = tuple(name for name in ("data", "fsdp") if mesh.shape.get(name, 1) > 1)
     if not axes or h.ndim < 2 or h.shape[0] % math.prod(mesh.shape[name] for name in axes):
         return h
+    # XLA's choice for the other axes: tensor parallelism shards some of them.
     free = PartitionSpec.UNCONSTRAINED
     return jax.lax.with_sharding_constraint(h, PartitionSpec(axes, *(free for _ in h.shape[1:])))
 
@@ -312,6 +318,7 @@ def inputs(batch: Any, prefix: str = "") -> Inputs:
     tokens = _integers(given[prefix + "tokens"], prefix + "tokens")
     segments, positions = (given.get(prefix + key) for key in ("segments", "positions"))
     if segments is None and positions is None:
+        # One row for all: the mask is then [1, T, T] and not B times as large.
         T = tokens.shape[1]
         return Inputs(tokens, jnp.ones((1, T), jnp.int32), jnp.arange(T, dtype=jnp.int32)[None], True)
     if positions is not None:
@@ -383,6 +390,7 @@ def _rms_norm(eps: float, offset: float, x: Array, params: Params) -> Array:
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    # Not an approximation to be improved: CLIP's weights were trained with this function.
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,

@@ -20,6 +20,7 @@ from jft.models.rope import Rope, rotate
 from jft.models.split import collect, cut, inside
 
 Array = jax.Array
+# The window of layers without one: in a scan every layer needs a number, beyond any length and within int32.
 UNLIMITED = 2**30
 
 
@@ -115,6 +116,7 @@ class DecoderConfig:
         windows = (self.windows,) * self.layers if isinstance(self.windows, int) else self.windows
         if windows is not None and len(windows) != self.layers:
             raise ValueError(f"windows has {len(windows)} entries for {self.layers} layers")
+        # No window in any layer is None, so that configs which mean the same are equal.
         object.__setattr__(self, "windows", tuple(windows) if windows and any(windows) else None)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -180,6 +182,7 @@ class DecoderConfig:
             if leaf == "keys" or path == "memory/table":
                 size = self.memory.key_size if leaf == "keys" else shape[-1]  # type: ignore[union-attr]
                 return (size**-0.5 * jax.random.normal(tree.key_for(key, path), shape, jnp.float32)).astype(dtype)
+            # ``down/w`` of experts too: whatever writes to the residual stream.
             residual = self.init_residual and path.endswith(("attn/o/w", "down/w"))
             std = self.init_std / math.sqrt(2 * self.layers) if residual else self.init_std
             return (std * jax.random.normal(tree.key_for(key, path), shape, jnp.float32)).astype(dtype)
@@ -252,9 +255,11 @@ class DecoderConfig:
         dtype = scope.execution.dtype
         h = take(params["embed"]["table"], given.tokens, dtype)
         if self.embed_scale:
+            # Rounded to the activations' dtype first, as transformers does: bfloat16 has no sqrt(D) of most widths.
             h = h * jnp.asarray(math.sqrt(self.width), dtype)
         if self.rope is not None:
             return h
+        # Positions in the batch are traced values, which cannot be compared here.
         if given.plain and given.tokens.shape[1] > self.max_positions:
             raise ValueError(
                 f"{given.tokens.shape[1]} tokens, but the model has {self.max_positions} learned positions"
@@ -264,9 +269,11 @@ class DecoderConfig:
     def _per_layer(self) -> dict[str, Array]:
         """What differs from layer to layer without being a parameter, stacked for the scan."""
         xs: dict[str, Array] = {}
+        # One window for all layers stays a static number (see below); only different ones go through the scan.
         if self.windows is not None and len(set(self.windows)) > 1:  # type: ignore[arg-type]
             xs["window"] = jnp.asarray([w or UNLIMITED for w in self.windows], jnp.int32)  # type: ignore[union-attr]
         if self.local_rope is not None:
+            # Which of the two rotary tables a layer reads; a layer's kind must be an array in a scan.
             xs["local"] = jnp.asarray([w is not None for w in self.windows or (None,) * self.layers])  # type: ignore[union-attr]
         if self.scale_by_layer:
             xs["scale"] = 1 / jnp.arange(1, self.layers + 1, dtype=jnp.float32)
@@ -309,6 +316,7 @@ class DecoderConfig:
         self, scope: Scope, name: str, x: Array, params: Params, xs: dict[str, Array], shared: _Shared
     ) -> Array:
         q, k, v = (scope.dot(f"{name}/{part}", x, params[part]) for part in ("q", "k", "v"))
+        # OLMoE clips after its norm over all heads; a norm per head (Qwen 3) has to follow the split into heads.
         if self.qk_norm == "full":
             q, k = self._qk_norm(q, k, params)
         if self.clip_qkv is not None:
@@ -374,6 +382,7 @@ class _Shared:
     def rope(self, local: Array | None) -> tuple[Array, Array]:
         if local is None:
             return self.ropes[0]
+        # A layer's kind is a traced value in the scan, so both tables exist and one is taken.
         cos, sin = (jnp.where(local, there, here) for here, there in zip(*self.ropes, strict=True))
         return cos, sin
 

@@ -39,6 +39,7 @@ class EncoderConfig:
     eps: float = 1e-12
     pooler: bool = True
 
+    # What transformers' classifiers have between the first token and the logits; BERT has its pooler there.
     DENSE: ClassVar[dict[str, str]] = {"roberta": "tanh", "distilbert": "relu"}
 
     def __post_init__(self) -> None:

@@ -85,6 +85,7 @@ def fetch(source: str | os.PathLike, revision: str | None = None) -> Path:
     except ImportError:
         raise LoadError(f"{name!r} is no directory here; to fetch it from the hub, pip install 'jft[hf]'") from None
     try:
+        # Files of the root only: repositories keep other formats (onnx, original) in folders.
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's errors share no base class: HTTP, connection, offline, cache, validation
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -132,6 +133,7 @@ def _config(family: Family, description: dict, checkpoint: Checkpoint, classes: 
 
 def _without_output_head(family: Family, config: Any, checkpoint: Checkpoint) -> Any:
     """A decoder saved as a classifier has no output head; tied, it wants none, and a classifier never asks for it."""
+    # ``tied`` is how a decoder config says that it has no ``head/w``.
     if getattr(config, "tied", True):
         return config
     source = family.table(config)["head/w"]
@@ -206,6 +208,7 @@ def _place(checkpoint: Checkpoint, leaf: reader.Leaf, dtype: np.dtype, sharding:
     if sharding is None:
         host = reader.read(checkpoint, leaf, (slice(None),) * len(leaf.shape), dtype)
         return jax.block_until_ready(jax.device_put(host))  # else the host copies of several leaves pile up
+    # One read serves all replicas of a shard.
     replicas: dict[tuple, list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
         key = tuple(s.indices(n)[:2] for s, n in zip(index or (), leaf.shape, strict=True))
@@ -213,6 +216,7 @@ def _place(checkpoint: Checkpoint, leaf: reader.Leaf, dtype: np.dtype, sharding:
     shards = []
     for key, devices in replicas.items():
         host = reader.read(checkpoint, leaf, tuple(slice(*bounds) for bounds in key), dtype)
+        # Waiting keeps one host copy at a time.
         shards += jax.block_until_ready([jax.device_put(host, device) for device in devices])
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
@@ -226,4 +230,5 @@ def _fresh(config: Any, paths: list[str], abstract: dict, layouts: dict[str, Sha
         return {path: drawn[path].astype(shapes[path].dtype) for path in paths}
 
     shardings = {path: layouts[path] for path in paths} if layouts else None
+    # Under jit the leaves that are not returned are dead code, and the others are made in their shards.
     return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))

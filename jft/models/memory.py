@@ -35,6 +35,7 @@ class Memory:
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together."""
+        # In order, so that configs which mean the same are equal.
         object.__setattr__(self, "layers", tuple(sorted(self.layers)))
         if self.slots < 1 or math.isqrt(self.slots) ** 2 != self.slots:
             near = max(1, math.isqrt(max(self.slots, 1))) ** 2

@@ -53,6 +53,7 @@ def moe(scope: Scope, name: str, h: Array, params: Params, experts: Experts, act
     are float32. :attr:`Execution.experts` says how the products run; both ways are exact and differentiable in both modes.
     """
     flat = h.reshape(-1, h.shape[-1])
+    # On ``h``, not on its rows: hooks see the router's product with the axes B and T.
     logits = scope.dot(f"{name}/router", h, params["router"]).reshape(len(flat), experts.count)
     weights, chosen = route(logits, experts)
     hooked = scope.hooks is not None and scope.hooks.product is not None
@@ -77,6 +78,7 @@ def _dense(
 
     def product(which: str, x: Array) -> Array:
         w = params[which]["w"]
+        # With hooks ``x`` is [E, N, in], which a plain array multiplies as it is; hooks may look at its shape.
         whole = hooked and not hasattr(w, "__jft_dot__")
         return scope.dot(f"{name}/{which}", x, {"w": w if whole else PerExpert(w)})
 
@@ -88,10 +90,12 @@ def _dense(
 def _ragged(x: Array, weights: Array, chosen: Array, params: Params, experts: Experts, act: Any) -> Array:
     """Tokens sorted by expert, one grouped product each; k rows per token instead of E."""
     k = experts.per_token
+    # Stable: the tokens of an expert keep their order.
     order = jnp.argsort(chosen.reshape(-1), stable=True)
     sizes = jnp.bincount(chosen.reshape(-1), length=experts.count).astype(jnp.int32)
     rows = jnp.take(x, order // k, axis=0)
     hidden = gated(act, grouped_dot(rows, params["gate"]["w"], sizes), grouped_dot(rows, params["up"]["w"], sizes))
     out = grouped_dot(hidden, params["down"]["w"], sizes)
     out = out.astype(weights.dtype) * jnp.take(weights.reshape(-1), order)[:, None]
+    # ``order // k`` is the token of a row, as each token has k of them; the sum is in float32.
     return jnp.zeros((len(x), out.shape[-1]), weights.dtype).at[order // k].add(out).astype(x.dtype)

@@ -81,12 +81,14 @@ class Rope:
         return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
     def _frequencies(self, positions: Array, segments: Array, size: int, max_positions: int) -> Array:
+        # NumPy's float64: constants of the program, rounded to float32 once.
         exponents = np.arange(0, size, 2) / size
         plain = self.theta**-exponents
         original = self.original_positions or max_positions
         if self.kind == "dynamic":
             length = jnp.maximum(_lengths(positions, segments), max_positions).astype(jnp.float32)[..., None]
             factor = self.factor or 1.0
+            # 1 at ``max_positions``, so that shorter sequences turn as in pretraining.
             growth = (factor * length / max_positions - (factor - 1)) ** (size / (size - 2))
             return jnp.asarray(plain, jnp.float32) * growth ** jnp.asarray(-exponents, jnp.float32)
         if self.kind == "longrope":
@@ -118,7 +120,9 @@ class Rope:
         low, high = dimension(self.beta_fast or 32), dimension(self.beta_slow or 1)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
+        # ``size - 1`` although there are ``size / 2`` frequencies: YaRN's code has it so, and models were trained with it.
         low, high = max(low, 0), min(high, size - 1)
+        # Equal ends would divide by zero; the constant is that of YaRN's code.
         ramp = np.clip((np.arange(len(plain)) - low) / (high - low or 0.001), 0.0, 1.0)
         return plain * (1 - ramp) + plain * ramp / self._stretch(max_positions)
 

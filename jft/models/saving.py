@@ -108,6 +108,7 @@ def _barrier(name: str) -> None:
 
 def _checked(model: Model, params: Any) -> dict[str, Any]:
     """``{path: array}``: plain arrays at exactly the model's paths, of its shapes."""
+    # Structured weights are pytrees too: their own leaves would pass for parameters.
     flat = tree.flatten(params, is_leaf=lambda x: not isinstance(x, Mapping))
     for path, leaf in flat.items():
         if not isinstance(leaf, jax.Array | np.ndarray):
@@ -172,6 +173,7 @@ def _tensor(name: str, parts: list[Part], flat: dict[str, Any], dtype: Any) -> w
 
 def _whole(source: Source, shape: tuple[int, ...], value: np.ndarray) -> np.ndarray | None:
     """The tensor as a view of its only leaf, for the two commonest views; None for others."""
+    # The strides of an array that nobody fills tell what the view does.
     calibration = source.view(np.empty(shape, np.bool_))
     if calibration.shape == shape and calibration.flags.c_contiguous:
         return value
@@ -211,6 +213,7 @@ def _describe(family: Family, config: Any, tensors: list[writer.Tensor], origin:
 
 def _describe_head(family: Family, config: Classifier, description: dict[str, Any]) -> dict[str, Any]:
     head: dict[str, Any] = {heads.KEY: {"classes": config.classes, "pool": config.pool, "dense": config.dense}}
+    # transformers takes the number of classes from the labels.
     if len(description.get("id2label") or ()) != config.classes:
         head["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.classes)}
         head["label2id"] = {f"LABEL_{i}": i for i in range(config.classes)}

@@ -79,6 +79,7 @@ class Prefix:
     def __call__(self, params: Params, batch: Any) -> dict[str, Any]:
         given = dict(batch) if hasattr(batch, "keys") else {"images" if batch.ndim == 4 else "tokens": batch}
         found = _run_prefix(self, params, given)
+        # The features replace the images; tokens stay, as masks and positions come from them.
         if "images" in given and found.keys() & {"features", "vision/features"}:
             del given["images"]
         return given | found
@@ -105,6 +106,7 @@ class Suffix:
     skipped: Skipped
 
     def __getattr__(self, name: str) -> Any:
+        # Copying and unpickling look names up before the fields exist: handing those on would not end.
         if name.startswith("__") or name in ("base", "skipped"):
             raise AttributeError(name)
         return getattr(self.base, name)
@@ -186,6 +188,7 @@ class _Behind(Scope):
         if prefix not in self.features:
             raise ValueError(f"the batch has no {_key(prefix)!r}; make it with the prefix that split gave")
         first, last = self.skipped[prefix], length(params)
+        # A prefix of all layers leaves nothing to scan.
         if first == last:
             return self.features[prefix]
         piece = inside(self, prefix, first, last)

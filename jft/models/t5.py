@@ -125,6 +125,7 @@ class T5Config:
         """One side of the model: embeddings, layers, final norm."""
         prefix, mine = f"{side}/layers", params[side]
         h = scope.site(f"{side}/embed", take(params["embed"]["table"], tokens, scope.execution.dtype))
+        # One table for all layers of a side: computed once, outside the scan.
         bias = self._bias(mine["relative"]["table"], tokens.shape[1], bidirectional=encoded is None, dtype=h.dtype)
 
         def normed(x: Array, scales: Params) -> Array:
@@ -149,6 +150,7 @@ class T5Config:
 
     def _bias(self, table: Any, length: int, bidirectional: bool, dtype: Any) -> Array:
         """``[H, T, T]``: the bias of key k for query q depends on ``k - q`` alone, also within packed segments."""
+        # 2 T - 1 distances are looked up, not T x T pairs.
         distances = np.arange(1 - length, length)
         per_distance = take(
             table, jnp.asarray(bucket(distances, self.buckets, self.max_distance, bidirectional)), dtype

@@ -29,6 +29,7 @@ class Texts:
 
     arrays: Mapping[str, Any]
 
+    # cached_property writes to ``__dict__``, past what ``frozen`` forbids.
     @functools.cached_property
     def _digest(self) -> bytes:
         said = hashlib.sha256()
@@ -96,6 +97,7 @@ class PromptClassifier:
         texts = {name: jnp.asarray(x) for name, x in self.texts.arrays.items()}
         if not self.count or "classes" not in given:
             return scale * _compare(image, self.clip.text_embedding(scope, params, texts))
+        # ``size``: shapes under jit are fixed. The fill is no class, so what is computed for it is dropped below.
         (chosen,) = jnp.nonzero(jnp.any(given["classes"], axis=0), size=self.count, fill_value=self.classes)
         texts = {name: jnp.take(x, chosen, axis=0, mode="clip") for name, x in texts.items()}
         logits = scale * _compare(image, self.clip.text_embedding(scope, params, texts))

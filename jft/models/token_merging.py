@@ -74,12 +74,15 @@ def select(h: Array, attended: Array, keep: float, merge: bool) -> Array:
     count = math.ceil(keep * weights.shape[1])
     if count >= weights.shape[1]:
         return h
+    # top_k rather than argsort: of equal values it puts the earlier first.
     order = jax.lax.top_k(weights, weights.shape[1])[1]
     take = lambda x, index: jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
+    # Sorted again: patches keep their order in the image.
     tokens = [h[:, :1], take(h[:, 1:], jnp.sort(order[:, :count], axis=1))]
     if merge:
         others = order[:, count:]
         share = take(weights, others)
+        # All weights may underflow: the merged token is then 0, not NaN.
         share = share / jnp.maximum(jnp.sum(share, axis=1, keepdims=True), jnp.finfo(share.dtype).tiny)
         merged = jnp.einsum("bn,bnd->bd", share, take(h[:, 1:], others).astype(share.dtype))
         tokens.append(merged[:, None].astype(h.dtype))
@@ -127,6 +130,7 @@ def _selecting(
         mlp = lambda x: blocks.mlp(scope, f"{prefix}/mlp", x, p["mlp"], activation)
         return blocks.add(scope, f"{prefix}/mlp", h, mlp, normed, p["mlp_norm"], False), attended
 
+    # The weights leave the scan in its carry: ``layers`` returns nothing else.
     carry: Any = (h, jnp.zeros(h.shape[:2], precise))
     h, attended = scope.layers(prefix, layer, carry, params)
     return h, attended
@@ -139,6 +143,7 @@ def _attend(scope: Scope, name: str, x: Array, params: Params, heads: int) -> tu
     scale = q.shape[-1] ** -0.5
     out = attention(q, k, v, None, scale=scale, block=scope.execution.block)
     precise = jnp.promote_types(x.dtype, jnp.float32)
+    # The class token's scores once more: ``attention`` may run in blocks and does not return them.
     scores = jnp.einsum("bhk,bshk->bhs", q[:, 0], k, preferred_element_type=precise) * scale
     attended = jnp.mean(jax.nn.softmax(scores, axis=-1), axis=1)
     return scope.dot(f"{name}/o", out.reshape(*x.shape[:2], -1), params["o"]), attended

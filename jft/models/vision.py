@@ -113,6 +113,7 @@ class VisionConfig:
         images = jnp.asarray(given["images"])
         if images.ndim != 4 or images.shape[-1] != self.channels:
             raise ValueError(f"images must have shape [B, H, W, {self.channels}]; got {images.shape}")
+        # Integers are pixels that nobody has scaled yet.
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images must be floating point (scaled and normalised); got {images.dtype}")
         if images.shape[1] % self.patch or images.shape[2] % self.patch:

@@ -36,6 +36,7 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Looked for only to tell their owner how to convert them.
 TORCH_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 
 
@@ -88,6 +89,7 @@ class Checkpoint:
         """Let the system take back the pages of this tensor: they are clean, and no longer count as this process's."""
         entry = self.entries[name]
         if entry.nbytes and hasattr(mmap, "MADV_DONTNEED"):
+            # madvise takes whole pages.
             first = entry.start - entry.start % mmap.PAGESIZE
             self._map(entry.file).madvise(mmap.MADV_DONTNEED, first, entry.start + entry.nbytes - first)
 
@@ -155,6 +157,7 @@ def read_header(file: Path) -> dict[str, Entry]:
         raw = handle.read(length)
     try:
         header = json.loads(raw)
+        # Free text of the writer, not a tensor.
         header.pop("__metadata__", None)
         entries = {name: _entry(file, value, 8 + length) for name, value in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -171,6 +174,7 @@ def _entry(file: Path, value: dict[str, Any], base: int) -> Entry:
     dtype = str(value["dtype"])
     if begin < 0 or end < begin or any(n < 0 for n in shape):
         raise ValueError(f"offsets {begin}..{end} of a tensor of shape {shape}")
+    # A dtype that numpy lacks has no item size to check; it is refused when such a tensor is read.
     if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError(f"{end - begin} bytes for a {dtype} tensor of shape {shape}")
     return Entry(file, dtype, shape, base + begin, end - begin)

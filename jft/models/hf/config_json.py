@@ -35,6 +35,7 @@ def require(c: Mapping[str, Any], key: str) -> Any:
 
 def refuse(c: Mapping[str, Any], **allowed: Any) -> None:
     """Raise where a key is set to anything but its allowed value (or absent, or None)."""
+    # Quantised weights have other tensors and shapes, in every family.
     for key, value in {"quantization_config": None, **allowed}.items():
         if c.get(key) is not None and c[key] != value:
             kind = c.get("model_type", "model")
@@ -91,9 +92,11 @@ def rope(c: Mapping[str, Any], **defaults: Any) -> Rope:
     """
     flat = {key: c[key] for key in _ROPE_FIELDS if c.get(key) is not None}
     given = {**defaults, **flat, **(c.get("rope_parameters") or {}), **(c.get("rope_scaling") or {})}
+    # Phi-3 has it at the top level, where transformers looks first.
     if flat.get("original_max_position_embeddings"):
         given["original_max_position_embeddings"] = flat["original_max_position_embeddings"]
     kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
+    # Both spellings may be in one file; ``type`` is the older one.
     given.pop("type", None)
     if kind not in _ROPE_KINDS:
         raise ValueError(f"rope type {kind!r} is not supported; only {', '.join(_ROPE_KINDS)}")
@@ -102,6 +105,7 @@ def rope(c: Mapping[str, Any], **defaults: Any) -> Rope:
         raise ValueError(f"rope parameters {', '.join(unknown)} are not supported")
     freeze = lambda v: tuple(v) if isinstance(v, list) else v
     fields = {_ROPE_FIELDS[key]: freeze(value) for key, value in given.items() if value is not None}
+    # transformers reads only these two for a default rope.
     if kind == "default":
         fields = {key: value for key, value in fields.items() if key in ("theta", "fraction")}
     return Rope(kind=kind, **fields)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from jft.models.decoder import DecoderConfig
 from jft.models.hf.mapping import Source
 from jft.models.hf.sources import sources
 
+# A bare backbone is saved without the wrapper's prefix.
 _PREFIXES = ("model.", "")
 _NORMS = {
     "pre": {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
@@ -44,6 +45,7 @@ _MIXTRAL_MODULES = {
     "mlp/experts/up": "block_sparse_moe.experts.{expert}.w3",
     "mlp/experts/down": "block_sparse_moe.experts.{expert}.w2",
 }
+# The others are fused: ``phi3_table`` adds them.
 _PHI3_MODULES = {name: module for name, module in _MODULES.items() if name in ("attn/o", "mlp/down")}
 
 
@@ -99,4 +101,5 @@ def phi3_table(config: DecoderConfig) -> dict[str, Source]:
 
 
 def _rows(x: np.ndarray, start: int, stop: int) -> np.ndarray:
+    # torch stores [out, in].
     return np.swapaxes(x[..., start:stop, :], -1, -2)

@@ -91,6 +91,7 @@ def _gpt2_fields(config: DecoderConfig) -> dict[str, Any]:
         "n_positions": config.max_positions,
         "n_ctx": config.max_positions,
         "layer_norm_epsilon": config.norm_eps,
+        # The name in GPT-2's own files.
         "activation_function": "gelu_new" if config.activation == "gelu_tanh" else config.activation,
         "scale_attn_weights": config.attention_scale != 1.0,
         "scale_attn_by_inverse_layer_idx": config.scale_by_layer,
@@ -116,6 +117,7 @@ def _neox_table(config: DecoderConfig) -> dict[str, Source]:
     names = {f"layers/{path}": f"layers.{{layer}}.{name}" for path, name in _NEOX_MODULES.items()}
     names |= {"embed": "embed_in", "final_norm": "final_layer_norm", "head": "=embed_out"}
     table = sources(config, names, prefixes)
+    # Some checkpoints name the head as the other decoders do.
     if "head/w" in table:
         head = table["head/w"]
         table["head/w"] = Source(head.name, head.shape, head.view, ("lm_head.weight",))
@@ -134,6 +136,7 @@ def _neox_table(config: DecoderConfig) -> dict[str, Source]:
 def _neox(c: Mapping[str, Any]) -> DecoderConfig:
     config_json.refuse(c)
     bias = bool(c.get("attention_bias", True))
+    # Fields of older files; ``rope_parameters`` prevails where there is one.
     defaults = dict(rope_theta=c.get("rotary_emb_base", 10_000.0), partial_rotary_factor=c.get("rotary_pct", 0.25))
     return DecoderConfig(
         family="gpt_neox",
@@ -191,6 +194,7 @@ FAMILIES: dict[str, Family] = {
         _gpt2,
         config_json.exact(_gpt2_fields, _gpt2),
         _gpt2_table,
+        # ``attn.bias`` is the causal mask, a buffer.
         (r".*\.attn\.(masked_)?bias", r"lm_head\.weight", r"score\.weight"),
     ),
     "gpt_neox": Family(

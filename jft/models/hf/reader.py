@@ -77,6 +77,7 @@ def bind(checkpoint: Checkpoint, path: str, source: Source, shape: tuple[int, ..
                 f"tensor {name!r} in {entry.file} has shape {entry.shape}, but {path!r} wants {tuple(source.shape)}; "
                 "config.json and the weights do not belong together"
             )
+        # F64 to F8, and BF16; BOOL begins with a B too.
         if entry.dtype[:1] not in ("F", "B") or entry.dtype == "BOOL":
             raise LoadError(f"tensor {name!r} in {entry.file} has dtype {entry.dtype}, a weight must be floating point")
     return Leaf(path, source, shape, names)
@@ -84,6 +85,7 @@ def bind(checkpoint: Checkpoint, path: str, source: Source, shape: tuple[int, ..
 
 def _layout(checkpoint: Checkpoint, source: Source) -> Source:
     """The layout of a leaf that the checkpoint uses: the usual one unless only another is there."""
+    # The first layer and expert stand for all: no checkpoint mixes layouts.
     other, place = source.other, (0,) * stacked_axes(source)
     if other is None or any(tensor_name(t, place) in checkpoint for t in (source.name, *source.aliases)):
         return source
@@ -131,9 +133,11 @@ def read(checkpoint: Checkpoint, leaf: Leaf, index: tuple[slice, ...], dtype: np
         _copy(target, part, lambda: checkpoint.release(name))
 
     todo = list(itertools.product(*(range(*b) for b in lead)))
+    # Threads: numpy's copies, which read the pages of the file, release the GIL.
     workers = min(len(todo), 8, os.cpu_count() or 1)
     if workers > 1:
         with ThreadPoolExecutor(workers) as pool:
+            # list() raises here what a worker raised.
             list(pool.map(copy, todo))
     else:
         for place in todo:
@@ -171,6 +175,7 @@ def _copy(out: np.ndarray, part: np.ndarray, release: Any) -> None:
     for start in range(0, part.shape[axis], step):
         where = (slice(None),) * axis + (slice(start, start + step),)
         piece = part[where]
+        # In the file's order, so that the conversion reads front to back; the assignment transposes.
         target[where] = _as_bits(piece if bits else piece.astype(out.dtype, order="K"))
         copied += piece.nbytes
         if copied >= CHUNK:

@@ -33,11 +33,13 @@ def _from_hf(raw: dict[str, Any]) -> T5Config:
         tied=scaled,
         scale_outputs=scaled,
         eps=raw.get("layer_norm_epsilon", 1e-6),
+        # T5 starts its decoder with the padding id, 0.
         start=raw.get("decoder_start_token_id") or 0,
     )
 
 
 def _to_hf(config: T5Config) -> dict[str, Any]:
+    # After "gated-", "gelu" is the tanh form, so the exact one goes by its other name.
     gated = {"gelu_tanh": "gelu", "gelu": "gelu_python"} if config.gated else {}
     name = gated.get(config.activation, activation_name(config.activation))
     return {
@@ -63,6 +65,7 @@ def _to_hf(config: T5Config) -> dict[str, Any]:
 
 def _table(config: T5Config) -> dict[str, Source]:
     out, inner = Sources(prefixes=("", "transformer.")), config.heads * config.head
+    # One embedding, which files may repeat on either side.
     out.leaf(
         "embed/table",
         "shared.weight",
@@ -82,6 +85,7 @@ def _table(config: T5Config) -> dict[str, Source]:
             out.norm(f"{path}_norm", f"{stem}.layer.{sublayer}.layer_norm", config.width, bias=False)
         _mlp(out, side, f"{side}.block.{{layer}}.layer.{len(attention)}", config)
         out.norm(f"{side}/final_norm", f"{side}.final_layer_norm", config.width, bias=False)
+        # Stored in the first block; all blocks of a side share it.
         relative = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias"
         out.table(f"{side}/relative", relative, config.buckets, config.heads)
     if not config.tied:

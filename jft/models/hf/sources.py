@@ -66,6 +66,7 @@ def sources(config: DecoderConfig, names: Mapping[str, str], prefixes: tuple[str
     table = {}
     for path, shape in config.shapes().items():
         module, leaf = path.rsplit("/", 1)
+        # Fused modules have no name of their own here: the family's table adds them.
         if module not in names:
             continue
         name = f"{names[module]}.{_LEAVES[leaf]}"

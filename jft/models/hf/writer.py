@@ -77,6 +77,7 @@ def _split(tensors: Sequence[Tensor], shard_bytes: float) -> list[list[Tensor]]:
 
 
 def _write_file(file: Path, tensors: Sequence[Tensor]) -> None:
+    # transformers refuses a file that does not name its framework.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     # Wide dtypes first keeps every tensor aligned, which readers that map the file rely on.
@@ -89,6 +90,7 @@ def _write_file(file: Path, tensors: Sequence[Tensor]) -> None:
         }
         offset += tensor.nbytes
     raw = json.dumps(header, separators=(",", ":")).encode()
+    # Tensors begin after the header, so its length is part of their alignment.
     raw += b" " * (-len(raw) % 8)
     with file.open("wb") as handle:
         handle.write(len(raw).to_bytes(8, "little") + raw)
@@ -101,6 +103,7 @@ def _write(handle: Any, value: np.ndarray) -> None:
     """The bytes in C order; a transposed matrix a few rows at a time, which is faster and needs no second copy."""
     pieces = [value] if value.flags.c_contiguous else (value[i : i + ROWS] for i in range(0, len(value), ROWS))
     for piece in pieces:
+        # As bytes: the buffer protocol knows no bfloat16.
         handle.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
 
 
@@ -111,6 +114,7 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
         _sync(handle)
 
 
+# On disk before the directory is renamed: after a crash the name must not stand over half a file.
 def _sync(handle: Any) -> None:
     handle.flush()
     os.fsync(handle.fileno())
@@ -136,6 +140,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
+        # mkdtemp makes it private; readers need the permissions that mkdir gives.
         partial.chmod(0o777 & ~_umask())
         yield partial
         _swap(partial, target)
@@ -144,6 +149,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
 
 
 def _umask() -> int:
+    # The umask can be read only by setting it.
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -154,6 +160,7 @@ def _swap(partial: Path, target: Path) -> None:
     if not target.exists():
         os.rename(partial, target)
         return
+    # A rename cannot replace a directory that is not empty.
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
     os.rename(target, aside / "old")
     try:
