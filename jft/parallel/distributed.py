@@ -39,6 +39,7 @@ def start(
     """
     import jax
 
+    # A second call, as from a notebook cell that is run again, is no error.
     if jax.distributed.is_initialized():
         return jax.process_count() > 1
     given = {
@@ -112,6 +113,7 @@ def meet(coordinator: str, processes: int, process_id: int, timeout: float) -> N
     if process_id == 0:
         _gather(int(port), processes, deadline, timeout)
     else:
+        # An IPv6 address is in brackets before a port; sockets take it without.
         _join(host.strip("[]"), int(port), processes, process_id, deadline, timeout)
 
 
@@ -121,6 +123,7 @@ def _gather(port: int, processes: int, deadline: float, timeout: float) -> None:
     try:
         with _listen(port) as server:
             while len(joined) < processes - 1:
+                # A timeout of 0 would mean not to wait at all, and to fail in another way.
                 server.settimeout(max(deadline - time.monotonic(), 0.001))
                 try:
                     connection, _ = server.accept()
@@ -142,7 +145,9 @@ def _gather(port: int, processes: int, deadline: float, timeout: float) -> None:
 
 def _listen(port: int) -> socket.socket:
     try:
+        # Hosts may know the coordinator by an address of either protocol.
         if socket.has_dualstack_ipv6():
+            # All hosts of a pod may connect in the same moment.
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
         return socket.create_server(("", port), backlog=1024)
     except OSError as error:
@@ -151,8 +156,10 @@ def _listen(port: int) -> socket.socket:
 
 def _welcome(connection: socket.socket, processes: int, joined: dict[int, socket.socket]) -> None:
     """Note who is there; what does not speak this protocol is hung up on."""
+    # A stranger that connects and sends nothing must not delay the others.
     connection.settimeout(10)
     try:
+        # Bounded, and not necessarily text: anything may connect to an open port.
         hello = json.loads(connection.makefile(errors="replace").readline(1000))
         who, count = int(hello["process_id"]), int(hello["processes"])
     except (OSError, ValueError, TypeError, KeyError):
@@ -166,6 +173,7 @@ def _welcome(connection: socket.socket, processes: int, joined: dict[int, socket
     if problem is None:
         joined[who] = connection
         return
+    # Every process gets the reason, not only the one that was last.
     for other in [connection, *joined.values()]:
         other.sendall(f"{REFUSED}{problem}\n".encode())
     connection.close()
@@ -198,6 +206,7 @@ def _connect(host: str, port: int, deadline: float, late: str) -> socket.socket:
     while True:
         try:
             return socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), 0.001))
+        # Nobody listens before process 0 has come this far: try again.
         except OSError as error:
             if time.monotonic() + 0.2 >= deadline:
                 raise RuntimeError(f"{late} ({error})") from error

@@ -75,6 +75,7 @@ def estimate(compiled: Any) -> MemoryEstimate:
         outputs=stats.output_size_in_bytes,
         aliased=stats.alias_size_in_bytes,
         temporaries=stats.temp_size_in_bytes,
+        # -1 where the backend does not know.
         code=max(stats.generated_code_size_in_bytes, 0),
     )
 
@@ -99,9 +100,11 @@ def plan(lowered: Any) -> MemoryEstimate:
 
 def refusal(error: Exception) -> MemoryEstimate | None:
     """What a compiler says that a program needs which it refuses as larger than the device; None for any other error."""
+    # The two wordings of XLA.
     needed = re.search(r"(?:memory required for [\w ]+?|Used) \(?([\d.]+ ?[KMGT])", str(error))
     if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:
         return None
+    # XLA writes binary units without "iB".
     return MemoryEstimate(arguments=0, outputs=0, aliased=0, temporaries=parse_bytes(needed[1] + "iB"))
 
 

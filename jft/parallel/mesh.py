@@ -34,6 +34,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | N
             )
     sizes = _fill(sizes, len(devices))
     names = tuple(sizes)
+    # Auto: models rely on XLA's propagation of shardings, and make_mesh has other defaults in other releases of JAX.
     return jax.make_mesh(tuple(sizes.values()), names, axis_types=(AxisType.Auto,) * len(names), devices=devices)
 
 

@@ -18,13 +18,16 @@ SMALL = 2**14
 """Leaves with fewer elements are replicated: an all-gather of them costs more than their memory."""
 
 RULES: Rules = (
+    # Whole experts on a device multiply without communication; where there are too few, each is cut like an MLP.
     (r"(^|/)experts/(gate|up)/w$", [("tensor", "fsdp", None), (None, "fsdp", "tensor")]),
     (r"(^|/)experts/down/w$", [("tensor", None, "fsdp"), (None, "tensor", "fsdp")]),
     (r"(^|/)router/w$", ("fsdp", None)),
     (r"(^|/)(q|k|v|gate|up|pooler|vision_projection|text_projection)/w$", ("fsdp", "tensor")),
     (r"(^|/)(q|k|v|gate|up)/b$", ("tensor",)),
     (r"(^|/)(o|down)/w$", ("tensor", "fsdp")),
+    # Added after the sum over ``tensor``, hence whole.
     (r"(^|/)(o|down)/b$", (None,)),
+    # A vocabulary that the mesh does not divide (50257) stays whole, and D is cut.
     (r"(^|/)table$", [("tensor", "fsdp"), (None, ("fsdp", "tensor")), (None, "fsdp")]),
     (r"(^|/)head/w$", [("fsdp", "tensor"), (("fsdp", "tensor"), None), ("fsdp", None)]),
     (r"(^|/)(patch|classifier)/w$", ("fsdp", None)),
@@ -91,6 +94,7 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, own: list, small: int) 
         return PartitionSpec()
     for pattern, layouts in RULES:
         if tree.matcher(pattern)(path):
+            # Another library's model may have a vector of such a name.
             fitting = [layout for layout in _alternatives(layouts) if len(layout) <= len(shape)]
             return _fit(fitting, shape, mesh) if fitting else PartitionSpec()
     return _generic(path, shape, mesh)
@@ -104,6 +108,7 @@ def _fit(layouts: list[Layout], shape: tuple[int, ...], mesh: Mesh) -> Partition
     wanted = [tuple(_present(axis, mesh) for axis in layout) for layout in layouts]
     chosen = next((r for r, w in zip(reduced, wanted, strict=True) if r == w), reduced[0])
     entries: list[Axis] = [None] * (len(shape) - len(chosen)) + list(chosen)
+    # Specs compare entry by entry: a None at the end would make equal ones differ.
     while entries and entries[-1] is None:
         entries.pop()
     return PartitionSpec(*entries)
