@@ -114,8 +114,10 @@ def attention(
     if bias is not None:
         scores = scores + bias.astype(precise).reshape(1, G, H // G, *bias.shape[1:])
     if mask is not None:
+        # Finite: rows that see nothing, as padding, would be NaN with -inf.
         scores = jnp.where(mask.dense()[:, None, None], scores, jnp.finfo(precise).min)
     weights = softmax(scores)
+    # Rounded to the dtype of v before the product, as transformers does.
     out = jnp.einsum("bghts,bsgk->btghk", weights.astype(v.dtype), v, preferred_element_type=precise)
     return out.reshape(B, T, H, K).astype(v.dtype)
 
@@ -186,6 +188,7 @@ def sums(
             top, total, acc = carry
             (k, v), at, bias = column
             s = score(q, k, terms.scale, bias, place, at)
+            # A running maximum, to which the earlier sums are rescaled: no exponential overflows.
             new = jnp.maximum(top, jnp.max(s, axis=-1))
             p, fade = jnp.exp(s - new[..., None]), jnp.exp(top - new)
             return new, total * fade + jnp.sum(p, axis=-1), acc * fade[..., None] + _weigh(p, v)
@@ -201,6 +204,7 @@ def sums(
     return grid.whole(o), grid.whole(lse[..., None])[..., 0]
 
 
+# symbolic_zeros: an argument that does not move costs no product.
 @functools.partial(sums.defjvp, symbolic_zeros=True)
 def _sums_jvp(softcap: float | None, block: int, primals: Any, tangents: Any) -> Any:
     o, lse = sums(softcap, block, *primals)
@@ -295,7 +299,9 @@ class _Grid:
     @classmethod
     def of(cls, block: int, q: Array, k: Array, mask: Mask | None) -> _Grid:
         T, S = q.shape[1], k.shape[1]
+        # As many blocks as there must be, of even size: less padding than full blocks and a rest.
         t, s = (-(-n // -(-n // block)) for n in (T, S))
+        # Without a mask the keys of the padding would count.
         if mask is None and S % s:
             mask = Mask(jnp.ones((1, T), jnp.int32), jnp.ones((1, S), jnp.int32))
         return cls(k.shape[2], T, S, t, s, mask and mask.padded(-(-T // t) * t, -(-S // s) * s))
