@@ -62,6 +62,7 @@ def weights_of(value: Any, count: int, name: str = "weights", default: float = 1
     """
     if value is None:
         return [default] * count
+    # np.ndim and np.shape take traced scalars as well.
     if np.ndim(value) == 0:
         return [value] * count
     if np.ndim(value) != 1 or len(value) != count:

@@ -26,6 +26,7 @@ def half_reset(tau: TaskVector, draw: int = 0) -> TaskVector:
     def one(path: str, change: delta.Encoding) -> delta.Encoding | None:
         if path not in kept:
             return change
+        # No layer of it stays: None takes the path out of the task vector.
         return _in_layers(change, kept[path]) if kept[path] else None
 
     return tau.map(one, "half_reset", draw=draw)
@@ -37,6 +38,7 @@ def _in_layers(change: delta.Encoding, layers: tuple[int, ...]) -> delta.Encodin
         inside = np.flatnonzero(np.isin(np.asarray(change.indices), layers))
         return dataclasses.replace(change, indices=change.indices[inside], values=change.values[inside])
     if isinstance(change, delta.Entries):
+        # Rows of entries are counted through all layers.
         each = int(np.prod(change.shape[1:-1], dtype=np.int64))
         inside = np.flatnonzero(np.isin(np.asarray(change.rows) // each, layers))
         return delta.Entries(change.rows[inside], change.columns[inside], change.values[inside], change.shape)

@@ -13,6 +13,7 @@ from jft.delta import TaskVector, apply
 from jft.delta.manifest import verify
 from jft.merge.arithmetic import Vectors, task_arithmetic
 
+# Rounded, so that tables and command lines show 0.15 and not 0.15000000000000002.
 GRID = tuple(float(c) for c in np.linspace(0, 1, 21).round(2))
 Evaluate = Callable[[Any], float]
 Row = dict[str, Any]
@@ -130,6 +131,7 @@ def _along(base: Any, tau: TaskVector, measure: Callable[[Any], Row], check: boo
     """``c -> measure(base + c * tau)``; the base is verified once, and the parameters are gone when it returns."""
     if check:
         verify(tau.manifest, base)
+    # 0 is the base itself: no second set of parameters.
     return lambda c: measure(base if c == 0 else apply(base, tau, c, check=False))
 
 
