@@ -92,6 +92,7 @@ def kernel(
     if of in ("sum", "one"):
         K = K[:, 0, :, 0]
     if other is None:
+        # The two orders of a product round differently; their mean is symmetric to the bit.
         K = (K + (K.transpose(2, 3, 0, 1) if K.ndim == 4 else K.T)) / 2
     assert K.shape in ((N, C, M, C), (N, M))
     return K
@@ -115,10 +116,13 @@ def kernel_cost(
     P = tree.count(spaces.sizes(which))
     F = spaces.products(f_lin, which, jax.tree.map(lambda x: x[:1], batch), select)
     n, groups = _plan(which, C, N, M, memory)
+    # Of one set of examples only the blocks on and above the diagonal are computed.
     half = 0.5 if other is None and n < N else 1.0
+    # The Jacobians of the columns are taken again for every block of rows.
     again = (0 if other is None else M) if n >= N else N * M / n * half
     reverse = (N + again) * len(groups) * (1 + 2 * C) * F
     contracted = N * M * C * (1 if of == "trace" else C) * P * (0.5 + 0.5 * half)
+    # A tangent costs 2; the primal pass below it is shared by ``_AT_ONCE`` of them.
     return KernelCost(jacobian=reverse + contracted, products=M * (1 + 2 * C) * F + N * M * C * F * (2 + 1 / _AT_ONCE))
 
 
@@ -264,6 +268,7 @@ def _jacobian(apply: Callable, until: str | None, select: Select | None, of: Of)
 def _contract(left: Any, right: Any, trace: bool) -> Array:
     def one(a: Array, b: Array) -> Array:
         a, b = (spaces.wide(x).reshape(*x.shape[:2], -1) for x in (a, b))
+        # Accelerators would multiply float32 with fewer bits by default.
         product = jnp.einsum("acp,bcp->ab" if trace else "acp,bdp->acbd", a, b, precision=jax.lax.Precision.HIGHEST)
         return product / a.shape[1] if trace else product
 

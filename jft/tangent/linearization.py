@@ -76,6 +76,7 @@ class Linearized:
             if not jnp.issubdtype(w.dtype, jnp.inexact):
                 raise ValueError(f"{path} is of dtype {w.dtype}: it has no derivative, so tau cannot change it")
             structured = takes_structured(self.function, path)
+            # A function that takes plain arrays needs a plain tangent.
             out[path] = value.stacked() if structured else delta.Dense(value.dense())
         return out
 
@@ -120,6 +121,7 @@ def outputs(apply: Apply, params: Any, batch: Any, until: str | None = None) -> 
 
 def together(base: Any, moved: Any) -> Any:
     """``f(theta0) + J v``; what is no floating-point number does not move."""
+    # The tangents of integers are float0, which cannot be added.
     return jax.tree.map(lambda y, dy: y if dy.dtype == jax.dtypes.float0 else y + dy.astype(y.dtype), base, moved)
 
 
@@ -170,6 +172,7 @@ def _read(apply: Apply, params: Any, batch: Any, until: str) -> Any:
         return h, h if name == until else None
 
     _, reads = apply(params, batch, hooks=Hooks(value=value))
+    # Inside the scan a site has one value per layer, at which no pass can end.
     if until not in reads or tree.stack_of(until):
         known = ", ".join(dict.fromkeys(n for n in names if not tree.stack_of(n)))
         raise ValueError(f"the model has no site {until!r} outside its layers; it has: {known}")

@@ -110,6 +110,7 @@ def ridge(
         program = _conjugate(f_lin.function, f_lin.until, select, tolerance, steps)
         values, reached = program(f_lin.params, which, *blocks.stacked(), penalty)
         facts["residual"] = float(reached)
+        # cg stops by a residual that it updates, from which rounding moves the true one.
         if not facts["residual"] <= 2 * tolerance:
             warnings.warn(
                 f"conjugate gradients reached a relative residual of {float(reached):.1e}, not {tolerance:.1e}: "
@@ -137,6 +138,7 @@ class LeastSquares:
         shared: one coefficient for all tasks, the same T times.
         """
         if shared:
+            # A gram of zeros: 0 / 1 is the solution of least norm.
             alpha = self.moment.sum() / (self.gram.sum() + penalty * len(self.moment) or 1.0)
             return np.full(len(self.moment), alpha)
         matrix = self.gram + penalty * np.eye(len(self.moment))
@@ -192,6 +194,7 @@ def _moments(apply: Callable, until: str | None, select: Select | None, at_once:
             raise ValueError(f"targets of shape {y.shape} do not fit outputs of shape {chosen.shape}")
         residual = (y - chosen).reshape(len(y), -1)
         moved = moved.reshape(len(moved), len(y), -1)
+        # Accelerators would multiply float32 with fewer bits by default.
         highest = jax.lax.Precision.HIGHEST
         gram = jnp.einsum("snc,n,tnc->st", moved, w, moved, precision=highest)
         moment = jnp.einsum("tnc,n,nc->t", moved, w, residual, precision=highest)
@@ -299,6 +302,7 @@ def _conjugate(
 
             def block(total: Any, given: Any) -> tuple[Any, None]:
                 batch, y, w = given
+                # One primal pass serves both J and J^T.
                 f0, push = jax.linearize(spaces.outputs(f_lin, which, batch, select), point)
                 u = of(f0, push, y, w[:, None]).astype(f0.dtype)
                 (pulled_back,) = jax.linear_transpose(push, point)(u)
@@ -314,6 +318,7 @@ def _conjugate(
         tau, _ = jax.scipy.sparse.linalg.cg(curvature, right, tol=tolerance, maxiter=steps)
         left = jax.tree.map(jnp.subtract, right, curvature(tau))
         norm = lambda x: jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(x)))
+        # A residual of zero at the base would give 0 / 0.
         return tau, norm(left) / jnp.where(norm(right) > 0, norm(right), 1)
 
     return jax.jit(run)

@@ -42,6 +42,7 @@ def spectrum(kernel: Any, count: int | None = None) -> Spectrum:
     size = int(np.prod(shape))
     values, vectors = np.linalg.eigh(kernel.reshape(size, size))
     values, vectors = values[::-1][:count], vectors[:, ::-1][:, :count]
+    # eigh sorts upwards. Copies, so that a few functions do not keep the whole matrix in memory.
     return Spectrum(values.copy(), np.ascontiguousarray(vectors.T).reshape(-1, *shape))
 
 
@@ -62,6 +63,7 @@ def top_spectrum(
     machine precision. moving and select as in :func:`jft.tangent.kernel`. scipy's ``eigsh`` (ARPACK) does the iterations.
     Raises ``ValueError`` for a count that is not between 1 and ``N C - 1``.
     """
+    # Imported here, as scipy.sparse costs time that few callers need to spend.
     from scipy.sparse.linalg import LinearOperator, eigsh
 
     product = KernelProduct(f_lin, batches, moving=moving, select=select)
@@ -70,6 +72,7 @@ def top_spectrum(
         raise ValueError(f"count must be between 1 and {size - 1} (N C - 1), not {count}")
     matvec = lambda u: product(u.reshape(product.shape)).reshape(-1)
     operator = LinearOperator((size, size), matvec=matvec, dtype=product.dtype)
+    # Drawn here, as ARPACK's own start differs from run to run.
     start = np.random.default_rng(seed).standard_normal(size).astype(product.dtype)
     values, vectors = eigsh(operator, k=count, which="LA", tol=tolerance, v0=start)
     order = np.argsort(values)[::-1]

@@ -123,6 +123,7 @@ def _products(jaxpr: Any) -> int:
             total += depth * tree.size(equation.outvars[0].aval)
         repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
         for value in equation.params.values():
+            # A closed jaxpr holds the one with the equations.
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 total += repeats * _products(inner)

@@ -190,6 +190,7 @@ def through(f_lin: Linearized, directions: list[Direction], batch: Any, at_once:
             passes.append(jax.vmap(one, out_axes=(None, 0))(part))
     moved = jax.tree.map(lambda *x: jnp.concatenate(x), *(moved for _, moved in passes))
     order = [i for members, _ in groups for i in members]
+    # Groups put directions of one form together: back into the order of the caller.
     if order != sorted(order):
         moved = jax.tree.map(lambda x: x[np.argsort(order)], moved)
     return passes[0][0], moved
@@ -250,9 +251,11 @@ def _compact(columns: np.ndarray) -> tuple[Array, Array | None]:
     The directions are None where more than half would be left: then all are there, in their order.
     """
     moves = columns != 0
+    # At least one column, also where no point moves: the shapes need it.
     most = max(1, int(moves.sum(axis=1).max(initial=0)))
     if 2 * most > columns.shape[1]:
         return jnp.asarray(columns), None
+    # Stable: what moves a point stays in order; the zeros that may follow add nothing.
     which = np.argsort(~moves, axis=1, kind="stable")[:, :most]
     return jnp.asarray(np.take_along_axis(columns, which, axis=1)), jnp.asarray(which, jnp.int32)
 
