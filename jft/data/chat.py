@@ -21,6 +21,7 @@ _OPEN, _CLOSE = "\ue1f0", "\ue1f1"
 Message = dict[str, Any]
 
 
+# Compiling is slow, and every example renders several times.
 @functools.lru_cache(maxsize=32)
 def _compile(template: str, date: str | None) -> Any:
     import jinja2
@@ -44,6 +45,7 @@ def _compile(template: str, date: str | None) -> Any:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
+    # jinja2's own filter escapes for HTML, which would change the text.
     def tojson(
         value: Any,
         ensure_ascii: bool = False,
@@ -53,6 +55,7 @@ def _compile(template: str, date: str | None) -> Any:
     ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
+    # Sandboxed, as templates come with downloaded models. The whitespace options are those of transformers.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )

@@ -95,7 +95,9 @@ class _Component:
             raise DataError(f"data: `source` is missing; known: {', '.join(sorted(_sources()))}")
         made = choose(settings["source"], _sources(), "data source")
         own = _settings(made)
+        # Before the source is opened: a misspelt key must not cost a download.
         self._refuse(settings, own)
+        # None in a config is the default.
         settings = {k: v for k, v in settings.items() if v is not None}
         self.tokenizer = settings.get("tokenizer")
         self.weight = settings.get("weight", 1)
@@ -120,6 +122,7 @@ class _Component:
     def _rows(self, source: Source, settings: dict[str, Any]) -> Source:
         if "holdout" in settings and "held_out" in settings:
             raise DataError("give holdout (train on the rest) or held_out (evaluate on that part), not both")
+        # First of all: what is held out must not depend on how many rows are taken.
         for name in ("holdout", "held_out"):
             if name in settings:
                 source = held_out(source, settings[name], keep=name == "held_out")

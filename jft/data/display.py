@@ -23,6 +23,7 @@ def marked(tokenizer: Tokenizer, ids: np.ndarray, mask: np.ndarray, markup: bool
     for target, run in _pieces(ids, mask):
         text = tokenizer.decode(run)
         if markup:
+            # Brackets of the text would pass for markup.
             from rich.markup import escape
 
             text = escape(text)

@@ -14,6 +14,7 @@ from jft.data.source import Source
 
 def _plain(value: Any) -> Any:
     """PIL images as uint8 arrays; everything else as it is."""
+    # By its methods: without images Pillow need not be there.
     return np.asarray(value.convert("RGB")) if hasattr(value, "convert") and hasattr(value, "getbbox") else value
 
 

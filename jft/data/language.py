@@ -138,9 +138,11 @@ class PromptResponse(Task):
         tools = None if self.tools is None else field_of(self.source, index, self.tools, record)
         text, spans = template.spans(self._conversation(index, record), self.loss, tools)
         coded = self.tokenizer.encode(text)
+        # A token of no width, a part of a character, counts where it starts.
         start, stop = coded.offsets[:, 0], np.maximum(coded.offsets[:, 1], coded.offsets[:, 0] + 1)
         mask = np.zeros(len(coded.ids), bool)
         for first, last in spans:
+            # Overlap is enough: tokens need not end where turns do.
             mask |= (stop > first) & (start < last)
         return coded.ids, mask
 

@@ -147,6 +147,7 @@ class LoaderIterator(Iterator[dict[str, np.ndarray]]):
         self._open(0)
 
     def _open(self, position: int) -> None:
+        # A list, which the finalizer can empty without keeping this object alive.
         self._position, self._batches = position, [iter(self.loader.dataset(position))]
         # Grain's threads must stop, and its iterators go, before the interpreter takes its modules apart.
         self._closing = weakref.finalize(self, _close, self._batches)
@@ -170,6 +171,7 @@ class LoaderIterator(Iterator[dict[str, np.ndarray]]):
             position, layout = int(saved["position"]), saved["layout"]
         except (ValueError, KeyError, TypeError):
             raise DataError(f"not a data position of this version: {str(state)[:80]!r}") from None
+        # Through JSON, in which tuples and lists are the same.
         now = json.loads(json.dumps(self.loader.layout()))
         different = [k for k in {**now, **layout} if now.get(k) != layout.get(k)]
         if different:

@@ -100,6 +100,7 @@ def training(
     streams = []
     for number, task in enumerate(tasks):
         stream = grain.MapDataset.range(len(task.source))
+        # Repeated after the shuffle: Grain then shuffles every epoch anew.
         stream = stream.shuffle(seed=derived_seed(seed, "order", number)).repeat()
         streams.append(stream.random_map(_Prepare(task, rows), seed=derived_seed(seed, "augment", number)))
     stream = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, weights)
@@ -161,6 +162,7 @@ def packed_rows(tasks: Sequence[Task], rows: Rows, reading: Reading) -> list[Exa
     whole = grain.MapDataset.concatenate(
         [grain.MapDataset.range(len(task.source)).map(_Prepare(task, rows)) for task in tasks]
     )
+    # No workers: they would share the rows out, and each would pack others.
     read = _read(whole, Reading(reading.threads, reading.prefetch, 0))
     return [{**row, "valid": np.bool_(True)} for row in packing.pack(read, str(rows.pack), rows.length, rows.fill)]
 

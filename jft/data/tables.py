@@ -49,6 +49,7 @@ class _Records(Source):
     def __init__(self, files: str | os.PathLike | list | tuple):
         self.files = find_files(files)
         self.name = self.files[0] if len(self.files) == 1 else f"{self.files[0]} and {len(self.files) - 1} more"
+        # Eight bytes a number, where a list of integers would take several times that.
         columns = array("q"), array("q"), array("q"), array("q")
         for number, file in enumerate(self.files):
             before = len(columns[0])
@@ -75,6 +76,7 @@ class _Records(Source):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         start, stop = int(self.start[index]), int(self.stop[index])
+        # Opened for each read: sources are pickled for workers, and threads must not share a position.
         with open(self.files[self.file[index]], "rb", buffering=0) as stream:
             stream.seek(start)
             raw = stream.read(stop - start)
@@ -84,6 +86,7 @@ class _Records(Source):
 
     def _text(self, raw: bytes, index: int) -> str:
         try:
+            # A byte order mark can be at the start of a file only.
             return raw.decode("utf-8-sig" if self.start[index] == 0 else "utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{self.where(index)}: not UTF-8 text ({error.reason}); convert the file") from None
@@ -140,6 +143,7 @@ class Csv(_Records):
         here = stream.tell()
         stream.seek(first[0])
         header = self._split(stream.read(first[1] - first[0]).decode("utf-8-sig"))
+        # ``_rows`` is in the middle of the stream.
         stream.seek(here)
         if len(set(header)) != len(header):
             raise DataError(f"{self.files[number]}:{first[2]}: a column name stands twice in the header {header}")
@@ -160,6 +164,7 @@ class Csv(_Records):
             quotes += raw.count(b'"')
             if quotes % 2:
                 continue
+            # A blank line is no row, unless it ends a quoted field.
             if raw.strip() or position - start > len(raw):
                 yield start, position, first_line
             start, first_line, quotes = position, line + 1, 0

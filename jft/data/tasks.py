@@ -52,6 +52,7 @@ class Task:
         try:
             return spec.format_map(record)
         except KeyError as error:
+            # Raises, naming the nearest field.
             field_of(self.source, index, error.args[0], record)
             raise
         except (ValueError, IndexError, AttributeError) as error:
@@ -95,6 +96,7 @@ class Labels:
         self.field = field
         known = source.class_names(field)
         if classes is None and known is None:
+            # A hint needs no more, and a large set is slow to read.
             seen = sorted({str(field_of(source, i, field)) for i in range(min(len(source), 1000))})
             found = shorten(seen, 200)
             raise DataError(
@@ -253,6 +255,7 @@ class Contrastive(Task):
     def encode(self, index: int, record: Mapping[str, Any], rng: np.random.Generator | None) -> Example | None:
         if self.labels is not None:
             label = self.labels(field_of(self.source, index, self.field, record))
+            # Class names are often identifiers; a caption has words.
             caption = self.labels.names[int(label)].replace("_", " ")
         else:
             caption = self.text(index, record, self.field)

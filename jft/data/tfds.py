@@ -69,6 +69,7 @@ class Tfds(Source):
                 raise DataError(
                     f"tfds: {name!r} is not prepared in {builder.data_dir}; set download: true, or data_dir"
                 )
+            # TFRecord, the default, has no random access.
             builder.download_and_prepare(file_format="array_record")
         file_format = getattr(builder.info.file_format, "value", str(builder.info.file_format))
         if file_format != "array_record":

@@ -98,6 +98,7 @@ def _json(file: Path) -> dict:
 
 
 def _template(directory: Path, config: dict) -> str | None:
+    # The newer form, which prevails in transformers as well.
     beside = directory / "chat_template.jinja"
     if beside.is_file():
         return beside.read_text(encoding="utf-8")
@@ -109,6 +110,7 @@ def _template(directory: Path, config: dict) -> str | None:
 
 
 def _first(value: Any) -> Any:
+    # Some models list several end tokens, of which the first ends a text.
     return value[0] if isinstance(value, list) and value else value
 
 
@@ -132,6 +134,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
         core = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"{file}: not a tokenizer.json: {error}") from None
+    # A saved tokenizer may cut or pad by itself; lengths are the tasks' business.
     core.no_truncation()
     core.no_padding()
     config = _json(file.parent / "tokenizer_config.json")
@@ -212,6 +215,7 @@ def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
             f"bpe:{vocab}: the vocabulary must hold the 256 bytes and {len(SPECIALS)} specials: at least {smallest}"
         )
     core = _byte_level(models.BPE())
+    # All bytes, also those that the texts lack, so that any text can be encoded.
     trainer = trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=list(SPECIALS), initial_alphabet=_byte_letters(), show_progress=False
     )
