@@ -50,6 +50,7 @@ def prepare(config: Mapping[str, Any], common: Mapping[str, Any], workdir: Path)
     """
     shared = check({key: common[key] for key in ("model", "mesh") if key in common})
     mesh = parallel.make_mesh(dataclasses.asdict(shared.mesh))
+    # Without a mesh on one device, as runs there compile their programs.
     placed = mesh if mesh.size > 1 else None
     if config["source"]:
         model, params = experiment.build_model(dataclasses.replace(shared.model, source=config["source"]), mesh=placed)
@@ -59,6 +60,7 @@ def prepare(config: Mapping[str, Any], common: Mapping[str, Any], workdir: Path)
     else:
         model, params, tokenizer, facts = _pretrained(config["train"], workdir)
         params = jax.device_put(params, parallel.shardings(params, placed)) if placed is not None else params
+    # A study puts its own heads on the backbone.
     if isinstance(model.config, Classifier):
         model = Model(model.config.backbone, model.execution)
         params = {key: value for key, value in params.items() if key != "classifier"}
@@ -81,6 +83,7 @@ def _pretrained(partial: Mapping[str, Any], workdir: Path) -> tuple[Model, Any, 
         write_params(run.params, kept)
         done = {"steps": train.steps, "seconds": time.perf_counter() - since, "loss": losses[-1]}
         run_store.write(workdir, train, done)
+    # Once more, for the tokenizer and the classes that the model was built with.
     loader = data.build(
         train.data, batch_size=train.batch_size, directory=workdir, image_size=train.model.options.get("image")
     )

@@ -29,6 +29,7 @@ def devices() -> str:
 def commit() -> str | None:
     """The commit of the checkout that jft runs from, marked where files differ from it; None outside a checkout."""
     root = Path(__file__).parents[2]
+    # Only a checkout of jft: installed inside another project's, git would describe that one.
     if not (root / ".git").exists():
         return None
     try:

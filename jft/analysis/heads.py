@@ -56,6 +56,7 @@ def linear_probe(x: np.ndarray, labels: np.ndarray, classes: int, penalty: float
     found = np.unique(labels)
     if len(found) != classes or found[0] < 0 or found[-1] >= classes:
         raise ValueError(f"a probe of {classes} classes needs examples of each; the labels are {found.tolist()}")
+    # A constant feature has a deviation of 0.
     mean, deviation = x.mean(axis=0), x.std(axis=0) + 1e-6
     # Each iteration is a small product: more threads than one spend their time waiting for each other.
     with threadpool_limits(1):

@@ -76,6 +76,7 @@ def readings(
     """
     mesh = find_mesh(params)
     grid, apply = np.asarray(coefficients, np.float64), apply_of(model, mesh)
+    # Every point goes through the batches, and an iterator would be empty after the first.
     again = list(batches) if isinstance(batches, Iterator) else batches
 
     def placed() -> Iterator[Any]:

@@ -63,6 +63,7 @@ def task_kernel(
     for name, tau in taus.items():
         g = _change(f_lin, tau, joined, select)
         parts = np.square(found.functions.astype(np.float64) @ g).sum(axis=1)
+        # A task vector that moves nothing on these data has no parts: 0 / 0 otherwise.
         weights[name] = parts / max(parts.sum(), np.finfo(np.float64).tiny)
         energy = tangent.local_energy(found.functions, weights[name])
         means = {task: float(energy[tasks == task].mean()) for task in batches}

@@ -141,6 +141,7 @@ def cosine_maps(cosine: Mapping[str, Sequence[Sequence[float]]], tasks: Sequence
             axis.text(
                 j,
                 i,
+                # + 0.0 makes 0.0 of -0.0, which would be labelled "−0.00".
                 f"{round(float(values[i, j]), 2) + 0.0:.2f}".replace("-", "−"),
                 ha="center",
                 va="center",

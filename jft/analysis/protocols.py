@@ -48,6 +48,7 @@ def examined(
         vectors = {t: vector.resolve(base.params) for t, vector in loaded.items()}
         if method not in found["cosine"] and source == method:
             found["cosine"][method] = arithmetic.cosines(vectors)
+        # Normalised accuracies, and the constraint on the control, mean nothing for a loss.
         if config["metric"] != "accuracy":
             continue
         mine = {r["task"]: r for r in runs if r["method"] == method and seed in (None, r["seed"])}
@@ -65,6 +66,7 @@ def examined(
 def _asked(config: Mapping[str, Any], base: Base, files: Mapping[str, Path], forward: Forward) -> Found:
     """All that the rows of one method and seed depend on."""
     parts = ("arithmetic", "disentangle", "tasks", "splits", "common", "head")
+    # The contents of the files: a run that was repeated may have written others.
     digests = {task: hashlib.sha256(file.read_bytes()).hexdigest() for task, file in files.items()}
     return {
         **{p: config[p] for p in parts},

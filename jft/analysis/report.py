@@ -146,6 +146,7 @@ def render(results: Mapping[str, Any], images: Mapping[str, Mapping[str, Any]] |
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
+        # A key that the results lack is an error, not an empty cell.
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"percent": percent, "density": density, "count": count, "size": size, "duration": duration}

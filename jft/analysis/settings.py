@@ -101,6 +101,7 @@ def data_parts(study: Mapping[str, Any], task: str) -> dict[str, dict[str, Any]]
     if not own.get("data"):
         raise ValueError(f"task {task!r} has no data")
     splits = study["splits"]
+    # The built-in sets have splits of known names, so that a config can leave them out.
     data = (
         {"split": splits["data"], **own["data"]}
         if own["data"].get("source") in ("digits", "stdlib")
@@ -111,6 +112,7 @@ def data_parts(study: Mapping[str, Any], task: str) -> dict[str, dict[str, Any]]
         if own.get(part):
             parts[part] = overlay(own[part])
         elif "split" in data:
+            # ``limit`` and ``shots`` are for scarce training data; evaluation keeps its whole split.
             parts[part] = {key: value for key, value in data.items() if key not in ("limit", "shots")} | {
                 "split": splits[part]
             }

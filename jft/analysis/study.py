@@ -168,6 +168,7 @@ def _run(name: str, config: Mapping[str, Any], workdir: Path, say: Say) -> dict[
     base = prepare(config["base"], config["common"], workdir / "base")
     tasks = prepare_all(config, base, workdir)
     runs = []
+    # Methods that train come first: the others take their task vectors.
     for method in sorted(config["methods"], key=lambda m: settings.source(config, m) != m):
         for seed in config["seeds"] or (None,):
             since = time.perf_counter()

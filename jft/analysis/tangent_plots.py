@@ -48,6 +48,7 @@ def spectra(values: Mapping[str, Sequence[float]]) -> Any:
     figure, (axis,) = panels(1, 1, 2.8)
     for name, look in looks(values).items():
         found = np.asarray(values[name], np.float64)
+        # What is smaller is rounding of the eigenvalue solver.
         kept = found > max(found.max(), 0.0) * 1e-12
         axis.plot(np.arange(1, len(found) + 1)[kept], found[kept], label=name, color=look["color"])
     axis.set_xscale("log")

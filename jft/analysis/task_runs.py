@@ -111,6 +111,7 @@ def _train(base: Base, runs: Sequence[Training], fleets: Path) -> None:
     since = time.perf_counter()
     config, task = runs[0].config, runs[0].task
     chosen = dict(config.method)
+    # The head is held fixed, so that the task vectors of all tasks are changes of one backbone.
     if task.head is not None:
         chosen["freeze"] = (*_listed(chosen.get("freeze", ())), *frozen(task.model.config.backbone))
     shared: dict[str, Any] = {
@@ -139,6 +140,7 @@ def _train(base: Base, runs: Sequence[Training], fleets: Path) -> None:
         )
     share = (time.perf_counter() - since) / len(runs)
     for run, end in zip(runs, finished, strict=True):
+        # The other members of a fleet are recorded before the error is raised.
         if end.error is not None:
             continue
         since = time.perf_counter() - share  # of the training its share, of what follows its own
