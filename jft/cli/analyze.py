@@ -58,6 +58,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
             action.add_argument("--batches", type=int, default=0, help="of the evaluation data at most (default: all)")
         action.add_argument("--out", metavar="DIR", help="where figures and numbers go (default: FIRST RUN/analysis)")
         action.add_argument("--json", action="store_true", help="print JSON")
+    # Not parse_args: the parser of the action names the nearest of its own options.
     given, rest = parser.parse_known_args(argv)
     if rest:
         actions.choices[given.action].unknown(rest[0])

@@ -174,6 +174,7 @@ def _support(first: Any, second: Any) -> tuple[int, int]:
     """Entries that both change, and entries that either changes."""
     from jft.delta.numeric import count_nonzero
 
+    # Where one has coordinates, no dense array is needed.
     stored = first.coordinates()
     if stored is not None and second.coordinates() is not None:
         rows, columns, values = stored

@@ -38,6 +38,7 @@ def load(spec: str) -> ConfigDict:
         raise UsageError(f"config file {path!r} does not exist{_beside(path)}")
     if path.endswith(".json"):
         return ConfigDict(json.loads(Path(path).read_text(encoding="utf-8")))
+    # Run, not imported: a config file belongs to no package.
     get_config = runpy.run_path(path).get("get_config")
     if get_config is None:
         raise UsageError(f"config file {path!r} defines no get_config(); it must return an ml_collections ConfigDict")
@@ -101,6 +102,7 @@ def override(config: ConfigDict, path: str, text: str, may_add: Callable[[str, A
         raise UsageError(f"config key {path!r} is a group of keys ({', '.join(old) or 'empty'}), not a value")
     # The owner of an open part may take one or many: classes are a number or names, files a pattern or a list.
     many = isinstance(new, list | tuple | dict) and not isinstance(old, list | tuple | ConfigDict)
+    # ``_typed`` checks the type, with an error that shows the text as it was written.
     with node.unlocked(), node.ignore_type():
         node[last] = new if many and is_open(path) else _typed(path, old, new, text)
 

@@ -78,6 +78,7 @@ def config_of(argv: Sequence[str]) -> str | None:
 
     Raises :class:`UsageError` for a workdir that does not exist.
     """
+    # Ahead of the real parser: the config decides which overrides that takes.
     early = Parser(add_help=False)
     early.add_argument("--workdir")
     workdir = early.parse_known_args(argv)[0].workdir

@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="jft train", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--workdir", help="where the run goes (required)")
     parser.add_argument("--keys", action="store_true", help="list every key of a config, its default and meaning")
+    # Ahead of the parser, which would miss a config.
     if "--keys" in argv:
         print(keys())
         return 0
