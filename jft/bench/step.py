@@ -146,6 +146,7 @@ class Candidate:
         held = hold(update, params, self.chosen, seed=0)
 
         def run(batch: Any) -> None:
+            # The step donates its state: only what it returned last is valid.
             nonlocal held
             held, out = update(held, feed.put(batch, update.layout), np.float32(1e-4), np.asarray(True))
             jax.block_until_ready((held, out))
