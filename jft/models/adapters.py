@@ -49,7 +49,7 @@ class _Nnx:
 
 
 def from_nnx(module: Any, inputs: Inputs = _whole) -> tuple[Apply, Any]:
-    """A ``flax.nnx`` module: its ``Param`` state is what trains; other state (statistics, RNG) is held as it is.
+    """A ``flax.nnx`` module: its ``Param`` state is what trains; other state (statistics, RNG) stays constant.
 
     Put the module in evaluation mode (``module.eval()``) first: dropout and running statistics do not advance.
     """
@@ -76,13 +76,21 @@ class _Linen:
         # The other collections are constants of a compiled step: one made for other statistics must not be reused.
         if not isinstance(other, _Linen):
             return False
-        (mine, here), (theirs, there) = jax.tree.flatten(self.others), jax.tree.flatten(other.others)
-        same = (self.module, self.inputs, self.options, here) == (other.module, other.inputs, other.options, there)
-        return same and all(a is b for a, b in zip(mine, theirs, strict=True))
+        (leaves, structure), (other_leaves, other_structure) = (
+            jax.tree.flatten(self.others),
+            jax.tree.flatten(other.others),
+        )
+        same = (self.module, self.inputs, self.options, structure) == (
+            other.module,
+            other.inputs,
+            other.options,
+            other_structure,
+        )
+        return same and all(a is b for a, b in zip(leaves, other_leaves, strict=True))
 
 
 def from_linen(module: Any, variables: Any, inputs: Inputs = _whole, **options: Any) -> tuple[Apply, Any]:
-    """A ``flax.linen`` module and its ``init`` variables: ``params`` train, other collections are held as they are.
+    """A ``flax.linen`` module and its ``init`` variables: ``params`` train, other collections stay constant.
 
     options are passed to every call (``deterministic=True``). Raises ``ValueError`` without a ``params`` collection.
     """

@@ -33,13 +33,13 @@ Leaves = Iterator[tuple[str, Leaf]]
 def draw(leaves: Mapping[str, Leaf], key: jax.Array, dtype: Any) -> dict:
     """Parameters in ``dtype``: each leaf drawn in float32 from a key of its own path, so in any order, on any mesh."""
 
-    def one(path: str, leaf: Leaf) -> Array:
+    def array(path: str, leaf: Leaf) -> Array:
         if leaf.std == 0.0:
             return jnp.full(leaf.shape, leaf.constant, dtype)
         # Drawn in float32 whatever ``dtype`` is, so that bfloat16 parameters are the float32 ones rounded.
         return (leaf.std * jax.random.normal(tree.key_for(key, path), leaf.shape, jnp.float32)).astype(dtype)
 
-    return tree.unflatten({path: one(path, leaf) for path, leaf in leaves.items()})
+    return tree.unflatten({path: array(path, leaf) for path, leaf in leaves.items()})
 
 
 def linear(prefix: str, rows: int, columns: int, *, layers: int = 0, bias: bool = True, std: float = 0.0) -> Leaves:
@@ -154,7 +154,7 @@ def stack(
 
 
 def check_sizes(config: Any, **positive: int) -> None:
-    """Refuse a width that the heads do not divide, an unknown activation, and sizes below one."""
+    """Check of a config: ``ValueError`` for a width that the heads do not divide, an unknown activation, a size below one."""
     for name, value in positive.items():
         if value < 1:
             raise ValueError(f"{type(config).__name__}: {name} is {value}; it must be at least 1")
@@ -166,12 +166,12 @@ def check_sizes(config: Any, **positive: int) -> None:
 
 
 def finish(scope: Scope, outputs: Any) -> Any:
-    """What ``forward`` returns: the outputs, with what hooks read where there are hooks."""
+    """The result of ``forward``: the outputs, with hooks also what they read."""
     return outputs if scope.hooks is None else (outputs, scope.reads)
 
 
 def check_length(length: int, limit: int, plain: bool) -> None:
-    """Refuse a row longer than the position table, unless positions restart inside it."""
+    """Check of a row: ``ValueError`` where it is longer than the position table, unless positions restart inside it."""
     # With segments or positions the largest position is a traced value, which cannot be compared here.
     if plain and length > limit:
         raise ValueError(f"a sequence of {length} tokens is longer than the model's {limit} positions; truncate it")

@@ -19,7 +19,7 @@ POOLS = ("cls", "mean", "last", "pooler", "embedding")
 class Classifier:
     """``backbone`` with a linear layer over its pooled hidden states: logits ``[B, classes]``.
 
-    The backbone's parameters keep their paths; ``classifier/{w,b}`` stand beside them, so a task vector of the backbone
+    The backbone's parameters keep their paths; ``classifier/{w,b}`` are added to them, so a task vector of the backbone
     applies to both. pool: ``cls`` the first token; ``last`` the last token that is not padding; ``mean`` of all tokens
     that are not padding (of the patches, for images); ``pooler`` tanh of a dense layer on the first token;
     ``embedding`` CLIP's normalised image embedding. dense: an activation puts ``classifier/dense`` and it before the

@@ -13,7 +13,7 @@ from jft.dot import take
 from jft.kernels.attention import Mask
 from jft.models import blocks, core
 from jft.models.core import Execution, Hooks, Model, Params, Scope, inputs
-from jft.models.split import entering
+from jft.models.split import suffix_input
 from jft.models.vision import VisionConfig
 
 Array = jax.Array
@@ -55,17 +55,17 @@ class TextConfig:
 
     def hidden_states(self, scope: Scope, params: Params, batch: Any, prefix: str) -> Array:
         """Normalised hidden states ``[B, T, D]``."""
-        given = inputs(batch)
-        blocks.check_length(given.tokens.shape[1], self.positions, given.plain)
+        text = inputs(batch)
+        blocks.check_length(text.tokens.shape[1], self.positions, text.plain)
         dtype = scope.execution.dtype
-        h = take(params["embed"]["table"], given.tokens, dtype)
-        h = scope.site(f"{prefix}embed", h + take(params["positions"]["table"], given.positions, dtype))
+        h = take(params["embed"]["table"], text.tokens, dtype)
+        h = scope.site(f"{prefix}embed", h + take(params["positions"]["table"], text.positions, dtype))
         h = blocks.stack(
             scope,
             f"{prefix}layers",
             h,
             params["layers"],
-            Mask.within(given.segments, causal=True),
+            Mask.within(text.segments, causal=True),
             heads=self.heads,
             activation=self.activation,
             eps=self.eps,
@@ -82,7 +82,7 @@ class ClipConfig:
     """Contrastive language-image pretraining (Radford et al. 2021, arXiv:2103.00020).
 
     ``forward`` maps ``images [B, H, W, C]`` and/or ``tokens [B, T]`` (one text a row, ending in ``text.eos``) to
-    ``{"image": [B, P], "text": [B, P], "logit_scale": []}``: L2-normalised embeddings of what was given, and the natural
+    ``{"image": [B, P], "text": [B, P], "logit_scale": []}``: L2-normalised embeddings of what the batch holds, and the natural
     logarithm of the inverse temperature. ``projection`` is P.
     """
 
@@ -115,14 +115,14 @@ class ClipConfig:
 
     def outputs(self, scope: Scope, params: Params, batch: Any) -> dict[str, Array]:
         """Embeddings by name, in the scope of a caller."""
-        given = batch if hasattr(batch, "keys") else {"tokens": batch}
+        fields = batch if hasattr(batch, "keys") else {"tokens": batch}
         outputs = {"logit_scale": params["logit_scale"]}
-        if "images" in given or entering(scope, "vision/layers") is not None:
-            outputs["image"] = self.image_embedding(scope, params, given)
-        if "tokens" in given:
-            outputs["text"] = self.text_embedding(scope, params, given)
+        if "images" in fields or suffix_input(scope, "vision/layers") is not None:
+            outputs["image"] = self.image_embedding(scope, params, fields)
+        if "tokens" in fields:
+            outputs["text"] = self.text_embedding(scope, params, fields)
         if len(outputs) == 1:
-            raise ValueError(f"the batch has neither 'images' nor 'tokens', only {sorted(given)}")
+            raise ValueError(f"the batch has neither 'images' nor 'tokens', only {sorted(fields)}")
         return outputs
 
     def image_embedding(self, scope: Scope, params: Params, batch: Any) -> Array:

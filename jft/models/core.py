@@ -1,4 +1,4 @@
-"""What every model is made of: `Model`, its inputs, one matrix product, named sites, one scan over layers.
+"""The parts of every model: `Model`, its inputs, one matrix product, named sites, one scan over layers.
 
 A jft model is a pure function of nested dicts. Three conventions hold in all of them:
 
@@ -72,7 +72,7 @@ def _cut(leaves: Any, sizes: tuple[int, ...]) -> list[Any]:
     """Stacked leaves (arrays, or :class:`Runs` of exactly these sizes) as one tree for each run."""
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
 
-    def part(leaf: Any, i: int) -> Any:
+    def slice_of(leaf: Any, i: int) -> Any:
         if _is_runs(leaf):
             if leaf.sizes != sizes:
                 raise ValueError(f"layers are cut into runs {leaf.sizes} here and {sizes} there; cut all alike")
@@ -80,12 +80,12 @@ def _cut(leaves: Any, sizes: tuple[int, ...]) -> list[Any]:
         return jax.lax.slice_in_dim(leaf, starts[i], starts[i] + sizes[i], axis=0)
 
     # B023: each lambda is called within its own iteration, so the late binding of i is harmless.
-    return [jax.tree.map(lambda leaf: part(leaf, i), leaves, is_leaf=_is_runs) for i in range(len(sizes))]  # noqa: B023
+    return [jax.tree.map(lambda leaf: slice_of(leaf, i), leaves, is_leaf=_is_runs) for i in range(len(sizes))]  # noqa: B023
 
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """What a method reads and edits inside a model; static functions plus arrays.
+    """Access of a method to values inside a model, to read and edit; static functions plus arrays.
 
     ``product(name, x, w, state) -> (y, read)`` replaces every named product; ``value(name, h, state) -> (h, read)`` every
     named residual-stream value (``h[B, T, D]``). ``read`` is a pytree to collect, or None. ``state[name]`` is handed in
@@ -100,7 +100,7 @@ class Hooks:
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How a model runs, as opposed to what it computes.
+    """The way a model runs, as opposed to what it computes.
 
     dtype: activations and products. remat: what the backward pass recomputes inside a layer: ``none`` nothing, ``full``
     everything, ``dots`` all but the matrix products. unroll: layers per scan step (0: all of them, a plain loop whose
@@ -241,7 +241,7 @@ class Scope:
         ``prefix`` (``layers``) is that of the parameters: hook state whose name starts with it is sliced with them.
         """
         # Sites outside the layers have no axis L to slice.
-        inside = {k: v for k, v in self.state.items() if k.startswith(prefix + "/")}
+        stacked_state = {k: v for k, v in self.state.items() if k.startswith(prefix + "/")}
 
         def step(carry: Array, sliced: Any) -> tuple[Array, dict[str, Any]]:
             layer_params, layer_xs, layer_state = sliced
@@ -250,7 +250,7 @@ class Scope:
             return body(scope, carry, layer_params, layer_xs), scope.reads
 
         step = _remat(step, self.execution.remat)
-        stacked = (params, xs, inside)
+        stacked = (params, xs, stacked_state)
         runs = [leaf for leaf in jax.tree.leaves(params, is_leaf=_is_runs) if _is_runs(leaf)]
         collected = []
         for run in _cut(stacked, runs[0].sizes) if runs else [stacked]:
@@ -296,7 +296,7 @@ def rows_over_devices(h: Array) -> Array:
 class Inputs(NamedTuple):
     """Token inputs, all int32 ``[B, T]``; ``segments`` may be ``[1, T]`` where every row is one unpadded sequence.
 
-    plain: no segments and no positions were given: position t is t and nothing is padded.
+    plain: the batch has neither segments nor positions: position t is t and nothing is padded.
     """
 
     tokens: Array
@@ -312,11 +312,11 @@ def inputs(batch: Any, prefix: str = "") -> Inputs:
     are given, to a new one wherever positions fall back. ``positions`` default to counting from the start of each
     segment. ``prefix`` is that of the keys (``decoder_``). Raises ValueError for a missing key, a wrong shape or dtype.
     """
-    given = batch if hasattr(batch, "keys") else {"tokens": batch}
-    if prefix + "tokens" not in given:
-        raise ValueError(f"the batch has no {prefix + 'tokens'!r}, only {sorted(given)}")
-    tokens = _integers(given[prefix + "tokens"], prefix + "tokens")
-    segments, positions = (given.get(prefix + key) for key in ("segments", "positions"))
+    fields = batch if hasattr(batch, "keys") else {"tokens": batch}
+    if prefix + "tokens" not in fields:
+        raise ValueError(f"the batch has no {prefix + 'tokens'!r}, only {sorted(fields)}")
+    tokens = _integers(fields[prefix + "tokens"], prefix + "tokens")
+    segments, positions = (fields.get(prefix + key) for key in ("segments", "positions"))
     if segments is None and positions is None:
         # One row for all: the mask is then [1, T, T] and not B times as large.
         T = tokens.shape[1]

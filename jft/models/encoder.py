@@ -77,19 +77,19 @@ class EncoderConfig:
 
     def hidden_states(self, scope: Scope, params: Params, batch: Any) -> Array:
         """Last hidden states ``[B, T, D]``. Raises ValueError for a batch that does not fit the model."""
-        given = inputs(batch)
-        blocks.check_length(given.tokens.shape[1], self.longest, given.plain)
+        text = inputs(batch)
+        blocks.check_length(text.tokens.shape[1], self.longest, text.plain)
         dtype = scope.execution.dtype
-        h = take(params["embed"]["table"], given.tokens, dtype)
-        h = h + take(params["positions"]["table"], given.positions + self.position_offset, dtype)
-        h = h + self._types(params, batch, given.tokens, dtype)
+        h = take(params["embed"]["table"], text.tokens, dtype)
+        h = h + take(params["positions"]["table"], text.positions + self.position_offset, dtype)
+        h = h + self._types(params, batch, text.tokens, dtype)
         h = scope.site("embed", core.layer_norm(h, params["embed_norm"], self.eps))
         h = blocks.stack(
             scope,
             "layers",
             h,
             params["layers"],
-            Mask.within(given.segments),
+            Mask.within(text.segments),
             heads=self.heads,
             activation=self.activation,
             eps=self.eps,

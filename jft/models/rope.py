@@ -54,7 +54,7 @@ class Rope:
     long: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse a kind that is unknown or lacks its numbers."""
+        """``ValueError`` for a kind that is unknown or lacks its numbers."""
         needs: dict[str, tuple[str, ...]] = {
             "default": (),
             "linear": ("factor",),
@@ -146,8 +146,8 @@ class Rope:
 
 def _lengths(positions: Array, segments: Array) -> Array:
     """For each token, 1 + the largest position of its segment, int ``[B, T]``."""
-    same = segments[:, :, None] == segments[:, None, :]
-    return 1 + jnp.max(jnp.where(same, positions[:, None, :], 0), axis=-1)
+    same_segment = segments[:, :, None] == segments[:, None, :]
+    return 1 + jnp.max(jnp.where(same_segment, positions[:, None, :], 0), axis=-1)
 
 
 def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
@@ -155,5 +155,5 @@ def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
     cos, sin = (t[:, :, None, :].astype(jnp.promote_types(x.dtype, jnp.float32)) for t in tables)
     half = cos.shape[-1]
     first, second = x[..., :half].astype(cos.dtype), x[..., half : 2 * half].astype(cos.dtype)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-    return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return rotated if 2 * half == x.shape[-1] else jnp.concatenate([rotated, x[..., 2 * half :]], axis=-1)

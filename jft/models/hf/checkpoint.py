@@ -41,7 +41,7 @@ TORCH_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", 
 
 
 class LoadError(ValueError):
-    """A checkpoint that cannot be read as the model it says it is."""
+    """A checkpoint that cannot be read as the model that its config names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +62,11 @@ class Checkpoint:
         self.directory = directory
         self.entries: dict[str, Entry] = {}
         for file, names in _files(directory).items():
-            found = read_header(file)
-            for name in names if names is not None else found:
-                if name not in found:
+            header = read_header(file)
+            for name in names if names is not None else header:
+                if name not in header:
                     raise LoadError(f"{directory / INDEX} says that {name!r} is in {file.name}, which does not hold it")
-                self.entries[name] = found[name]
+                self.entries[name] = header[name]
         self._maps: dict[Path, mmap.mmap] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -121,10 +121,10 @@ def _files(directory: Path) -> dict[Path, list[str] | None]:
 
 
 def _no_weights(directory: Path) -> None:
-    torch_files = [name for name in TORCH_FILES if (directory / name).is_file()]
-    if torch_files:
+    pickles = [name for name in TORCH_FILES if (directory / name).is_file()]
+    if pickles:
         raise LoadError(
-            f"{directory} holds only {torch_files[0]}, a pickle, which jft does not read. Convert it once, with torch and "
+            f"{directory} holds only {pickles[0]}, a pickle, which jft does not read. Convert it once, with torch and "
             "transformers: AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR) writes model.safetensors (with the "
             "class that config.json names under architectures in place of AutoModel)"
         )

@@ -17,9 +17,9 @@ _IGNORED = (r".*rotary_emb\.inv_freq", r"lm_head\.weight", r"score\.weight")
 
 
 def _config(c: Mapping[str, Any], family: str, **fields: Any) -> DecoderConfig:
-    """What all of them say alike; ``fields`` the rest."""
+    """The config from the fields that all families have; ``fields`` are the family's."""
     width, heads = config_json.require(c, "hidden_size"), config_json.require(c, "num_attention_heads")
-    shared = dict(
+    common = dict(
         vocab=config_json.require(c, "vocab_size"),
         width=width,
         layers=config_json.require(c, "num_hidden_layers"),
@@ -38,8 +38,8 @@ def _config(c: Mapping[str, Any], family: str, **fields: Any) -> DecoderConfig:
     )
     biases = dict(qkv_bias=bool(c.get("attention_bias", False)), out_bias=bool(c.get("attention_bias", False)))
     # Not where the family reads its own: Gemma 3 nests the fields, which this would refuse.
-    shared |= dict(rope=config_json.rope(c, rope_theta=10_000.0)) if "rope" not in fields else {}
-    return DecoderConfig(family=family, **{**shared, **biases, **fields})
+    common |= dict(rope=config_json.rope(c, rope_theta=10_000.0)) if "rope" not in fields else {}
+    return DecoderConfig(family=family, **{**common, **biases, **fields})
 
 
 def _fields(config: DecoderConfig, architecture: str) -> dict[str, Any]:
@@ -243,8 +243,8 @@ def _gemma3_out(config: DecoderConfig) -> dict[str, Any]:
         "full_attention": config_json.rope_parameters(config.rope),
         "sliding_attention": config_json.rope_parameters(config.local_rope),
     }
-    old = {"rope_theta": config.rope.theta, "rope_local_base_freq": config.local_rope.theta}
-    return {**_gemma_out(config), **old, "rope_scaling": None, "rope_parameters": parameters}
+    legacy = {"rope_theta": config.rope.theta, "rope_local_base_freq": config.local_rope.theta}
+    return {**_gemma_out(config), **legacy, "rope_scaling": None, "rope_parameters": parameters}
 
 
 def _phi3_out(config: DecoderConfig) -> dict[str, Any]:

@@ -42,17 +42,17 @@ def _gpt2_table(config: DecoderConfig) -> dict[str, Source]:
     for path, source in table.items():
         if path.startswith("layers/") and path.endswith("/w"):
             table[path] = Source(source.name, source.shape[::-1], identity, source.aliases)
-    for i, which in enumerate("qkv"):
+    for i, part in enumerate("qkv"):
         view = functools.partial(_columns, start=i * D, stop=(i + 1) * D)
         for leaf, name, shape in (("w", "weight", (D, 3 * D)), ("b", "bias", (3 * D,))):
             spellings = [f"{prefix}h.{{layer}}.attn.c_attn.{name}" for prefix in prefixes]
-            table[f"layers/attn/{which}/{leaf}"] = Source(spellings[0], shape, view, tuple(spellings[1:]))
+            table[f"layers/attn/{part}/{leaf}"] = Source(spellings[0], shape, view, tuple(spellings[1:]))
     return table
 
 
 def _gpt2(c: dict) -> DecoderConfig:
     config_json.refuse(c, add_cross_attention=False)
-    scaled = c.get("scale_attn_weights", True)
+    scale_scores = c.get("scale_attn_weights", True)
     width = config_json.require(c, "n_embd")
     return DecoderConfig(
         family="gpt2",
@@ -69,7 +69,7 @@ def _gpt2(c: dict) -> DecoderConfig:
         mlp_bias=True,
         qkv_bias=True,
         out_bias=True,
-        attention_scale=None if scaled else 1.0,
+        attention_scale=None if scale_scores else 1.0,
         scale_by_layer=bool(c.get("scale_attn_by_inverse_layer_idx", False)),
         rope=None,
         tied=bool(c.get("tie_word_embeddings", True)),
@@ -101,9 +101,9 @@ def _gpt2_fields(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _third(x: np.ndarray, heads: int, which: int) -> np.ndarray:
+def _third(x: np.ndarray, heads: int, index: int) -> np.ndarray:
     """Query, key or value of each head: ``[H * 3 * K, D]`` to ``[D, H, K]``, or ``[H * 3 * K]`` to ``[H, K]``."""
-    parts = x.reshape(heads, 3, -1, *x.shape[1:])[:, which]
+    parts = x.reshape(heads, 3, -1, *x.shape[1:])[:, index]
     return np.moveaxis(parts, -1, 0) if x.ndim == 2 else parts
 
 
@@ -124,11 +124,11 @@ def _neox_table(config: DecoderConfig) -> dict[str, Source]:
     leaves = (
         (("w", "weight", (3 * D, D)), ("b", "bias", (3 * D,))) if config.qkv_bias else (("w", "weight", (3 * D, D)),)
     )
-    for i, which in enumerate("qkv"):
-        view: Callable[[np.ndarray], np.ndarray] = functools.partial(_third, heads=config.heads, which=i)
+    for i, part in enumerate("qkv"):
+        view: Callable[[np.ndarray], np.ndarray] = functools.partial(_third, heads=config.heads, index=i)
         for leaf, name, shape in leaves:
             spellings = [f"{prefix}layers.{{layer}}.attention.query_key_value.{name}" for prefix in prefixes]
-            path = f"layers/attn/{which}/{leaf}"
+            path = f"layers/attn/{part}/{leaf}"
             table[path] = Source(spellings[0], shape, view, tuple(spellings[1:]), _merge_heads)
     return table
 

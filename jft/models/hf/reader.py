@@ -53,23 +53,23 @@ def stacked_axes(source: Source) -> int:
     return ("{layer}" in source.name) + ("{expert}" in source.name)
 
 
-def tensor_name(template: str, place: tuple[int, ...]) -> str:
-    """The template at one place of the leading axes."""
+def tensor_name(template: str, position: tuple[int, ...]) -> str:
+    """The template at one position of the leading axes."""
     fields = [field for field in ("layer", "expert") if "{" + field + "}" in template]
-    for field, number in zip(fields, place, strict=True):
+    for field, number in zip(fields, position, strict=True):
         template = template.replace("{" + field + "}", str(number))
     return template
 
 
-def places(source: Source, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+def stack_indices(source: Source, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     """Every (layer, expert) of a leaf of this shape."""
     return itertools.product(*(range(n) for n in shape[: stacked_axes(source)]))
 
 
 def bind(checkpoint: Checkpoint, path: str, source: Source, shape: tuple[int, ...]) -> Leaf:
-    """The leaf's tensors, checked: each there under its name or an alias, of the shape and a dtype that is wanted."""
+    """The leaf's tensors, checked: each there under its name or an alias, of the right shape and a floating-point dtype."""
     source = _layout(checkpoint, source)
-    names = {place: _find(checkpoint, path, source, place) for place in places(source, shape)}
+    names = {position: _find(checkpoint, path, source, position) for position in stack_indices(source, shape)}
     for name in names.values():
         entry = checkpoint.entries[name]
         if entry.shape != tuple(source.shape):
@@ -86,15 +86,15 @@ def bind(checkpoint: Checkpoint, path: str, source: Source, shape: tuple[int, ..
 def _layout(checkpoint: Checkpoint, source: Source) -> Source:
     """The layout of a leaf that the checkpoint uses: the usual one unless only another is there."""
     # The first layer and expert stand for all: no checkpoint mixes layouts.
-    other, place = source.other, (0,) * stacked_axes(source)
-    if other is None or any(tensor_name(t, place) in checkpoint for t in (source.name, *source.aliases)):
+    other, position = source.other, (0,) * stacked_axes(source)
+    if other is None or any(tensor_name(t, position) in checkpoint for t in (source.name, *source.aliases)):
         return source
     first = (0,) * stacked_axes(other)
     return other if any(tensor_name(t, first) in checkpoint for t in (other.name, *other.aliases)) else source
 
 
-def _find(checkpoint: Checkpoint, path: str, source: Source, place: tuple[int, ...]) -> str:
-    candidates = [tensor_name(template, place) for template in (source.name, *source.aliases)]
+def _find(checkpoint: Checkpoint, path: str, source: Source, position: tuple[int, ...]) -> str:
+    candidates = [tensor_name(template, position) for template in (source.name, *source.aliases)]
     for name in candidates:
         if name in checkpoint:
             return name
@@ -103,7 +103,7 @@ def _find(checkpoint: Checkpoint, path: str, source: Source, place: tuple[int, .
 
 
 def refuse_unexpected(checkpoint: Checkpoint, used: Iterable[str], ignored: Iterable[str]) -> None:
-    """``LoadError`` naming the tensors that no leaf reads and no pattern (``re.fullmatch``) excuses."""
+    """``LoadError`` naming the tensors that no leaf reads and no pattern (``re.fullmatch``) excepts."""
     patterns = [re.compile(pattern) for pattern in (*BUFFERS, *ignored)]
     used = set(used)
     extra = [n for n in checkpoint.entries if n not in used and not any(p.fullmatch(n) for p in patterns)]
@@ -126,22 +126,22 @@ def read(checkpoint: Checkpoint, leaf: Leaf, index: tuple[slice, ...], dtype: np
     out = np.empty([stop - start for start, stop in bounds], dtype)
     lead, inner = bounds[: leaf.stacked], tuple(slice(*b) for b in bounds[leaf.stacked :])
 
-    def copy(place: tuple[int, ...]) -> None:
-        name = leaf.names[place]
+    def copy(position: tuple[int, ...]) -> None:
+        name = leaf.names[position]
         part = _part(leaf, leaf.source.view(checkpoint.tensor(name)), inner)
-        target = out[tuple(p - start for p, (start, _) in zip(place, lead, strict=True))] if place else out
+        target = out[tuple(p - start for p, (start, _) in zip(position, lead, strict=True))] if position else out
         _copy(target, part, lambda: checkpoint.release(name))
 
-    todo = list(itertools.product(*(range(*b) for b in lead)))
+    positions = list(itertools.product(*(range(*b) for b in lead)))
     # Threads: numpy's copies, which read the pages of the file, release the GIL.
-    workers = min(len(todo), 8, os.cpu_count() or 1)
+    workers = min(len(positions), 8, os.cpu_count() or 1)
     if workers > 1:
         with ThreadPoolExecutor(workers) as pool:
             # list() raises here what a worker raised.
-            list(pool.map(copy, todo))
+            list(pool.map(copy, positions))
     else:
-        for place in todo:
-            copy(place)
+        for position in positions:
+            copy(position)
     return out
 
 
@@ -152,7 +152,7 @@ def _part(leaf: Leaf, view: np.ndarray, inner: tuple[slice, ...]) -> np.ndarray:
         if view.shape != shape:
             raise LoadError(f"the view of {leaf.source.name!r} has shape {view.shape}, {leaf.path!r} has {shape}")
         return view[inner]
-    if view.shape[0] == shape[0]:  # rows of both are the same: only those wanted are read and reshaped
+    if view.shape[0] == shape[0]:  # rows of both are the same: only the rows of ``inner`` are read and reshaped
         view = view[inner[0]]
         return view.reshape(len(view), *shape[1:])[(slice(None), *inner[1:])]
     return view.reshape(shape)[inner]
@@ -173,10 +173,10 @@ def _copy(out: np.ndarray, part: np.ndarray, release: Any) -> None:
     target, bits = _as_bits(out), part.dtype == out.dtype
     copied = 0
     for start in range(0, part.shape[axis], step):
-        where = (slice(None),) * axis + (slice(start, start + step),)
-        piece = part[where]
+        selection = (slice(None),) * axis + (slice(start, start + step),)
+        piece = part[selection]
         # In the file's order, so that the conversion reads front to back; the assignment transposes.
-        target[where] = _as_bits(piece if bits else piece.astype(out.dtype, order="K"))
+        target[selection] = _as_bits(piece if bits else piece.astype(out.dtype, order="K"))
         copied += piece.nbytes
         if copied >= CHUNK:
             release()

@@ -16,7 +16,7 @@ def _from_hf(raw: dict[str, Any]) -> T5Config:
         raise ValueError(f"config.json: feed_forward_proj = {raw['feed_forward_proj']!r} is not supported")
     # v1.1 said "tie_word_embeddings: false"; transformers reads that as "do not scale" and saves it under the other name.
     # Whether there is a head of its own, the tensor names tell.
-    scaled = raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings") is not False)
+    scale = raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings") is not False)
     return T5Config(
         vocab=raw.get("vocab_size", 32128),
         width=raw.get("d_model", 512),
@@ -30,8 +30,8 @@ def _from_hf(raw: dict[str, Any]) -> T5Config:
         # "gated-gelu" has always meant the tanh approximation, "gated-silu" and others what they say
         activation="gelu_tanh" if gated and name == "gelu" else activation(name),
         gated=bool(gated),
-        tied=scaled,
-        scale_outputs=scaled,
+        tied=scale,
+        scale_outputs=scale,
         eps=raw.get("layer_norm_epsilon", 1e-6),
         # T5 starts its decoder with the padding id, 0.
         start=raw.get("decoder_start_token_id") or 0,

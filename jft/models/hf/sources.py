@@ -71,8 +71,8 @@ def sources(config: DecoderConfig, names: Mapping[str, str], prefixes: tuple[str
             continue
         name = f"{names[module]}.{_LEAVES[leaf]}"
         spellings = (name[1:],) if name.startswith("=") else tuple(prefix + name for prefix in prefixes)
-        one = shape[name.count("{layer}") + name.count("{expert}") :]
-        shape, view = (one[::-1], transposed) if leaf == "w" else (one, identity)
+        tensor_shape = shape[name.count("{layer}") + name.count("{expert}") :]
+        shape, view = (tensor_shape[::-1], transposed) if leaf == "w" else (tensor_shape, identity)
         table[path] = Source(spellings[0], shape, view, spellings[1:])
     return table
 

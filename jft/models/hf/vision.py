@@ -59,7 +59,7 @@ def _patch(out: Sources, path: str, name: str, config: VisionConfig) -> None:
 
 
 def _square(raw: dict[str, Any], key: str, default: int) -> int:
-    """A side length given as one number or as equal height and width."""
+    """A side length, in the file one number or equal height and width."""
     value = raw.get(key, default)
     sides = set(value) if isinstance(value, list | tuple) else {value}
     if len(sides) != 1:

@@ -66,13 +66,13 @@ def write_weights(directory: Path | None, tensors: Sequence[Tensor], shard_bytes
 
 def _split(tensors: Sequence[Tensor], shard_bytes: float) -> list[list[Tensor]]:
     shards: list[list[Tensor]] = [[]]
-    held = 0
+    size = 0
     for tensor in tensors:
-        if shards[-1] and held + tensor.nbytes > shard_bytes:
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
             shards.append([])
-            held = 0
+            size = 0
         shards[-1].append(tensor)
-        held += tensor.nbytes
+        size += tensor.nbytes
     return shards
 
 
@@ -121,7 +121,7 @@ def _sync(handle: Any) -> None:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse a target that something else occupies; ``ValueError`` saying what would have to be said or done."""
+    """Check of a target: ``ValueError`` with the way out where something else occupies it."""
     if not target.exists():
         return
     if not target.is_dir():
@@ -136,7 +136,7 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def whole_directory(target: Path) -> Iterator[Path]:
-    """A directory to fill beside ``target``, which takes its place when the block ends well, and is removed when not."""
+    """A temporary directory next to ``target`` that replaces it when the block ends well, and is removed when not."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
@@ -156,7 +156,7 @@ def _umask() -> int:
 
 
 def _swap(partial: Path, target: Path) -> None:
-    """Rename over ``target``; what stood there is moved aside first, and back should the rename fail."""
+    """Rename over ``target``: the old directory is moved away first, and back should the rename fail."""
     if not target.exists():
         os.rename(partial, target)
         return
