@@ -1,4 +1,4 @@
-"""Eigenvalues and eigenfunctions of a neural tangent kernel, and on which tasks' data they live."""
+"""Eigenvalues and eigenfunctions of a neural tangent kernel, and their energy on the data of each task."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def top_spectrum(
     tolerance: float = 0.0,
     seed: int = 0,
 ) -> Spectrum:
-    """The ``count`` largest eigenvalues and their functions, by Lanczos iterations on ``K u = J (J^T u)``; K is not formed.
+    """The ``count`` largest eigenvalues and their functions, by Lanczos iterations on ``K u = J (J^T u)``; without K itself.
 
     One reverse and one forward pass over the data for each product, a few products for each eigenvalue wanted, and
     ``2 count + 1`` vectors ``[N, C]`` of memory. batches: N examples in all. tolerance: relative, of the eigenvalues; 0 is
@@ -80,7 +80,7 @@ def top_spectrum(
 
 
 def local_energy(functions: Any, weights: Any = None) -> np.ndarray:
-    """``E(x) = sum_k weights[k] |phi_k(x)|^2 [N]``: how much of the eigenfunctions is at each example.
+    """``E(x) = sum_k weights[k] |phi_k(x)|^2 [N]``: the local energy of the eigenfunctions at each example.
 
     functions: ``[k, N, C]`` or ``[k, N]``. weights: 1 for None; ``spectrum.coefficients(f)**2`` are those with which they
     represent a function f. Ortiz-Jimenez, Favero and Frossard 2023, arXiv:2305.12827, section 5.
