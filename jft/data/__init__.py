@@ -52,7 +52,7 @@ from typing import TYPE_CHECKING, Any
 
 from jft.data.errors import DataError
 
-# Loaded when first used: Grain and NumPy's company are no business of `import jft`.
+# Loaded at first use: `import jft` must not import Grain.
 _LATE = {
     "build": "jft.data.config",
     "Loader": "jft.data.loader",

@@ -1,4 +1,4 @@
-"""Chat templates: messages to text, and which characters of it the assistant wrote.
+"""Chat templates: messages as text, and the spans of it that the assistant wrote.
 
 Most published templates have no ``{% generation %}`` marks, and a mask taken from marks that are not there is all zero:
 training on nothing. Here the spans come from rendering the conversation turn by turn, and are checked.
@@ -73,7 +73,7 @@ def _compile(template: str, date: str | None) -> Any:
 class ChatTemplate:
     """A Jinja chat template as Hugging Face tokenizers carry it (``apply_chat_template`` with ``tokenize=False``).
 
-    template: the text. specials: names for it (``bos_token`` ...). date: ISO date that ``strftime_now`` tells; None:
+    template: the text. specials: names for it (``bos_token`` ...). date: ISO date that ``strftime_now`` formats; None:
     the function is undefined, so that a template falls back to its own fixed date and runs stay reproducible.
     """
 
@@ -83,9 +83,9 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], prompt: bool = False, tools: Any = None) -> str:
         """The conversation as text; ``prompt``: followed by the opening of an assistant turn. Marks are removed."""
-        return self._marked(messages, prompt, tools).replace(_OPEN, "").replace(_CLOSE, "")
+        return self._render_with_marks(messages, prompt, tools).replace(_OPEN, "").replace(_CLOSE, "")
 
-    def _marked(self, messages: Sequence[Message], prompt: bool, tools: Any) -> str:
+    def _render_with_marks(self, messages: Sequence[Message], prompt: bool, tools: Any) -> str:
         import jinja2
 
         try:
@@ -113,11 +113,11 @@ class ChatTemplate:
         if not turns:
             raise DataError("the conversation has no assistant message, so nothing would be trained")
         if re.search(r"\{%-?\s*generation\s*-?%\}", self.template):
-            text, spans = _unmark(self._marked(messages, False, tools))
+            text, spans = _unmark(self._render_with_marks(messages, False, tools))
         else:
             text = self.render(messages, tools=tools)
-            wanted = turns[-1:] if loss == "last" else turns
-            spans = [self._turn(messages, i, text, tools) for i in wanted]
+            targets = turns[-1:] if loss == "last" else turns
+            spans = [self._turn(messages, i, text, tools) for i in targets]
         return text, spans[-1:] if loss == "last" else spans
 
     def _turn(self, messages: Sequence[Message], turn: int, text: str, tools: Any) -> tuple[int, int]:
@@ -144,10 +144,10 @@ def _difference(first: str, second: str) -> str:
     return f"at character {at}: {shorten(first[at : at + 30])}, then {shorten(second[at : at + 30])}"
 
 
-def _unmark(marked: str) -> tuple[str, list[tuple[int, int]]]:
+def _unmark(text_with_marks: str) -> tuple[str, list[tuple[int, int]]]:
     """The text without marks, and the [start, stop) characters that stood between them."""
     text, spans, start = "", [], 0
-    for piece in re.split(f"([{_OPEN}{_CLOSE}])", marked):
+    for piece in re.split(f"([{_OPEN}{_CLOSE}])", text_with_marks):
         if piece == _OPEN:
             start = len(text)
         elif piece == _CLOSE:

@@ -26,21 +26,21 @@ def find_files(files: str | os.PathLike | list | tuple) -> list[str]:
     Raises :class:`DataError` where one names nothing, a directory, or a compressed file.
     """
     entries = [files] if isinstance(files, str | os.PathLike) else list(files)
-    found: list[str] = []
+    matches: list[str] = []
     for entry in entries:
         pattern = os.fspath(entry)
         hits = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not hits:
             raise DataError(f"no file matches {pattern!r} (looked from {Path.cwd().name}/, the working directory)")
-        found += hits
-    if not found:
+        matches += hits
+    if not matches:
         raise DataError("files: an empty list names no file")
-    for file in found:
+    for file in matches:
         if os.path.isdir(file):
             raise DataError(f"{file} is a directory; name its files, as {os.path.join(file, '*')!r}")
         if file.endswith(_COMPRESSED):
             raise DataError(f"{file} is compressed, and cannot be read by offset; decompress it first")
-    return found
+    return matches
 
 
 class _Records(Source):
@@ -140,11 +140,11 @@ class Csv(_Records):
         first = next(rows, None)
         if first is None:
             return
-        here = stream.tell()
+        position = stream.tell()
         stream.seek(first[0])
         header = self._split(stream.read(first[1] - first[0]).decode("utf-8-sig"))
         # ``_rows`` is in the middle of the stream.
-        stream.seek(here)
+        stream.seek(position)
         if len(set(header)) != len(header):
             raise DataError(f"{self.files[number]}:{first[2]}: a column name stands twice in the header {header}")
         if self.header and header != self.header:

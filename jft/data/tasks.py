@@ -1,4 +1,4 @@
-"""Tasks over labels: what a record of a source becomes for classification and for image-text contrast.
+"""Tasks over labels: examples for classification and for image-text contrast from the records of a source.
 
 A task is made for one source and turns record ``index`` into a fixed-shape example, or None where it is left out.
 """
@@ -89,7 +89,7 @@ class Labels:
 
     The names come from the source (TFDS, HF features, folders, digits), or from ``classes``: a list of names, or a
     number of classes. JSONL and CSV know none, and a name list made from the rows of one split could differ from
-    another's, so there ``classes`` must be given: the error lists the values found.
+    another's, so there ``classes`` must be set: the error lists the values of the first rows.
     """
 
     def __init__(self, source: Source, field: str, classes: Sequence | int | None):
@@ -97,11 +97,11 @@ class Labels:
         known = source.class_names(field)
         if classes is None and known is None:
             # A hint needs no more, and a large set is slow to read.
-            seen = sorted({str(field_of(source, i, field)) for i in range(min(len(source), 1000))})
-            found = shorten(seen, 200)
+            values = sorted({str(field_of(source, i, field)) for i in range(min(len(source), 1000))})
+            shown = shorten(values, 200)
             raise DataError(
                 f"{source.name}: the source names no classes for {field!r}; set classes: a list of names, or their number."
-                f" Values among the first rows: {found}"
+                f" Values among the first rows: {shown}"
             )
         if classes is None:
             names: Sequence = known or ()
@@ -199,8 +199,8 @@ class _Sentences:
             self.tokenizer = replace(tokenizer, core=core)
 
     def __call__(self, text: str, pair: str | None = None) -> Example | None:
-        coded: Encoded = self.tokenizer.encode(text, pair, special=True)
-        ids = coded.ids
+        encoding: Encoded = self.tokenizer.encode(text, pair, special=True)
+        ids = encoding.ids
         if not len(ids):
             raise DataError("the text has no tokens")
         if not fit(ids, self.max_length, self.too_long):
@@ -210,7 +210,7 @@ class _Sentences:
             "segments": padded(np.ones(len(ids), np.int32), self.max_length),
         }
         if pair is not None:
-            row["token_types"] = padded(coded.types, self.max_length)
+            row["token_types"] = padded(encoding.types, self.max_length)
         return row
 
 
