@@ -1,4 +1,4 @@
-"""The look of jft's figures, and how they are laid out and written.
+"""The style of jft's figures, their layout, and files of them.
 
 Colours are Okabe and Ito's, told apart by readers with any colour vision; each method also has its own marker.
 """
@@ -95,8 +95,8 @@ def styled(draw: Any) -> Any:
 @styled
 def save(figure: Any, path: Path) -> None:
     """Write a figure as the PNG ``path``, whole or not at all."""
-    with files.whole(path) as beside:
-        figure.savefig(beside, format="png", dpi=150)
+    with files.whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
 
 
 @styled

@@ -47,7 +47,7 @@ def learning_curves(runs: Sequence[Mapping[str, Any]], label: str = "training lo
 
 @styled
 def scores(tasks: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]], label: str) -> Any:
-    """A dot for each task and method, its ``error`` as a line through it, and a bar where the base stands."""
+    """A dot for each task and method, its ``error`` as a line through it, and a bar at the score of the base."""
     names = [task["name"] for task in tasks]
     methods = looks(dict.fromkeys(run["method"] for run in runs))
     figure, (axis,) = panels(1, 1, 0.36 * len(names) + 0.9)
@@ -58,11 +58,11 @@ def scores(tasks: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]
         )
     offsets = np.linspace(-0.18, 0.18, len(methods)) if len(methods) > 1 else [0.0]
     for offset, (method, look) in zip(offsets, methods.items(), strict=True):
-        mine = [run for run in runs if run["method"] == method]
+        of_method = [run for run in runs if run["method"] == method]
         axis.errorbar(
-            [r["score"] for r in mine],
-            [names.index(r["task"]) + offset for r in mine],
-            xerr=[r["error"] or 0 for r in mine],
+            [r["score"] for r in of_method],
+            [names.index(r["task"]) + offset for r in of_method],
+            xerr=[r["error"] or 0 for r in of_method],
             linestyle="none",
             markersize=6,
             label=method,
@@ -172,11 +172,11 @@ def _bytes(nbytes: float) -> str:
 @styled
 def size_against_score(methods: Sequence[Mapping[str, Any]], label: str) -> Any:
     """Mean score over tasks, with its ``error``, against mean bytes of a task vector on disk (log axis), by method."""
-    drawn = looks(row["name"] for row in methods)
+    look_of = looks(row["name"] for row in methods)
     figure, (axis,) = panels(1, 1, 2.6)
     for row in methods:
         axis.errorbar(
-            row["bytes"], row["score"], row["error"] or 0, linestyle="none", markersize=8, **drawn[row["name"]]
+            row["bytes"], row["score"], row["error"] or 0, linestyle="none", markersize=8, **look_of[row["name"]]
         )
         axis.annotate(
             row["name"], (row["bytes"], row["score"]), xytext=(8, 0), textcoords="offset points", va="center", color=INK

@@ -62,7 +62,7 @@ def rows(study: Mapping[str, Any]) -> dict[str, Rows]:
 
 def write(study: Mapping[str, Any], workdir: Path) -> list[Path]:
     """``STUDY_TABLE.csv`` files in ``workdir``, each whole or not at all."""
-    written = []
+    paths = []
     for name, table in rows(study).items():
         text = io.StringIO()
         writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
@@ -70,5 +70,5 @@ def write(study: Mapping[str, Any], workdir: Path) -> list[Path]:
         writer.writerows(table)
         path = workdir / f"{study['name']}_{name}.csv"
         files.write_text(path, text.getvalue())
-        written.append(path)
-    return written
+        paths.append(path)
+    return paths
