@@ -1,4 +1,4 @@
-"""Measure what a training step costs by method: FLOPs, memory, seconds."""
+"""Measure the cost of a training step by method: FLOPs, memory, seconds."""
 
 from __future__ import annotations
 
@@ -87,21 +87,21 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--remat", default="none", choices=["none", "full", "dots"])
     parser.add_argument("--attention", default="plain", choices=["plain", "blockwise"])
     parser.add_argument(
-        "--unroll", type=int, default=0, help="layers per scan step; 0 unrolls all, without which FLOPs are not told"
+        "--unroll", type=int, default=0, help="layers per scan step; 0 unrolls all, without which FLOPs are not counted"
     )
     parser.add_argument("--steps", type=int, default=0, help="steps to time, each method in turn; 0 compiles only")
     parser.add_argument("--topology", default="", help="compile for TPU chips that are not here: v5e:4x4, v5p:2x2x2")
     parser.add_argument("--mesh", default="", help="fsdp=8,tensor=2")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    given = vars(parser.strict(argv))
-    what = [_method(text) for text in given.pop("methods")]
-    given["mesh"] = _mesh(given["mesh"])
-    as_json = given.pop("json")
-    given.pop("what")
+    args = vars(parser.strict(argv))
+    what = [_method(text) for text in args.pop("methods")]
+    args["mesh"] = _mesh(args["mesh"])
+    as_json = args.pop("json")
+    args.pop("what")
 
     from jft.bench.step import Setting, measure
 
-    setting = Setting(**given)
+    setting = Setting(**args)
     costs = measure(setting, what, lambda line: print(line, file=sys.stderr))
     if as_json:
         import jax

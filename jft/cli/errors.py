@@ -1,4 +1,4 @@
-"""Wrong usage, told in one line."""
+"""Errors of wrong usage, in one line."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Parser(argparse.ArgumentParser):
     def unknown(self, argument: str) -> NoReturn:
         """Refuse ``argument``, which nothing has consumed."""
         options = [o for action in self._actions for o in action.option_strings]
-        word = argument.split("=", maxsplit=1)[0]
-        what = "option" if word.startswith("-") else "argument"
-        self.error(f"unknown {what} {word!r}{nearest(word, options) if what == 'option' else ''}")
+        name = argument.split("=", maxsplit=1)[0]
+        what = "option" if name.startswith("-") else "argument"
+        self.error(f"unknown {what} {name!r}{nearest(name, options) if what == 'option' else ''}")
 
     def strict(self, argv: Any) -> argparse.Namespace:
-        """Parse all of ``argv`` or refuse what is left."""
+        """Parse all of ``argv``, or raise for the first argument that is left over."""
         known, rest = self.parse_known_args(argv)
         if rest:
             self.unknown(rest[0])

@@ -18,16 +18,16 @@ USER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
 
 def commands() -> dict[str, str]:
     """``{name: one line of help}``, read from the sources of this folder without importing any of them."""
-    found = {}
+    summaries = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         module = ast.parse(path.read_text(encoding="utf-8"))
         if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in module.body):
-            found[path.stem] = (ast.get_docstring(module) or "").split("\n", maxsplit=1)[0]
-    return found
+            summaries[path.stem] = (ast.get_docstring(module) or "").split("\n", maxsplit=1)[0]
+    return summaries
 
 
 def usage() -> str:
-    """What ``jft --help`` prints."""
+    """The text of ``jft --help``."""
     known = commands()
     width = max(map(len, known))
     lines = [
