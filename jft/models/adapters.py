@@ -70,6 +70,7 @@ class _Linen:
         return self.module.apply({"params": params, **self.others}, *self.inputs(batch), **dict(self.options))
 
     def __hash__(self) -> int:
+        # Without the other collections, whose arrays do not hash; ``__eq__`` looks at them.
         return hash((self.module, self.inputs, self.options))
 
     def __eq__(self, other: object) -> bool:

@@ -106,6 +106,7 @@ def mlp(scope: Scope, name: str, x: Array, params: Params, activation: str) -> A
     """``down(act(up(x)))``; with a gate, ``down(act(gate(x)) * up(x))``."""
     act = core.ACTIVATIONS[activation]
     up = scope.dot(f"{name}/up", x, params["up"])
+    # By the parameters: the families that share this block differ in it, and their configs have no common field.
     gate = scope.dot(f"{name}/gate", x, params["gate"]) if "gate" in params else None
     inner = core.recomputed(act)(up) if gate is None else core.gated(act, gate, up)
     return scope.dot(f"{name}/down", inner, params["down"])

@@ -74,6 +74,7 @@ class Classifier:
         leaves = dict(blocks.linear("classifier", self.width, self.classes, std=0.02))
         if self.dense != "none":
             leaves |= dict(blocks.linear("classifier/dense", self.width, self.width))
+        # From one key: a draw depends on its path alone, so the backbone is that of the bare model.
         return {**self.backbone.init(key, dtype), **blocks.draw(leaves, key, dtype)}
 
     def forward(self, execution: Execution, params: Params, batch: Any, hooks: Hooks | None = None) -> Any:

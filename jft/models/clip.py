@@ -74,6 +74,7 @@ class TextConfig:
 
     def end(self, tokens: Array) -> Array:
         """Index ``[B]`` of the token that represents each row of ``tokens[B, T]``."""
+        # The argmax of a comparison is its first True.
         return jnp.argmax(tokens if self.eos == LEGACY_EOS else tokens == self.eos, axis=-1)
 
 
@@ -117,6 +118,7 @@ class ClipConfig:
         """Embeddings by name, in the scope of a caller."""
         fields = batch if hasattr(batch, "keys") else {"tokens": batch}
         outputs = {"logit_scale": params["logit_scale"]}
+        # The suffix of a split model has features in place of images.
         if "images" in fields or suffix_input(scope, "vision/layers") is not None:
             outputs["image"] = self.image_embedding(scope, params, fields)
         if "tokens" in fields:

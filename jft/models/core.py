@@ -253,6 +253,7 @@ class Scope:
         stacked = (params, xs, stacked_state)
         runs = [leaf for leaf in jax.tree.leaves(params, is_leaf=_is_runs) if _is_runs(leaf)]
         collected = []
+        # All leaves of a stack are cut at the same layers, so the sizes of one hold for all.
         for run in _cut(stacked, runs[0].sizes) if runs else [stacked]:
             length = jax.tree.leaves(run)[0].shape[0]
             h, reads = jax.lax.scan(step, h, run, unroll=min(self.execution.unroll or length, length))
@@ -266,6 +267,7 @@ class Scope:
 def _remat(step: Callable, policy: str) -> Callable:
     if policy == "none":
         return step
+    # None keeps nothing, so that everything is recomputed.
     policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
     if policy not in policies:
         raise ValueError(f"remat policy {policy!r} is unknown; choose none, full or dots")
@@ -334,6 +336,7 @@ def count_within(segments: Array) -> Array:
     """Positions ``[B, T]`` that restart at 0 wherever the segment changes."""
     index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
     starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    # The largest start so far is that of the token's segment.
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 

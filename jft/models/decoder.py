@@ -92,6 +92,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         """Defaults for the sizes that are 0; ``ValueError`` for what does not fit together."""
+        # The config is frozen; here is the one moment before anybody reads it.
         fill = lambda name, value: object.__setattr__(self, name, getattr(self, name) or value)
         for name in ("vocab", "width", "layers", "heads"):
             if getattr(self, name) < 1:
@@ -176,6 +177,7 @@ class DecoderConfig:
         def draw(path: str, shape: tuple[int, ...]) -> Array:
             leaf = path.rsplit("/", 1)[-1]
             if leaf == "scale":
+                # The identity: Gemma's norms multiply by 1 + scale.
                 return jnp.full(shape, 1.0 - self.norm_offset, dtype)
             if leaf in ("b", "bias"):
                 return jnp.zeros(shape, dtype)

@@ -103,6 +103,7 @@ class EncoderConfig:
             if types is not None:
                 raise ValueError(f"{self.family} has no token types; take 'token_types' out of the batch")
             return 0.0
+        # Without token types all are 0, as in transformers.
         return take(params["types"]["table"], jnp.zeros_like(tokens) if types is None else types, dtype)
 
     def head_defaults(self) -> tuple[str, str]:

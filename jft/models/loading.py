@@ -78,6 +78,7 @@ def fetch(source: str | os.PathLike, revision: str | None = None) -> Path:
         return directory
     name = os.fspath(source)
     parts = name.split("/")
+    # What is plainly a path must not be looked up on the hub.
     if directory.exists() or len(parts) > 2 or not all(parts) or name.startswith((".", "~", "/")):
         raise LoadError(f"{name!r} is neither a directory nor a hub id (org/name)")
     try:
@@ -122,6 +123,7 @@ def _config(family: Family, description: dict, checkpoint: Checkpoint, classes: 
         raise LoadError(f"classes is a number of classes, or 0 for none, not {classes}")
     if classes or head_config:
         config = _without_output_head(family, config, checkpoint)
+    # The head that jft.save wrote, unless the caller wants another.
     if head_config and classes in (0, head_config["classes"]) and pool in (None, "auto", head_config["pool"]):
         return Classifier(config, head_config["classes"], head_config["pool"], head_config["dense"])
     if classes:

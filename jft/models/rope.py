@@ -135,6 +135,7 @@ class Rope:
         if self.attention_factor is not None:
             return self.attention_factor
         stretch = self._stretch(max_positions)
+        # The formulas below are for longer contexts, and would shrink attention here.
         if stretch <= 1:
             return 1.0
         if self.kind == "longrope":

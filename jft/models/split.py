@@ -222,6 +222,7 @@ def cut(tree: Any, start: int, stop: int) -> Any:
 
 def _leaf(leaf: Any, start: int, stop: int) -> Any:
     if not isinstance(leaf, Runs):
+        # A slice would copy, outside jit.
         return leaf if (start, stop) == (0, leaf.shape[0]) else jax.lax.slice_in_dim(leaf, start, stop, axis=0)
     parts, sizes, first = [], [], 0
     for part, size in zip(leaf.parts, leaf.sizes, strict=True):

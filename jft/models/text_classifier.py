@@ -99,6 +99,7 @@ class PromptClassifier:
             return scale * _compare(image, self.clip.text_embedding(scope, params, texts))
         # ``size``: shapes under jit are fixed. The fill is no class, so what is computed for it is dropped below.
         (class_ids,) = jnp.nonzero(jnp.any(fields["classes"], axis=0), size=self.count, fill_value=self.classes)
+        # clip: the fill is out of range, and what is encoded for it must still be a text.
         texts = {name: jnp.take(x, class_ids, axis=0, mode="clip") for name, x in texts.items()}
         logits = scale * _compare(image, self.clip.text_embedding(scope, params, texts))
         return jnp.full((len(image), self.classes), NEVER, logits.dtype).at[:, class_ids].set(logits, mode="drop")

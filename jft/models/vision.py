@@ -127,6 +127,7 @@ class VisionConfig:
         learned = take(table, jnp.arange(self.side**2 + 1), dtype)
         if (rows, columns) == (self.side, self.side):
             return learned
+        # The class token's position is not on the grid.
         grid = learned[1:].reshape(self.side, self.side, self.width)
         vertical, horizontal = (jnp.asarray(bicubic(n, self.side), dtype) for n in (rows, columns))
         resized = jnp.einsum("rh,cw,hwd->rcd", vertical, horizontal, grid).reshape(rows * columns, self.width)

@@ -96,6 +96,7 @@ class Checkpoint:
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:
             with file.open("rb") as handle:
+                # A map stays valid after its file is closed.
                 self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
         return self._maps[file]
 
@@ -148,6 +149,7 @@ def read_header(file: Path) -> dict[str, Entry]:
     with file.open("rb") as handle:
         prefix = handle.read(8)
         length = int.from_bytes(prefix, "little")
+        # Such a length is the sign of another format: a pickle, or the pointer of a large-file store.
         if len(prefix) < 8 or length > MAX_HEADER:
             raise LoadError(f"{file} is not a safetensors file: it is {size} bytes long and its header says {length}")
         if 8 + length > size:

@@ -51,6 +51,7 @@ def activation(name: str) -> str:
 
 def activation_name(name: str) -> str:
     """The Hugging Face name of a jft activation."""
+    # The other names are the same in both libraries.
     return "gelu_pytorch_tanh" if name == "gelu_tanh" else name
 
 

@@ -208,6 +208,7 @@ def _mixtral(c: dict) -> DecoderConfig:
 
 def _qwen3_moe(c: dict) -> DecoderConfig:
     config_json.refuse(c)
+    # Layers of two kinds would have to be two stacks.
     if c.get("mlp_only_layers") or c.get("decoder_sparse_step", 1) != 1:
         raise ValueError(
             "qwen3_moe with some layers dense is not supported (mlp_only_layers="

@@ -41,6 +41,7 @@ def _gpt2_table(config: DecoderConfig) -> dict[str, Source]:
     table = sources(config, names, prefixes)
     for path, source in table.items():
         if path.startswith("layers/") and path.endswith("/w"):
+            # GPT-2's Conv1D stores [in, out], as jft does.
             table[path] = Source(source.name, source.shape[::-1], identity, source.aliases)
     for i, part in enumerate("qkv"):
         view = functools.partial(_columns, start=i * D, stop=(i + 1) * D)
@@ -103,6 +104,7 @@ def _gpt2_fields(config: DecoderConfig) -> dict[str, Any]:
 
 def _third(x: np.ndarray, heads: int, index: int) -> np.ndarray:
     """Query, key or value of each head: ``[H * 3 * K, D]`` to ``[D, H, K]``, or ``[H * 3 * K]`` to ``[H, K]``."""
+    # Head by head: q, k and v of the first, then of the second.
     parts = x.reshape(heads, 3, -1, *x.shape[1:])[:, index]
     return np.moveaxis(parts, -1, 0) if x.ndim == 2 else parts
 

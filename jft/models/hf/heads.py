@@ -35,6 +35,7 @@ def table(family: Family, config: Any, paths: list[str]) -> dict[str, Source]:
 def architecture(family: Family, config: Any) -> str | None:
     """The transformers class whose sequence classification this `Classifier` is; None where there is none."""
     defaults = getattr(config.backbone, "head_defaults", lambda: ("last", "none"))()
+    # With another pooling the class would load the weights and compute something else.
     if (config.pool, config.dense) != defaults:
         return None
     if family.classifier_architecture is not None:

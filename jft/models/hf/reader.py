@@ -165,6 +165,7 @@ def _copy(out: np.ndarray, part: np.ndarray, release: Any) -> None:
     if out.ndim == 0:
         out[...] = part
         return release()
+    # The stride of an axis of size 1 means nothing.
     axis = max(range(part.ndim), key=lambda i: (part.shape[i] > 1, abs(part.strides[i])))
     transposed = part.ndim > 1 and axis == part.ndim - 1
     per_row = math.prod(part.shape) // part.shape[axis] * part.itemsize

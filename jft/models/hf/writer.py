@@ -145,6 +145,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
         yield partial
         _swap(partial, target)
     finally:
+        # Not there any more where the block ended well: it has become the target.
         shutil.rmtree(partial, ignore_errors=True)
 
 
