@@ -54,6 +54,7 @@ def start(
         return jax.process_count() > 1
     address, count, own_id = _validated(settings)
     if count > 1:
+        # Before the meeting, in which the other processes would wait for one that cannot go on.
         _before_first_use()
         meet(address, count, own_id, timeout)
     _initialize(timeout, coordinator_address=address, num_processes=count, process_id=own_id)

@@ -102,6 +102,7 @@ def refusal(error: Exception) -> MemoryEstimate | None:
     """The memory that a compiler's error names for a program larger than the device; None for any other error."""
     # The two wordings of XLA.
     needed = re.search(r"(?:memory required for [\w ]+?|Used) \(?([\d.]+ ?[KMGT])", str(error))
+    # Both, as other errors speak of memory too.
     if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:
         return None
     # XLA writes binary units without "iB".

@@ -26,6 +26,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     """
     devices = jax.devices() if devices is None else list(devices)
     requested = {"fsdp": -1} if shape is None else dict(shape)
+    # The known axes always, so that sharding rules may name them on any mesh.
     sizes = {**{axis: requested.get(axis, 1) for axis in AXES}, **requested}
     for axis, size in sizes.items():
         if not isinstance(size, int | np.integer) or isinstance(size, bool) or (size < 1 and size != -1):
@@ -120,4 +121,5 @@ def _local_shards(mesh: Mesh) -> int:
     """Number of distinct row blocks of a batch on this process's devices."""
     total = batch_shards(mesh)
     blocks = batch_sharding(mesh).addressable_devices_indices_map((total,))
+    # Distinct ones: devices along ``tensor`` hold the same rows.
     return len({index[0].indices(total) for index in blocks.values() if index is not None})

@@ -90,6 +90,7 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, user_rules: list, small
     for pattern, layouts in user_rules:
         if tree.matcher(pattern)(path):
             return _fit(_alternatives(layouts), shape, mesh)
+    # After the caller's rules, which may name a small leaf.
     if math.prod(shape) < small:
         return PartitionSpec()
     for pattern, layouts in RULES:
@@ -143,6 +144,7 @@ def _collapse(names: list[str]) -> Axis:
 
 
 def _generic(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    # The axis L stays whole, as a scan slices it.
     first = 0 if tree.stack_of(path) is None else 1
     ways = mesh.shape.get("fsdp", 1)
     fitting = [i for i in range(first, len(shape)) if shape[i] % ways == 0]
