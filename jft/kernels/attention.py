@@ -164,6 +164,7 @@ def blockwise_attention(
     terms = Terms(jnp.asarray(scale, jnp.promote_types(q.dtype, jnp.float32)), bias)
     o, lse = sums(softcap, block, q, k, v, terms, mask)
     if mask is not None:
+        # As plain attention, where equal scores give equal weights.
         mean = jnp.mean(v, axis=1, keepdims=True, dtype=lse.dtype)
         o = jnp.where(_has_keys(lse)[..., None], o, jnp.repeat(mean, q.shape[2] // k.shape[2], axis=2))
     return o.astype(v.dtype)
@@ -264,6 +265,7 @@ def _sums_tangent(
         do, dlse = grid.over_keys(add, start, keys, row_start, biases)
         return do - dlse[..., None] * o, dlse
 
+    # lse with one axis more: ``rows`` takes [B, T, H, K].
     queries = grid.rows(q), grid.rows(dq), grid.rows(o), grid.rows(lse[..., None])
     keys = grid.columns(k), grid.columns(v), grid.columns(dk), grid.columns(dv)
     biases = grid.pairs(terms.bias), grid.pairs(dbias)
@@ -362,6 +364,7 @@ class _Grid:
 
         def step(carry: Any, column: Any) -> tuple[Any, None]:
             reached = True if self.mask is None else self.mask.reaches(row_start, column[1], self.t, self.s)
+            # Known while tracing: the program needs no branch.
             if reached is True:
                 return add(carry, column), None
             return jax.lax.cond(reached, add, lambda carry, _: carry, carry, column), None
