@@ -137,6 +137,7 @@ class KernelProduct:
     def __init__(
         self, f_lin: Linearized, batches: Iterable[Any], *, moving: Any = None, select: Select | None = None
     ) -> None:
+        # A list, as every product goes through the batches twice.
         self.f_lin, self.batches = f_lin, list(batches)
         if not self.batches:
             raise ValueError("a product with the kernel was given no batches")
@@ -188,6 +189,7 @@ def _projected(f_lin: Linearized, space: Space, batch: Any, select: Select | Non
 
 def _plan(space: Space, C: int, N: int, M: int, memory: int) -> tuple[int, list[Space]]:
     """Examples in a block, and groups of weights whose Jacobians of two such blocks fit into ``memory`` bytes."""
+    # Twice: a block of rows and one of columns.
     each = {path: 2 * C * tree.nbytes(x) for path, x in spaces.sizes(space).items()}
     n = min(max(N, M), max(1, memory // sum(each.values())))
     groups: list[Space] = [{}]
@@ -225,6 +227,7 @@ def _by_jacobians(
                 right = left if same else jacobian(f_lin.params, group, _block(columns, j, n), key)
                 part = np.asarray(_contract(left, right, of == "trace"))
                 if K is None:
+                    # Not before: the first block tells the dtype.
                     K = np.zeros((N, M) if part.ndim == 2 else (N, C, M, C), part.dtype)
                 _add(K, part, i, j, mirrored=other is None and i != j)
     assert K is not None
@@ -256,6 +259,7 @@ def _jacobian(apply: Callable, until: str | None, select: Select | None, of: Of)
         point = spaces.origin(space)
 
         def jacobian_of(example: Any) -> Any:
+            # Models take batches.
             batch_of_one = jax.tree.map(lambda x: x[None], example)
             return jax.jacrev(lambda p: _projected(f_lin, space, batch_of_one, select, of, key)(p)[0])(point)
 

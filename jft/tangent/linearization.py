@@ -83,6 +83,7 @@ class Linearized:
 
 def _by_path(tau: Any) -> dict[str, Any]:
     """A mapping by path, or a tree shaped like the parameters (parts of it may be missing), by path."""
+    # Encodings are pytrees: flattening a tree of them would go into them.
     if isinstance(tau, Mapping) and any(isinstance(x, delta.Encoding | delta.Change) for x in tau.values()):
         return dict(tau)
     return tree.flatten(tau)

@@ -35,6 +35,7 @@ def kernel_regression(kernel: Any, residual: Any, penalty: float = 0.0, weights:
     :func:`kernel_predict`. Without a penalty the solution of least norm, by singular values. Jacot, Gabriel and Hongler 2018,
     arXiv:1806.07572. Raises ``ValueError`` for shapes that do not fit, and a negative penalty or weight.
     """
+    # float64: the condition number of a kernel is the square of the Jacobian's.
     kernel, residual = np.asarray(kernel, np.float64), np.asarray(residual, np.float64)
     N = len(residual)
     if kernel.shape not in ((N, N), residual.shape + residual.shape) or residual.ndim != 2:
@@ -54,6 +55,7 @@ def kernel_regression(kernel: Any, residual: Any, penalty: float = 0.0, weights:
     if penalty:
         b = np.linalg.solve(matrix + penalty * np.eye(size), right)
     else:
+        # A kernel without a penalty may be singular.
         b = np.linalg.lstsq(matrix, right, rcond=None)[0]
     return (s * b).reshape(residual.shape)
 
@@ -268,6 +270,7 @@ def _dual(
     pull = vjp_program(f_lin.function, f_lin.until, select)
     total = None
     for start in range(0, blocks.examples, blocks.size):
+        # Zeros for the examples that only fill up the last block.
         part = np.zeros((blocks.size, a.shape[1]), K.dtype)
         rows = a[start : start + blocks.size]
         part[: len(rows)] = rows

@@ -74,6 +74,7 @@ def top_spectrum(
     operator = LinearOperator((size, size), matvec=matvec, dtype=product.dtype)
     # Drawn here, as ARPACK's own start differs from run to run.
     start = np.random.default_rng(seed).standard_normal(size).astype(product.dtype)
+    # Not the largest in magnitude: rounding may make tiny eigenvalues negative.
     values, vectors = eigsh(operator, k=count, which="LA", tol=tolerance, v0=start)
     order = np.argsort(values)[::-1]
     return Spectrum(values[order], np.ascontiguousarray(vectors.T[order]).reshape(count, *product.shape))

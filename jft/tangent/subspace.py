@@ -121,6 +121,7 @@ def _products(jaxpr: Any) -> int:
             for axis in contracted:
                 depth *= left[axis]
             total += depth * tree.size(equation.outvars[0].aval)
+        # The body of a scan is written once and runs ``length`` times.
         repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
         for value in equation.params.values():
             # A closed jaxpr holds the one with the equations.

@@ -159,6 +159,7 @@ def _directions(
     if not grid.size or not np.isfinite(grid).all():
         raise ValueError(f"coefficients must be finite numbers, at least one, not {grid.tolist()}")
     if grid.ndim == 1:
+        # One coefficient for all of them: their sum is one direction, and one pass.
         if all(isinstance(tau, delta.TaskVector) for tau in taus):
             return [f_lin.direction(delta.TaskVector.combine(taus, [1.0] * len(taus)))], grid[:, None]
         return [f_lin.direction(tau) for tau in taus], np.repeat(grid[:, None], len(taus), 1)
@@ -222,6 +223,7 @@ def _fits(change: delta.Change, form: delta.Change | None) -> bool:
         return True
     if isinstance(change, delta.Selected) and isinstance(form, delta.Selected):
         return (change.layout, change.shape, change.at.ndim) == (form.layout, form.shape, form.at.ndim)
+    # By form alone: values are other ones, and may be traced.
     one, other = (jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), x) for x in (change, form))
     return jax.tree.flatten(one) == jax.tree.flatten(other)
 
