@@ -112,6 +112,7 @@ class ChatTemplate:
             return text, [(0, len(text))]
         if not turns:
             raise DataError("the conversation has no assistant message, so nothing would be trained")
+        # By the template's text: the output of one without marks looks like that of one whose marked turns are absent.
         if re.search(r"\{%-?\s*generation\s*-?%\}", self.template):
             text, spans = _unmark(self._render_with_marks(messages, False, tools))
         else:
@@ -121,6 +122,7 @@ class ChatTemplate:
         return text, spans[-1:] if loss == "last" else spans
 
     def _turn(self, messages: Sequence[Message], turn: int, text: str, tools: Any) -> tuple[int, int]:
+        # With the opening of the answer, which generation supplies and nobody has to learn.
         before = self.render(messages[:turn], prompt=True, tools=tools)
         after = self.render(messages[: turn + 1], tools=tools) if turn + 1 < len(messages) else text
         marks = "chat_template: a template with {% generation %} marks"

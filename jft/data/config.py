@@ -26,6 +26,7 @@ _INTERNAL = ("self", "source", "tokenizer", "image_size", "pack")
 
 
 def _sources() -> dict[str, Any]:
+    # Imported on use: every source has libraries of its own.
     from jft.data.digits import Digits
     from jft.data.folders import ImageFolder
     from jft.data.huggingface import HuggingFace
@@ -101,6 +102,7 @@ class _Component:
         settings = {k: v for k, v in settings.items() if v is not None}
         self.tokenizer = settings.get("tokenizer")
         self.weight = settings.get("weight", 1)
+        # True would pass for the weight 1.
         if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not self.weight > 0:
             raise DataError(f"weight must be a positive number, got {self.weight!r}")
         source = _call(source_class, {k: v for k, v in settings.items() if k in source_settings}, settings["source"])
@@ -173,6 +175,7 @@ def _components(config: dict[str, Any]) -> list[_Component]:
 
 
 def _rows(components: list[_Component], tasks: list[Task], tokenizer: Tokenizer | None) -> Rows:
+    # Rows of one batch have one shape.
     layouts = {(c.pack, getattr(t, "max_length", 0)) for c, t in zip(components, tasks, strict=True) if t.packs}
     if len(layouts) > 1:
         raise DataError(f"mixture: pack and max_length must agree, got {sorted(map(str, layouts))}")
@@ -223,6 +226,7 @@ def build(
     """
     settings = _plain(config)
     process = _process(process_index, process_count)
+    # Taken out, as these are of the loader and not of any part.
     reading = _reading({k: settings.pop(k) for k in _READING if k in settings})
     components = _components(settings)
     spec = _tokenizer(components, tokenizer)

@@ -52,6 +52,7 @@ class HuggingFace(Source):
             raise DataError(
                 f"{self.name}: cannot be loaded: {type(error).__name__}: {shorten(str(error), 300)}"
             ) from error
+        # load_from_disk returns every split that was saved.
         if isinstance(data, datasets.DatasetDict):
             if split not in data:
                 raise DataError(f"{self.name}: no split {split!r}; it has {', '.join(data)}")

@@ -79,6 +79,7 @@ def _random_box(
     # Ten tries and then the centre, as torchvision.
     for _ in range(10):
         area = width * height * rng.uniform(*settings.area)
+        # Uniform in the logarithm: twice as wide is as likely as twice as high.
         ratio = math.exp(rng.uniform(low, high))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:

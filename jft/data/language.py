@@ -117,6 +117,7 @@ class PromptResponse(Task):
         prompt, response = (self.text(index, record, f) for f in (self.prompt or "", self.response or ""))
         if not response.strip():
             raise DataError(f"the response ({self.response!r}) is empty")
+        # Some post-processors end every text, but the prompt goes on with the response.
         before = _without_end(self.tokenizer.encode(prompt, special=True).ids, self.tokenizer.eos_id)
         after = _with_end(self.tokenizer.encode(response).ids, self.tokenizer.eos_id)
         ids = np.concatenate([before, after]).astype(np.int32)

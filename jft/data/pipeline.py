@@ -77,6 +77,7 @@ class _ProcessRows(grain.MapDataset):
         self._local = batch_size // process.count
 
     def __len__(self) -> int:
+        # Whole batches, as many on every process: a collective waits for all of them.
         return (len(self._parent) - self._start) // self._batch * self._local
 
     def __getitem__(self, index: Any) -> Any:

@@ -20,6 +20,7 @@ _EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__
 
 def split_of(name: str) -> str:
     """The split of a module or topic, by a hash of its name: 90% train, 5% validation, 5% test, in every Python."""
+    # Not hash(), which is another one in every process.
     bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100
     return "train" if bucket < 90 else "validation" if bucket < 95 else "test"
 

@@ -172,6 +172,7 @@ class Csv(_Records):
             raise DataError(f"{file}:{first_line}: a quote opened in this row is never closed")
 
     def _split(self, text: str) -> list[str]:
+        # newline="": the csv module reads line breaks inside quotes itself.
         return next(csv.reader(io.StringIO(text, newline=""), delimiter=self.separator))
 
     def _parse(self, raw: bytes, index: int) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Task:
             return self.encode(index, self.source[index], rng)
         except DataError as error:
             where = self.source.where(index)
+            # The source may have named the place already.
             if str(error).startswith(where):
                 raise
             raise DataError(f"{where}: {error}") from error.__cause__
@@ -119,6 +120,7 @@ class Labels:
         if isinstance(value, str) and value in self._index:
             return np.int32(self._index[value])
         try:
+            # 3.0 is an index, 3.5 is none.
             index = int(value) if not isinstance(value, float) or value == int(value) else -1
         except (TypeError, ValueError, OverflowError):
             index = -1

@@ -143,6 +143,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
     specials = {}
     for key in ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"):
         value = entries.get(key)
+        # An added token is written as an object that holds its text.
         value = value.get("content") if isinstance(value, dict) else value
         if isinstance(value, str):
             specials[key] = value
@@ -200,6 +201,7 @@ def byte_tokenizer() -> Tokenizer:
     """UTF-8 bytes as ids 0-255, then :data:`SPECIALS` as 256-263; needs no files and no training."""
     from tokenizers import models
 
+    # Without merges every byte stays a token.
     core = _byte_level(models.BPE(vocab={letter: i for i, letter in enumerate(_byte_letters())}, merges=[]))
     core.add_special_tokens(list(SPECIALS))
     return _built_in(core, "bytes")
