@@ -28,6 +28,7 @@ def nonlinear_advantage(linear: float, nonlinear: float, classes: int) -> float:
 
     Ortiz-Jimenez, Favero and Frossard 2023, arXiv:2305.12827, section 4.2.
     """
+    # Guessing is right once in C, so errors lie within (C - 1) / C.
     return (nonlinear - linear) * classes / (classes - 1)
 
 
@@ -46,6 +47,7 @@ def addition(
     validation = {task: score(task, "validation", taus, grid) for task in vectors}
     by_coefficient = {c: {task: accuracies[i] for task, accuracies in validation.items()} for i, c in enumerate(grid)}
     result = merge.search(lambda c: merge.addition_row(by_coefficient[c], single["validation"]), grid)
+    # The only look at test data, at the coefficient that validation chose.
     absolute = {task: float(score(task, "test", taus, [result.best])[0]) for task in vectors}
     relative = {task: value / single["test"][task] for task, value in absolute.items()}
     return {
@@ -101,5 +103,6 @@ def negation(
 def cosines(vectors: Mapping[str, TaskVector]) -> list[list[float]]:
     """The cosine between every two task vectors, symmetric, in the order of ``vectors``."""
     taus = list(vectors.values())
+    # Once for each pair, as a cosine is symmetric and costs a pass over both.
     upper = {(i, j): float(taus[i].cosine(taus[j])) for i in range(len(taus)) for j in range(i, len(taus))}
     return [[upper[min(i, j), max(i, j)] for j in range(len(taus))] for i in range(len(taus))]

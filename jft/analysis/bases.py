@@ -56,6 +56,7 @@ def prepare(config: Mapping[str, Any], common: Mapping[str, Any], workdir: Path)
         model, params = experiment.build_model(
             dataclasses.replace(train_config.model, source=config["source"]), mesh=model_mesh
         )
+        # In the hub's cache by now, as the model was loaded from there.
         directory = fetch(config["source"])
         tokenizer = directory if (directory / "tokenizer.json").is_file() else None
         facts = {"steps": None, "seconds": None, "loss": None}

@@ -84,6 +84,7 @@ def _error(
     """On the data of task ``t``, ``[G, G]``."""
     compare = _comparison(weighing(member.objective), read)
     G = len(both)
+    # One task vector alone has G points, not G^2: each is evaluated once.
     single_points = np.where(np.arange(2) == t, np.diagonal(both).T, 0.0)  # [G, 2]
     points = np.concatenate([both.reshape(G * G, 2), single_points])
     total, weight = np.zeros((G, G)), 0.0

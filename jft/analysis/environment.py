@@ -34,6 +34,7 @@ def commit() -> str | None:
         return None
     try:
         result = subprocess.run(
+            # --exclude=*: the commit itself, whatever tags there are.
             ["git", "describe", "--always", "--dirty", "--exclude=*"],
             cwd=root,
             capture_output=True,

@@ -90,6 +90,7 @@ def readings(
         yield from tangent.readings(tangent.linearize(apply, params, forward.until), taus, device_batches(), read, grid)
         return
     results = []
+    # Points outside and batches inside: one set of changed weights exists at a time.
     for alpha in grid.reshape(len(grid), -1):
         changed = moved(params, taus, alpha if grid.ndim == 2 else np.repeat(alpha, len(taus)))
         results.append([jax.device_get(_reader(apply, read)(changed, batch)) for batch in device_batches()])
@@ -106,6 +107,7 @@ def moved(params: Any, taus: Sequence[TaskVector], alpha: Iterable[float]) -> An
     nonzero = [(tau, float(a)) for tau, a in zip(taus, alpha, strict=True) if a]
     if not nonzero:
         return params
+    # An argument of the program, which all coefficients then share.
     numbers = np.asarray([a for _, a in nonzero], np.float32)
     if not np.isfinite(numbers).all():
         raise ValueError(f"task vectors are multiplied by finite numbers, not by {[a for _, a in nonzero]}")

@@ -48,6 +48,7 @@ def linearity(
         # On the host the objective refuses a batch that it would take silently under jit.
         objective.weight(host, np)
         device_batch = parallel.put_batch(host, mesh)
+        # One tangent pass serves every coefficient.
         f0, step = tangent.tangents(f_lin, [tau], device_batch)
         for a, total in zip(grid, totals, strict=True):
             sums = program(moved(params, [tau], [a]), f0, step, jnp.float32(a), device_batch)
@@ -69,6 +70,7 @@ def _compare(apply: Any, objective: Any) -> Any:
             "straight": jnp.square(linear_change),
             "product": change * linear_change,
         }
+        # An output is in a norm or not; how much it weighs is about the loss.
         counts = (weights > 0).astype(jnp.float32)[..., None]
         sums: dict[str, Any] = {name: jnp.sum(x * counts) for name, x in each.items()}
         agree = jnp.argmax(y, axis=-1) == jnp.argmax(linear, axis=-1)

@@ -29,6 +29,7 @@ class TaskKernel:
     @property
     def effective_rank(self) -> float:
         """``exp(-sum p log p)`` of the eigenvalues as shares p (Roy and Vetterli 2007): how many directions data span."""
+        # Rounding may make the smallest eigenvalues negative.
         p = np.clip(np.asarray(self.spectrum.values, np.float64), 0, None)
         p = p[p > 0] / p.sum()
         return float(np.exp(-np.sum(p * np.log(p))))

@@ -21,6 +21,7 @@ def smooth(values: Sequence[float], span: int) -> np.ndarray:
         return x
     span = min(span, len(x))
     kernel = np.ones(span)
+    # The second convolution counts the points, of which there are fewer at the ends.
     return np.convolve(x, kernel, "same") / np.convolve(np.ones(len(x)), kernel, "same")
 
 
@@ -200,6 +201,7 @@ def metric_curves(series: Mapping[str, Mapping[str, tuple[Sequence[float], Seque
     figure, axes = panels(len(series), 3, 2.2)
     for axis, (metric, lines) in zip(axes, series.items(), strict=True):
         for run, (steps, values) in lines.items():
+            # A run may have a single point, which no line shows.
             few = {"marker": "o", "markersize": 3} if len(steps) < 20 else {}
             axis.plot(steps, values, color=runs[run]["color"], label=run, **few)
         axis.set_title(metric)

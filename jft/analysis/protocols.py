@@ -37,6 +37,7 @@ def examined(
     start with the same settings.
     """
     results: Row = {"addition": [], "negation": [], "disentanglement": [], "cosine": {}}
+    # Every protocol needs a second task.
     if len(tasks) < 2:
         return results
     for method, seed in itertools.product(config["methods"], config["seeds"] or (None,)):

@@ -49,6 +49,7 @@ def duration(seconds: float | None) -> str:
         return f"{_digits(1000 * seconds)} ms"
     if seconds < 60:
         return f"{_digits(seconds)} s"
+    # Rounded before it is split up: 119.6 s are 2 min 0 s, not 1 min 60 s.
     whole = round(seconds)
     hours, minutes = whole // 3600, whole % 3600 // 60
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"

@@ -22,6 +22,7 @@ def plain(config: Any) -> Any:
     """A config as JSON would return it: the form in which two runs are compared."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         config = dataclasses.asdict(config)
+    # default=str: dtypes and paths compare by their text.
     return json.loads(json.dumps(config.to_dict() if hasattr(config, "to_dict") else config, default=str))
 
 

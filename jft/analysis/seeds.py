@@ -52,6 +52,7 @@ def averaged(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> list[dict[
     """
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in rows:
+        # As text: a pair is a list, which does not hash.
         groups.setdefault(tuple(map(str, (row[key] for key in by))), []).append(row)
     return [
         _mean_row([{key: x for key, x in row.items() if key != "seed"} for row in group]) for group in groups.values()

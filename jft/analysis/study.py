@@ -140,6 +140,7 @@ def _check(study: Mapping[str, Any]) -> None:
 def run(config: ConfigDict, workdir: Path, command: str, say: Say = print) -> Path:
     """All studies of ``config`` in ``workdir``. Returns the path of the report."""
     since = time.perf_counter()
+    # As JSON returns it, so that results.json records what ran.
     plain = run_store.plain(config)
     check(plain)
     workdir.mkdir(parents=True, exist_ok=True)

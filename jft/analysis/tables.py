@@ -57,6 +57,7 @@ def rows(study: Mapping[str, Any]) -> dict[str, Rows]:
         ],
         "advantage": list(study.get("advantage", ())),
     }
+    # A table without rows has no columns to write.
     return {name: table for name, table in tables.items() if table}
 
 

@@ -147,6 +147,7 @@ def _train(base: Base, runs: Sequence[Training], fleets: Path) -> None:
             continue
         since = time.perf_counter() - share  # of the training its share, of what follows its own
         vector = result.task_vector if run.task.head is None else result.task_vector.exclude("^classifier/")
+        # The vector before its record, which says that all is there.
         vector.save(run.workdir / VECTOR)
         run_store.write(run.workdir, run.compared, _outcome(run, base, result, vector, since, len(runs)))
     for result in results:

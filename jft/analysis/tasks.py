@@ -66,6 +66,7 @@ class Task:
         if self.metric != "bits_per_byte":
             return metrics[self.metric]
         tokens, nbytes = self._targets(split)
+        # ``nll`` where the loss also has a z-loss.
         return metrics.get("nll", metrics["loss"]) / math.log(2) * tokens / nbytes
 
     def _targets(self, split: str) -> tuple[float, int]:
@@ -83,6 +84,7 @@ def text_bytes(batch: Mapping[str, Any], weights: np.ndarray, tokenizer: Any) ->
     """UTF-8 bytes of a batch's targets: where ``weights[b, t]`` is set, ``tokens[b, t + 1]`` is one."""
     total = 0
     for row, counts in zip(np.asarray(batch["tokens"]), np.asarray(weights) > 0, strict=True):
+        # The target at t is the token at t + 1.
         ids = np.roll(row, -1)[counts]
         if tokenizer.name == "bytes":
             total += int(np.sum(ids < 256))  # the rest are special tokens
