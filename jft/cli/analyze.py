@@ -145,6 +145,7 @@ def ntk(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], list[
     result = {"values": values, "effective_rank": kernel.effective_rank, "located": kernel.located}
     lines = [
         f"{len(values)} examples, effective rank {kernel.effective_rank:.1f}, largest eigenvalue {values[0]:.4g}, "
+        # Outputs that no weight moves have a kernel of zeros.
         f"{values[0] / max(sum(values), 1e-300):.1%} of the trace"
     ]
     for tau, shares in kernel.located.items():

@@ -77,6 +77,7 @@ def info(options: argparse.Namespace) -> int:
     for path, entry in header.entries.items():
         row: dict[str, Any] = {"path": path, "encoding": entry.kind, "shape": list(entry.shape), "dtype": entry.dtype}
         if not options.quick:
+            # One path at a time, as the file may be larger than memory.
             delta = TaskVector.load(options.file, [path])[path]
             row |= {"nnz": delta.nnz, "density": _share(delta.nnz, math.prod(delta.shape)), "norm": _norm(delta)}
         rows.append(row | {"nbytes": entry.nbytes})
@@ -134,6 +135,7 @@ def apply(options: argparse.Namespace) -> int:
     from jft.models import load, save
 
     out = Path(options.out)
+    # Before the base is loaded, which may take minutes.
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{options.out!r} exists and is not an empty directory; nothing was written")
     tau = delta.TaskVector.load(options.file)

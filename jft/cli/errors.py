@@ -16,6 +16,7 @@ class Parser(argparse.ArgumentParser):
     """``argparse`` whose errors are :class:`UsageError`, with the nearest name for an unknown option."""
 
     def __init__(self, **options: Any):
+        # No abbreviations: a new option would change what an old command line means.
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:

@@ -56,6 +56,7 @@ def dispatch(argv: Sequence[str]) -> int:
     known = commands()
     if name not in known:
         raise UsageError(f"unknown command {name!r}{nearest(name, known)}; `jft --help` lists all")
+    # This module alone: other commands import what it does not need.
     code = importlib.import_module(f"jft.cli.{name}").main(rest)
     return int(code or 0)
 
@@ -67,14 +68,17 @@ def call(argv: Sequence[str]) -> int:
         return dispatch(argv)
     except KeyboardInterrupt:
         print("jft: interrupted", file=sys.stderr)
+        # 128 + SIGINT, as shells report it.
         return 130
     except BrokenPipeError:
         # The reader (`| head`) has gone; what is left in the buffer must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # 128 + SIGPIPE.
         return 141
     except USER_ERRORS as error:
         if traceback:
             raise
+        # On one line, whatever line breaks the message has.
         print(f"jft: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 

@@ -62,6 +62,7 @@ def _table(rows: list[dict[str, Any]]) -> None:
 
 def _card(row: dict[str, Any], doc: str, card: Any) -> None:
     print(f"{row['name']}: {row['summary']}\n")
+    # The first paragraph is the summary, which is printed above.
     body = doc.split("\n\n", maxsplit=1)
     if len(body) == 2:
         print(body[1] + "\n")

@@ -119,6 +119,7 @@ def _typed(path: str, old: Any, new: Any, text: str) -> Any:
         return float(new)
     if isinstance(old, list | tuple):
         return type(old)(new) if isinstance(new, list | tuple) else type(old)([new])
+    # Not isinstance, to which True is an integer.
     if type(old) is not type(new):
         raise UsageError(f"config key {path!r} is {type(old).__name__} ({old!r}); {text!r} is not")
     return new
@@ -150,6 +151,7 @@ def parse(
             parser.unknown(word)
         key, equals, text = word.removeprefix("--config.").partition("=")
         if not equals:
+            # ``--config.key VALUE``.
             text = next(words, "")
             if not text:
                 raise UsageError(f"config key {key!r} is given no value; write --config.{key}=VALUE")
