@@ -221,6 +221,7 @@ def _race(ready: Sequence[tuple[str, Callable[[Any], None]]], setting: Setting) 
         for label, run in ready:
             begin = time.perf_counter()
             run(batch)
+            # The first round warms up caches and is not timed.
             if n:
                 times[label].append(time.perf_counter() - begin)
     return times
