@@ -89,7 +89,7 @@ class Classifier:
         return blocks.finish(scope, scope.dot("classifier", h, params["classifier"]))
 
     def pooled(self, scope: Scope, params: Params, batch: Any) -> Array:
-        """What the head reads: ``[B, D]`` (``[B, P]`` for CLIP)."""
+        """The input of the head: ``[B, D]`` (``[B, P]`` for CLIP)."""
         if self.pool == "embedding":
             return self.backbone.image_embedding(scope, params, batch)
         h = self.backbone.hidden_states(scope, params, batch)

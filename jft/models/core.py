@@ -75,7 +75,9 @@ def _cut(leaves: Any, sizes: tuple[int, ...]) -> list[Any]:
     def slice_of(leaf: Any, i: int) -> Any:
         if _is_runs(leaf):
             if leaf.sizes != sizes:
-                raise ValueError(f"layers are cut into runs {leaf.sizes} here and {sizes} there; cut all alike")
+                raise ValueError(
+                    f"layers are cut into runs {leaf.sizes} here and {sizes} there; cut all of them at the same layers"
+                )
             return leaf.parts[i]
         return jax.lax.slice_in_dim(leaf, starts[i], starts[i] + sizes[i], axis=0)
 
@@ -128,7 +130,7 @@ class Execution:
         return self.attention_block if self.attention == "blockwise" else None
 
     def __post_init__(self) -> None:
-        """Refuse an unknown choice before anything is traced."""
+        """``ValueError`` for an unknown choice, before anything is traced."""
         choices = {
             "remat": ("none", "full", "dots"),
             "experts": ("dense", "ragged"),
@@ -142,7 +144,7 @@ class Execution:
 
 
 class Architecture(Protocol):
-    """What a family (decoder, encoder, vision, clip, seq2seq) supplies: pure functions of its frozen config."""
+    """The interface of a family (decoder, encoder, vision, clip, seq2seq): pure functions of its frozen config."""
 
     def init(self, key: Array, dtype: Any) -> dict: ...
 

@@ -62,7 +62,7 @@ def load(
     )
     layouts = _layouts(abstract, mesh, rules)
     flat = {}
-    # Largest first: while a parameter is read its host copy exists beside it, and then the least is held already.
+    # Largest first: while a parameter is read its host copy exists too, and then the least of the others is in memory.
     for path in sorted(leaves, key=lambda p: -tree.size(shapes[p])):
         flat[path] = _put(checkpoint, leaves[path], dtypes[path], layouts.get(path))
     missing = [path for path in shapes if path not in flat]
@@ -156,8 +156,8 @@ def _bind(checkpoint: Checkpoint, family: Family, config: Any, shapes: dict[str,
     head_patterns = [r"(classifier|score|pre_classifier)\..*"]
     if isinstance(config, Classifier):
         leaves |= _bind_head(checkpoint, family, config, shapes)
-    used = [name for leaf in leaves.values() for name in leaf.names.values()]
-    reader.refuse_unexpected(checkpoint, used, [*family.ignored, *head_patterns])
+    tensor_names = [name for leaf in leaves.values() for name in leaf.names.values()]
+    reader.refuse_unexpected(checkpoint, tensor_names, [*family.ignored, *head_patterns])
     return leaves
 
 
@@ -181,10 +181,10 @@ def _dtypes(checkpoint: Checkpoint, leaves: dict[str, reader.Leaf], dtype: Any) 
     if dtype is None:
         stored = {path: reader.stored_dtype(checkpoint, leaf) for path, leaf in leaves.items()}
         return {**stored, "default": np.dtype(jnp.result_type(*set(stored.values())))}
-    wanted = jnp.dtype(dtype)
-    if not jnp.issubdtype(wanted, jnp.floating):
+    target_dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(target_dtype, jnp.floating):
         raise LoadError(f"dtype {dtype!r} is not a floating-point type; parameters are float32, bfloat16 or float16")
-    return {**dict.fromkeys(leaves, wanted), "default": wanted}
+    return {**dict.fromkeys(leaves, target_dtype), "default": target_dtype}
 
 
 def _activations(dtype: Any, dtypes: dict[str, np.dtype]) -> np.dtype:

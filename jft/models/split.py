@@ -235,7 +235,7 @@ def _leaf(leaf: Any, start: int, stop: int) -> Any:
 
 
 def length(tree: Any) -> int:
-    """How many layers stacked leaves have."""
+    """The number of layers of stacked leaves."""
     leaf = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Runs))[0]
     return sum(leaf.sizes) if isinstance(leaf, Runs) else leaf.shape[0]
 

@@ -53,7 +53,7 @@ class PromptClassifier:
     ``Texts(prefix(params, {"tokens": tokens}))``. The parameters are those of CLIP.
 
     count: where a batch says by ``classes`` bool ``[B, C]`` which classes it is told apart from
-    (:func:`jft.select.classes.with_classes`; all rows alike), only these, exactly ``count``, are encoded and compared with;
+    (:func:`jft.select.classes.with_classes`; all rows equal), only these, exactly ``count``, are encoded and compared with;
     the logits of others are -1e30. 0, or a batch without: all classes.
     """
 

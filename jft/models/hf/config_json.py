@@ -34,7 +34,7 @@ def require(c: Mapping[str, Any], key: str) -> Any:
 
 
 def refuse(c: Mapping[str, Any], **allowed: Any) -> None:
-    """Raise where a key is set to anything but its allowed value (or absent, or None)."""
+    """``ValueError`` where a key is set to anything but its allowed value (or absent, or None)."""
     # Quantised weights have other tensors and shapes, in every family.
     for key, value in {"quantization_config": None, **allowed}.items():
         if c.get(key) is not None and c[key] != value:

@@ -7,7 +7,7 @@ from typing import Any
 from jft.models.hf.mapping import Family, Source, transposed
 
 KEY = "jft_classifier"
-"""Where ``config.json`` notes pool and dense of a classifier, which transformers has no names for."""
+"""The entry of ``config.json`` with pool and dense of a classifier, for which transformers has no names."""
 
 
 CAUSAL = ("ForCausalLM", "LMHeadModel")

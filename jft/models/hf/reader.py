@@ -44,7 +44,7 @@ class Leaf:
 
     @property
     def stacked(self) -> int:
-        """How many leading axes run over tensors."""
+        """The number of leading axes that run over tensors."""
         return stacked_axes(self.source)
 
 
@@ -102,15 +102,15 @@ def _find(checkpoint: Checkpoint, path: str, source: Source, position: tuple[int
     raise LoadError(f"tensor {candidates[0]!r} (for {path!r}) is missing from {checkpoint.directory}{near}")
 
 
-def refuse_unexpected(checkpoint: Checkpoint, used: Iterable[str], ignored: Iterable[str]) -> None:
+def refuse_unexpected(checkpoint: Checkpoint, read_names: Iterable[str], ignored: Iterable[str]) -> None:
     """``LoadError`` naming the tensors that no leaf reads and no pattern (``re.fullmatch``) excepts."""
     patterns = [re.compile(pattern) for pattern in (*BUFFERS, *ignored)]
-    used = set(used)
-    extra = [n for n in checkpoint.entries if n not in used and not any(p.fullmatch(n) for p in patterns)]
+    read_names = set(read_names)
+    extra = [n for n in checkpoint.entries if n not in read_names and not any(p.fullmatch(n) for p in patterns)]
     if extra:
-        shown = ", ".join(repr(n) for n in extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
+        first_names = ", ".join(repr(n) for n in extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
         raise LoadError(
-            f"{checkpoint.directory} holds {shown}, which the model that config.json describes does not have; "
+            f"{checkpoint.directory} holds {first_names}, which the model that config.json describes does not have; "
             "loading would drop it silently"
         )
 

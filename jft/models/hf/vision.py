@@ -175,19 +175,19 @@ def _clip_to_hf(config: ClipConfig) -> dict[str, Any]:
         raise ValueError(
             "a CLIP checkpoint's image tower has no patch bias and no pooler, a norm before its layers, and biases"
         )
-    shared = {"projection_dim": config.projection}
+    projection_field = {"projection_dim": config.projection}
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
-        **shared,
-        "vision_config": {"model_type": "clip_vision_model", **_tower(vision), **shared},
+        **projection_field,
+        "vision_config": {"model_type": "clip_vision_model", **_tower(vision), **projection_field},
         "text_config": {
             "model_type": "clip_text_model",
             "vocab_size": text.vocab,
             "max_position_embeddings": text.positions,
             "eos_token_id": text.eos,
             **_sizes(text),
-            **shared,
+            **projection_field,
         },
     }
 
