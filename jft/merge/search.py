@@ -118,8 +118,8 @@ def negation_search(
 def negation_row(target: float, control: float, before: float, threshold: float = 0.95) -> Row:
     """A row of :func:`negation_search`, from the accuracies at one coefficient and that of the base on the control."""
     _check_threshold(threshold)
-    kept = float(control) >= threshold * float(before)
-    return {"target": float(target), "control": float(control), "score": -float(target), "feasible": kept}
+    feasible = float(control) >= threshold * float(before)
+    return {"target": float(target), "control": float(control), "score": -float(target), "feasible": feasible}
 
 
 def _check_threshold(threshold: float) -> None:
