@@ -23,7 +23,7 @@ CROPS = ("center", "random")
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How a picture becomes float32 [size, size, channels].
+    """The preprocessing of a picture to float32 [size, size, channels].
 
     size: pixels of the square. resize: "shorter" (the shorter side to ``size``, then a crop) or "squash" (both sides).
     crop: "center", or "random": in training, a box of ``area`` (fractions of the picture) and aspect ``ratio`` resized to

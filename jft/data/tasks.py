@@ -72,7 +72,7 @@ def fit(ids: np.ndarray, max_length: int, too_long: str, way_out: str = "raise m
 
 
 def check_length(max_length: Any, too_long: str, name: str = "max_length") -> None:
-    """Raises :class:`DataError` for a length below 2 (no target) and an unknown policy."""
+    """:class:`DataError` for a length below 2 (no target) and an unknown policy."""
     if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 2:
         raise DataError(f"{name} must be a whole number of tokens, at least 2, got {max_length!r}")
     choose(too_long, TOO_LONG, "too_long")
@@ -99,10 +99,10 @@ class Labels:
         if classes is None and known is None:
             # A hint needs no more, and a large set is slow to read.
             values = sorted({str(field_of(source, i, field)) for i in range(min(len(source), 1000))})
-            shown = shorten(values, 200)
+            sample = shorten(values, 200)
             raise DataError(
                 f"{source.name}: the source names no classes for {field!r}; set classes: a list of names, or their number."
-                f" Values among the first rows: {shown}"
+                f" Values among the first rows: {sample}"
             )
         if classes is None:
             names: Sequence = known or ()
