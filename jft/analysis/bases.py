@@ -98,8 +98,8 @@ def _pretrained(partial: Mapping[str, Any], workdir: Path) -> tuple[Model, Any, 
 
 def _describe(config: Any) -> str:
     """An architecture in a few words, from the sizes that every family has."""
-    shown = (("layers", "{} layers"), ("heads", "{} heads"), ("width", "width {}"))
-    sizes = [text.format(getattr(config, key)) for key, text in shown if hasattr(config, key)]
+    parts = (("layers", "{} layers"), ("heads", "{} heads"), ("width", "width {}"))
+    sizes = [text.format(getattr(config, key)) for key, text in parts if hasattr(config, key)]
     return ", ".join([f"{config.family} model", *sizes])
 
 

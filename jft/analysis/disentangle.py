@@ -73,20 +73,20 @@ def disentanglement(
     have no prediction of their own (contrastive).
     """
     axis = np.asarray(grid, np.float64)
-    both = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1)
-    each = [_error(member, t, both, forward, read, distance) for t, member in enumerate((first, second))]
+    grid_points = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1)
+    each = [_error(member, t, grid_points, forward, read, distance) for t, member in enumerate((first, second))]
     return Disentanglement(axis, np.stack(each))
 
 
 def _error(
-    member: Member, t: int, both: np.ndarray, forward: Forward, read: Callable | None, distance: Distance
+    member: Member, t: int, grid_points: np.ndarray, forward: Forward, read: Callable | None, distance: Distance
 ) -> np.ndarray:
     """On the data of task ``t``, ``[G, G]``."""
     compare = _comparison(weighing(member.objective), read)
-    G = len(both)
+    G = len(grid_points)
     # One task vector alone has G points, not G^2: each is evaluated once.
-    single_points = np.where(np.arange(2) == t, np.diagonal(both).T, 0.0)  # [G, 2]
-    points = np.concatenate([both.reshape(G * G, 2), single_points])
+    single_points = np.where(np.arange(2) == t, np.diagonal(grid_points).T, 0.0)  # [G, 2]
+    points = np.concatenate([grid_points.reshape(G * G, 2), single_points])
     total, weight = np.zeros((G, G)), 0.0
     for reading in readings(member.model, member.params, member.taus, points, member.batches, compare, forward):
         values, weights = reading["value"], np.asarray(reading["weight"][0], np.float64)

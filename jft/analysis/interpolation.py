@@ -92,13 +92,13 @@ def readings(
     results = []
     # Points outside and batches inside: one set of changed weights exists at a time.
     for alpha in grid.reshape(len(grid), -1):
-        changed = moved(params, taus, alpha if grid.ndim == 2 else np.repeat(alpha, len(taus)))
+        changed = params_at(params, taus, alpha if grid.ndim == 2 else np.repeat(alpha, len(taus)))
         results.append([jax.device_get(_reader(apply, read)(changed, batch)) for batch in device_batches()])
     for at_points in zip(*results, strict=True):
         yield jax.tree.map(lambda *x: np.stack(x), *at_points)
 
 
-def moved(params: Any, taus: Sequence[TaskVector], alpha: Iterable[float]) -> Any:
+def params_at(params: Any, taus: Sequence[TaskVector], alpha: Iterable[float]) -> Any:
     """``theta0 + sum_t alpha_t tau_t``, laid out as ``params``; these themselves where all coefficients are zero.
 
     One program for all points that the same number of task vectors moves to. Raises ``ValueError`` for a coefficient that is

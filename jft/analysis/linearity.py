@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import parallel, tangent
-from jft.analysis.interpolation import grid, moved, weighing
+from jft.analysis.interpolation import grid, params_at, weighing
 from jft.compiled import program_cache
 from jft.delta import TaskVector
 from jft.train import feed
@@ -51,7 +51,7 @@ def linearity(
         # One tangent pass serves every coefficient.
         f0, step = tangent.tangents(f_lin, [tau], device_batch)
         for a, total in zip(grid, totals, strict=True):
-            sums = program(moved(params, [tau], [a]), f0, step, jnp.float32(a), device_batch)
+            sums = program(params_at(params, [tau], [a]), f0, step, jnp.float32(a), device_batch)
             _add(total, jax.device_get(sums))
     return [_row(float(a), total, objective) for a, total in zip(grid, totals, strict=True)]
 

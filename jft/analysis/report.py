@@ -26,7 +26,7 @@ def density(share: float | None) -> str:
 
 
 def count(number: int | None) -> str:
-    """Thousands set apart by thin spaces: ``171264 -> '171 264'``."""
+    """Thousands separated by narrow spaces: ``171264 -> '171 264'``."""
     return MISSING if number is None else f"{number:,}".replace(",", "\u2009")
 
 

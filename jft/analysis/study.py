@@ -36,7 +36,7 @@ def study(**parts: Any) -> ConfigDict:
 
     title, note: of its section in the report. metric: accuracy, bits_per_byte, perplexity or loss.
     base: either ``source`` (a directory or hub id), or ``train``, a partial train config to pretrain from. common: a
-    partial train config of all runs. tasks: ``{name: partial train config}``, and beside its keys ``test_data``, ``names``
+    partial train config of all runs. tasks: ``{name: partial train config}``, and besides its keys ``test_data``, ``names``
     and ``templates`` (for zero-shot heads). methods: ``{name: partial train config}``, at least ``method``.
     One that trains nothing, ``{"of": METHOD, "forward": "linearized", "until": SITE}``, evaluates the task vectors of another
     in the model linearized at the base, up to SITE where one is given (post-hoc linearization); ``"standard"``, linear ones

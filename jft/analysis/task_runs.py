@@ -210,6 +210,6 @@ def _listed(patterns: Any) -> tuple[str, ...]:
 
 
 def frozen(backbone: Any) -> tuple[str, ...]:
-    """Patterns of what never trains beside a head: the head, and of CLIP all that is not the image encoder."""
+    """Patterns of the weights that never train under a head: the head, and of CLIP all that is not the image encoder."""
     clip = ("^text/", "^text_projection/", "^logit_scale$") if backbone.family == "clip" else ()
     return ("^classifier/", *clip)
