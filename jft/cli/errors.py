@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{self.prog.removeprefix('jft ')}: {message}; see `{self.prog} --help`")
 
     def unknown(self, argument: str) -> NoReturn:
-        """Refuse ``argument``, which nothing has consumed."""
+        """Raise for ``argument``, which no option takes, with the nearest option."""
         options = [o for action in self._actions for o in action.option_strings]
         name = argument.split("=", maxsplit=1)[0]
         what = "option" if name.startswith("-") else "argument"
