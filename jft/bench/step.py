@@ -108,10 +108,10 @@ class Candidate:
         )
         if params is None:
             grids = reselection.grids(plan, self.shapes, mesh)
-            self.chosen = select.expected(plan, tree.flatten(self.shapes), grids)
+            self.selection = select.expected(plan, tree.flatten(self.shapes), grids)
         else:
-            self.chosen = drawn(plan, params, model, mesh)
-        self.update = step.compile_step(self.recipe, self.shapes, self.chosen, mesh)
+            self.selection = drawn(plan, params, model, mesh)
+        self.update = step.compile_step(self.recipe, self.shapes, self.selection, mesh)
         self.counts_flops = not setting.unroll and not setting.topology
         self.batch = {"tokens": jax.ShapeDtypeStruct((setting.batch, setting.tokens), np.int32)}
 
@@ -145,7 +145,7 @@ class Candidate:
     def ready(self, params: Any) -> Callable[[Any], None]:
         """A function that makes one step and waits for it."""
         update = self.update
-        holdings = hold(update, params, self.chosen, seed=0)
+        holdings = hold(update, params, self.selection, seed=0)
 
         def run(batch: Any) -> None:
             # The step donates its state: only what it returned last is valid.
