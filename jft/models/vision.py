@@ -155,7 +155,9 @@ def bicubic(new: int, old: int, a: float = -0.75) -> np.ndarray:
     for tap in range(-1, 3):
         index = np.floor(centre).astype(int) + tap
         x = np.abs(centre - index)
+        # The two pieces of Keys' kernel: within one pixel, and from one to two.
         near = (a + 2) * x**3 - (a + 3) * x**2 + 1
         far = a * (x**3 - 5 * x**2 + 8 * x - 4)
+        # add.at, as at a repeated edge several taps fall on one pixel.
         np.add.at(matrix, (np.arange(new), index.clip(0, old - 1)), np.where(x <= 1, near, far))
     return matrix

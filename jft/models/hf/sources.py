@@ -26,6 +26,7 @@ class Sources:
 
     def leaf(self, path: str, name: str, shape: tuple[int, ...], *others: str, **options: Any) -> None:
         """One leaf under ``name``, or one of ``others``, with each of the prefixes."""
+        # Saving writes the first of them.
         first, *aliases = (prefix + n for n in (name, *others) for prefix in self.prefixes)
         self.table_of[path] = Source(first, shape, aliases=tuple(aliases), **options)
 
