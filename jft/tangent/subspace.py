@@ -28,6 +28,7 @@ def space(f_lin: Linearized, moving: Any = None) -> Space:
     flat = tree.flatten(f_lin.params)
     if moving is None or isinstance(moving, str | list | tuple):
         paths = list(flat) if moving is None else tree.matching(flat, moving, "moving")
+        # Integers have no derivative.
         weights: Space = {p: delta.Dense(flat[p]) for p in paths if jnp.issubdtype(flat[p].dtype, jnp.inexact)}
     else:
         weights = f_lin.direction(moving)
