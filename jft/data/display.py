@@ -39,6 +39,7 @@ def _sequence(batch: Mapping[str, Any], row: int, tokenizer: Tokenizer, markup: 
     length = int((segments > 0).sum())
     head = f"{prefix}tokens: {length} of {len(ids)} used, {int(segments.max(initial=0))} segment(s)"
     lines = [head + (f", {int(mask.sum())} targets" if masked else "")]
+    # One by one: decoding across a border would join two texts.
     for segment in range(1, int(segments.max(initial=0)) + 1):
         in_segment = segments == segment
         lines.append(marked(tokenizer, ids[in_segment], mask[in_segment], markup))

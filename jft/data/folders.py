@@ -62,6 +62,7 @@ class ImageFolder(Source):
         file = self.files[index]
         try:
             with Image.open(file) as image:
+                # Grey, palette and alpha files too, so that all records have three channels.
                 pixels = np.asarray(image.convert("RGB"))
         except OSError as error:
             raise DataError(f"{file}: not a readable image: {error}") from error

@@ -106,6 +106,7 @@ class PromptResponse(Task):
             return row(ids, mask)
         if not fit(ids, self.max_length, self.too_long):
             return None
+        # The first token is never a target.
         if not mask[1 : self.max_length].any():
             raise DataError(
                 f"cut to max_length={self.max_length}, no token of the response is left ({len(ids)} tokens); raise"

@@ -103,6 +103,7 @@ def training(
         stream = grain.MapDataset.range(len(task.source))
         # Repeated after the shuffle: Grain then shuffles every epoch anew.
         stream = stream.shuffle(seed=derived_seed(seed, "order", number)).repeat()
+        # A seed of its own: with one for all, the tasks of a mixture would draw the same augmentations.
         streams.append(stream.random_map(_Prepare(task, rows), seed=derived_seed(seed, "augment", number)))
     stream = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, weights)
     examples = _read(_ProcessRows(stream, batch_size, process, start), reading)

@@ -53,6 +53,7 @@ def _docstrings_of(name: str, file: Path) -> Iterator[dict[str, str]]:
     for node in ast.walk(module):
         if not isinstance(node, kinds) or not (text := ast.get_docstring(node)):
             continue
+        # A module has no signature.
         if isinstance(node, ast.Module):
             head = f"# module {name}"
         else:
@@ -89,6 +90,7 @@ class Stdlib(Source):
         self.files: list[tuple[str, Path]] = []
         self.records: tuple[dict[str, str], ...] = ()
         if kind == "source":
+            # Empty files, mostly ``__init__.py``, have nothing to train on.
             self.files = [(name, file) for name, file in _modules(split) if file.stat().st_size > 0]
         else:
             self.records = _docstrings(split) if kind == "docstrings" else _topics(split)

@@ -191,6 +191,7 @@ class _Sentences:
     def __init__(self, tokenizer: Tokenizer, max_length: int, too_long: str):
         check_length(max_length, too_long)
         self.tokenizer, self.max_length, self.too_long = tokenizer, max_length, too_long
+        # By the tokenizer, which keeps the special tokens and shortens the longer text of a pair.
         if too_long == "truncate":
             from dataclasses import replace
 

@@ -94,6 +94,7 @@ class Tfds(Source):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.data[index]
+        # TFDS has text as bytes; a broken character must not end a run.
         return {k: v.decode("utf-8", "replace") if isinstance(v, bytes) else v for k, v in record.items()}
 
     def class_names(self, field: str) -> tuple[str, ...] | None:
