@@ -93,6 +93,7 @@ def _error(
         pairs = values[: G * G].reshape(G, G, *values.shape[1:])
         single_values = np.expand_dims(values[G * G :], 1 - t)  # [G, 1, ...] for the first, [1, G, ...] for the second
         distances = distance(pairs, single_values)
+        # The axes after the grid's two are examples, and tokens where there are any.
         total += np.sum(distances * weights, axis=tuple(range(2, distances.ndim)))
         weight += weights.sum()
     if not weight:

@@ -57,6 +57,7 @@ def scores(tasks: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]
         axis.plot(
             [task["base"]] * 2, [row - 0.3, row + 0.3], color=FAINT, linewidth=2.2, label="base" if row == 0 else None
         )
+    # Next to each other, so that equal scores do not hide each other.
     offsets = np.linspace(-0.18, 0.18, len(methods)) if len(methods) > 1 else [0.0]
     for offset, (method, look) in zip(offsets, methods.items(), strict=True):
         of_method = [run for run in runs if run["method"] == method]
@@ -70,6 +71,7 @@ def scores(tasks: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]
             **look,
         )
     axis.set_yticks(range(len(names)), names)
+    # The first task on top, as in the tables.
     axis.invert_yaxis()
     axis.grid(False, axis="y")
     axis.set_xlabel(label)
@@ -147,6 +149,7 @@ def cosine_maps(cosine: Mapping[str, Sequence[Sequence[float]]], tasks: Sequence
                 ha="center",
                 va="center",
                 fontsize=7.5 if len(tasks) <= 8 else 5,
+                # Legible on the dark ends of the colour map.
                 color="white" if abs(values[i, j]) > 0.6 else INK,
             )
         axis.set_xticks(range(len(tasks)), tasks, rotation=40, ha="right", rotation_mode="anchor")

@@ -171,6 +171,7 @@ def _run(name: str, config: Mapping[str, Any], workdir: Path, say: Say) -> dict[
     runs = []
     # Methods that train come first: the others take their task vectors.
     for method in sorted(config["methods"], key=lambda m: settings.source(config, m) != m):
+        # None: the seed that ``common`` has.
         for seed in config["seeds"] or (None,):
             since = time.perf_counter()
             suffix = "" if seed is None else f", seed {seed}"

@@ -66,6 +66,7 @@ def write(study: Mapping[str, Any], workdir: Path) -> list[Path]:
     paths = []
     for name, table in rows(study).items():
         text = io.StringIO()
+        # The same bytes on every platform; csv's default is \r\n.
         writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)

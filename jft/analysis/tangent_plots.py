@@ -24,6 +24,7 @@ def disentanglement_maps(rows: Sequence[Mapping[str, Any]]) -> Any:
     columns = 3 if len(methods) == 1 else min(len(methods), 4) if len(pairs) == 1 else len(methods)
     height = min(2.5, WIDTH / columns + 0.7)  # squares, and room for their labels
     figure, axes = panels(len(rows), columns, height)
+    # One scale for all maps; maps of zeros need one as well.
     largest = max(float(np.max(row["xi"])) for row in rows) or 1.0
     for axis, row in zip(axes, ordered, strict=True):
         grid = np.asarray(row["grid"])
