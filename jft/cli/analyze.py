@@ -112,6 +112,7 @@ def disentangle(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any
 
     runs = _runs(args)
     first, second = runs.values()
+    # The task vector of a linearized run is a change of the linearized model.
     forward = interpolation.Forward.of(first.tau)
     if args.forward or args.until:
         forward = interpolation.Forward(args.forward or forward.name, args.until)

@@ -57,6 +57,7 @@ def _table(costs: Sequence[Any]) -> None:
     if first.flops:
         columns += [("FLOPs", lambda c: f"{c.flops:.3g}" if c.flops else ""), (relative, share("flops"))]
     columns += [("grad + optimizer", lambda c: human(c.optimizer_bytes)), (relative, share("optimizer_bytes"))]
+    # Where FLOPs are not counted, as for a topology, memory is what can be compared.
     if not first.flops:
         columns += [
             ("arguments / device", lambda c: human(c.arguments) if c.fits else ""),
@@ -97,6 +98,7 @@ def main(argv: Sequence[str]) -> int:
     what = [_method(text) for text in args.pop("methods")]
     args["mesh"] = _mesh(args["mesh"])
     as_json = args.pop("json")
+    # There is one benchmark; what remains are the fields of ``Setting``.
     args.pop("what")
 
     from jft.bench.step import Setting, measure

@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
         metrics = measure(run, run.base)
     else:
         method = run.task_vector().manifest.get("method", {})
+        # As the run trained: elsewhere its task vector gives another function.
         forward = args.forward or method.get("forward", "standard")
         metrics = (
             linearized(run, args.until or method.get("until"))

@@ -50,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
     names = () if options.metrics == "all" else options.metrics.split(",")
     series = gather(workdir, names)
     if not series:
+        # Once more without the filter, for the names that there are.
         known = ", ".join(sorted(gather(workdir, ())))
         raise ValueError(f"none of the metrics {options.metrics} is there; these are: {known}")
     ordered = {name: series[name] for name in (names or sorted(series)) if name in series}

@@ -61,6 +61,7 @@ def restore(config: Any, workdir: Path | None) -> Restored:
         raise ValueError("config.data is empty; say at least data.source (see jft.data)")
     mesh = parallel.make_mesh(dataclasses.asdict(train_config.mesh))
     train, test = experiment.loaders(train_config, workdir)
+    # As the run did it: one device needs no mesh.
     model_mesh = mesh if mesh.size > 1 else None
     model, base = experiment.build_model(
         train_config.model, train_config.seed, model_mesh, train.classes, train.tokenizer
