@@ -122,6 +122,7 @@ class Candidate:
             compiled = self.update.compiled(self.batch)
             memory = parallel.estimate(compiled)
             if self.counts_flops:
+                # XLA counts the part of one device.
                 flops = (step.flops(compiled) or 0.0) * self.update.layout.devices
         except Exception as error:
             lower_bound = parallel.refusal(error)
@@ -135,6 +136,7 @@ class Candidate:
             trained,
             trained / size,
             flops,
+            # Twice: the master copies, and their gradients.
             2 * tree.nbytes(state.trained) + tree.nbytes(state.opt_state),
             memory.arguments,
             memory.temporaries,
