@@ -20,7 +20,7 @@ def low_rank(w: Array, rank: int, oversample: int | None, iterations: int, key: 
     exact: U_r (or V_r, for ``W V_r V_r^T``) are the leading eigenvectors of ``W W^T`` (or ``W^T W``), whichever is smaller:
     a third of the time of an SVD. Otherwise the r leading left singular vectors are found in a subspace of ``rank +
     oversample`` directions: ``Y = W Omega``, then ``Y = W (W^T Q(Y))`` as often as ``iterations``, orthonormalised in between
-    (Halko et al. 2011, arXiv:0909.4061, algorithms 4.4 and 5.1). oversample: None for the larger of ``rank`` and a sixteenth of
+    (Halko et al. 2011, arXiv:0909.4061, algorithms 4.4 and 5.1). oversample: None for the larger of ``rank`` and an eighth of
     min(I, O). Where rank + oversample reaches min(I, O) the subspace is everything, and the result exact; where rank does,
     ``W_r = W``. Omega comes from ``key`` and the index of the layer, so it is the same on any mesh. Raises ``ValueError`` for
     a rank below 1.
@@ -31,7 +31,7 @@ def low_rank(w: Array, rank: int, oversample: int | None, iterations: int, key: 
         raise ValueError(f"oversample is {oversample} and iterations {iterations}; neither may be negative")
     if rank >= min(w.shape[-2:]):
         return w.astype(jnp.float32)
-    size = rank + (max(rank, min(w.shape[-2:]) // 16) if oversample is None else oversample)
+    size = rank + (max(rank, min(w.shape[-2:]) // 8) if oversample is None else oversample)
     return _compiled(rank, None if exact else size, iterations, getattr(w, "sharding", None))(w, key)
 
 

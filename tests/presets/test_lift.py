@@ -23,7 +23,7 @@ MUTATIONS = (
     ("jft/presets/lift.py", "filter_rank: int = 128,", "filter_rank: int = 64,"),
     ("jft/presets/lift.py", "budget.PerMatrix(rank=rank)", "budget.PerLeaf(count=14)"),
     ("jft/select/low_rank.py", "[1][..., -rank:]", "[1][..., :rank]"),
-    ("jft/select/low_rank.py", "// 16) if oversample is None", "// 64) if oversample is None"),
+    ("jft/select/low_rank.py", "// 8) if oversample is None", "// 64) if oversample is None"),
     ("jft/select/scores.py", "iterations: int = 12", "iterations: int = 4"),
     ("jft/train/step.py", "schedule is not None and schedule.aged", "schedule is not None"),
 )
@@ -75,12 +75,11 @@ def test_without_refreshes_it_keeps_its_first_selection():
     stack.check(finished, stack.follow(W, masks, 3), masks)
 
 
-@pytest.mark.parametrize(("shape", "rank"), [((512, 512), 8), ((512, 320), 32)])
-def test_both_ways_to_low_rank_select_as_the_svd_does_without_a_spectral_gap(shape, rank):
-    """Gaussian matrices are the worst case: the randomised way agrees to 0.95 of the entries, the exact one to 0.999."""
+def test_both_ways_to_low_rank_select_as_the_svd_does_without_a_spectral_gap(shape=(256, 128), rank=8):
+    """Gaussian matrices are the worst case: the randomised way agrees to 0.98 of the entries, the exact one to 0.999."""
     w = np.random.default_rng(0).normal(size=shape)
     wanted = stack.largest(np.abs(truncated(w, rank)), min(sum(shape) * rank, w.size // 4))
-    for exact, agreed in ((True, 0.999), (False, 0.95)):
+    for exact, agreed in ((True, 0.999), (False, 0.98)):
         found = low_rank(jnp.asarray(w, jnp.float32), rank, None, 12, jax.random.key(0), exact)
         mask = stack.largest(np.abs(np.asarray(found)), int(wanted.sum()))
         assert (mask & wanted).sum() > agreed * wanted.sum(), (exact, (mask & wanted).sum() / wanted.sum())

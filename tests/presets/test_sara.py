@@ -82,10 +82,10 @@ def test_every_large_matrix_is_drawn_alike():
     lead = lambda p: len(SHAPES[p]) - (1 if p == stack.BIAS else 2)
     chosen = {p: plan.granularity(p, SHAPES[p]).locate(jax.numpy.asarray(m), lead(p)) for p, m in masks.items()}
     kept, trained = plan.init(jax.random.key(0), stack.parameters(), chosen)
-    moved = {p: x + 0.01 * (1 + np.arange(x.size).reshape(x.shape) % 3) for p, x in trained.items()}
-    change = {
-        p: np.asarray(plan.leaves[p].spread(kept[p], moved[p] - trained[p], np.zeros(SHAPES[p]))) for p in trained
-    }
+    steps = {p: np.arange(x.size, dtype=np.float32).reshape(x.shape) % 3 for p, x in trained.items()}
+    moved = {p: x + np.float32(0.01) * (1 + steps[p]) for p, x in trained.items()}
+    dense = lambda p: plan.leaves[p].spread(kept[p], moved[p] - trained[p], np.zeros(SHAPES[p], np.float32))
+    change = {p: np.asarray(dense(p)) for p in trained}
     of_change = sum(np.linalg.svd(x, compute_uv=False).sum() for p, x in change.items() if p != stack.BIAS)
     np.testing.assert_allclose(Nuclear(1.0)(plan.anchored(), kept, moved), of_change, rtol=1e-3)
     norm = jax.jit(jax.vmap(lambda key: NuclearOfOne(1.0, 3)(plan, kept, trained, key)))
