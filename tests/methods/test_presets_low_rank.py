@@ -86,7 +86,10 @@ def test_on_a_mesh_as_on_one_device(method):
 
 @pytest.mark.parametrize("name", ["rosa", "dsee", "spider", "super_tuning"])
 def test_any_function_of_plain_arrays(name):
-    options = {"rosa": {"rank": 2, "density": 0.2, "warmup": 1}, "dsee": {"rank": 2, "count": 6, "filter_rank": 2, "include": ""}}
+    options = {
+        "rosa": {"rank": 2, "density": 0.2, "warmup": 1},
+        "dsee": {"rank": 2, "count": 6, "filter_rank": 2, "include": ""},
+    }
     data = tools.batches()
     finished = jft.finetune(
         tools.apply, tools.parameters(), data, steps=3, method={"name": name, **options.get(name, {})},

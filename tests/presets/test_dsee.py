@@ -80,7 +80,9 @@ def test_decomposition():
 
 def test_a_low_rank_part_that_fits_the_matrix_is_refused():
     w = jnp.asarray(np.random.default_rng(0).standard_normal((24, 20)), jnp.float32)
-    with pytest.raises(ValueError, match="leaves 0 entries of a matrix of w above 0.01, fewer than count=5.*filter_rank="):
+    with pytest.raises(
+        ValueError, match=r"leaves 0 entries of a matrix of w above 0.01, fewer than count=5.*filter_rank="
+    ):
         GreBsmo(5, steps=10)(Calibration({"w": w}))
 
 
@@ -159,7 +161,9 @@ def pruned_after(finished):
     size = {p: np.abs(tuned[p]) for p in LINEAR}
     total = sum(x.size for x in size.values())
     kept = stack.largest_of_all(size, total - round(0.6 * total))
-    assert abs(kept[UP].mean() - kept[DOWN].mean()) > 0.01, "both matrices keep as much, as if each had its own threshold"
+    assert abs(kept[UP].mean() - kept[DOWN].mean()) > 0.01, (
+        "both matrices keep as much, as if each had its own threshold"
+    )
     found = stack.wide(prune(stack.MODEL, stack.parameters(), finished.task_vector, 0.4))
     for p in W:
         expected = np.where(kept[p], W[p], 0) + tuned[p] - W[p] if p in kept else tuned[p]
@@ -176,7 +180,7 @@ def test_a_pruned_run_goes_on_after_an_interruption(tmp_path):
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match="exact=True asks for a full SVD.*give filter_rank"):
+    with pytest.raises(ValueError, match=r"exact=True asks for a full SVD.*give filter_rank"):
         jft.method("dsee", exact=True)
-    with pytest.raises(ValueError, match="keep is 0.0; it is the fraction"):
+    with pytest.raises(ValueError, match=r"keep is 0\.0; it is the fraction"):
         prune(stack.MODEL, stack.parameters(), delta.TaskVector({}), 0.0)
