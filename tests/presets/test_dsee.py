@@ -81,7 +81,7 @@ def test_decomposition():
 def test_a_low_rank_part_that_fits_the_matrix_is_refused():
     w = jnp.asarray(np.random.default_rng(0).standard_normal((24, 20)), jnp.float32)
     with pytest.raises(
-        ValueError, match="leaves 0 entries of a matrix of w above 0.01, fewer than count=5.*filter_rank="
+        ValueError, match=r"leaves 0 entries of a matrix of w above 0.01, fewer than count=5.*filter_rank="
     ):
         GreBsmo(5, steps=10)(Calibration({"w": w}))
 
@@ -180,7 +180,7 @@ def test_a_pruned_run_goes_on_after_an_interruption(tmp_path):
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match="exact=True asks for a full SVD.*give filter_rank"):
+    with pytest.raises(ValueError, match=r"exact=True asks for a full SVD.*give filter_rank"):
         jft.method("dsee", exact=True)
-    with pytest.raises(ValueError, match="keep is 0.0; it is the fraction"):
+    with pytest.raises(ValueError, match=r"keep is 0\.0; it is the fraction"):
         prune(stack.MODEL, stack.parameters(), delta.TaskVector({}), 0.0)

@@ -31,6 +31,12 @@ def plan_of(name, family, forward):
     return jft.method(**FAMILIES[family], forward=forward).plan(one.params, one.model)
 
 
+@functools.cache
+def selection(name, family):
+    """The shapes of what is selected."""
+    return selecting.expected(plan_of(name, family, "standard"), tree.flatten(ARCHITECTURES[name].params), {})
+
+
 def traced(name, family, forward):
     """The shapes of a step's gradient."""
     one, plan = ARCHITECTURES[name], plan_of(name, family, forward)
@@ -41,7 +47,7 @@ def traced(name, family, forward):
         Optimizer(),
         dtype=step.dtype_of(one.model, one.params),
     )
-    chosen = selecting.expected(plan, tree.flatten(one.params), {})
+    chosen = selection(name, family)
 
     def gradient(params, chosen, batch, key):
         kept, trained = plan.init(key, params, chosen)
@@ -50,6 +56,7 @@ def traced(name, family, forward):
     return jax.eval_shape(gradient, one.params, chosen, one.batch, jax.random.key(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_step_of_every_combination(name):
     """The gradient of what trains, traced: whatever cannot be combined fails there, or is refused by name before."""
@@ -84,17 +91,26 @@ def test_runs_are_of_each_architecture_and_of_each_family_by_either_forward():
     assert len({(family, f) for _, family, f in RUNS}) == 2 * len(ARCHITECTURES)
 
 
-@functools.cache
-def reference(name):
-    """Jitted ``(tau, weights) -> (f(theta0), J tau, J^T weights)`` of a plain model in float64."""
+def outputs_of(name):
+    """``weights -> outputs`` of the plain model in float64, the base and a cotangent for the outputs."""
     model, params = in_float64(name)
     batch = ARCHITECTURES[name].batch
+    weights = np.random.default_rng(3).standard_normal((*batch["tokens"].shape, 11))
+    return lambda p: model.apply(p, batch), params, weights
 
-    def run(tau, weights):
-        f0, moved = jax.jvp(lambda p: model.apply(p, batch), (params,), (tau,))
-        return f0, moved, jax.vjp(lambda p: model.apply(p, batch), params)[1](weights)[0]
 
-    return jax.jit(run)
+@functools.cache
+def pushed(name):
+    """Jitted ``tau -> (f(theta0), J tau)``."""
+    outputs, params, _ = outputs_of(name)
+    return jax.jit(lambda tau: jax.jvp(outputs, (params,), (tau,)))
+
+
+@functools.cache
+def pulled(name):
+    """``J^T weights``, of all weights."""
+    outputs, params, weights = outputs_of(name)
+    return jax.jit(lambda p: jax.vjp(outputs, p)[1](weights)[0])(params)
 
 
 def drawn(rng, plan, path, shape):
@@ -117,22 +133,21 @@ def test_mixtures_equal_the_derivative_in_float64(name, family):
         chosen = {p: drawn(rng, plan, p, tree.flatten(params)[p].shape) for p in plan.selects}
         kept, trained = plan.init(jax.random.key(0), params, chosen)
         trained = jax.tree.map(lambda x: np.asarray(x, np.float64) + 0.3 * rng.standard_normal(x.shape), trained)
-        weights = rng.standard_normal((*batch["tokens"].shape, 11))
+        weights = outputs_of(name)[2]
 
         @jax.jit
-        def found(trained):
-            outputs = lambda t: plan.outputs(model.apply, kept, t, batch)
-            f, back = jax.vjp(outputs, trained)
-            return f, back(weights)[0], plan.merged(params, kept, trained)
+        def found(trained, back):
+            f, pull = jax.vjp(lambda t: plan.outputs(model.apply, kept, t, batch), trained)
+            tuned, pull_merged = jax.vjp(lambda t: plan.merged(params, kept, t), trained)
+            return f, pull(weights)[0], tuned, pull_merged(back)[0]
 
-        outputs, gradient, tuned = found(trained)
+        outputs, gradient, tuned, expected = found(trained, pulled(name))
         tau = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), tuned, params)
-        f0, moved, pulled = reference(name)(tau, weights)
-        assert np.abs(np.asarray(moved)).max() > 1e-2
-        np.testing.assert_allclose(outputs, f0 + moved, rtol=0, atol=1e-9 * np.abs(np.asarray(f0 + moved)).max())
+        f0, moved = map(np.asarray, pushed(name)(tau))
+        assert np.abs(moved).max() > 1e-2
+        np.testing.assert_allclose(outputs, f0 + moved, rtol=0, atol=1e-9 * np.abs(f0 + moved).max())
         if family == "masks":  # whose derivative is passed straight through a step
             return
-        change = jax.jit(lambda t: jax.vjp(lambda t: plan.merged(params, kept, t), t)[1](pulled)[0])
-        for path, x in tree.flatten(change(trained)).items():
+        for path, x in tree.flatten(expected).items():
             scale = max(1e-3, np.abs(np.asarray(x)).max())
             np.testing.assert_allclose(tree.flatten(gradient)[path], x, rtol=0, atol=1e-9 * scale, err_msg=path)
