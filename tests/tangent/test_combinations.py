@@ -10,7 +10,7 @@ import pytest
 
 import jft
 from jft import tree
-from jft.methods import selecting
+from jft.methods.select import expected
 from jft.select.calibration import lead
 from jft.train import step
 from jft.train.objectives import objective
@@ -34,7 +34,7 @@ def plan_of(name, family, forward):
 @functools.cache
 def selection(name, family):
     """The shapes of what is selected."""
-    return selecting.expected(plan_of(name, family, "standard"), tree.flatten(ARCHITECTURES[name].params), {})
+    return expected(plan_of(name, family, "standard"), tree.flatten(ARCHITECTURES[name].params), {})
 
 
 def traced(name, family, forward):
