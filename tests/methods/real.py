@@ -109,7 +109,7 @@ PARTS = {
 }
 # Presets of language models, mixtures and memories, with the kind of decoder they train.
 TEXTS = {
-    "pat": ({"fraction": 0.9, "rank": 8, "identity": 0.1}, 5e-3, "dense"),
+    "pat": ({"fraction": 0.9, "rank": 8, "identity": 0.1}, 2e-2, "dense"),
     "precise_sft": ({"heads": 0.5}, 1e-2, "dense"),
     "esft": ({"p": 0.6, "batches": 2}, 5e-3, "experts"),
     "sparse_memory": ({"slots": 64, "every": 0}, 5e-2, "memory"),
