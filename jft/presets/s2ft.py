@@ -44,7 +44,7 @@ class HeadsAndChannels:
     largest: bool = True
 
     def share(self, path: str, available: int) -> int:
-        """About how many of the rows or columns of a weight are chosen: whole heads are not known here."""
+        "About how many of the rows or columns of a weight are chosen: whole heads are not known here."
         fraction = {"attn/o": self.o, "attn/v": self.v, "mlp/down": self.down}.get(
             "/".join(path.split("/")[-3:-1]), self.up
         )
