@@ -42,13 +42,8 @@ class Green(Choice):
 
     def __call__(self, calibration: Calibration) -> Table:
         chain = backward.chain(calibration)
-        after = calibration.after(1)
-        gradient = after.gradient(self.batches)
-        worth = {
-            p: _lowering(gradient[p], after.params[p], calibration.params[p], tree.stack_of(p) is not None)
-            for p in calibration.paths
-        }
-        importance = [float(worth[t.path][t.layer]) if t.path in worth else 0.0 for t in chain]
+        worth = importance(calibration, self.batches)
+        gains = [float(worth[t.path][t.layer]) if t.path in worth else 0.0 for t in chain]
         share = self.fraction
         if self.of == "step":
             full = sum(t.weight for t in chain) + sum(t.passing for t in chain[:-1])
@@ -59,16 +54,29 @@ class Green(Choice):
                 raise ValueError(
                     f"fraction is {self.fraction}, and the forward pass alone is {least:.2f} of a full step"
                 )
-        plan = Flops(share, self.resolution).plan(importance, [t.weight for t in chain], [t.passing for t in chain])
+        plan = Flops(share, self.resolution).plan(gains, [t.weight for t in chain], [t.passing for t in chain])
         table: dict[str, Any] = {}
         for i in plan:
-            if importance[i] > 0:
+            if gains[i] > 0:
                 tensor = chain[i]
                 layered = tree.stack_of(tensor.path) is not None
                 table[tensor.path] = sorted([*table.get(tensor.path, []), tensor.layer]) if layered else None
         if not table:
             raise ValueError(f"no tensor that would lower the loss fits into {self.fraction} of a step; give more")
         return table
+
+
+def importance(calibration: Calibration, batches: int = 1) -> dict[str, np.ndarray]:
+    """``{path: -sum(g * dw)}`` of every tensor, ``[L]`` or ``[1]``: how much the loss would fall, to first order.
+
+    dw is the first step of the run's optimizer, g the mean gradient of ``batches`` batches after it, the step's own first.
+    """
+    after = calibration.after(1)
+    gradient = after.gradient(batches)
+    return {
+        p: _lowering(gradient[p], after.params[p], calibration.params[p], tree.stack_of(p) is not None)
+        for p in calibration.paths
+    }
 
 
 def _lowering(gradient: Array, after: Array, before: Array, layered: bool) -> np.ndarray:

@@ -3,13 +3,14 @@
 import inspect
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jft
 from jft import tree
 from jft.models import Model
-from jft.presets.green_trainer import green_trainer
+from jft.presets.green_trainer import green_trainer, importance
 from jft.select import backward
 from jft.train.calibration import RunCalibration
 from jft.train.objectives import LanguageModel
@@ -18,10 +19,10 @@ from tests.methods import decoder
 MUTATIONS = (
     (
         "jft/presets/green_trainer.py",
-        "gradient = after.gradient(self.batches)",
-        "gradient = calibration.gradient(self.batches)",
+        "gradient = after.gradient(batches)",
+        "gradient = calibration.gradient(batches)",
     ),
-    ("jft/presets/green_trainer.py", "after.gradient(self.batches)", "after.gradient(self.batches + 1)"),
+    ("jft/presets/green_trainer.py", "after.gradient(batches)", "after.gradient(batches + 1)"),
     ("jft/presets/green_trainer.py", "jnp.sum(gradient * moved", "jnp.sum(abs(gradient * moved)"),
     ("jft/presets/green_trainer.py", "np.asarray(-jnp.sum", "np.asarray(jnp.sum"),
     ("jft/presets/green_trainer.py", "(self.fraction * (forward + full) - forward) / full", "self.fraction"),
@@ -35,19 +36,33 @@ def params():
     return decoder.parameters()
 
 
-@pytest.mark.slow
-def test_the_choice_and_steps(params):
-    base = decoder.wide(params)
-    flat = tree.flatten(params)
-    # As in train.py's compute_tensor_importance: the step on a batch, then the gradient of the same batch after it.
-    after = decoder.followed(params, lambda n, w: dict.fromkeys(base, True), 1, DATA)
+@pytest.fixture(scope="module")
+def worth(params):
+    """``(weights, importance)`` as in train.py: a step on a batch, and the gradient of the same batch after it."""
+    before = decoder.wide(params)
+    after = decoder.followed(params, lambda n, w: dict.fromkeys(before, True), 1, DATA)
     g = decoder.gradient(after, DATA[0])
+    layers = lambda p: decoder.CONFIG.layers if p.startswith("layers/") else 1
+    return after, {p: -(g[p] * (after[p] - before[p])).reshape(layers(p), -1).sum(1) for p in before}
+
+
+def test_importance(params, worth):
+    after, expected = worth
+    tuned = tree.unflatten({p: jnp.asarray(x, jnp.float32) for p, x in after.items()})
+    calibration = RunCalibration(decoder.MODEL, params, expected, LanguageModel(), DATA, train=lambda steps: tuned)
+    found = importance(calibration)
+    for path, x in expected.items():
+        np.testing.assert_allclose(found[path], x, rtol=2e-3, atol=1e-6, err_msg=path)
+
+
+@pytest.mark.slow
+def test_the_choice_and_steps(params, worth):
+    flat = tree.flatten(params)
     chain = _chain(length=6)
     assert {p for p, *_ in chain} == set(flat)
-    pick = lambda x, p, i: x[p][i] if p.startswith("layers/") else x[p]
-    worth = [-np.sum(pick(g, p, i) * (pick(after, p, i) - pick(base, p, i))) for p, i, *_ in chain]
+    gains = [worth[1][p][i] for p, i, *_ in chain]
     forward, backwards = _costs(chain)
-    chosen = _best(worth, chain, 0.5 * (forward + backwards) - forward)
+    chosen = _best(gains, chain, 0.5 * (forward + backwards) - forward)
     masks = {}
     for j in chosen:
         path, layer = chain[j][:2]
