@@ -11,10 +11,10 @@ import pytest
 import jft
 from jft import tree
 from jft.methods.select import expected
-from jft.select.calibration import lead
 from jft.train import step
 from jft.train.objectives import objective
 from jft.train.optimizers import Optimizer
+from jft.tree import lead
 from tests.tangent.architectures import ARCHITECTURES, FAMILIES, FORWARDS, in_float64, refused
 
 MIXTURES = ("dense experts", "ragged experts")
