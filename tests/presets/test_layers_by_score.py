@@ -45,12 +45,13 @@ def test_steps_in_the_layer_that_goes_most_with_the_likelihood():
     decoder.check(jft.method("layers_by_score", batches=3), lambda n, w: masks, params, DATA, steps=(2,))
 
 
-def test_a_number_from_the_batch():
+def test_scores_of_the_likelihood_and_of_a_number_from_the_batch():
     prior = np.random.default_rng(0).normal(size=12)
     named = [{**b, "prior": np.float32(prior[4 * i : 4 * i + 4])} for i, b in enumerate(DATA)]
     paths = ["layers/attn/q/w"]
     calibration = RunCalibration(decoder.MODEL, decoder.parameters(), paths, LanguageModel(), named)
     np.testing.assert_allclose(Correlation("prior", 3)(calibration)["layers"], scores(prior), rtol=1e-4)
+    np.testing.assert_allclose(Correlation(None, 3)(calibration)["layers"], scores(likelihood()), rtol=1e-4)
     with pytest.raises(ValueError, match="no 'other' to correlate layers with, only prior, tokens"):
         Correlation("other", 3)(calibration)
 
