@@ -192,9 +192,9 @@ CARD = Card(
     code="VITA-Group/DSEE@61844c3, non-GPT-2/examples/pytorch/text-classification/run_glue.py:196-505, run_glue_prune_tune.py",
     departs=(
         "GreBsmo depends on its random first row: of 64 entries of a 768 x 768 matrix (Gaussian, or of spectrum k^-1/2) two "
-        "rows choose 14 alike; the SVD of rank 496 shares 10 to 21 with one of them, that of rank 16 none. prune() goes on from U V "
-        "and S in the weight with new factors, the code with the same ones. keep < 1 prunes by the base's size, matrix by "
-        "matrix, from the start: no rule of the paper. Heads are not pruned. The head trains by also='classifier'"
+        "rows choose 14 alike; the SVD of rank 496 shares 10 to 21 with one of them, that of rank 16 none. prune() goes on "
+        "from U V and S in the weight with new factors, the code with the same ones. keep < 1 prunes by the base's size, each "
+        "matrix by itself, from the start: no rule of the paper. Heads are not pruned. The head trains by also='classifier'"
     ),
     check="GreBsmo, three Adam steps and the pruned weights against float64 NumPy",
     defaults={

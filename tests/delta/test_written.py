@@ -25,7 +25,9 @@ RUNS = {
     "bit_mask": ("masking", {"include": ("attn/q",)}, {"bit_mask"}),
     "gate": ("finegates", {"include": ("attn/q",)}, {"gate"}),
     "sum": (
-        "dsee", {"rank": 1, "count": 6, "include": ("attn/q",), "filter_rank": 16, "alpha": None}, {"sum"},
+        "dsee",
+        {"rank": 1, "count": 6, "include": ("attn/q",), "filter_rank": 16, "alpha": None},
+        {"sum"},
     ),
 }
 

@@ -26,9 +26,7 @@ def _configs():
     text = TextConfig(vocab=11, width=8, layers=1, heads=2, hidden=12, positions=6, eos=9)
     return {
         "decoder": DecoderConfig(vocab=11, width=8, layers=2, heads=2, kv_heads=1, hidden=12, tied=True),
-        "mixture": DecoderConfig(
-            vocab=11, width=8, layers=2, heads=2, kv_heads=1, hidden=12, experts=Experts(3, 2, 6)
-        ),
+        "mixture": DecoderConfig(vocab=11, width=8, layers=2, heads=2, kv_heads=1, hidden=12, experts=Experts(3, 2, 6)),
         "encoder": EncoderConfig(vocab=11, width=8, layers=2, heads=2, hidden=12, positions=6),
         "vision": Classifier(vision, classes=3, pool="mean"),
         "clip": ClipConfig(vision=tower, text=text, projection=4),
