@@ -16,6 +16,7 @@ from jft.compiled import program_cache
 from jft.methods.card import Card
 from jft.methods.low_rank import LowRank, WithLowRank
 from jft.methods.parametrise import Composed, InPlace, Parametrisation
+from jft.methods.patterns import Patterns, patterns
 from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
@@ -23,7 +24,6 @@ from jft.select import budget, scores
 from jft.select.budget import Globally
 from jft.select.calibration import Calibration
 from jft.select.threshold import top, top_each
-from jft.tree import Patterns, patterns
 
 Array = jax.Array
 
@@ -193,8 +193,8 @@ CARD = Card(
     departs=(
         "GreBsmo depends on its random first row: of 64 entries of a 768 x 768 matrix (Gaussian, or of spectrum k^-1/2) two "
         "rows choose 14 alike; the SVD of rank 496 shares 10 to 21 with one of them, that of rank 16 none. prune() goes on "
-        "from U V and S in the weight with new factors, the code with the same ones. keep < 1 prunes by the base's size, "
-        "matrix by matrix, from the start: no rule of the paper. Heads are not pruned. The head trains by also='classifier'"
+        "from U V and S in the weight with new factors, the code with the same ones. keep < 1 prunes by the base's size, each "
+        "matrix by itself, from the start: no rule of the paper. Heads are not pruned. The head trains by also='classifier'"
     ),
     check="GreBsmo, three Adam steps and the pruned weights against float64 NumPy",
     defaults={
