@@ -29,6 +29,7 @@ from jft.delta.numeric import wide
 from jft.dot import dot, expert_dot, grouped_dot, take, transpose
 
 Array = jax.Array
+# From the end, so that they mean the same whatever leading axes there are.
 ROWS, COLUMNS = -2, -1
 
 
@@ -60,16 +61,19 @@ class Leaf:
 
     def sharding(self, spec: PartitionSpec, weight: Any, ndim: int) -> PartitionSpec:
         """That of an array of ``ndim`` axes, for a ``weight`` (an array or shape) sharded as ``spec``."""
+        # Laid out like the weight, so what holds for the weight holds as it is.
         if self.axes == (...,) and ndim == len(weight.shape):
             return spec
         whole = (*spec, *(None,) * (len(weight.shape) - len(spec)))
         named = [axis for axis in self.axes if axis is not ...]
+        # Without `...` the array has none of the weight's leading axes.
         leading = whole[: ndim - len(named)] if len(named) < len(self.axes) else ()
         return PartitionSpec(*leading, *(None if axis is None else whole[axis] for axis in named))
 
     def stacked_matrices(self, ndim: int) -> Matrices | None:
         """:attr:`matrices` of an array of ``ndim`` axes."""
         if self.matrices is ...:
+            # A vector has nothing to orthogonalise or to precondition from two sides.
             return Matrices() if ndim > 1 else None
         return self.matrices
 
@@ -79,6 +83,7 @@ class Leaf:
             return jnp.zeros_like(value)
         if callable(self.origin):
             return value - self.origin(kept).astype(value.dtype)
+        # The common origin of 0 costs no subtraction.
         return value - self.origin if self.origin else value
 
     def inside(self, part: Callable[[Any], Any]) -> Leaf:
@@ -118,6 +123,7 @@ class Change:
 
     def expert_product(self, x: Array) -> Array | None:
         """``[E, N, O]`` of every matrix of ``d[E, I, O]``: x ``[N, I]``, the same rows for all, or ``[E, N, I]``."""
+        # A change is a pytree, so that vmap takes the matrices of all its arrays in step.
         return jax.vmap(lambda x, d: d.product(x), in_axes=(0 if x.ndim == 3 else None, 0))(x, self)
 
     def rows(self, ids: Array) -> Array | None:
@@ -130,6 +136,7 @@ class Change:
 
     def apply_to(self, w: Array) -> Array:
         """``w + d``, added in float32 and rounded once, to the dtype of ``w``."""
+        # A change made in bfloat16 would be rounded before it is added, and again after.
         precise = wide(w)
         return (precise + self.whole(precise.dtype)).astype(w.dtype)
 
@@ -144,6 +151,7 @@ class Change:
 
     def replace(self, **arrays: Any) -> Any:
         """The same with other arrays, or with what stands for them in a tree; nothing is checked."""
+        # `dataclasses.replace` would run the checks, which refuse tangents and placeholders.
         new = copy.copy(self)
         for name, value in arrays.items():
             object.__setattr__(new, name, value)
@@ -189,6 +197,7 @@ class Changed:
 
     def __jft_transpose__(self) -> Any:
         delta = self.delta.transposed()
+        # Only the form of the change is lost: `plain` keeps the derivative of a held one.
         return jnp.swapaxes(self.plain(), -1, -2) if delta is None else Changed(transpose(self.w), delta, self.held)
 
     def _used(self, use: _Use, *arguments: Array) -> Array:
@@ -206,6 +215,7 @@ class _Use(NamedTuple):
     of_change: Callable[..., Array | None]
 
 
+# Made once: JAX tells static arguments apart by identity, and a lambda made at each use would be new each time.
 _WHOLE = _Use(lambda w: w, lambda d: None)
 _DOT = _Use(lambda w, x: dot(x, w), lambda d, x: d.product(x))
 _GROUPED_DOT = _Use(lambda w, x, sizes: grouped_dot(x, w, sizes), lambda d, x, sizes: d.grouped_product(x, sizes))
@@ -219,16 +229,19 @@ def _held(use: _Use, w: Any, delta: Change, *arguments: Array) -> Array:
     return use.of_weight(w, *arguments)
 
 
+# With symbolic zeros the rule sees which inputs do not move, and computes nothing for frozen ones.
 @functools.partial(_held.defjvp, symbolic_zeros=True)
 def _held_jvp(use: _Use, primals: tuple, tangents: tuple) -> tuple[Array, Any]:
     w, delta, *arguments = primals
     dw, ddelta, *dothers = tangents
     y, *parts = _along(use.of_weight, (w, *arguments), (dw, *dothers))
+    # Linear in each factor by itself, so the derivative is one term for each, the others where they are.
     for name in delta.factors:
         if not _still(getattr(ddelta, name)):
             moving = delta.replace(**{name: getattr(ddelta, name)})
             moved = use.of_change(moving, *arguments)
             moved = use.of_weight(moving.whole(y.dtype), *arguments) if moved is None else moved
+            # JAX requires tangents in the dtype of the value.
             parts.append(moved.astype(y.dtype))
     return y, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(y)
 
@@ -237,6 +250,7 @@ def _along(function: Callable[..., Array], primals: tuple, tangents: tuple) -> l
     """``[function(*primals)]``, and after it its derivative along ``tangents`` where any of them is not zero."""
     leaves, structure = jax.tree.flatten(primals)
     moves = structure.flatten_up_to(tangents)  # type: ignore[attr-defined]
+    # `jax.jvp` of all inputs would make arrays of the symbolic zeros and multiply with them.
     which = [i for i, t in enumerate(moves) if not _still(t)]
     if not which:
         return [function(*primals)]
@@ -249,6 +263,7 @@ def _along(function: Callable[..., Array], primals: tuple, tangents: tuple) -> l
 
 
 def _still(tangent: Any) -> bool:
+    # float0 is the tangent of integers, such as ids and sizes.
     return isinstance(tangent, jax.custom_derivatives.SymbolicZero) or tangent.dtype == jax.dtypes.float0
 
 
@@ -271,6 +286,7 @@ def as_seen(weight: Any, structured: bool) -> Any:
 
 def base(w: Any) -> Array:
     """The weight without its changes."""
+    # A change may be of a weight that is changed already.
     return base(w.w) if isinstance(w, Changed) else w
 
 
@@ -286,6 +302,7 @@ def directions(weights: Any) -> tuple[list[Array], list[Array], Callable[[list[A
     and direction are the last factor of every change, in order: zeros, and what it is.
     """
     leaves, structure = jax.tree.flatten(weights)
+    # Of the same structure as the weights, so that both flatten in one order.
     moving = jax.tree.leaves(jax.tree.map(_moving, weights, is_leaf=is_changed))
     which = [i for i, moves in enumerate(moving) if moves]
     direction = [leaves[i] for i in which]
@@ -302,5 +319,6 @@ def _moving(weight: Any) -> Any:
     if not isinstance(weight, Changed):
         return False
     inner = jax.tree.map(_moving, weight.w, is_leaf=is_changed)
+    # Only the last factor moves: along several at once the change would not be linear.
     delta = jax.tree.map(lambda _: False, weight.delta)
     return Changed(inner, delta.along(True), weight.held)
