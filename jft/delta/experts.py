@@ -48,7 +48,9 @@ class ExpertLayout(Layout):
 
     def expert_product(self, x: Array, at: Array, values: Array, shape: tuple[int, ...]) -> Array:
         """``[E, N, O]``, zero for experts that ``at`` does not name."""
+        # Inputs of experts begin with the axis E, as weights do.
         part = expert_dot(x if x.ndim == 2 else self.gather(x, at), values)
+        # `drop`: what padding computes goes nowhere.
         return jnp.zeros((shape[0], *part.shape[1:]), part.dtype).at[at].add(part, mode="drop", unique_indices=True)
 
     def grouped_product(self, x: Array, at: Array, values: Array, sizes: Array) -> Array:
@@ -59,6 +61,7 @@ class ExpertLayout(Layout):
         """
         order, chosen = _chosen_first(at, sizes, len(x))
         part = grouped_dot(jnp.take(x, order, axis=0), values, chosen)
+        # `ragged_dot` does not say what rows past its groups hold.
         inside = jnp.arange(len(x)) < jnp.sum(chosen)
         return jnp.zeros_like(part).at[order].set(jnp.where(inside[:, None], part, 0), unique_indices=True)
 
@@ -74,6 +77,7 @@ class ExpertLayout(Layout):
 
     def pad(self, at: Array, most: int, shape: tuple[int, ...]) -> Array:
         have = at.shape[-1]
+        # Distinct ids past the end: `put` and `expert_product` promise unique indices.
         new = jnp.broadcast_to(shape[0] + jnp.arange(have, most, dtype=at.dtype), (*at.shape[:-1], most - have))
         return jnp.concatenate([at, new], axis=-1)
 
@@ -96,6 +100,9 @@ def locate(mask: Any) -> Array:
 def _chosen_first(at: Array, sizes: Array, rows: int) -> tuple[Array, Array]:
     """The order of rows that puts those of ``at``'s experts first, in the order of ``at``, and the sizes of their groups."""
     experts = sizes.shape[0]
+    # Other experts get a place past all of these, so that sorting puts their rows last.
     place = jnp.full((experts,), len(at), jnp.int32).at[at].set(jnp.arange(len(at), dtype=jnp.int32), mode="drop")
+    # The total is known from x, and `jit` needs it to be static.
     expert = jnp.repeat(jnp.arange(experts), sizes, total_repeat_length=rows)
+    # Stable, so that rows of one expert keep their order. Padding reads a group of no rows.
     return jnp.argsort(place[expert], stable=True), jnp.take(sizes, at, mode="fill", fill_value=0)

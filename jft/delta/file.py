@@ -37,6 +37,7 @@ from jft.tree import host
 
 FORMAT = "jft.task_vector"
 VERSION = 1
+# Paths are full of '/' and '.', and parts of sums use '.' in their fields.
 FIELD = "|"
 
 
@@ -72,6 +73,7 @@ def save(deltas: Mapping[str, Encoding], manifest: Manifest, path: str | os.Path
     for name in deltas:
         if FIELD in name:
             raise ValueError(f"path {name!r} cannot be written: {FIELD!r} separates path and field in the file")
+    # By all processes, also those that do not write: `host` is a collective operation.
     tensors: dict[str, np.ndarray] = {}
     described = {}
     for name, delta in deltas.items():
@@ -90,6 +92,7 @@ def read(path: str | os.PathLike, paths: Iterable[str] | None = None) -> tuple[d
     """
     with _opened(path) as (handle, header):
         chosen = header["deltas"] if paths is None else list(paths)
+        # The caller's mistake, not the file's: no FileError.
         unknown = [name for name in chosen if name not in header["deltas"]]
         if unknown:
             raise ValueError(f"{path} has no delta for {unknown[0]!r}; it has: {', '.join(header['deltas'])}")
@@ -105,10 +108,12 @@ def inspect(path: str | os.PathLike) -> Header:
         entries = {}
         for name, described in header["deltas"].items():
             slices = [handle.get_slice(f"{name}{FIELD}{field}") for field in fields.get(name, ())]
+            # A scalar, such as the scale of a mask, does not tell the dtype of the values.
             types = [s.get_dtype() for s in slices if s.get_shape()] or [s.get_dtype() for s in slices]
             entries[name] = Entry(
                 kind=described["kind"],
                 shape=tuple(described["shape"]),
+                # Floats are F32, BF16, F8_E4M3 and so on: the values, where there are indices as well.
                 dtype=next((t for t in types if "F" in t), types[0] if types else "-"),
                 nbytes=sum(_slice_bytes(s) for s in slices),
             )
@@ -118,9 +123,11 @@ def inspect(path: str | os.PathLike) -> Header:
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The open file and its checked header."""
+    # Before it is opened, since a missing file would be called damaged below.
     if not os.path.isfile(path):
         raise FileError(f"{os.fspath(path)}: no such file")
     try:
+        # JAX's arrays, because NumPy has no bfloat16 of its own.
         handle = safetensors.safe_open(path, framework="flax")
     except (safetensors.SafetensorError, OSError) as error:
         raise FileError(f"{os.fspath(path)} is truncated, damaged or no safetensors file: {error}") from None
@@ -138,6 +145,7 @@ def _header(path: str | os.PathLike, metadata: dict[str, str]) -> dict[str, Any]
         raise FileError(f"{name} has a damaged header: {error}") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise FileError(f"{name} is no task vector")
+    # Older versions are read for good.
     if not isinstance(header.get("version"), int) or header["version"] > VERSION:
         raise FileError(f"{name} has format version {header.get('version')}, this jft reads {VERSION}; upgrade jft")
     if not isinstance(header.get("manifest"), dict) or not isinstance(header.get("deltas"), dict):
@@ -152,6 +160,7 @@ def _delta(path: Any, handle: Any, name: str, described: dict[str, Any], fields:
     tensors = {field: handle.get_tensor(f"{name}{FIELD}{field}") for field in fields.get(name, ())}
     try:
         delta = kinds()[kind].unpack(tensors, described["static"])
+    # `unpack` gets what the file says, so whatever it stumbles over is the file's fault.
     except (ValueError, KeyError, TypeError) as error:
         raise FileError(f"{os.fspath(path)}: the delta of {name!r} is damaged: {error}") from None
     if list(delta.shape) != described.get("shape"):
@@ -170,6 +179,7 @@ def _fields(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _slice_bytes(piece: Any) -> int:
+    # F8_E4M3 has digits of which only the first name its bits; BOOL has none and takes a byte.
     bits = int("".join(c for c in piece.get_dtype().split("_")[0] if c.isdigit()) or 8)
     return int(np.prod(piece.get_shape(), dtype=np.int64)) * bits // 8
 

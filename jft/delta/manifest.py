@@ -41,6 +41,7 @@ def describe(base: Any = None, *, operation: str = "finetune", **facts: Any) -> 
     every weight once, where it is.
     """
     manifest = {} if base is None else {"base": describe_base(base)}
+    # Time and versions last: no fact can stand in their place.
     return manifest | {"operation": operation} | check(facts) | {"created": _now(), "versions": versions()}
 
 
@@ -55,6 +56,7 @@ def check(manifest: Mapping[str, Any]) -> Manifest:
     """``manifest`` as a dict, refused with ``ValueError`` where a value is not JSON or ``base`` is no description."""
     for key, value in manifest.items():
         try:
+            # One entry at a time, so that the error can name it.
             json.dumps(value)
         except (TypeError, ValueError) as error:
             raise ValueError(f"manifest entry {key!r} cannot be written as JSON: {error}") from None
@@ -80,8 +82,10 @@ def narrow(manifest: Manifest, keep: Callable[[str], bool], note: str) -> Manife
 def linear(terms: Iterable[tuple[Any, Manifest]], check_base: bool = True) -> Manifest:
     """The manifest of ``sum(coefficient * vector)``; raises :class:`BaseMismatch` unless all have the same base."""
     parents: list[dict[str, Any]] = []
+    # It is read twice, and may be a generator.
     terms = list(terms)
     for coefficient, manifest in terms:
+        # A narrowed sum stays a parent: its own parents still speak of all paths.
         if manifest.get("operation") == "linear" and "narrowed" not in manifest:
             scaled = [p | {"coefficient": _number(coefficient, p["coefficient"])} for p in manifest["parents"]]
             parents += scaled
@@ -110,9 +114,11 @@ def common_base(manifests: Iterable[Manifest], check_base: bool = True) -> dict[
     disputed = set()
     for base in bases:
         for path, leaf in base["leaves"].items():
+            # Checksums cover shape and dtype: equal values in another dtype are another base.
             if leaves.setdefault(path, leaf) != leaf:
                 disputed.add(path)
     if disputed and check_base:
+        # Each once, in the order of the vectors.
         fingerprints = list(dict.fromkeys(base["fingerprint"] for base in bases))
         raise BaseMismatch(
             f"task vectors of different bases: fingerprints {' and '.join(fingerprints)} differ in {_some(disputed)}; "
@@ -132,10 +138,12 @@ def verify(manifest: Manifest, params: Any, what: str = "these parameters") -> N
         return
     flat = tree.flatten(params)
     missing = [path for path in base["leaves"] if path not in flat]
+    # Only leaves of the base: a checksum reads every weight of a leaf.
     sums = tree.checksums({path: flat[path] for path in base["leaves"] if path in flat})
     wrong = [path for path, total in sums.items() if total != base["leaves"][path][0]]
     if missing or wrong:
         which = f"differ in {_some(wrong)}" if wrong else f"lack {_some(missing)}"
+        # The usual reason, and easier to mend than another base.
         retyped = [p for p in wrong if np.dtype(flat[p].dtype).name != base["leaves"][p][2]]
         if retyped:
             here, there = np.dtype(flat[retyped[0]].dtype).name, base["leaves"][retyped[0]][2]
@@ -169,10 +177,12 @@ def _number(*factors: Any) -> float | None:
 
 
 def _some(paths: Iterable[str], limit: int = 3) -> str:
+    # Sets come in no order, and errors should read the same each time.
     paths = sorted(paths)
     more = f" and {len(paths) - limit} more" if len(paths) > limit else ""
     return ", ".join(paths[:limit]) + more
 
 
 def _now() -> str:
+    # UTC, so that times of several machines compare.
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -36,12 +36,14 @@ class NM(Sparse):
     axis: int = ROWS
 
     def __post_init__(self) -> None:
+        # A file gives the shape as a list; static fields must hash.
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
         if len(self.shape) < 2 or self.axis not in (ROWS, COLUMNS) or self.m < 1 or self.shape[self.axis] % self.m:
             raise ValueError(
                 f"a weight of shape {self.shape} has no groups of {self.m} along axis {self.axis}; they run along the rows "
                 "(-2) or columns (-1) of matrices, whose extent they divide"
             )
+        # An array with too few axes gets the error below, not an IndexError.
         n = self.offsets.shape[_slot(self.axis)] if self.offsets.ndim > 2 else 0
         want = stored_shape(self.shape, n, self.m, self.axis)
         if tuple(self.offsets.shape) != want or tuple(self.values.shape) != want:
@@ -51,6 +53,7 @@ class NM(Sparse):
             )
         if visible(self.offsets) and self.offsets.size:
             offsets = np.asarray(self.offsets)
+            # Sorted, equal offsets are neighbours.
             ordered = np.sort(offsets, axis=_slot(self.axis))
             if offsets.min() < 0 or offsets.max() >= self.m or (np.diff(ordered, axis=_slot(self.axis)) == 0).any():
                 raise ValueError(f"offsets must be distinct in each group and from 0 to {self.m - 1}")
@@ -61,6 +64,7 @@ class NM(Sparse):
 
     @property
     def at(self) -> tuple:
+        # Sparse: they broadcast where they index, and take no memory like the values'.
         index = list(jnp.meshgrid(*(jnp.arange(n) for n in self.offsets.shape), indexing="ij", sparse=True))
         index[_slot(self.axis)] = self.offsets
         return tuple(index)
@@ -72,6 +76,7 @@ class NM(Sparse):
         along = index[group] * self.m + index[offset]
         row, column = (along, index[-1]) if self.axis == ROWS else (index[-3], along)
         matrix = jnp.zeros((), jnp.int32)
+        # The index goes on with the three axes of the groups.
         for size, axis in zip(lead, index, strict=False):
             matrix = matrix * size + axis
         flat = lambda x: jnp.broadcast_to(x, self.values.shape).reshape(-1).astype(jnp.int32)
@@ -106,6 +111,7 @@ class NMLayout(Layout):
 
     def axes(self, at: Any) -> tuple[tuple, tuple]:
         both = (..., ROWS, None, COLUMNS) if self.axis == ROWS else (..., ROWS, COLUMNS, None)
+        # The axis of groups is sharded as the axis that it divides; the n of a group stay together.
         return both, both
 
     def lead(self, at: Any) -> int:
@@ -127,6 +133,7 @@ class NMLayout(Layout):
         return groups.reshape(w.shape)
 
     def count(self, at: Array, shape: tuple[int, ...]) -> Array:
+        # No padding: every group holds n.
         return jnp.asarray(math.prod(at.shape), jnp.int32)
 
     def encode(self, at: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> NM:

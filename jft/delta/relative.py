@@ -45,15 +45,18 @@ class Relative(Encoding):
         return self.gated(w)
 
     def astype(self, dtype: Any) -> Any:
+        # The scale is one number: rounding it would save nothing.
         return self._with(**{f: tree.cast(getattr(self, f), dtype) for f in self._data if f != "scale"})
 
     def resolve(self, base: Array) -> Encoding:
         """The delta itself, float32: :class:`Entries` where they take less memory, else (and under ``jit``) dense."""
         self._fits(base)
         delta = self.change(wide(base))
+        # An entry is two int32 coordinates and its value.
         sparse = visible(delta) and self.nnz * (2 * 4 + delta.dtype.itemsize) < delta.nbytes
         return Entries.from_dense(delta) if sparse else Dense(delta)
 
     def dense(self) -> Array:
+        # Always refused; the same words as for sums of such.
         standing_alone("the dense value", self)
         raise AssertionError  # it never does

@@ -32,6 +32,7 @@ from jft.tree import visible
 
 Array = jax.Array
 
+# Bits of the widest integer that JAX has by default.
 _WORD = 32
 
 
@@ -64,6 +65,7 @@ class Layout:
         """Values on the host as the encoding that stores them, of a weight of ``shape``."""
         raise NotImplementedError
 
+    # Last but for layouts whose values have axes inside a part.
     slot: int = -1  # the axis of values along which parts stand
 
     def pad(self, at: Array, most: int, shape: tuple[int, ...]) -> Array:
@@ -113,9 +115,11 @@ class Selected(Change):
 
     def whole(self, dtype: Any) -> Array:
         lead = self.at.shape[: self.layout.lead(self.at)]
+        # Padding is dropped, so zeros are all that it leaves.
         return self.layout.put(jnp.zeros((*lead, *self.shape), dtype), self.at, self.values)
 
     def product(self, x: Array) -> Array | None:
+        # Layouts see rows in one axis, whatever stands before them.
         moved = self.layout.product(x.reshape(-1, x.shape[-1]), self.at, self.values, self.shape)
         return None if moved is None else moved.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
@@ -138,11 +142,13 @@ class Selected(Change):
         return Selected(at, values, layout, self.shape[::-1])
 
     def apply_to(self, w: Array) -> Array:
+        # A float32 copy of the selected values, not of the weight.
         values = wide(self.layout.gather(w, self.at)) + self.values
         return self.layout.put(w, self.at, values)
 
     def padded(self, most: int) -> Selected:
         """The same with ``most`` parts for each matrix."""
+        # Without padding to add, nothing is traced.
         if most == self.slots:
             return self
         at = self.layout.pad(self.at, most, self.shape)
@@ -161,12 +167,16 @@ def stacked(layout: Layout, matrix: Any, part: Any, values: Any, shape: tuple[in
     :meth:`Layout.encode`, up to the order of axes that a layout may give its values.
     """
     *lead, rows, columns = shape
+    # Stable: parts of one matrix stay sorted.
     order = np.argsort(matrix, kind="stable")
     matrix, part, values = matrix[order], part[order], values[order]
     counts = np.bincount(matrix, minlength=math.prod(lead))
+    # At least one slot: arrays of no size cannot be saved.
     most = max(int(counts.max(initial=0)), 1)
+    # The place of a part among those of its matrix.
     slot = np.arange(len(matrix)) - np.repeat(np.cumsum(counts) - counts, counts)
     at = np.zeros((len(counts), most, part.shape[1]), np.int32)
+    # Every slot is padding first, at a coordinate of its own: scatters are promised unique indices.
     at[..., 0] = extent + np.arange(most)
     at[matrix, slot] = part
     full = np.zeros((len(counts), most, *values.shape[1:]), values.dtype)
@@ -180,6 +190,7 @@ def padded_coordinates(at: Array, most: int, extent: int) -> Array:
     """``at[..., n, axes]`` with ``most`` slots, the new ones at first coordinates of ``extent`` and more."""
     have = at.shape[-2]
     widths = [(0, 0)] * (at.ndim - 2) + [(0, most - have), (0, 0)]
+    # Distinct and increasing, as gathers and scatters are promised.
     first = jnp.where(jnp.arange(most) < have, 0, extent + jnp.arange(most, dtype=at.dtype))
     return jnp.pad(at, widths).at[..., 0].add(first.astype(at.dtype))
 
@@ -211,6 +222,7 @@ def whole_coordinates(at: np.ndarray, grid: tuple[int, ...], extent: list[int]) 
 
 def flat_index(extents: tuple[int, ...], index: list[np.ndarray], count: int) -> np.ndarray:
     """Indices along several axes as one along all of them, int64 ``[count]``."""
+    # int64, since a weight may have more than 2**31 parts; `count` where there are no axes to tell it.
     flat = np.zeros(count, np.int64)
     for size, axis in zip(extents, index, strict=True):
         flat = flat * size + axis
@@ -226,6 +238,7 @@ def cells(w: Array, grid: tuple[int, ...]) -> Array:
     lead, last = w.shape[: w.ndim - n], w.shape[w.ndim - n :]
     if any(size % g for size, g in zip(last, grid, strict=True)):
         raise ValueError(f"a weight of shape {w.shape} does not divide into a grid of {grid} cells")
+    # A reshape alone: the transpose would only move axes of one.
     if all(g == 1 for g in grid):
         return w.reshape(*lead, *grid, *last)
     shape = [part for size, g in zip(last, grid, strict=True) for part in (g, size // g)]
@@ -263,6 +276,7 @@ def locate(mask: Array, grid: tuple[int, ...], capacity: int | None) -> Array:
     if traced:
         if capacity is None:
             raise ValueError("under jit how many parts a cell selects is not known; give locate a capacity")
+        # Inside the caller's program, which decides on the sharding.
         return _locate(mask, grid, capacity)
     most = int(_most(mask, grid))
     if capacity is not None and most > capacity:
@@ -280,6 +294,7 @@ def mask_at(at: Array, extents: tuple[int, ...], lead: int) -> Array:
 
     def one(at: Array) -> Array:
         index = tuple(at[:, i] for i in range(n))
+        # One cell at a time, as `locate` does: no cell writes into another.
         empty = jnp.zeros(inside, bool)
         return empty.at[index].set(True, mode="drop", unique_indices=True, indices_are_sorted=True)
 
@@ -291,6 +306,7 @@ def _check(mask: Array, grid: tuple[int, ...]) -> None:
     if any(g < 1 or size % g for size, g in zip(extents, grid, strict=True)):
         raise ValueError(f"{' x '.join(map(str, extents))} parts do not divide into a grid of {grid} cells")
     inside = [size // g for size, g in zip(extents, grid, strict=True)]
+    # Words of a cell are indexed in int32; entries need not be.
     if functools.reduce(int.__mul__, inside[:-1], -(-inside[-1] // _WORD)) >= 2**31:
         raise ValueError(f"a cell of {' x '.join(map(str, inside))} parts is too large; cut the weight in more cells")
 
@@ -300,6 +316,7 @@ def _most(mask: Array, grid: tuple[int, ...]) -> Array:
     n = len(grid)
     words = _words(cells(mask, grid))
     counts = jax.lax.population_count(words)
+    # `initial`, for weights of no layers.
     return jnp.max(jnp.sum(counts, axis=tuple(range(counts.ndim - n, counts.ndim)), dtype=jnp.uint32), initial=0)
 
 
@@ -331,7 +348,9 @@ def _places(mask: Array, capacity: int) -> Array:
     ends = jnp.cumsum(counts)
     slot = jnp.arange(capacity, dtype=jnp.int32)
     # The word of slot j is the number of words that end at j or before.
+    # One bin more for the words that end past the last slot.
     ended = jnp.zeros(capacity + 1, jnp.int32).at[jnp.minimum(ends, capacity)].add(1, indices_are_sorted=True)
+    # Slots of padding have no word; they read the last one and are replaced below.
     word = jnp.minimum(jnp.cumsum(ended[:capacity]), words.size - 1)
     rank = slot - (ends[word] - counts[word])
     column = word % wide * _WORD + _bit(words[word], rank)
@@ -363,6 +382,7 @@ def _placed(at: Array, mask: Array, grid: tuple[int, ...]) -> Array:
     for i, g in enumerate(grid, start=lead):
         names = (spec[i],) if isinstance(spec[i], str) else spec[i] or ()
         shards = functools.reduce(int.__mul__, [sharding.mesh.shape[name] for name in names], 1)
+        # A grid coarser than the mesh leaves cells that span devices, which cannot be sharded along it.
         spec[i] = spec[i] if g % shards == 0 else None
     wanted = NamedSharding(sharding.mesh, PartitionSpec(*spec, None, None))
     return at if at.sharding.is_equivalent_to(wanted, at.ndim) else jax.device_put(at, wanted)
@@ -379,8 +399,10 @@ def row_major(what: str, rows: Array, columns: Array, extents: tuple[int, int]) 
     for axis, x, extent in (("row", r, extents[0]), ("column", c, extents[1])):
         if x.min() < 0 or x.max() >= extent:
             raise ValueError(f"{what} {axis}s {x.min()}..{x.max()} leave the {extent} {axis}s there are")
+    # Most come in order, and to see that takes less than to sort.
     if _increasing(r, c):
         return None
+    # `lexsort` sorts by its last key first.
     order = np.lexsort((c, r))
     if not _increasing(r[order], c[order]):
         raise ValueError(f"the coordinates of {what} must be distinct; add the values that belong together first")

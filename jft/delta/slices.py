@@ -43,6 +43,7 @@ class Slicing(Sparse):
     indices: Array
 
     def __post_init__(self) -> None:
+        # A file gives the shape as a list; static fields must hash.
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
         self._check_shape()
         k = tuple(self.indices.shape)
@@ -86,6 +87,7 @@ class Slicing(Sparse):
     def _place(self, indices: Array) -> Array:
         """Where each of ``indices`` stands among this one's; their number where it does not."""
         count = self.indices.shape[0]
+        # A table rather than a search, since the indices come in any order; it is as long as one axis.
         table = jnp.full(self.extent, count, jnp.int32)
         return table.at[self.indices].set(jnp.arange(count, dtype=jnp.int32), unique_indices=True)[indices]
 
@@ -127,6 +129,7 @@ class Slices(Slicing):
 
     @property
     def at(self) -> tuple:
+        # Slices of all matrices are counted together, so the matrix is in the index.
         *matrix, index = unravel(self.indices, (*self.view[:-2], self.shape[self.axis]))
         return (*matrix, index) if self.axis == -2 else (*matrix, slice(None), index)
 
@@ -142,6 +145,7 @@ class Slices(Slicing):
         return spread(rows), spread(columns), jnp.asarray(self.values).reshape(-1)
 
     def locate(self, rows: Array, columns: Array) -> tuple[Array, ...]:
+        # Rows of all matrices, counted together, are rows of the weight as one matrix.
         if self.axis == -2:
             return rows, columns
         inputs, outputs = self.shape[-2:]
@@ -151,14 +155,17 @@ class Slices(Slicing):
         if not visible(self.indices, self.values):
             return super().stacked()
         extent, lead = self.shape[self.axis], len(self.shape) - 2
+        # Layouts count slices within their matrix.
         matrix, part = np.divmod(host(self.indices).astype(np.int64), extent)
         found = stacked(SliceLayout(self.axis), matrix, part[:, None], host(self.values), self.shape, extent)
+        # Programs hold columns as columns, files as rows of values.
         values = found.values if self.axis == ROWS else jnp.moveaxis(found.values, -1, lead)
         return found.replace(at=found.at[..., 0], values=values)
 
     @classmethod
     def of(cls, delta: Encoding, axis: int = -2) -> Slices:
         """``delta`` as slices: all that hold an entry it stores (:meth:`jft.delta.Entries.of`)."""
+        # Of no slices: it only says where entries belong.
         empty = cls(jnp.zeros(0, jnp.int32), jnp.zeros((0, delta.shape[-1 if axis == -2 else -2])), delta.shape, axis)
         rows, columns, values = Entries.of(delta).coordinates()
         index, within = empty.locate(rows, columns)
@@ -180,10 +187,12 @@ def matched(x: Any, y: Any) -> Array | None:
     """``x.dot(y)`` of two that slice alike."""
     if not _alike(x, y):
         return None
+    # Slices that only one has meet zeros.
     return inner(x.values, pick(jnp.asarray(y.values), y._place(x.indices)))
 
 
 def _alike(x: Any, y: Any) -> bool:
+    # Shape and axis.
     return all(getattr(x, field) == getattr(y, field) for field in x._static)
 
 
@@ -197,6 +206,7 @@ def _slices_of_product(x: Slices, y: LowRank) -> Array:
     across, along = (wide(y.a), wide(y.b).swapaxes(-1, -2)) if x.axis == -2 else (wide(y.b).swapaxes(-1, -2), wide(y.a))
     across, along = across.reshape(-1, y.rank), along.reshape(-1, *along.shape[-2:])
     m, values = x.indices // x.shape[x.axis], wide(x.values)
+    # `across` is indexed through all matrices, `along` by the matrix of each slice.
     add = lambda k, total: total + jnp.sum(values * across[x.indices, k][:, None] * along[m, :, k])
     return jax.lax.fori_loop(0, y.rank, add, jnp.zeros((), values.dtype))
 
@@ -232,7 +242,9 @@ class SliceLayout(Layout):
         g, size = at.shape[-2], w.shape[self.axis] // at.shape[-2]
         place = at.ndim - 2 if self.axis == ROWS else at.ndim - 1
         w = w.reshape(*w.shape[:place], g, size, *w.shape[place + 1 :])
+        # Inside the vmaps below the leading axes are gone.
         place -= at.ndim - 2
+        # The axis of cells stays where it is: moving it would copy the weight.
         over_cells = jax.vmap(fn, in_axes=(place, 0, *(place for _ in values)), out_axes=place)
         return over_leading(over_cells, at.ndim - 2)(w, at, *values)
 

@@ -45,6 +45,7 @@ class Sparse(Encoding):
     def dense(self) -> Array:
         values = wide(self.values)
         zero = jnp.zeros(self.view, values.dtype)
+        # Set, not added: places are distinct, and a set of unique indices needs no atomics.
         return zero.at[self.at].set(values, unique_indices=True).reshape(self.shape)
 
     def scaled(self, c: Any) -> Any:
@@ -56,6 +57,7 @@ class Sparse(Encoding):
     def apply_to(self, w: Array, scale: Any = 1.0) -> Array:
         self._fits(w)
         delta = wide(self.values) * scale
+        # In the memory of the weight, which need not be widened.
         if w.dtype == jnp.result_type(w, delta):
             return self._with(values=delta).add_to(w)
         # A float32 copy of the weights that change, not of all.
@@ -68,6 +70,7 @@ class Sparse(Encoding):
         return w.reshape(self.view).at[self.at].set(values, unique_indices=True).reshape(self.shape)
 
     def minus(self, base: Array) -> Any:
+        # The base is read at these places alone.
         return self._with(values=wide(self.values) - wide(base.reshape(self.view)[self.at]))
 
     def under(self, above: Encoding) -> Encoding:
@@ -78,6 +81,7 @@ class Sparse(Encoding):
         return inner(self.values, jnp.asarray(value).reshape(self.view)[self.at])
 
     def norm(self) -> Array:
+        # Places are distinct, so the values are all that is not zero.
         return jnp.sqrt(inner(self.values, self.values))
 
     @property
@@ -95,6 +99,7 @@ def find(rows: Array, columns: Array, among_rows: Array, among_columns: Array) -
     if not count:
         return jnp.zeros(rows.shape, jnp.int32)
 
+    # Once low meets high nothing moves: every search may take as many steps as the longest.
     def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low + high) // 2
@@ -102,6 +107,7 @@ def find(rows: Array, columns: Array, among_rows: Array, among_columns: Array) -
         before = (low < high) & ((r < rows) | ((r == rows) & (c < columns)))
         return jnp.where(before, middle + 1, low), jnp.where(before, high, jnp.minimum(middle, high))
 
+    # `count.bit_length()` steps leave one of the count + 1 places.
     start = (jnp.zeros(rows.shape, jnp.int32), jnp.full(rows.shape, count, jnp.int32))
     low, _ = jax.lax.fori_loop(0, count.bit_length(), halve, start)
     inside = jnp.minimum(low, count - 1)
@@ -111,6 +117,7 @@ def find(rows: Array, columns: Array, among_rows: Array, among_columns: Array) -
 
 def pick(values: Array, place: Array, *within: Array) -> Array:
     """``values[place, *within]`` in float32; zero where ``place`` is their number."""
+    # A gather from an axis of no size is an error, even where all of it would be filled.
     if not values.shape[0]:
         shape = jnp.broadcast_shapes(*(x.shape for x in (place, *within)))
         return jnp.zeros((*shape, *values.shape[1 + len(within) :]), wide(values).dtype)
@@ -121,6 +128,7 @@ def united(x: np.ndarray, y: np.ndarray, of_x: Array, of_y: Array) -> tuple[np.n
     """The sorted union of two sets of int keys, and the sum of the values that belong to each."""
     # Stable: a merge of two runs where both are sorted already, as they are but for rows in any order.
     keys = np.sort(np.concatenate([x, y]), kind="stable")
+    # Keys are not negative, so the first differs from -1.
     union = keys[np.diff(keys, prepend=-1) > 0]
     of_x, of_y = wide(of_x), wide(of_y)
     values = jnp.zeros((len(union), *of_x.shape[1:]), jnp.promote_types(of_x.dtype, of_y.dtype))
@@ -131,6 +139,7 @@ def united(x: np.ndarray, y: np.ndarray, of_x: Array, of_y: Array) -> tuple[np.n
 
 def overlaid(x: np.ndarray, y: np.ndarray, of_x: Array, of_y: Array) -> tuple[np.ndarray, Array]:
     """The sorted union of two sets of int keys, and the values that belong to each; ``of_y`` where it is in both."""
+    # Values replace each other here and are never added, so they keep their dtype.
     alone = np.flatnonzero(~np.isin(x, y))
     keys = np.concatenate([x[alone], y])
     order = np.argsort(keys)

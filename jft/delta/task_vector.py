@@ -53,6 +53,7 @@ class TaskVector:
         for path, old in before.items():
             delta = _difference(path, old, after[path])
             if delta is not None:
+                # Subtracted in float32 first: in bfloat16 most of a small difference would be rounding.
                 deltas[path] = Dense(delta.astype(dtype))
         return cls(deltas, manifests.describe(base, operation="difference", **(manifest or {})))
 
@@ -64,7 +65,9 @@ class TaskVector:
         total: dict[str, Encoding] = {}
         for scalar, vector in zip(scalars, vectors, strict=True):
             for path, delta in vector.deltas.items():
+                # As it is stored where nothing is scaled: `scaled` makes it float32.
                 term = delta if isinstance(scalar, float) and scalar == 1.0 else delta.scaled(scalar)
+                # By its name rather than `+`, so that an error names the path.
                 total[path] = _named(path, total[path].__add__, term) if path in total else term
         return cls(total, manifest)
 
@@ -107,6 +110,7 @@ class TaskVector:
 
     def cosine(self, other: TaskVector) -> Array:
         """``dot / (norm * norm)``, float32 scalar; 0 where either is zero."""
+        # A safe denominator on both branches: NaN of the one not taken would reach gradients.
         lengths = self.norm() * other.norm()
         return jnp.where(lengths > 0, self.dot(other) / jnp.where(lengths > 0, lengths, 1), 0)
 
@@ -124,6 +128,7 @@ class TaskVector:
     def parameters(self) -> int:
         """Parameters of the base; of the paths that changed, where the base is not known."""
         own = sum(tree.size(delta) for delta in self.deltas.values())
+        # A head that the base lacks may be part of the vector.
         return max(self.manifest["base"]["parameters"], own) if self.manifest.get("base") else own
 
     @property
@@ -176,6 +181,7 @@ class TaskVector:
 
     def _narrowed(self, patterns: str | Iterable[str], keep: bool) -> TaskVector:
         patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+        # Patterns may also name leaves that did not change: the description of the base is narrowed by them.
         known = dict.fromkeys([*self.deltas, *self.manifest.get("base", {}).get("leaves", ())])
         chosen = set(tree.matching(known, patterns, "select" if keep else "exclude"))
         kept = {p: d for p, d in self.deltas.items() if (p in chosen) == keep}
@@ -214,6 +220,7 @@ class TaskVector:
         """Read what :meth:`save` wrote, or only the deltas of ``paths``: see :mod:`jft.delta.file`."""
         return cls(*file.read(path, paths))
 
+    # The manifest is static, and static parts must hash and compare: JSON does, a dict does not.
     def tree_flatten_with_keys(self) -> tuple[tuple, tuple]:
         children = tuple((jax.tree_util.DictKey(p), d) for p, d in self.deltas.items())
         return children, (tuple(self.deltas), json.dumps(self.manifest, sort_keys=True))
@@ -224,6 +231,7 @@ class TaskVector:
     @classmethod
     def tree_unflatten(cls, aux: tuple, children: Iterable[Any]) -> TaskVector:
         paths, manifest = aux
+        # Past __init__: JAX puts placeholders in the place of encodings.
         new = object.__new__(cls)
         new.deltas = dict(zip(paths, children, strict=True))
         new.manifest = json.loads(manifest)
@@ -253,6 +261,7 @@ def _base_of(tau: TaskVector, base: Any, check: bool) -> dict[str, Any]:
         raise ValueError(
             f"the task vector changes {absent[0]!r}, which these parameters do not have; tau.exclude(pattern) leaves it out"
         )
+    # Checksums come to the host, which values under `jit` cannot.
     if check and all(concrete(x) for x in flat.values()):
         manifests.verify(tau.manifest, flat)
     return flat
@@ -269,7 +278,9 @@ def revert(params: Any, tau: TaskVector, scale: Any = 1.0, exact: bool = False, 
     how to undo: revert ``tau.resolve(base)``, or keep the base.
     """
     for path, delta in tau.items():
+        # Before anything is computed: with `donate` there is no way back.
         _named(path, standing_alone, "reverting", delta)
+    # Unchecked: these are not the base, but what became of it.
     base = apply(params, tau, -scale, check=False, donate=donate)
     if exact:
         if not tau.manifest.get("base"):
@@ -279,6 +290,7 @@ def revert(params: Any, tau: TaskVector, scale: Any = 1.0, exact: bool = False, 
 
 
 def _applied(delta: Encoding, w: Any, scale: Any, donate: bool) -> Array:
+    # Tracers and NumPy arrays have no sharding to keep; under `jit` the caller's program fuses it.
     if concrete(w) and isinstance(w, jax.Array):
         return _apply_as(w.sharding, donate)(w, delta, scale)
     return delta.apply_to(jnp.asarray(w), scale)
@@ -300,6 +312,7 @@ def _subtract(old: Array, new: Array) -> tuple[Array, Array, Array]:
 
 @jax.jit
 def _bits_differ(old: Array, new: Array) -> Array:
+    # As bits: 0.0 and -0.0 differ, and a NaN is equal to itself.
     if jnp.issubdtype(old.dtype, jnp.floating) and old.dtype == new.dtype:
         bits = np.dtype(f"uint{np.dtype(old.dtype).itemsize * 8}")
         old, new = (jax.lax.bitcast_convert_type(x, bits) for x in (old, new))
@@ -309,18 +322,21 @@ def _bits_differ(old: Array, new: Array) -> Array:
 def _difference(path: str, old: Any, new: Any) -> Array | None:
     old, new = jnp.asarray(old), jnp.asarray(new)
     if not (jnp.issubdtype(old.dtype, jnp.inexact) and jnp.issubdtype(new.dtype, jnp.inexact)):
+        # Step counters and tables of integers may stand among parameters, as long as they stay.
         if bool(_bits_differ(old, new)):
             raise ValueError(f"{path!r} is {old.dtype} and changed; a task vector holds floating-point weights only")
         return None
     delta, differs, finite = _subtract(old, new)
     if not bool(differs):
         return None
+    # Where nothing differs the base may hold infinities; a difference may not.
     if not bool(finite):
         raise ValueError(f"tuned - base is not finite at {path!r}; did the run diverge?")
     return delta
 
 
 def _same_structure(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> None:
+    # Both ways: neither tree may have a leaf more.
     for mine, theirs, here, there in ((base, tuned, "base", "tuned"), (tuned, base, "tuned", "base")):
         absent = [path for path in mine if path not in theirs]
         if absent:
@@ -337,6 +353,7 @@ def _scalar(c: Any) -> Any:
         if c.shape != ():
             raise ValueError(f"a task vector is multiplied by one number, not by an array of shape {c.shape}")
         return c
+    # A bool is neither, so `True * tau` is refused.
     kind = getattr(c, "dtype", None) or np.asarray(c).dtype
     real = jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)
     if np.ndim(c) != 0 or not real or not np.isfinite(float(c)):

@@ -28,6 +28,7 @@ Round = Literal["nearest", "floor", "ceil", "floor+1"]
 Whole = Literal["candidates", "matrices", "model"]
 
 _ROUND = {
+    # Half up: Python's `round` takes halves to the even number.
     "nearest": lambda x: math.floor(x + Fraction(1, 2)),
     "floor": math.floor,
     "ceil": math.ceil,
@@ -71,6 +72,7 @@ class Budget:
             raise ValueError(f"density {self.density} is not in (0, 1]")
         for name in given:
             value = getattr(self, name)
+            # A bool is an int in Python.
             if name != "density" and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1):
                 raise ValueError(f"{name} {value!r} is not a positive integer")
         if self.of not in ("candidates", "matrices", "model"):
@@ -94,6 +96,7 @@ class Budget:
             wanted = _decimal(self.density) * available
         else:
             wanted = Fraction(self._parameters(available * cost, cost, what), cost)
+        # At least one: a density that rounds to none would train nothing, silently.
         return min(max(_ROUND[self.round](wanted), 1), available)
 
     def total(self, available: int, cheapest: int, what: str) -> int:
@@ -110,6 +113,7 @@ class Budget:
 
 def _decimal(x: float | Fraction) -> Fraction:
     """What ``x`` was written as: 0.29 of 100 is 29, and not the 28 that binary rounding makes of it."""
+    # `repr` is the shortest decimal that reads back as x.
     return x if isinstance(x, Fraction) else Fraction(repr(float(x)))
 
 
@@ -152,7 +156,9 @@ class PerLayer(Budget):
         for path, lead in leads.items():
             layer, stack = tree.layer_of(path), tree.stack_of(path)
             if layer is not None:
+                # Layers that are numbered are not stacked: no axis counts them.
                 key = layer[0], 0
+            # Scores of whole stacks have no leading axis to go by.
             elif stack is not None and lead:
                 key = stack, 1
             else:
@@ -182,6 +188,7 @@ class PerMatrix(Budget):
             return self
         if len(shape) < 2:
             raise ValueError(f"a weight of shape {tuple(shape)} has no rank; give its budget as a density or a count")
+        # Exactly one amount may be given, so the rank goes.
         return dataclasses.replace(self, rank=None, parameters=self.rank * (shape[-2] + shape[-1]))
 
 
@@ -199,6 +206,7 @@ class Beyond:
     def masks(self, scores: Mapping[str, Array], largest: bool, leads: Mapping[str, int]) -> dict[str, Array]:
         """Their masks. Raises ``ValueError`` where there is none."""
         masks = {p: x > self.threshold if largest else x < self.threshold for p, x in scores.items()}
+        # One transfer for all weights.
         if not any(map(bool, jax.device_get([jnp.any(m) for m in masks.values()]))):
             side = "above" if largest else "below"
             raise ValueError(f"no score of {_named(dict(scores))} is {side} {self.threshold:g}; nothing would train")
@@ -217,6 +225,7 @@ class ByPattern:
     def part(self, path: str) -> int:
         """Which pair a weight belongs to. Raises ``ValueError`` where no pattern is found in its path."""
         for index, (pattern, _) in enumerate(self.parts):
+            # The first that fits, so that a last pattern of "" can take the rest.
             if re.search(pattern, path):
                 return index
         raise ValueError(f"no budget for {path}: its path matches none of {', '.join(p for p, _ in self.parts)}")
@@ -249,6 +258,7 @@ class Flops:
         self, importance: Sequence[float], weight_flops: Sequence[int], activation_flops: Sequence[int]
     ) -> list[int]:
         """The tensors that :func:`plan_flops` chooses for this fraction of training all of them."""
+        # Beyond the last tensor no gradient is passed.
         full = sum(map(int, weight_flops)) + sum(map(int, activation_flops[:-1]))
         budget = math.floor(_decimal(self.fraction) * full)
         return plan_flops(importance, weight_flops, activation_flops, budget, self.resolution)
@@ -263,12 +273,14 @@ def resolved(
     whole number, together. Raises ``ValueError`` where that is more than they hold.
     """
     if isinstance(budget, ByPattern):
+        # Each against all of the model's weights: a pair is a fraction of the model too.
         each = [resolved(one, paths, shapes, leads) for one, paths in budget.pools(candidates)]
         return ByPattern(tuple((pattern, one) for (pattern, _), one in zip(budget.parts, each, strict=True)))
     if not isinstance(budget, Budget) or budget.of == "candidates" or budget.density is None:
         return budget
     paths = list(candidates)
     size = lambda these: sum(math.prod(shapes[p]) for p in these)
+    # All of the model's matrices, also those that are no candidates.
     counted = [p for p, s in shapes.items() if budget.of == "model" or len(s) - leads[p] == 2]
     wanted = max(_ROUND[budget.round](_decimal(budget.density) * size(counted)), 1)
     if paths and wanted > size(paths):
@@ -276,6 +288,7 @@ def resolved(
             f"density {budget.density} of all {size(counted)} parameters of the {budget.of} is {wanted}, and "
             f"{_named(dict.fromkeys(paths))} can give {size(paths)}; lower it"
         )
+    # An exact fraction: a float might come out one below.
     return dataclasses.replace(budget, of="candidates", density=Fraction(wanted, size(paths)) if paths else 1)
 
 
@@ -308,11 +321,13 @@ def choose(
         found: dict[str, Array] = {}
         for one, paths in budget.pools(scores):
             found |= choose({p: scores[p] for p in paths}, costs, leads, one, largest, shapes)
+        # In the order of the scores, which the pairs need not keep.
         return {p: found[p] for p in scores}
     if not scores:
         return {}
     if budget.of != "candidates":
         raise ValueError(f"{budget} needs all of the model's weights: take what `resolved` makes of it")
+    # Scores of whole layers or weights have fewer axes than leading ones.
     leads = {p: min(leads[p], x.ndim) for p, x in scores.items()}
     masks: dict[str, Array] = {}
     for paths, lead in budget.groups(leads):
@@ -329,6 +344,7 @@ def _matrix_shape(
 ) -> Sequence[int]:
     if shapes is not None and path in shapes:
         return shapes[path]
+    # Entries cost 1, and then scores are shaped like the weight.
     if costs[path] != 1:
         raise ValueError(f"a budget by rank needs the shape of {path}; give choose(shapes=)")
     return scores[path].shape
@@ -340,17 +356,20 @@ def _choose(
     """The masks of one group (for each index of the ``lead`` first axes)."""
     units = {p: tree.size(x) // max(1, math.prod(x.shape[:lead])) for p, x in scores.items()}
     what = f"each index of {_named(scores)}" if lead else _named(scores)
+    # By counting on the devices wherever costs do not matter.
     if budget.count is not None or len(set(costs.values())) == 1:
         k = budget.units(sum(units.values()), next(iter(costs.values())), what)
         return top_together(scores, k, lead, largest)
     allowed = budget.total(sum(units[p] * costs[p] for p in scores), min(costs.values()), what)
     if sum(map(tree.size, scores.values())) > _GREEDY:
         raise ValueError(f"{what}: too many units of different costs to go through; give a count, or one cost")
+    # Exact: float32 holds every bfloat16 and float16.
     here = {p: host(x).astype(np.float32) for p, x in scores.items()}
     for path, x in here.items():
         if np.isnan(x).any():
             raise ValueError(f"{np.isnan(x).sum()} scores of {path} are NaN; a score must be a number or an infinity")
     masks = {p: np.zeros(x.shape, bool) for p, x in here.items()}
+    # Of no leading axes there is one index, the empty one.
     for index in np.ndindex(next(iter(here.values())).shape[:lead]):
         parts = {p: x[index].reshape(-1) for p, x in here.items()}
         chosen = _greedy(parts, costs, allowed, largest, budget.unfit)
@@ -370,9 +389,11 @@ def _greedy(
     """Units in the order of their scores, while their costs add up to no more than what is allowed."""
     every = np.concatenate(list(scores.values()))
     cost = np.repeat([costs[p] for p in scores], [x.size for x in scores.values()])
+    # Stable: ties to earlier paths and positions, as `top` has them.
     order = np.argsort(-every if largest else every, kind="stable")
     mask = np.zeros(every.size, bool)
     if unfit == "stop":
+        # Costs are positive, so the sum stays above what is allowed once it is.
         mask[order] = np.cumsum(cost[order]) <= allowed
     else:
         cheapest = cost.min()
@@ -380,6 +401,7 @@ def _greedy(
             if cost[unit] <= allowed:
                 mask[unit] = True
                 allowed -= cost[unit]
+            # Nothing more can fit: most of a long list is never looked at.
             elif allowed < cheapest:
                 break
     ends = np.cumsum([x.size for x in scores.values()])[:-1]

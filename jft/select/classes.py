@@ -30,6 +30,7 @@ def kept_ranks(key: Array, classes: int, ratio: float = 0.5, most: int = 50, dec
     spread = np.ptp(density) if density.size else 0.0
     # One class beside the sure ones has no density to be scaled; there the code's 0 / 0 leaves it out.
     chance = (density - density.min()) / spread if spread else np.zeros_like(density)
+    # Uniforms are below 1, so ranks with chance 1 are always there.
     drawn = np.asarray(jax.random.uniform(key, (classes,))) < np.concatenate([np.ones(sure), chance])
     return np.asarray(drawn, bool)
 
@@ -47,16 +48,19 @@ def likely_classes(kept: np.ndarray, similarity: Array, labels: Array) -> tuple[
     """
     images, total = similarity.shape
     kept = np.asarray(kept, bool)
+    # `argmin` of bools is the first False: how many ranks are kept without a gap.
     sure = total if kept.all() else int(np.argmin(kept))
     if kept.shape != (total,) or min(images, total) > sure:
         raise ValueError(
             f"{images} images of {total} classes, of whose ranks the first {sure} are kept ({kept.shape[0]} in all); keep "
             f"{min(images, total)} surely (ratio, most), so that every label of a batch has its place"
         )
+    # Labels rank before all others, whatever the similarity says.
     own = jnp.zeros(total, bool).at[labels].set(True)
     best = jnp.where(own, jnp.inf, jnp.max(jnp.asarray(similarity, jnp.float32), axis=0))
     order = jnp.argsort(-best, stable=True)
     classes = jnp.sort(order[np.flatnonzero(kept)]).astype(jnp.int32)
+    # The classes ascend, so a search gives the new number of each label.
     return classes, jnp.searchsorted(classes, labels).astype(jnp.int32)
 
 
@@ -71,10 +75,12 @@ def with_classes(
     """
     choose: Any = None
     for batch in batches:
+        # At the first batch, which tells the number of classes. Compiled once: all batches have one shape.
         if choose is None:
             kept = kept_ranks(key, batch["similarity"].shape[1], ratio, most, decay)
             choose = jax.jit(lambda similarity, labels, kept=kept: likely_classes(kept, similarity, labels)[0])
         rest = {name: x for name, x in batch.items() if name != "similarity"}
         chosen = np.zeros(batch["similarity"].shape[1], bool)
         chosen[np.asarray(choose(batch["similarity"], batch["labels"]))] = True
+        # One row that all share: nothing is copied.
         yield rest | {"classes": np.broadcast_to(chosen, batch["similarity"].shape)}

@@ -35,6 +35,7 @@ def plan_flops(
         )
     if budget < 1 or resolution < 1 or min(weight + passing, default=0) < 0 or np.isnan(value).any():
         raise ValueError("a budget and a resolution are at least 1, costs at least 0, importances are no NaN")
+    # Rounded up, so that `resolution` steps cover the budget.
     step = max(1, -(-int(budget) // resolution))
     room = int(budget) // step
     best = np.zeros(room + 1)  # by what may be spent on weights, over the tensors so far
@@ -42,15 +43,20 @@ def plan_flops(
     last, spent, most = -1, 0, 0.0
     passed = 0
     for d, gain in enumerate(value):
+        # Tensor d as the last one: what is passed beyond it is not paid.
         free = int(budget) - passed - weight[d]
+        # Room is rounded down and costs up, so that the budget is never exceeded.
         if free >= 0 and gain + best[free // step] > most:
             last, spent, most = d, free // step, gain + best[free // step]
+        # After that question, or d would be taken twice.
         need = -(-weight[d] // step)
+        # The right-hand sides are new arrays: each tensor is taken at most once.
         if need <= room:
             taken[d, need:] = best[: room + 1 - need] + gain > best[need:]
             best[need:] = np.maximum(best[need:], best[: room + 1 - need] + gain)
         passed += passing[d]
     chosen = [last] if last >= 0 else []
+    # Back along the decisions, which hold the table as it was before each tensor.
     for i in range(last - 1, -1, -1):
         if taken[i, spent]:
             chosen.append(i)

@@ -36,6 +36,7 @@ from jft.delta.changed import COLUMNS, ROWS
 from jft.delta.selected import locate, mask_at
 
 Array = jax.Array
+# `POOLS` by name, so that a configuration can say it.
 How = Literal["sum", "mean", "max", "l2", "abs_mean", "mean_abs"]
 Axis = Literal["rows", "columns"]
 
@@ -62,6 +63,7 @@ class Granularity:
     @property
     def whole(self) -> bool:
         """Whether weights, or all of a layer, are in or out as a whole."""
+        # A layout says where parts lie inside a weight; what has none is selected whole.
         return self.layout is None
 
     def fitted(self, shape: tuple[int, ...], grid: tuple[int, ...] = (1, 1)) -> Granularity:
@@ -70,6 +72,7 @@ class Granularity:
 
     def _cut(self, shape: tuple[int, ...], lead: int) -> tuple[int | None, ...]:
         """For each axis of ``shape`` into how many units it is cut; None where one unit spans it."""
+        # A mistake of a new granularity, not of the weight it is asked about.
         raise TypeError(f"{type(self).__name__} does not say how it cuts a weight")
 
     def units(self, shape: Any, lead: int) -> tuple[int, ...]:
@@ -104,15 +107,18 @@ class Granularity:
         counts = self._cuts(score, lead)
         shape: list[int] = []
         inside: list[int] = []
+        # Each axis becomes units and what is inside one: a single reshape, which moves no value.
         for n, size in zip(counts, score.shape, strict=True):
             if n is None:
                 inside.append(len(shape))
                 shape.append(size)
             else:
                 shape.append(n)
+                # Units of one entry need no axis inside.
                 if n < size:
                     inside.append(len(shape))
                     shape.append(size // n)
+        # Sums of many bfloat16 scores would lose the small ones.
         return POOLS[how](score.astype(jnp.float32).reshape(shape), tuple(inside))
 
     def expand(self, mask: Array, shape: Any, lead: int) -> Array:
@@ -122,6 +128,7 @@ class Granularity:
         expected = tuple(n for n in counts if n is not None)
         if tuple(mask.shape) != expected:
             raise ValueError(f"a mask of {self} of a weight of shape {shape} has shape {expected}, not {mask.shape}")
+        # Two axes for each of the weight's: units, and entries of one, which broadcast.
         narrow, wide = [], []
         for n, size in zip(counts, shape, strict=True):
             narrow += [1, 1] if n is None else [n, 1]
@@ -145,6 +152,7 @@ class Granularity:
 
     def counts(self, at: Array, extent: int) -> Array:
         """How many of the slots of each cell are no padding, int32; ``extent``: that of a cell along the first coordinate."""
+        # Padding is past the end in its first coordinate.
         return jnp.sum(self._first(at) < extent, axis=-1, dtype=jnp.int32)
 
     def _first(self, at: Array) -> Array:
@@ -155,9 +163,11 @@ class Granularity:
 
     def padding(self, at: Array, shape: Any) -> float:
         """The fraction of slots that are padding, in ``[0, 1]``: what cells and layers that select fewer cost."""
+        # Only the shape is needed: an `at` may be spread over processes.
         slots = jax.eval_shape(self._first, at).shape
         if not math.prod(slots):
             return 0.0
+        # int64 on the host: all layers together may have more than 2**31 slots.
         used = np.asarray(jax.device_get(self.counts(at, self._extent(at, shape_of(shape)))), np.int64).sum()
         return 1.0 - float(used) / math.prod(slots)
 
@@ -187,6 +197,7 @@ class Entry(Granularity):
         return EntryLayout()
 
     def _cut(self, shape: tuple[int, ...], lead: int) -> tuple[int | None, ...]:
+        # A third axis would be neither rows nor columns, and cells would cut it.
         if len(shape) > lead + 2:
             raise ValueError(f"shape {shape} with {lead} leading axes is neither of matrices nor of vectors")
         return shape
@@ -247,6 +258,7 @@ class Block(Granularity):
         return locate(mask, _grid(grid, 2), capacity)
 
     def mask_of(self, at: Array, shape: Any, lead: int) -> Array:
+        # Coordinates count blocks.
         return mask_at(at, self.units(shape, lead)[lead:], lead)
 
     def _extent(self, at: Array, shape: tuple[int, ...]) -> int:
@@ -255,6 +267,7 @@ class Block(Granularity):
 
 def _divisor(n: int, limit: int) -> int:
     """The largest divisor of ``n`` that is not above ``limit``."""
+    # 1 divides everything, so there is one.
     return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
 
 
@@ -285,10 +298,12 @@ class _Slice(Granularity):
     def locate(self, mask: Array, lead: int, grid: tuple[int, ...] = (1, 1), capacity: int | None = None) -> Array:
         size = self._size()
         g = _grid(grid, 2)[0 if self._axis() == "rows" else 1]
+        # One coordinate, so its axis goes: layouts of slices have `at[*lead, g, r]`.
         return locate(spread(mask, size), (g,), capacity)[..., 0]
 
     def mask_of(self, at: Array, shape: Any, lead: int) -> Array:
         mask = mask_at(at[..., None], (self._of(shape_of(shape)),), lead)
+        # A head counts as selected if a capacity kept only some of its rows.
         return jnp.any(mask.reshape(*mask.shape[:-1], -1, self._size()), axis=-1)
 
     def _extent(self, at: Array, shape: tuple[int, ...]) -> int:
@@ -363,6 +378,7 @@ class Head(_Slice):
         return *shape[:-2], *((n, None) if self.axis == "rows" else (None, n))
 
     def mask_of(self, at: Array, shape: Any, lead: int) -> Array:
+        # On the fitted head, since only that knows its size.
         return super(Head, self.fitted(shape_of(shape))).mask_of(at, shape, lead)
 
 
@@ -390,9 +406,11 @@ class Expert(Granularity):
         return ExpertLayout()
 
     def locate(self, mask: Array, lead: int, grid: tuple[int, ...] = (1, 1), capacity: int | None = None) -> Array:
+        # Experts are not cut into cells: one cell, and one coordinate.
         return locate(mask, (1,), capacity)[..., 0, :, 0]
 
     def mask_of(self, at: Array, shape: Any, lead: int) -> Array:
+        # The axes that `locate` took away.
         return mask_at(at[..., None, :, None], (shape_of(shape)[-3],), lead - 1)
 
     def _extent(self, at: Array, shape: tuple[int, ...]) -> int:
@@ -404,6 +422,7 @@ class Layer(Granularity):
     """All of a weight that belongs to one layer: one unit for each index of the first axis of a stack."""
 
     def _cut(self, shape: tuple[int, ...], lead: int) -> tuple[int | None, ...]:
+        # Layers are the first axis; experts of a layer go together.
         stacked = min(lead, 1)
         return *shape[:stacked], *(None,) * (len(shape) - stacked)
 

@@ -29,6 +29,7 @@ def _outputs(calibration: Calibration) -> Groups:
     found = []
     for path, w in calibration.params.items():
         if path.endswith(("attn/o/w", "cross/o/w")):
+            # CLIP has two towers with heads of their own.
             tower = getattr(config, path.split("/")[0], None)
             found.append((path.removesuffix("/w"), w.shape[0], getattr(tower, "heads", None) or config.heads))
     if not found:
@@ -44,8 +45,10 @@ def _mlps(calibration: Calibration) -> Groups:
 
 def _weights(objective: Any, batch: Any) -> Array:
     """Weight of each row's loss, ``[B]``."""
+    # Scalars of a batch belong to all rows.
     axes = jax.tree.map(lambda x: 0 if x.ndim else None, batch)
     ranks = jax.tree.map(lambda x: x.ndim, batch)
+    # Objectives weigh batches, so a row is one of size 1.
     one = lambda row: objective.weight(jax.tree.map(lambda x, n: x[None] if n else x, row, ranks))
     return jax.vmap(one, in_axes=(axes,))(batch)
 
@@ -63,6 +66,7 @@ class _Gates:
         counts = weights > 0
 
         def product(name: str, x: Array, w: Any, gates: Any) -> tuple[Array, Any]:
+            # State comes by the product's name; others have none.
             if gates is None:
                 return dot(x, w), None
             heads = x.reshape(*x.shape[:2], gates.shape[1], -1) * gates[:, None, :, None].astype(x.dtype)
@@ -70,10 +74,12 @@ class _Gates:
 
         def loss(gates: Any) -> Array:
             outputs, _ = self.model.apply(params, batch, Hooks(product=product, state=gates))
+            # The sum of losses: rows do not share a divisor, so gradients of gates stay by row.
             return self.objective.loss(outputs, batch)[0]
 
         # A gate for each row: one backward pass gives every example's own gradient, since examples do not mix.
         ones = {name: jnp.ones((layers, len(weights), heads), jnp.float32) for name, layers, heads in self.groups}
+        # Each row's own mean; the inner `where` keeps 1 / 0 out.
         scale = jnp.where(counts, 1 / jnp.where(counts, weights, 1.0), 0.0)
         found = {name: jnp.einsum("lbh,b->lh", jnp.abs(g), scale) for name, g in jax.grad(loss)(ones).items()}
         return found, jnp.sum(counts)
@@ -102,6 +108,7 @@ def answers(objective: Any, outputs: Array, batch: Any) -> tuple[Array, Array]:
         right, weights = given["labels"], _weights(objective, batch)
     else:
         tokens = given["decoder_tokens"] if "decoder_tokens" in given else given["tokens"]
+        # The last position has no target, and its weight is 0.
         right, weights = jnp.roll(tokens, -1, axis=1), objective.weights(batch)
     logits = jnp.take_along_axis(outputs.astype(jnp.float32), right[..., None], axis=-1)[..., 0]
     return jnp.sum(weights * logits), jnp.sum(weights)
@@ -129,11 +136,13 @@ class _Patches:
         def read(name: str, x: Array, w: Any, state: Any) -> tuple[Array, Any]:
             return dot(x, w), x if name in names else None
 
+        # One clean pass for all patches of a batch.
         outputs, clean = self.model.apply(params, batch, Hooks(product=read))
         if self.counterfactual is None:
             other = jax.tree.map(jnp.zeros_like, clean)
         else:
             other = self.model.apply(params, self.counterfactual(batch), Hooks(product=read))[1]
+        # Never MLPs: they are what carries a patch onward.
         held = {name for name, _, _ in self.heads} if self.freeze else set()
 
         def product(name: str, x: Array, w: Any, state: Any) -> tuple[Array, Any]:
@@ -154,9 +163,11 @@ class _Patches:
         found = {}
         for name, shape in shapes.items():
             size = shape[0] * shape[1]
+            # Bound by default arguments: the loop goes on before they are looked up.
             one = lambda i, name=name, shape=shape, size=size: patched(
                 none | {name: (jnp.arange(size) == i).reshape(shape)}
             )
+            # One patch after the other: the memory of one forward pass.
             found[name] = jax.lax.map(one, jnp.arange(size)).reshape(shape)
         total, weight = answers(self.objective, outputs, batch)
         return found, total, weight

@@ -67,6 +67,7 @@ class Listed(Choice):
 
     @classmethod
     def of(cls, table: Table) -> Listed:
+        # Plain ints in tuples: a choice is hashed and written to JSON.
         return cls(tuple((p, None if layers is None else tuple(map(int, layers))) for p, layers in table.items()))
 
     def __call__(self, given: Any) -> Table:
@@ -82,6 +83,7 @@ def choice(layers: Any) -> Choice | Depth | None:
         return layers
     if isinstance(layers, Mapping):
         return Listed.of(layers)
+    # A string is iterable too, and would become its letters.
     if isinstance(layers, Iterable) and not isinstance(layers, str):
         found = tuple(layers)
         if all(isinstance(i, int | np.integer) for i in found):
@@ -101,6 +103,7 @@ class Last(Depth):
 
     def of(self, length: int) -> tuple[int, ...]:
         """Their indices among ``length`` layers."""
+        # One of the two is zero by default.
         wanted = max(self.count, -(-length * self.share[0] // self.share[1]))
         return tuple(range(max(0, length - wanted), length))
 
@@ -125,8 +128,10 @@ class Spaced(Depth):
 
     def of(self, length: int) -> tuple[int, ...]:
         """Their indices among ``length`` layers."""
+        # Half up, where Python's `round` takes halves to the even number.
         k = max(1, math.floor(self.fraction * length + 0.5))
         if self.ends and k > 1:
+            # Rounded in integers: floats may put a half on either side.
             return tuple((2 * i * (length - 1) + k - 1) // (2 * (k - 1)) for i in range(k))
         return tuple(i * length // k for i in range(k))
 
@@ -147,6 +152,7 @@ class Between(Depth):
 
     def of(self, length: int) -> tuple[int, ...]:
         """Their indices among ``length`` layers; at least one."""
+        # A short stack may have no layer in the range; then the nearest below.
         first = min(math.floor(self.low * length), length - 1)
         return tuple(range(first, max(first + 1, math.floor(self.high * length))))
 
@@ -217,6 +223,7 @@ class Scored(Choice):
             return self._layers(calibration, scores)
         leads = {p: calibration.lead(p) for p in scores}
         for path, lead in leads.items():
+            # A table names layers, and has no index for experts.
             if lead > 1 and not isinstance(self.granularity, Name):
                 raise ValueError(
                     f"{path} stacks experts, which are selected by granularity=Expert(), not {self.granularity}"
@@ -224,11 +231,13 @@ class Scored(Choice):
         shapes = {p: tuple(calibration.params[p].shape) for p in scores}
         units = {p: self._pooled(scores[p], shapes[p], leads[p]) for p in scores}
         costs = {p: math.prod(shapes[p]) // max(1, tree.size(x)) for p, x in units.items()}
+        # No leading axes: layers compete with each other here.
         masks = budgets.choose(units, costs, dict.fromkeys(units, 0), self.budget, self.largest, shapes)
         found = {p: host(mask) for p, mask in masks.items()}
         return {p: tuple(np.flatnonzero(m).tolist()) if m.ndim else None for p, m in found.items() if m.any()}
 
     def _pooled(self, score: Array, shape: tuple[int, ...], lead: int) -> Array:
+        # A score of units needs no pooling.
         if tuple(score.shape) == self.granularity.units(shape, lead):
             return score
         return self.granularity.pool(score, lead, self.pool)
@@ -241,6 +250,7 @@ class Scored(Choice):
         for path in calibration.paths:
             stack = tree.stack_of(path)
             if stack in sizes:
+                # The cost of a layer is that of its candidates.
                 sizes[stack] += tree.size(calibration.params[path]) // lengths[stack]
         masks = budgets.choose(units, sizes, dict.fromkeys(units, 0), self.budget, self.largest)
         return table_of(calibration, {s: np.flatnonzero(host(mask)) for s, mask in masks.items()})
@@ -267,8 +277,10 @@ def _pool(parts: list[Array], pool: How) -> Array:
     """Weight by weight, so that no copy of all of them is made."""
     if pool == "max":
         return jnp.max(jnp.stack([jnp.max(x, axis=1) for x in parts]), axis=0)
+    # Sums come together over weights; the root, the mean and the size are taken of the total.
     each = {"l2": jnp.square, "abs_mean": jnp.abs}.get(pool, lambda x: x)
     total = functools.reduce(jnp.add, (jnp.sum(each(x), axis=1) for x in parts))
+    # The mean over all entries of the layer, not of the means of its weights.
     if pool in ("mean", "abs_mean", "mean_abs"):
         mean = total / sum(x.shape[1] for x in parts)
         return jnp.abs(mean) if pool == "mean_abs" else mean

@@ -29,9 +29,11 @@ def low_rank(w: Array, rank: int, oversample: int | None, iterations: int, key: 
         raise ValueError(f"rank is {rank}; it must be at least 1")
     if (oversample or 0) < 0 or iterations < 0:
         raise ValueError(f"oversample is {oversample} and iterations {iterations}; neither may be negative")
+    # Nothing to cut off, and a subspace as large as the matrix.
     if rank >= min(w.shape[-2:]):
         return w.astype(jnp.float32)
     size = rank + (max(rank, min(w.shape[-2:]) // 16) if oversample is None else oversample)
+    # The result is like w in shape, so it can lie as w does.
     return _compiled(rank, None if exact else size, iterations, getattr(w, "sharding", None))(w, key)
 
 
@@ -51,17 +53,22 @@ def _low_rank(w: Array, key: Array, rank: int, size: int | None, iterations: int
 
 def _matrix(w: Array, key: Array, rank: int, size: int | None, iterations: int) -> Array:
     """``[..., I, O]``, leading axes batched; size: of the random subspace, None for the exact one."""
+    # Accelerators would otherwise multiply in fewer bits, and the directions would not be orthogonal.
     with jax.default_matmul_precision("float32"):
         w = w.astype(jnp.float32)
         across = jnp.swapaxes(w, -1, -2)
         if size is None:
+            # The smaller Gram matrix: eigenvectors cost the cube of its side.
             flat = w.shape[-2] <= w.shape[-1]
+            # Eigenvalues come in ascending order.
             leading = jnp.linalg.eigh(w @ across if flat else across @ w)[1][..., -rank:]
             back = jnp.swapaxes(leading, -1, -2)
+            # From the outside in: rank is the small extent.
             return leading @ (back @ w) if flat else (w @ leading) @ back
         size = min(size, *w.shape[-2:])
         y = w @ jax.random.normal(key, (*w.shape[:-2], w.shape[-1], size), jnp.float32)
         for _ in range(iterations):
+            # Orthonormal at each half: powers alone would round all directions to the first.
             y = w @ _orthonormal(across @ _orthonormal(y))
         q = _orthonormal(y)
         inside = jnp.swapaxes(q, -1, -2) @ w

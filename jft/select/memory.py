@@ -16,6 +16,7 @@ from jft.models.core import Hooks, inputs
 from jft.models.memory import lookup
 
 Array = jax.Array
+# The one product whose outputs decide which slots are read.
 QUERIES = "memory/layers/mlp/q"
 
 
@@ -53,6 +54,7 @@ def accesses(model: Any, params: Any, batch: Any) -> Array:
 
     _, reads = model.apply(params, batch, Hooks(product=product))
     keys = params["memory"]["layers"]["mlp"]["keys"]
+    # The lookup of the model itself, once more: hooks see products, not what they select.
     slots, _ = jax.vmap(lambda q, k: lookup(q, k, memory))(reads[QUERIES], keys)
     real = jnp.broadcast_to(inputs(batch).segments > 0, slots.shape[1:3])
     once = jnp.broadcast_to(real[None, :, :, None, None], slots.shape).astype(jnp.int32)
@@ -68,6 +70,7 @@ def slot_counts(model: Any, params: Any, batches: Iterable[Any]) -> Accesses:
     """The :class:`Accesses` of ``batches``, exact in 64 bits. Raises ValueError where there are none."""
     total = None
     for batch in batches:
+        # int32 is enough for a batch, the sum of many is on the host.
         counts = np.asarray(_accesses(model, params, batch)).astype(np.int64)
         here = Accesses(counts, (counts > 0).astype(np.int64), 1)
         total = here if total is None else total + here
@@ -86,6 +89,7 @@ def tf_idf(counts: Any, batches: Any, size: Any) -> Any:
     xp: Any = jnp if isinstance(counts, jax.Array) or isinstance(batches, jax.Array) else np
     real = np.float64 if xp is np else jnp.float32
     counts, batches, size = (xp.asarray(x).astype(real) for x in (counts, batches, size))
+    # The ones are as in the paper: a slot that no batch read divides by 1.
     return counts / xp.maximum(xp.sum(counts), 1) * xp.log((size + 1) / (batches + 1))
 
 
@@ -99,5 +103,6 @@ def top_rows(scores: Any, count: int) -> Any:
         raise ValueError(f"{count} rows of a table of {size}; choose 1 to {size}")
     xp: Any = jnp if isinstance(scores, jax.Array) else np
     if xp is jnp:
+        # `top_k` takes the lower index of equals, as the stable sort below does.
         return jnp.sort(jax.lax.top_k(scores, count)[1]).astype(jnp.int32)
     return np.sort(np.argsort(-scores, kind="stable")[:count]).astype(np.int32)

@@ -32,6 +32,7 @@ class Score(Protocol):
     def __call__(self, calibration: Calibration) -> Scores: ...
 
 
+# By function and constants: weights of one shape share a program, and so do calls.
 @program_cache(maxsize=64)
 def _compiled(function: Callable, *static: Any) -> Callable:
     return jax.jit(functools.partial(function, *static))
@@ -39,6 +40,7 @@ def _compiled(function: Callable, *static: Any) -> Callable:
 
 def _each(function: Callable, *values: Mapping[str, Array]) -> Scores:
     """``{path: function(value, ...)}`` in float32, each leaf one compiled program, laid as the first value is."""
+    # Named functions and cached makers alone: a lambda made here would be compiled at each call.
     run = _compiled(_float32, function)
     return {p: run(*(v[p] for v in values)) for p in values[0]}
 
@@ -93,6 +95,7 @@ class Accumulated:
 
 @program_cache
 def _scaled(factor: float) -> Callable[[Array], Array]:
+    # Cached by its factor, so that equal scores have one function and one program.
     return lambda g: factor * jnp.abs(g)
 
 
@@ -180,6 +183,7 @@ class LowRank:
                 )
             key = tree.key_for(calibration.key, f"low rank of {path}")
             approximation = low_rank(w, self.rank, self.oversample, self.iterations, key, self.exact)
+            # Already compiled, and laid as the weight is.
             out[path] = _compiled(_float32, _distance)(w, approximation) if self.residual else abs(approximation)
         return out
 
@@ -188,6 +192,7 @@ def _sm3(carry: Mapping[str, Any], gradient: Mapping[str, Array]) -> dict[str, A
     """Row and column maxima of ``nu = min(row, column) + g^2`` for each matrix."""
     out = {}
     for path, (rows, columns) in carry.items():
+        # Full size only inside the step: two vectors are kept.
         nu = jnp.minimum(rows[..., :, None], columns[..., None, :]) + jnp.square(gradient[path])
         out[path] = (jnp.max(nu, axis=-1), jnp.max(nu, axis=-2))
     return out
@@ -231,12 +236,14 @@ class Wanda:
     batches: int = 1
 
     def __call__(self, calibration: Calibration) -> Scores:
+        # Hooks know products, not the weights in them.
         names = {path: path.removesuffix("/w") for path in calibration.paths}
         squares = squared_inputs(calibration, names.values(), self.batches)
         return {p: _compiled(_float32, _by_input)(w, squares[names[p]]) for p, w in _candidates(calibration).items()}
 
 
 def _by_input(w: Array, squares: Array) -> Array:
+    # Rows are inputs.
     return jnp.abs(w) * jnp.sqrt(squares)[..., None]
 
 
@@ -250,9 +257,11 @@ class Random:
     draw: int = 0
 
     def __call__(self, calibration: Calibration) -> Scores:
+        # Apart from other draws of the same run.
         key = jax.random.fold_in(tree.key_for(calibration.key, "random scores"), self.draw)
         out = {}
         for path, w in _candidates(calibration).items():
+            # Drawn where the weight lies: each device makes its shard alone.
             run = jax.jit(_uniform, static_argnums=1, out_shardings=getattr(w, "sharding", None))
             out[path] = run(tree.key_for(key, path), w.shape)
         return out
@@ -323,6 +332,7 @@ def _read(place: str | os.PathLike, calibration: Calibration) -> Any:
     from jft.models import load
 
     base = list(_candidates(calibration).values())
+    # Weights on one device have no mesh.
     mesh = getattr(getattr(base[0], "sharding", None), "mesh", None)
     return load(str(place), mesh=mesh, dtype=jnp.result_type(*base))[1]
 
@@ -345,6 +355,7 @@ class Sum:
     weights: tuple[float, ...] = ()
 
     def __call__(self, calibration: Calibration) -> Scores:
+        # Left empty in the value, so that Sum(scores) is equal to itself with defaults.
         weights = self.weights or (1.0,) * len(self.scores)
         return _each(_weighted(weights), *(score(calibration) for score in self.scores))
 
@@ -396,5 +407,6 @@ def _normalised(lead: int, squash: bool, x: Array) -> Array:
     axes = tuple(range(lead, x.ndim))
     centred = x - jnp.mean(x, axis=axes, keepdims=True)
     deviation = jnp.sqrt(jnp.mean(jnp.square(centred), axis=axes, keepdims=True))
+    # The inner `where` keeps 0 / 0 out, also of what is not selected.
     z = jnp.where(deviation > 0, centred / jnp.where(deviation > 0, deviation, 1.0), 0.0)
     return jax.nn.sigmoid(z) if squash else z

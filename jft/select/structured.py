@@ -28,6 +28,7 @@ SIDES = (
 def attention(calibration: Calibration, path: str) -> tuple[int, int]:
     """Query heads, and heads of keys and values, of the attention that the weight at ``path`` belongs to."""
     config = getattr(getattr(calibration.model, "config", None), "backbone", getattr(calibration.model, "config", None))
+    # CLIP has two towers with heads of their own.
     tower = getattr(config, path.split("/")[0], None)
     config = tower if hasattr(tower, "heads") else config
     found = getattr(config, "heads", None)
@@ -38,6 +39,7 @@ def attention(calibration: Calibration, path: str) -> tuple[int, int]:
 
 def floor_count(ratio: float, of: int) -> int:
     """``floor(ratio of)``, at least one."""
+    # 0.3 * 10 is a little below 3 in binary.
     return min(of, max(1, math.floor(ratio * of + 1e-9)))
 
 

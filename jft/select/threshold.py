@@ -29,6 +29,7 @@ Array = jax.Array
 
 _DIGIT = 2  # bits of a pattern, or of a coordinate, that one pass finds
 _KEPT = 1024  # leading indices counted apart: what lets a CPU count with several threads
+# Axes beyond this are searched in unrolled code (see `_last_place`).
 _LONG = 1 << 20
 _AT_ONCE = (1 << 32) - 1  # entries that a uint32 can count
 _ZERO = np.uint32(1 << 31)  # the key of 0.0 and of -0.0
@@ -65,6 +66,7 @@ def top_together(scores: Mapping[str, Array], k: int | Array, lead: int, largest
         raise ValueError(f"scores do not have the same {lead} leading axes: {shapes}")
     shape = next(iter(leading), ())
     entries = sum(tree.size(x) // max(1, math.prod(x.shape[:lead])) for x in arrays.values())
+    # A traced k is at most 32 bits; what it holds cannot be checked.
     if isinstance(k, jax.core.Tracer):
         wanted = Wide(jnp.zeros(shape, jnp.uint32), jnp.broadcast_to(k.astype(jnp.uint32), shape))
     else:
@@ -95,14 +97,17 @@ def threshold(scores: Mapping[str, Array], k: int, largest: bool = True) -> tupl
 def _checked(scores: Mapping[str, Array]) -> dict[str, Array]:
     arrays = {path: jnp.asarray(x) for path, x in scores.items()}
     for path, x in arrays.items():
+        # Keys have 32 bits.
         if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 4:
             raise ValueError(f"scores of {path} are {x.dtype}; give float32, bfloat16 or float16")
+        # Coordinates are uint32, and XLA's own indices int32.
         if any(n >= 2**31 for n in x.shape):
             raise ValueError(f"scores of {path} have shape {x.shape}; an axis of 2**31 or more must be split in two")
     return arrays
 
 
 def _check_k(k: int, entries: int, what: str, least: int = 0) -> None:
+    # A bool is an int in Python.
     if isinstance(k, bool) or not isinstance(k, int | np.integer):
         raise ValueError(f"k is {k!r}; give an integer")
     if not least <= k <= entries:
@@ -114,6 +119,7 @@ def _traced(arrays: Mapping[str, Array]) -> bool:
 
 
 def _refuse_nan(arrays: Mapping[str, Array], invalid: Sequence[Wide]) -> None:
+    # One transfer for all arrays.
     for path, count in zip(arrays, jax.device_get(invalid), strict=True):
         if uint64.number(count):
             raise ValueError(
@@ -129,11 +135,13 @@ def _select(arrays: dict[str, Array], k: Wide, lead: int, largest: bool) -> dict
     traced = _traced(arrays) or isinstance(k.lo, jax.core.Tracer)
     if not traced:
         _refuse_nan(arrays, invalid)
+    # A program for each array rather than one for all: arrays of one shape share it.
     masks = {p: _mask(x, key, share, lead, largest) for (p, x), share in zip(arrays.items(), shares, strict=True)}
     return masks if traced else {p: _placed(m, arrays[p]) for p, m in masks.items()}
 
 
 def _placed(mask: Array, like: Array) -> Array:
+    # XLA may have laid the mask otherwise; most often it has not.
     same = mask.sharding.is_equivalent_to(like.sharding, mask.ndim)
     return mask if same else jax.device_put(mask, like.sharding)
 
@@ -148,8 +156,10 @@ def _count(tests: Sequence[Array], keep: Sequence[int]) -> list[Wide]:
     last: list[int] = []  # axes counted in uint32 at once, and those whose counts are then added in two limbs
     entries = 1
     kept = math.prod([shape[a] for a in keep])
+    # From the last axis on, so that what is summed first is contiguous.
     for axis in reversed([a for a in range(len(shape)) if a not in keep]):
         rest = math.prod([shape[a] for a in range(axis) if a not in keep])
+        # Beyond it uint32 would wrap; the other axes are added in two limbs.
         fits = entries * shape[axis] <= _AT_ONCE
         small = kept * rest * shape[axis] <= _KEPT and entries > 1
         if fits and not last and not small:
@@ -174,9 +184,11 @@ def _key(x: Array, largest: bool) -> Array:
         bits = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16
     else:
         bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    # Sign and size: -0.0 gets the key of 0.0.
     size = bits & jnp.uint32(0x7FFFFFFF)
     better = (bits >> 31 == 0) == largest
     key = jnp.where(better, _ZERO + size, _ZERO - size)
+    # Past the pattern of infinity is NaN.
     return jnp.where(size > jnp.uint32(0x7F800000), jnp.uint32(0), key)
 
 
@@ -207,6 +219,7 @@ def _refine(xs: tuple[Array, ...], k: Wide, lead: int, largest: bool, exact: boo
 
     Also how many scores of each array are NaN.
     """
+    # The lower 16 bits of a bfloat16's key are zeros, up to the sign of zero's side.
     narrow = all(x.dtype == jnp.bfloat16 for x in xs)
     passes = (16 if narrow else 32) // _DIGIT
     shape = xs[0].shape[:lead]
@@ -224,6 +237,7 @@ def _refine(xs: tuple[Array, ...], k: Wide, lead: int, largest: bool, exact: boo
         # Without the barrier XLA computes the keys once, outside the loop, and keeps them: as much memory as the scores.
         inside, key = jax.lax.optimization_barrier((xs, found.key))
         shift = (32 - _DIGIT - _DIGIT * i).astype(jnp.uint32)
+        # Keys that the digit could make; 0 is the one it has.
         tried = [key + (jnp.uint32(d) << shift) for d in range(1, 1 << _DIGIT)]
         counts = []
         for x in inside:
@@ -231,9 +245,11 @@ def _refine(xs: tuple[Array, ...], k: Wide, lead: int, largest: bool, exact: boo
             tests = [keys >= _beside(t, x.shape) for t in tried] + [keys > 0]
             counts.append(_count(tests, range(lead)))
         reached = [uint64.reaches(uint64.total([c[d] for c in counts]), k) for d in range(len(tried))]
+        # Keys ascend, so how many are reached is the digit.
         digit = functools.reduce(jnp.add, [r.astype(jnp.uint32) for r in reached])
         above, least = [], []
         for c, a, b in zip(counts, found.above, found.least, strict=True):
+            # The highest key that is reached overwrites those below; above is the lowest that is not.
             for d, r in enumerate(reached):
                 b = uint64.where(r, c[d], b)
             for d, r in reversed(list(enumerate(reached))):
@@ -251,6 +267,7 @@ def _refine(xs: tuple[Array, ...], k: Wide, lead: int, largest: bool, exact: boo
 def _threshold(xs: tuple[Array, ...], k: Wide, largest: bool) -> tuple[Array, Wide, Wide, list[Wide]]:
     found, invalid = _refine(xs, k, 0, largest, exact=True)
     above = uint64.total(found.above)
+    # Exactly at the k-th: what is in the bracket equals it.
     return found.key, above, uint64.subtract(uint64.total(found.least), above), invalid
 
 
@@ -268,6 +285,7 @@ def _last_place(ties: Callable[[Array], Array], wanted: Wide, shape: tuple[int, 
         for earlier, place in enumerate(places, start=lead):
             here &= _index(shape, earlier) == _beside(place, shape)
 
+        # Bound by default arguments: it is traced in a loop that goes on.
         def before(ends: Sequence[Array], here: Array = here, axis: int = axis) -> list[Wide]:
             found = ties(ends[0]) & here
             return _count([found & (_index(shape, axis) < _beside(end, shape)) for end in ends], range(lead))
@@ -293,10 +311,12 @@ def _reach(
     digits = -(-max(1, (extent - 1).bit_length()) // _DIGIT)
 
     def step(i: Array, state: tuple[Array, Wide]) -> tuple[Array, Wide]:
+        # As in `_refine`: the comparison must not move out of the loop.
         place, held = jax.lax.optimization_barrier(state)
         shift = jnp.asarray(_DIGIT * (digits - 1 - i), jnp.uint32)
         ends = [place + (jnp.uint32(d) << shift) for d in range(1, 1 << _DIGIT)]
         for end, total in zip(ends, before(ends), strict=True):
+            # Ends ascend: the last that is short stands.
             short = ~uint64.reaches(total, wanted)
             place, held = jnp.where(short, end, place), uint64.where(short, total, held)
         return place, held
@@ -309,6 +329,7 @@ def _reach(
 def _up_to(places: Sequence[Array], shape: tuple[int, ...], lead: int) -> Array:
     """True at the entries that come no later, in row-major order, than the one at ``places``."""
     within: Array = jnp.ones((1,) * len(shape), bool)
+    # From the last axis on: each one before it decides first.
     for axis in reversed(range(lead, len(shape))):
         index, place = _index(shape, axis), _beside(places[axis - lead], shape)
         within = (index < place) | ((index == place) & within)
@@ -326,8 +347,10 @@ class _Share(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("lead", "largest"))
 def _shares(xs: tuple[Array, ...], k: Wide, lead: int, largest: bool) -> tuple[Array, list[_Share], list[Wide]]:
     """The key of the k-th, what each array has of the scores equal to it, and how many of its scores are NaN."""
+    # A scalar for each leading index still needs an axis to count along.
     xs = tuple(x.reshape(*x.shape, 1) if x.ndim == lead else x for x in xs)
     found, invalid = _refine(xs, k, lead, largest, exact=False)
+    # Ties go to the arrays in their order.
     left = uint64.subtract(k, uint64.total(found.above))
     shares = []
     for above, least in zip(found.above, found.least, strict=True):
@@ -350,8 +373,10 @@ def _mask(x: Array, key: Array, share: _Share, lead: int, largest: bool) -> Arra
         return _key(inside, largest) == _beside(value, x.shape)
 
     one = jnp.ones_like(share.taken.lo)
+    # Where none is looked for, the first: the search must find something.
     wanted = uint64.where(share.some, share.taken, Wide(jnp.zeros_like(one), one))
     nowhere = [jnp.zeros(key.shape, jnp.uint32)] * (x.ndim - lead)
+    # Ties that are cut are rare; without them the passes over the scores are saved.
     places = jax.lax.cond(jnp.any(share.some), lambda: _last_place(ties, wanted, x.shape, lead), lambda: nowhere)
     keys = _key(x, largest)
     first = _beside(share.some, x.shape) & _up_to(places, x.shape, lead)
