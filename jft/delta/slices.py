@@ -87,7 +87,7 @@ class Slicing(Sparse):
     def _place(self, indices: Array) -> Array:
         """Where each of ``indices`` stands among this one's; their number where it does not."""
         count = self.indices.shape[0]
-        # A table rather than a search, since the indices come in any order; it is as long as one axis.
+        # A table rather than a search, since the indices come in any order; it is as long as there are slices.
         table = jnp.full(self.extent, count, jnp.int32)
         return table.at[self.indices].set(jnp.arange(count, dtype=jnp.int32), unique_indices=True)[indices]
 
@@ -192,7 +192,7 @@ def matched(x: Any, y: Any) -> Array | None:
 
 
 def _alike(x: Any, y: Any) -> bool:
-    # Shape and axis.
+    # Slices have an axis besides the shape, Rows have none.
     return all(getattr(x, field) == getattr(y, field) for field in x._static)
 
 

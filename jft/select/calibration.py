@@ -10,7 +10,6 @@ import jax
 Array = jax.Array
 Weights = dict[str, Array]
 Per = Literal["batch", "example", "sampled"]
-# None for all layers of a weight, or for one that is not stacked.
 Table = Mapping[str, Sequence[int] | None]
 
 

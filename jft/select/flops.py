@@ -56,7 +56,7 @@ def plan_flops(
             best[need:] = np.maximum(best[need:], best[: room + 1 - need] + gain)
         passed += passing[d]
     chosen = [last] if last >= 0 else []
-    # Back along the decisions, which hold the table as it was before each tensor.
+    # Each decision was made over the tensors up to its own, so the way back repeats it exactly.
     for i in range(last - 1, -1, -1):
         if taken[i, spent]:
             chosen.append(i)

@@ -36,7 +36,6 @@ from jft.delta.changed import COLUMNS, ROWS
 from jft.delta.selected import locate, mask_at
 
 Array = jax.Array
-# `POOLS` by name, so that a configuration can say it.
 How = Literal["sum", "mean", "max", "l2", "abs_mean", "mean_abs"]
 Axis = Literal["rows", "columns"]
 

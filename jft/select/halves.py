@@ -55,6 +55,6 @@ def _draw(key: jax.Array, length: int, count: int) -> np.ndarray:
     # Twice `argsort` is the rank; on the host, where ties and sorts are the same for all backends.
     rank = np.argsort(np.argsort(np.asarray(jax.random.uniform(each, (length, count))), axis=1), axis=1)
     order = np.argsort(np.argsort(np.asarray(jax.random.uniform(layers, (length,)))))
-    # An odd one more in exactly half of the layers, not in each by a coin.
+    # The odd one is added in half of the layers exactly, not by a coin in each.
     wanted = count // 2 + (count % 2) * (order < length / 2)
     return rank < wanted[:, None]

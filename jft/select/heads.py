@@ -163,7 +163,7 @@ class _Patches:
         found = {}
         for name, shape in shapes.items():
             size = shape[0] * shape[1]
-            # Bound by default arguments: the loop goes on before they are looked up.
+            # Bound as default arguments: a closure would see the loop's variables as they change.
             one = lambda i, name=name, shape=shape, size=size: patched(
                 none | {name: (jnp.arange(size) == i).reshape(shape)}
             )

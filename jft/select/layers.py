@@ -103,7 +103,7 @@ class Last(Depth):
 
     def of(self, length: int) -> tuple[int, ...]:
         """Their indices among ``length`` layers."""
-        # One of the two is zero by default.
+        # The one that is not given is 0.
         wanted = max(self.count, -(-length * self.share[0] // self.share[1]))
         return tuple(range(max(0, length - wanted), length))
 

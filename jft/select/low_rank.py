@@ -68,7 +68,7 @@ def _matrix(w: Array, key: Array, rank: int, size: int | None, iterations: int) 
         size = min(size, *w.shape[-2:])
         y = w @ jax.random.normal(key, (*w.shape[:-2], w.shape[-1], size), jnp.float32)
         for _ in range(iterations):
-            # Orthonormal at each half: powers alone would round all directions to the first.
+            # Orthonormal at each half: bare powers turn all directions to the leading one, and rounding loses the others.
             y = w @ _orthonormal(across @ _orthonormal(y))
         q = _orthonormal(y)
         inside = jnp.swapaxes(q, -1, -2) @ w

@@ -183,7 +183,7 @@ class LowRank:
                 )
             key = tree.key_for(calibration.key, f"low rank of {path}")
             approximation = low_rank(w, self.rank, self.oversample, self.iterations, key, self.exact)
-            # Already compiled, and laid as the weight is.
+            # `low_rank` gives float32 in the sharding of the weight, so its size needs no program of ours.
             out[path] = _compiled(_float32, _distance)(w, approximation) if self.residual else abs(approximation)
         return out
 
@@ -261,7 +261,7 @@ class Random:
         key = jax.random.fold_in(tree.key_for(calibration.key, "random scores"), self.draw)
         out = {}
         for path, w in _candidates(calibration).items():
-            # Drawn where the weight lies: each device makes its shard alone.
+            # Drawn in the sharding of the weight, so that no device holds all of it.
             run = jax.jit(_uniform, static_argnums=1, out_shardings=getattr(w, "sharding", None))
             out[path] = run(tree.key_for(key, path), w.shape)
         return out
@@ -355,7 +355,6 @@ class Sum:
     weights: tuple[float, ...] = ()
 
     def __call__(self, calibration: Calibration) -> Scores:
-        # Left empty in the value, so that Sum(scores) is equal to itself with defaults.
         weights = self.weights or (1.0,) * len(self.scores)
         return _each(_weighted(weights), *(score(calibration) for score in self.scores))
 

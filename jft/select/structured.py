@@ -39,7 +39,7 @@ def attention(calibration: Calibration, path: str) -> tuple[int, int]:
 
 def floor_count(ratio: float, of: int) -> int:
     """``floor(ratio of)``, at least one."""
-    # 0.3 * 10 is a little below 3 in binary.
+    # 0.29 * 100 is a little below 29 in binary.
     return min(of, max(1, math.floor(ratio * of + 1e-9)))
 
 

@@ -100,7 +100,6 @@ def _checked(scores: Mapping[str, Array]) -> dict[str, Array]:
         # Keys have 32 bits.
         if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 4:
             raise ValueError(f"scores of {path} are {x.dtype}; give float32, bfloat16 or float16")
-        # Coordinates are uint32, and XLA's own indices int32.
         if any(n >= 2**31 for n in x.shape):
             raise ValueError(f"scores of {path} have shape {x.shape}; an axis of 2**31 or more must be split in two")
     return arrays
@@ -184,7 +183,7 @@ def _key(x: Array, largest: bool) -> Array:
         bits = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16
     else:
         bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    # Sign and size: -0.0 gets the key of 0.0.
+    # Sign and size apart, so that -0.0 gets the key of 0.0.
     size = bits & jnp.uint32(0x7FFFFFFF)
     better = (bits >> 31 == 0) == largest
     key = jnp.where(better, _ZERO + size, _ZERO - size)
@@ -219,7 +218,7 @@ def _refine(xs: tuple[Array, ...], k: Wide, lead: int, largest: bool, exact: boo
 
     Also how many scores of each array are NaN.
     """
-    # The lower 16 bits of a bfloat16's key are zeros, up to the sign of zero's side.
+    # The lower 16 bits of a bfloat16's key are zeros: half of the passes.
     narrow = all(x.dtype == jnp.bfloat16 for x in xs)
     passes = (16 if narrow else 32) // _DIGIT
     shape = xs[0].shape[:lead]
@@ -249,7 +248,7 @@ def _refine(xs: tuple[Array, ...], k: Wide, lead: int, largest: bool, exact: boo
         digit = functools.reduce(jnp.add, [r.astype(jnp.uint32) for r in reached])
         above, least = [], []
         for c, a, b in zip(counts, found.above, found.least, strict=True):
-            # The highest key that is reached overwrites those below; above is the lowest that is not.
+            # Ascending, so that the highest key reached is written last; below descending, for the lowest that is not.
             for d, r in enumerate(reached):
                 b = uint64.where(r, c[d], b)
             for d, r in reversed(list(enumerate(reached))):
@@ -267,7 +266,7 @@ def _refine(xs: tuple[Array, ...], k: Wide, lead: int, largest: bool, exact: boo
 def _threshold(xs: tuple[Array, ...], k: Wide, largest: bool) -> tuple[Array, Wide, Wide, list[Wide]]:
     found, invalid = _refine(xs, k, 0, largest, exact=True)
     above = uint64.total(found.above)
-    # Exactly at the k-th: what is in the bracket equals it.
+    # With all bits known, what is in the bracket equals the k-th.
     return found.key, above, uint64.subtract(uint64.total(found.least), above), invalid
 
 
@@ -285,7 +284,7 @@ def _last_place(ties: Callable[[Array], Array], wanted: Wide, shape: tuple[int, 
         for earlier, place in enumerate(places, start=lead):
             here &= _index(shape, earlier) == _beside(place, shape)
 
-        # Bound by default arguments: it is traced in a loop that goes on.
+        # Bound as default arguments: a closure would see the loop's variables as they change.
         def before(ends: Sequence[Array], here: Array = here, axis: int = axis) -> list[Wide]:
             found = ties(ends[0]) & here
             return _count([found & (_index(shape, axis) < _beside(end, shape)) for end in ends], range(lead))
@@ -311,7 +310,7 @@ def _reach(
     digits = -(-max(1, (extent - 1).bit_length()) // _DIGIT)
 
     def step(i: Array, state: tuple[Array, Wide]) -> tuple[Array, Wide]:
-        # As in `_refine`: the comparison must not move out of the loop.
+        # So that each step reads the scores anew rather than keep what was made of them.
         place, held = jax.lax.optimization_barrier(state)
         shift = jnp.asarray(_DIGIT * (digits - 1 - i), jnp.uint32)
         ends = [place + (jnp.uint32(d) << shift) for d in range(1, 1 << _DIGIT)]
@@ -329,7 +328,7 @@ def _reach(
 def _up_to(places: Sequence[Array], shape: tuple[int, ...], lead: int) -> Array:
     """True at the entries that come no later, in row-major order, than the one at ``places``."""
     within: Array = jnp.ones((1,) * len(shape), bool)
-    # From the last axis on: each one before it decides first.
+    # From the last axis on: earlier axes decide first, so they are applied last.
     for axis in reversed(range(lead, len(shape))):
         index, place = _index(shape, axis), _beside(places[axis - lead], shape)
         within = (index < place) | ((index == place) & within)
@@ -373,7 +372,7 @@ def _mask(x: Array, key: Array, share: _Share, lead: int, largest: bool) -> Arra
         return _key(inside, largest) == _beside(value, x.shape)
 
     one = jnp.ones_like(share.taken.lo)
-    # Where none is looked for, the first: the search must find something.
+    # Where no tie is cut any number will do: the result is masked by `some` below.
     wanted = uint64.where(share.some, share.taken, Wide(jnp.zeros_like(one), one))
     nowhere = [jnp.zeros(key.shape, jnp.uint32)] * (x.ndim - lead)
     # Ties that are cut are rare; without them the passes over the scores are saved.
