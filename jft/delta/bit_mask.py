@@ -34,10 +34,10 @@ class BitMask(Relative):
         # A file gives the shape as a list; static fields must hash.
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
         # A scalar has no last axis to pack; None equals no shape, so the check refuses it.
-        want = (*self.shape[:-1], -(-self.shape[-1] // 8)) if self.shape else None
-        if tuple(self.bits.shape) != want or self.bits.dtype != jnp.uint8 or jnp.shape(self.scale):
+        expected = (*self.shape[:-1], -(-self.shape[-1] // 8)) if self.shape else None
+        if tuple(self.bits.shape) != expected or self.bits.dtype != jnp.uint8 or jnp.shape(self.scale):
             raise ValueError(
-                f"the mask of a weight of shape {self.shape} is uint8 {want} (BitMask.of packs one) with a scalar scale, "
+                f"the mask of a weight of shape {self.shape} is uint8 {expected} (BitMask.of packs one) with a scalar scale, "
                 f"not {self.bits.dtype} {tuple(self.bits.shape)} and scale {jnp.shape(self.scale)}"
             )
 
@@ -72,5 +72,5 @@ class BitMask(Relative):
         """Masked weights."""
         # `packbits` fills the last byte with zeros, which do not count. Rows are summed in int32, the total on the host: it may
         # be beyond 2**31.
-        kept = jnp.sum(jax.lax.population_count(jnp.asarray(self.bits)), axis=-1, dtype=jnp.int32)
-        return tree.size(self) - int(host(kept).sum(dtype=np.int64))
+        counts = jnp.sum(jax.lax.population_count(jnp.asarray(self.bits)), axis=-1, dtype=jnp.int32)
+        return tree.size(self) - int(host(counts).sum(dtype=np.int64))

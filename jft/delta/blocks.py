@@ -86,14 +86,14 @@ class Blocks(Sparse):
         if min(b, c) < 1 or i % b or o % c:
             raise ValueError(f"blocks of {b} x {c} do not divide matrices of {i} x {o}")
         r, k = np.asarray(rows), np.asarray(columns)
-        # int64: a weight may have more than 2**31 places for blocks.
-        wide_keys = (r // b).astype(np.int64) * (o // c) + k // c
-        keys, place = np.unique(wide_keys, return_inverse=True)
+        # int64: a weight may have more than 2**31 blocks.
+        entry_keys = (r // b).astype(np.int64) * (o // c) + k // c
+        keys, position = np.unique(entry_keys, return_inverse=True)
         row, column = np.divmod(keys, o // c)
-        # Entries are distinct, so no two meet in one place of a block.
-        stored = jnp.zeros((len(keys), b, c), values.dtype).at[place, r % b, k % c].set(values, unique_indices=True)
+        # Entries are distinct, so no two are at one position of a block.
+        blocks = jnp.zeros((len(keys), b, c), values.dtype).at[position, r % b, k % c].set(values, unique_indices=True)
         indices = np.stack([row // (i // b), row % (i // b), column], axis=-1).astype(np.int32)
-        return cls(jnp.asarray(indices), stored, delta.shape)
+        return cls(jnp.asarray(indices), blocks, delta.shape)
 
     @property
     def block(self) -> tuple[int, int]:
@@ -121,12 +121,12 @@ class Blocks(Sparse):
     def coordinates(self) -> tuple[Array, Array, Array]:
         b, c = self.block
         row, column = (x[:, None, None] for x in self.grid(jnp.asarray(self.indices)))
-        spread = lambda x: jnp.broadcast_to(x, self.values.shape).reshape(-1)
+        flat = lambda x: jnp.broadcast_to(x, self.values.shape).reshape(-1)
         rows, columns = row * b + jnp.arange(b, dtype=jnp.int32)[:, None], column * c + jnp.arange(c, dtype=jnp.int32)
-        return spread(rows), spread(columns), jnp.asarray(self.values).reshape(-1)
+        return flat(rows), flat(columns), jnp.asarray(self.values).reshape(-1)
 
     def stacked(self) -> Change:
-        # Layouts in programs are of matrices; a vector goes whole.
+        # Layouts in programs are of matrices; a vector is held whole.
         if len(self.shape) < 2 or not visible(self.indices, self.values):
             return super().stacked()
         indices, (b, c) = host(self.indices), self.block
@@ -135,8 +135,8 @@ class Blocks(Sparse):
 
     def take(self, rows: Array, columns: Array) -> Array:
         b, c = self.block
-        place = find(rows // b, columns // c, *self.grid(jnp.asarray(self.indices)))
-        return pick(jnp.asarray(self.values), place, rows % b, columns % c)
+        position = find(rows // b, columns // c, *self.grid(jnp.asarray(self.indices)))
+        return pick(jnp.asarray(self.values), position, rows % b, columns % c)
 
 
 def _matrices(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -162,12 +162,12 @@ def _union(x: Blocks, y: Blocks) -> Blocks | None:
 
 
 @rule("dot", Blocks, Blocks)
-def _matched(x: Blocks, y: Blocks) -> Array | None:
+def _dot(x: Blocks, y: Blocks) -> Array | None:
     if x.block != y.block:
         return None
-    # Sizes are static, so this goes under `jit` as well; a block that y lacks picks zeros.
-    place = find(*x.grid(jnp.asarray(x.indices)), *y.grid(jnp.asarray(y.indices)))
-    return inner(x.values, pick(jnp.asarray(y.values), place))
+    # Sizes are static, so this works under `jit` too; a block that y lacks picks zeros.
+    position = find(*x.grid(jnp.asarray(x.indices)), *y.grid(jnp.asarray(y.indices)))
+    return inner(x.values, pick(jnp.asarray(y.values), position))
 
 
 @rule("dot", Blocks, LowRank)
@@ -219,8 +219,8 @@ class BlockLayout(Layout):
             # `drop`: padding lies past the end of the cell.
             return jax.lax.scatter(cell, starts, values, numbers, mode="drop", unique_indices=True)
 
-        done = over_leading(one, at.ndim - 2)(cells(w, at.shape[-4:-2]), at, values.astype(w.dtype))
-        return joined(done, 2)
+        result = over_leading(one, at.ndim - 2)(cells(w, at.shape[-4:-2]), at, values.astype(w.dtype))
+        return joined(result, 2)
 
     def product(self, x: Array, at: Array, values: Array, shape: tuple[int, ...]) -> Array:
         return kernel.block_product(x, at, values, shape)  # type: ignore[arg-type]  # a matrix has two axes
@@ -235,13 +235,13 @@ class BlockLayout(Layout):
 
     def encode(self, at: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> Blocks:
         lead, grid = shape[:-2], at.shape[-4:-2]
-        counts = [shape[-2] // self.height // grid[0], shape[-1] // self.width // grid[1]]
-        index, valid = whole_coordinates(at, grid, counts)
+        blocks_per_cell = [shape[-2] // self.height // grid[0], shape[-1] // self.width // grid[1]]
+        index, valid = whole_coordinates(at, grid, blocks_per_cell)
         matrix = flat_index(lead, index[: len(lead)], valid.sum())
-        where = np.stack([matrix, *index[-2:]], axis=-1)
+        indices = np.stack([matrix, *index[-2:]], axis=-1)
         # Cells follow one another; blocks in files are row-major over the whole weight.
-        order = np.lexsort((where[:, 2], where[:, 1], where[:, 0]))
-        return Blocks(jnp.asarray(where[order], jnp.int32), jnp.asarray(values[valid][order]), shape)
+        order = np.lexsort((indices[:, 2], indices[:, 1], indices[:, 0]))
+        return Blocks(jnp.asarray(indices[order], jnp.int32), jnp.asarray(values[valid][order]), shape)
 
     def first(self, at: Array) -> Array:
         return at[..., 0]

@@ -43,8 +43,8 @@ class DiagonalBlocks(Encoding, Change):
     def whole(self, dtype: Any) -> Array:
         n = self.blocks.shape[-3]
         # An outer product with the identity: `block_diag` takes no leading axes.
-        spread = self.blocks.astype(dtype)[..., None, :] * jnp.eye(n, dtype=dtype)[:, None, :, None]
-        return spread.reshape(self.shape)
+        blocks = self.blocks.astype(dtype)[..., None, :] * jnp.eye(n, dtype=dtype)[:, None, :, None]
+        return blocks.reshape(self.shape)
 
     def product(self, x: Array) -> Array:
         n, height, _ = self.blocks.shape
@@ -64,8 +64,8 @@ class DiagonalBlocks(Encoding, Change):
         n, height, _ = self.blocks.shape
         block, row = ids // height, ids % height
         # A comparison in place of a scatter: XLA fuses it into the select.
-        here = block[..., None] == jnp.arange(n)
-        values = jnp.where(here[..., None], self.blocks[block, row][..., None, :], 0)
+        is_block = block[..., None] == jnp.arange(n)
+        values = jnp.where(is_block[..., None], self.blocks[block, row][..., None, :], 0)
         return values.reshape(*ids.shape, -1)
 
     def transposed(self) -> DiagonalBlocks:
@@ -79,9 +79,9 @@ class DiagonalBlocks(Encoding, Change):
 
     def dot_dense(self, value: Array) -> Array:
         *lead, n, height, width = self.blocks.shape
-        cut = jnp.asarray(value).reshape(*lead, n, height, n, width)
+        blocks = jnp.asarray(value).reshape(*lead, n, height, n, width)
         # `jnp.diagonal` puts the axis of blocks last.
-        return inner(self.blocks, jnp.moveaxis(jnp.diagonal(cut, axis1=-4, axis2=-2), -1, -3))
+        return inner(self.blocks, jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3))
 
     @property
     def nnz(self) -> int:
@@ -89,10 +89,10 @@ class DiagonalBlocks(Encoding, Change):
 
 
 @rule("+", DiagonalBlocks, DiagonalBlocks)
-def _added(x: DiagonalBlocks, y: DiagonalBlocks) -> DiagonalBlocks | None:
+def _sum(x: DiagonalBlocks, y: DiagonalBlocks) -> DiagonalBlocks | None:
     return x._with(blocks=wide(x.blocks) + wide(y.blocks)) if x.blocks.shape == y.blocks.shape else None
 
 
 @rule("dot", DiagonalBlocks, DiagonalBlocks)
-def _matched(x: DiagonalBlocks, y: DiagonalBlocks) -> Array | None:
+def _dot(x: DiagonalBlocks, y: DiagonalBlocks) -> Array | None:
     return inner(x.blocks, y.blocks) if x.blocks.shape == y.blocks.shape else None

@@ -1,4 +1,4 @@
-"""Elias-Fano coding of a set of integers: how the coordinates of entries are written.
+"""Elias-Fano coding of a set of integers, in which the coordinates of entries are written.
 
 ``n`` increasing keys below ``u`` are split after their ``l = max(0, floor(log2(u / n)))`` low bits. Two uint8 arrays, bits
 in ``numpy.packbits`` order:

@@ -136,9 +136,9 @@ class Encoding(abc.ABC):
         _same_shape("dot", self, other)
         standing_alone("the inner product or norm", self, other)
         # From the closest form to the widest: a rule for the pair, parts of a sum, one dense side, entries, both dense.
-        done = by_rule("dot", self, other)
-        if done is not None:
-            return done
+        product = by_rule("dot", self, other)
+        if product is not None:
+            return product
         for a, b in ((self, other), (other, self)):
             if isinstance(a, Sum):
                 return sum((part.dot(b) for part in a.parts), jnp.float32(0))
@@ -173,7 +173,7 @@ class Encoding(abc.ABC):
         if not isinstance(other, Encoding):
             return NotImplemented
         _same_shape("+", self, other)
-        return _compact(_merged(_parts(self), _parts(other)))
+        return _compact(_merge(_parts(self), _parts(other)))
 
     def __neg__(self: E) -> E:
         return self.scaled(-1.0)
@@ -244,21 +244,21 @@ def _parts(x: Encoding) -> tuple[Encoding, ...]:
     return x.parts if isinstance(x, Sum) else (x,)
 
 
-def _merged(parts: tuple[Encoding, ...], others: tuple[Encoding, ...]) -> list[Encoding]:
-    """All parts, each of ``others`` merged into the first it goes together with."""
+def _merge(parts: tuple[Encoding, ...], others: tuple[Encoding, ...]) -> list[Encoding]:
+    """All parts, each of ``others`` merged into the first that has a rule for the two."""
     result = list(parts)
     for new in others:
         for i, old in enumerate(result):
-            merged = _joined(old, new)
-            if merged is not None:
-                result[i] = merged
+            total = _merge_pair(old, new)
+            if total is not None:
+                result[i] = total
                 break
         else:
             result.append(new)
     return result
 
 
-def _joined(a: Encoding, b: Encoding) -> Encoding | None:
+def _merge_pair(a: Encoding, b: Encoding) -> Encoding | None:
     for x, y in ((a, b), (b, a)):
         # A mask or gate changes the base, not the part it would be added to.
         if isinstance(x, Dense) and not y.relative:
@@ -267,19 +267,19 @@ def _joined(a: Encoding, b: Encoding) -> Encoding | None:
 
 
 def _compact(parts: list[Encoding]) -> Encoding:
-    """The sum of ``parts``; those that stand alone as one dense array, once that takes no more memory."""
+    """The sum of ``parts``; those that need no base as one dense array, once that takes no more memory."""
     # Masks and gates have no dense value without the base.
-    alone = [part for part in parts if not part.relative]
-    if alone:
-        whole = _whole(alone)
+    absolute = [part for part in parts if not part.relative]
+    if absolute:
+        total = _sum_of(absolute)
         # That of the dense result, whatever the parts are stored in.
-        itemsize = np.dtype(jnp.promote_types(whole.dtype, jnp.float32)).itemsize
-        if whole.nbytes >= tree.size(whole) * itemsize:
-            alone = [Dense(whole.dense())]
-    return _whole([*alone, *(part for part in parts if part.relative)])
+        itemsize = np.dtype(jnp.promote_types(total.dtype, jnp.float32)).itemsize
+        if total.nbytes >= tree.size(total) * itemsize:
+            absolute = [Dense(total.dense())]
+    return _sum_of([*absolute, *(part for part in parts if part.relative)])
 
 
-def _whole(parts: list[Encoding]) -> Encoding:
+def _sum_of(parts: list[Encoding]) -> Encoding:
     return parts[0] if len(parts) == 1 else Sum(tuple(parts))
 
 
@@ -357,12 +357,12 @@ class Sum(Encoding):
         return any(part.relative for part in self.parts)
 
     def resolve(self, base: Array) -> Encoding:
-        # By `+`, not as a Sum again: parts that had to stay apart may merge once they stand alone.
+        # By `+`, not as a Sum again: parts that had to stay apart may merge once they need no base.
         first, *rest = (part.resolve(base) for part in self.parts)
         return sum(rest, first)
 
     def add_to(self, w: Array) -> Array:
-        # Every part is one of w, not of what the parts before it made of w; alone, a mask or gate is exact.
+        # Every part is one of w, not of what the parts before it made of w; the first, a mask or gate, is exact.
         total = w
         for i, part in enumerate(sorted(self.parts, key=lambda part: not part.relative)):
             total = (part.resolve(w) if i else part).add_to(total)
@@ -385,7 +385,7 @@ class Sum(Encoding):
         for i, part in enumerate(self.parts):
             arrays, static = part.pack()
             tensors |= {f"{i}.{name}": array for name, array in arrays.items()}
-            # A file names the kind of the sum alone.
+            # A file names the kind of the sum, not of its parts.
             constants.append({"kind": part.kind, **static})
         return tensors, {"parts": constants}
 
@@ -394,6 +394,6 @@ class Sum(Encoding):
         parts = []
         for i, constants in enumerate(static.get("parts", ())):
             # With the point, or part 1 would take the fields of part 10.
-            own = {name.removeprefix(f"{i}."): x for name, x in tensors.items() if name.startswith(f"{i}.")}
-            parts.append(kinds()[constants["kind"]].unpack(own, {k: v for k, v in constants.items() if k != "kind"}))
+            arrays = {name.removeprefix(f"{i}."): x for name, x in tensors.items() if name.startswith(f"{i}.")}
+            parts.append(kinds()[constants["kind"]].unpack(arrays, {k: v for k, v in constants.items() if k != "kind"}))
         return cls(tuple(parts))

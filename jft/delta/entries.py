@@ -69,7 +69,7 @@ class Entries(Sparse):
                 f"entries of a weight of shape {shape} need rows [n], columns [n] and values [n], not "
                 f"{tuple(self.rows.shape)}, {tuple(self.columns.shape)} and {tuple(self.values.shape)}"
             )
-        # Only rows and columns need fit int32; their product never stands in one integer of a program.
+        # Only rows and columns need fit int32; no program computes their product in one integer.
         if max(matrix(shape)) >= 2**31:
             raise ValueError(f"a weight of shape {shape} has {matrix(shape)} rows and columns; int32 counts to 2**31")
         rows, columns, values = self.rows, self.columns, self.values
@@ -92,8 +92,8 @@ class Entries(Sparse):
             raise ValueError(f"a support of shape {tuple(support.shape)} is none of a delta of shape {delta.shape}")
         if not visible(support):
             raise ValueError("the entries of a dense delta cannot be counted under jit; find them outside of it")
-        found = np.nonzero(np.asarray(support).reshape(matrix(delta.shape)))
-        rows, columns = (jnp.asarray(x, jnp.int32) for x in found)
+        index = np.nonzero(np.asarray(support).reshape(matrix(delta.shape)))
+        rows, columns = (jnp.asarray(x, jnp.int32) for x in index)
         return cls(rows, columns, delta[entry_index(delta.shape, rows, columns)], delta.shape)
 
     @classmethod
@@ -104,11 +104,11 @@ class Entries(Sparse):
         if isinstance(delta, Sum):
             # Part by part: the dense sum could lose entries that parts store and that cancel.
             return functools.reduce(operator.add, map(cls.of, delta.parts))
-        stored = delta.coordinates()
-        if stored is None:
+        coordinates = delta.coordinates()
+        if coordinates is None:
             return cls.from_dense(delta.dense())
         # The constructor sorts what it can look at; under `jit` it relies on the order.
-        rows, columns, values = stored if visible(*stored) else jax.lax.sort(stored, num_keys=2)
+        rows, columns, values = coordinates if visible(*coordinates) else jax.lax.sort(coordinates, num_keys=2)
         return cls(rows, columns, values, delta.shape)
 
     @property
@@ -144,9 +144,9 @@ class Entries(Sparse):
 
     def pack(self) -> tuple[dict[str, Array], dict[str, Any]]:
         # Arrays spread over processes are gathered for it: all processes must call.
-        coded = elias_fano.encode(self.keys(), math.prod(self.shape))
-        static = {"shape": self.shape, "coding": elias_fano.NAME, "crc32": elias_fano.checksum(*coded)}
-        return {"low": coded[0], "high": coded[1], "values": self.values}, static  # type: ignore[dict-item]
+        code = elias_fano.encode(self.keys(), math.prod(self.shape))
+        static = {"shape": self.shape, "coding": elias_fano.NAME, "crc32": elias_fano.checksum(*code)}
+        return {"low": code[0], "high": code[1], "values": self.values}, static  # type: ignore[dict-item]
 
     @classmethod
     def unpack(cls, tensors: Mapping[str, Any], static: Mapping[str, Any]) -> Entries:
@@ -185,18 +185,18 @@ def _union(x: Entries, y: Entries) -> Entries | None:
 
 
 @rule("dot", Entries, Entries)
-def _matched(x: Entries, y: Entries) -> Array | None:
+def _dot(x: Entries, y: Entries) -> Array | None:
     if not visible(x.rows, x.columns, y.rows, y.columns):
         return None
     # Below, an index into no keys would fail.
     if not y.values.shape[0]:
         return jnp.float32(0)
     # A search for one int64 key takes a fifth of the time of `find`.
-    own, other = x.keys(), y.keys()
-    # Without the last key the search ends at it at the latest, so every place is one of `other`.
-    place = np.searchsorted(other[:-1], own)
-    hit = np.flatnonzero(other[place] == own)
-    return inner(x.values[hit], y.values[place[hit]])
+    keys, other_keys = x.keys(), y.keys()
+    # Without the last key the search ends at it at the latest, so every position is one of `other_keys`.
+    position = np.searchsorted(other_keys[:-1], keys)
+    hit = np.flatnonzero(other_keys[position] == keys)
+    return inner(x.values[hit], y.values[position[hit]])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,9 +36,11 @@ class Gate(Relative):
     def __post_init__(self) -> None:
         # A file gives the shape as a list; static fields must hash.
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
-        own = tuple(self.gate.shape)
-        own = (1,) * (len(self.shape) - len(own)) + own
-        fits = len(own) == len(self.shape) and all(g and n % g == 0 for g, n in zip(own, self.shape, strict=True))
+        extents = tuple(self.gate.shape)
+        extents = (1,) * (len(self.shape) - len(extents)) + extents
+        fits = len(extents) == len(self.shape) and all(
+            g and n % g == 0 for g, n in zip(extents, self.shape, strict=True)
+        )
         if not fits or jnp.shape(self.scale):
             raise ValueError(
                 f"a gate of shape {tuple(self.gate.shape)} with scale {jnp.shape(self.scale)} does not fit a weight of "
@@ -51,10 +53,10 @@ class Gate(Relative):
 
     def gated(self, w: Array) -> Array:
         # Not 1 + scale * (gate - 1): this is the gate itself at scale 1, so that it applies exactly.
-        return w * _spread((1 - self.scale) + self.scale * wide(self.gate), self.shape)
+        return w * _repeat((1 - self.scale) + self.scale * wide(self.gate), self.shape)
 
     def change(self, w: Array) -> Array:
-        return w * _spread(self.scale * (wide(self.gate) - 1), self.shape)
+        return w * _repeat(self.scale * (wide(self.gate) - 1), self.shape)
 
     @property
     def nnz(self) -> int:
@@ -64,7 +66,7 @@ class Gate(Relative):
         return count_nonzero(gate != 1) * (tree.size(self) // max(gate.size, 1))
 
 
-def _spread(gate: Array, shape: tuple[int, ...]) -> Array:
+def _repeat(gate: Array, shape: tuple[int, ...]) -> Array:
     """``gate`` so that it broadcasts against ``shape``: repeated along axes that it groups."""
     gate = gate.reshape((1,) * (len(shape) - gate.ndim) + gate.shape)
     for axis, n in enumerate(shape):
@@ -75,7 +77,7 @@ def _spread(gate: Array, shape: tuple[int, ...]) -> Array:
 
 
 @rule("+", Gate, Gate)
-def _added(x: Gate, y: Gate) -> Gate | None:
+def _sum(x: Gate, y: Gate) -> Gate | None:
     if jnp.shape(x.gate) != jnp.shape(y.gate):
         return None
     # Changes add up where gates do not: each is of the base itself.

@@ -96,7 +96,7 @@ def _products(a: Array, b: Array, rows: Array, columns: Array) -> Array:
 
 
 @rule("+", LowRank, LowRank)
-def _concatenated(x: LowRank, y: LowRank) -> LowRank:
+def _concatenate(x: LowRank, y: LowRank) -> LowRank:
     return LowRank(
         jnp.concatenate([wide(x.a), wide(y.a)], axis=-1),
         jnp.concatenate([wide(x.b), wide(y.b)], axis=-2),

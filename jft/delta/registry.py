@@ -1,4 +1,4 @@
-"""Which encodings there are, and what two of them can do together."""
+"""The registry of encodings, and the rules for pairs of them."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def register(kind: str, *, data: tuple[str, ...], static: tuple[str, ...] = ()) 
 
 def kinds() -> dict[str, type[Encoding]]:
     """Every registered encoding, by its name in files."""
-    # A copy: `register` alone adds.
+    # A copy: only `register` adds.
     return dict(_KINDS)
 
 
 def rule(operation: str, first: type, second: type) -> Callable[[Callable], Callable]:
-    """Decorator: how ``operation`` ("+" or "dot") goes for this pair of encodings, in either order.
+    """Decorator: the implementation of ``operation`` ("+" or "dot") for this pair of encodings, in either order.
 
     The function may return None where it cannot (say, values not known under ``jit``); the default then applies.
     """

@@ -20,8 +20,8 @@ class Relative(Encoding):
     """``delta = scale * (gate - 1) * base`` with a gate that each encoding holds in its own way.
 
     With ``scale`` 1 it makes ``gate * base`` of the base, exactly. Sums with other deltas are :class:`jft.delta.Sum`, and
-    every part of one changes the base itself. What cannot be told without the base, the dense delta, inner products and
-    norms, is refused; :meth:`resolve` makes a delta that stands alone.
+    every part of one changes the base itself. What needs the base, the dense delta, inner products and
+    norms, is refused; :meth:`resolve` makes a delta that needs no base.
     """
 
     scale: Array
