@@ -1,4 +1,4 @@
-"""Scores of what a model does, not of what its weights are: inputs of products, experts, attention heads, layers.
+"""Scores of activations, not of weights: inputs of products, experts, attention heads, layers.
 
 All read through :class:`jft.models.core.Hooks`, so they need one of jft's models. Rows and tokens that are padding do not
 count. Names are those of products: ``layers/attn/o`` for the parameter ``layers/attn/o/w``.
@@ -41,12 +41,12 @@ def real(name: str, shape: tuple[int, ...], batch: Any) -> Array:
     # Keys and values of cross attention are of the source, whose padding counts there.
     decodes = name.startswith("decoder/") and not name.endswith(("cross/k", "cross/v"))
     prefix = "decoder_" if decodes else ""
-    given = batch if isinstance(batch, Mapping) else {"tokens": batch}
+    fields = batch if isinstance(batch, Mapping) else {"tokens": batch}
     # Images have no padding inside a row.
-    if name.startswith("vision/") or prefix + "tokens" not in given:
+    if name.startswith("vision/") or prefix + "tokens" not in fields:
         return jnp.broadcast_to(counts[:, None], shape)
-    found = inputs(given, prefix)
-    keep = (found.segments > 0).astype(jnp.float32) * jnp.ones(found.tokens.shape, jnp.float32) * counts[:, None]
+    tokens = inputs(fields, prefix)
+    keep = (tokens.segments > 0).astype(jnp.float32) * jnp.ones(tokens.tokens.shape, jnp.float32) * counts[:, None]
     # Experts read tokens in one axis, and `[E, N]` the same ones for every expert.
     return keep if shape == keep.shape else jnp.broadcast_to(keep.reshape(-1), shape)
 
@@ -75,7 +75,7 @@ class _SquaredInputs:
             first = 1 if "/experts/" in name and x.ndim == 3 else 0
             return dot(x, w), jnp.sum(squares, axis=tuple(range(first, x.ndim - 1)))
 
-        # The reads alone: XLA drops what only the outputs need.
+        # Only the reads: XLA drops what only the outputs need.
         return self.model.apply(params, batch, Hooks(product=product))[1]
 
 
@@ -86,18 +86,18 @@ def squared_inputs(calibration: Calibration, names: Any, batches: int) -> dict[s
     """
     # Hashable, as part of a program's static arguments.
     names = frozenset(names)
-    found = calibration.sums(_SquaredInputs(hookable(calibration), names), batches)
-    missing = sorted(names - set(found))
+    squares = calibration.sums(_SquaredInputs(hookable(calibration), names), batches)
+    missing = sorted(names - set(squares))
     if missing:
         raise ValueError(
             f"{missing[0]!r} is no product of the model, so it has no inputs; choose weights that end in /w"
         )
-    return found
+    return squares
 
 
 @dataclasses.dataclass(frozen=True)
 class _Routing:
-    """Sums over tokens of what each expert gets, and how many tokens there were."""
+    """Sums over tokens of the share that each expert gets of them."""
 
     model: Any
     experts: Any
@@ -109,11 +109,11 @@ class _Routing:
             if not name.endswith("/router"):
                 return y, None
             # Computed once more from the logits: hooks see products, not decisions.
-            gates, chosen = route(y, self.experts)
+            gates, expert_ids = route(y, self.experts)
             share = gates if self.gate else jnp.full(gates.shape, 1 / self.experts.per_token)
-            sent = jax.nn.one_hot(chosen, self.experts.count, dtype=jnp.float32) * share[..., None]
+            load = jax.nn.one_hot(expert_ids, self.experts.count, dtype=jnp.float32) * share[..., None]
             keep = real(name, y.shape[:-1], batch)
-            return y, jnp.sum(jnp.sum(sent, axis=-2) * keep[..., None], axis=tuple(range(y.ndim - 1)))
+            return y, jnp.sum(jnp.sum(load, axis=-2) * keep[..., None], axis=tuple(range(y.ndim - 1)))
 
         return self.model.apply(params, batch, Hooks(product=product))[1]
 
@@ -132,9 +132,9 @@ def experts(calibration: Calibration, batches: int, kind: Literal["token", "gate
         raise ValueError(f"this {config.family!r} model has no experts to score")
     if kind not in ("token", "gate"):
         raise ValueError(f"kind is {kind!r}; choose one of token, gate")
-    found = calibration.sums(_Routing(calibration.model, mixture, kind == "gate"), batches)
+    loads = calibration.sums(_Routing(calibration.model, mixture, kind == "gate"), batches)
     # Shares of a layer: the sum over experts is the number of tokens, or of their gate values.
-    return {name: x / jnp.sum(x, axis=-1, keepdims=True) for name, x in found.items()}
+    return {name: x / jnp.sum(x, axis=-1, keepdims=True) for name, x in loads.items()}
 
 
 def until(scores: Any, p: float) -> np.ndarray:
@@ -152,10 +152,10 @@ def until(scores: Any, p: float) -> np.ndarray:
     ranked = np.take_along_axis(scores, order, axis=-1)
     before = np.concatenate([np.zeros_like(total), np.cumsum(ranked, axis=-1)[..., :-1]], axis=-1)
     # Rounding must not add one more where the sum already is the share p.
-    chosen = (before < p * total * (1 - 1e-12)) & (ranked > 0)
-    out = np.zeros(scores.shape, bool)
-    np.put_along_axis(out, order, chosen, axis=-1)
-    return out
+    reached = (before < p * total * (1 - 1e-12)) & (ranked > 0)
+    mask = np.zeros(scores.shape, bool)
+    np.put_along_axis(mask, order, reached, axis=-1)
+    return mask
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`Choice`: which whole layers and matrices train, by number, by depth, by a table, or by what scores say.
+"""`Choice`: the whole layers and matrices that train, by number, by depth, by a table, or by scores.
 
 Whatever it is made from, a choice comes to a *table*, ``{path: indices of layers}`` with None for a weight as a whole: from
 the shapes of the candidates, or, with ``from_data``, from a :class:`jft.select.calibration.Calibration` of the base and the
@@ -29,17 +29,17 @@ Table = Mapping[str, Sequence[int] | None]
 
 
 class Choice:
-    """Which layers of which weights train; subclasses are frozen dataclasses."""
+    """A choice of the layers that train, for each weight; subclasses are frozen dataclasses."""
 
     from_data: ClassVar[bool] = False
 
-    def __call__(self, given: Any) -> Table:
+    def __call__(self, source: Any) -> Table:
         """The table, from ``{path: shape}`` of the candidates, or of a calibration of them where it is :attr:`from_data`."""
         raise NotImplementedError
 
 
 class Depth:
-    """Layers by their place in a stack of L, the same for every weight."""
+    """Layers by their depth in a stack of L, the same for every weight."""
 
     def of(self, length: int) -> tuple[int, ...]:
         """Their indices among ``length`` layers."""
@@ -61,7 +61,7 @@ class Indices(Depth):
 
 @dataclasses.dataclass(frozen=True)
 class Listed(Choice):
-    """A table as it is, pairs ``(path, indices or None)``: what every choice from data comes to."""
+    """A table as it is, pairs ``(path, indices or None)``: the result of every choice from data."""
 
     pairs: tuple[tuple[str, tuple[int, ...] | None], ...]
 
@@ -70,7 +70,7 @@ class Listed(Choice):
         # Plain ints in tuples: a choice is hashed and written to JSON.
         return cls(tuple((p, None if layers is None else tuple(map(int, layers))) for p, layers in table.items()))
 
-    def __call__(self, given: Any) -> Table:
+    def __call__(self, source: Any) -> Table:
         return dict(self.pairs)
 
 
@@ -85,9 +85,9 @@ def choice(layers: Any) -> Choice | Depth | None:
         return Listed.of(layers)
     # A string is iterable too, and would become its letters.
     if isinstance(layers, Iterable) and not isinstance(layers, str):
-        found = tuple(layers)
-        if all(isinstance(i, int | np.integer) for i in found):
-            return Indices(tuple(map(int, found)))
+        indices = tuple(layers)
+        if all(isinstance(i, int | np.integer) for i in indices):
+            return Indices(tuple(map(int, indices)))
     raise ValueError(
         f"layers={layers!r} is no choice of layers: give indices (negative from the end), a table {{path: indices or None}}, "
         "or one of jft.select.layers, such as Last(4)"
@@ -104,8 +104,8 @@ class Last(Depth):
     def of(self, length: int) -> tuple[int, ...]:
         """Their indices among ``length`` layers."""
         # The one that is not given is 0.
-        wanted = max(self.count, -(-length * self.share[0] // self.share[1]))
-        return tuple(range(max(0, length - wanted), length))
+        count = max(self.count, -(-length * self.share[0] // self.share[1]))
+        return tuple(range(max(0, length - count), length))
 
     def __str__(self) -> str:
         return f"the last {self.count}" if self.count else f"the last {self.share[0]}/{self.share[1]}"
@@ -162,7 +162,7 @@ class Between(Depth):
 
 @dataclasses.dataclass(frozen=True)
 class LastOf(Choice):
-    """The table of the last layers of named towers, ``(tower, count)`` each, with or without what stands ``behind`` them."""
+    """The table of the last layers of named towers, ``(tower, count)`` each, with or without the weights ``behind`` them."""
 
     towers: tuple[tuple[str, int], ...]
     behind: bool = True
@@ -186,7 +186,7 @@ class LastOf(Choice):
 
 @dataclasses.dataclass(frozen=True)
 class Halves(Choice):
-    """The table of a draw of :func:`jft.select.halves.halves`, with what stands outside layers or without it."""
+    """The table of a draw of :func:`jft.select.halves.halves`, with the weights outside layers or without them."""
 
     seed: int
     draw: int = 0
@@ -233,8 +233,8 @@ class Scored(Choice):
         costs = {p: math.prod(shapes[p]) // max(1, tree.size(x)) for p, x in units.items()}
         # No leading axes: layers compete with each other here.
         masks = budgets.choose(units, costs, dict.fromkeys(units, 0), self.budget, self.largest, shapes)
-        found = {p: host(mask) for p, mask in masks.items()}
-        return {p: tuple(np.flatnonzero(m).tolist()) if m.ndim else None for p, m in found.items() if m.any()}
+        masks_on_host = {p: host(mask) for p, mask in masks.items()}
+        return {p: tuple(np.flatnonzero(m).tolist()) if m.ndim else None for p, m in masks_on_host.items() if m.any()}
 
     def _pooled(self, score: Array, shape: tuple[int, ...], lead: int) -> Array:
         # A score of units needs no pooling.
@@ -289,5 +289,5 @@ def _pool(parts: list[Array], pool: How) -> Array:
 
 def table_of(calibration: Calibration, layers: Mapping[str, Iterable[int]]) -> dict[str, tuple[int, ...] | None]:
     """The table of the candidates in ``layers`` of each stack."""
-    chosen = {stack: tuple(sorted(map(int, own))) for stack, own in layers.items()}
-    return {p: chosen[s] for p in calibration.paths if (s := tree.stack_of(p)) is not None and chosen.get(s)}
+    indices = {stack: tuple(sorted(map(int, numbers))) for stack, numbers in layers.items()}
+    return {p: indices[s] for p in calibration.paths if (s := tree.stack_of(p)) is not None and indices.get(s)}
