@@ -347,8 +347,7 @@ def _coordinates(mask: Array, capacity: int) -> Array:
     counts = jax.lax.population_count(words).astype(jnp.int32)
     ends = jnp.cumsum(counts)
     slot = jnp.arange(capacity, dtype=jnp.int32)
-    # The word of slot j is the number of words that end at j or before.
-    # One bin more for the words that end past the last slot.
+    # The word of slot j is the number of words that end at j or before; one bin more is for those past the last slot.
     word_ends = jnp.zeros(capacity + 1, jnp.int32).at[jnp.minimum(ends, capacity)].add(1, indices_are_sorted=True)
     # Slots of padding have no word; they read the last one and are replaced below.
     word = jnp.minimum(jnp.cumsum(word_ends[:capacity]), words.size - 1)

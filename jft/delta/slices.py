@@ -267,6 +267,7 @@ class SliceLayout(Layout):
             inputs = jnp.take(x, index, axis=-1, mode="fill", fill_value=0)
             return inputs @ values.reshape(-1, shape[1]).astype(x.dtype)
         part = x @ values.reshape(shape[0], -1).astype(x.dtype)
+        # No promise of unique indices: all padding has the same one, past the end.
         return jnp.zeros((*x.shape[:-1], shape[1]), x.dtype).at[..., index].add(part, mode="drop")
 
     def rows(self, ids: Array, at: Array, values: Array, shape: tuple[int, ...]) -> Array | None:

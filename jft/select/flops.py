@@ -45,10 +45,10 @@ def plan_flops(
     for d, gain in enumerate(value):
         # Tensor d as the last one: passing the gradient on beyond it is not paid.
         free = int(budget) - passing_sum - weight[d]
-        # Room is rounded down and costs up, so that the budget is never exceeded.
+        # The capacity is rounded down and costs up, so that the budget is never exceeded.
         if free >= 0 and gain + best[free // step] > most:
             last, steps, most = d, free // step, gain + best[free // step]
-        # After that question, or d would be taken twice.
+        # Only now: the best of the tensors before d must not hold d itself.
         need = -(-weight[d] // step)
         # The right-hand sides are new arrays: each tensor is taken at most once.
         if need <= capacity:

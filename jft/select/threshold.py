@@ -29,7 +29,7 @@ Array = jax.Array
 
 _DIGIT = 2  # bits of a pattern, or of a coordinate, that one pass finds
 _KEPT = 1024  # leading indices counted apart: what lets a CPU count with several threads
-# Axes beyond this are searched in unrolled code (see `_last_place`).
+# Axes beyond this are searched in unrolled code (see `_last_coordinates`).
 _LONG = 1 << 20
 _AT_ONCE = (1 << 32) - 1  # entries that a uint32 can count
 _ZERO = np.uint32(1 << 31)  # the key of 0.0 and of -0.0
