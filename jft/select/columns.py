@@ -51,7 +51,9 @@ def top_of_columns(score: Array, count: Any, largest: bool = True) -> Array:
 
     count: one number, or integers of shape ``[*lead]``, those of all columns of a matrix.
     """
-    turned = jnp.swapaxes(score, -1, -2)
-    counts: Any = np.broadcast_to(np.asarray(count)[..., None], turned.shape[:-1])
-    mask = jnp.swapaxes(top_each(turned, counts, turned.ndim - 1, largest), -1, -2)
+    # `top_each` takes leading axes as the groups.
+    transposed = jnp.swapaxes(score, -1, -2)
+    counts: Any = np.broadcast_to(np.asarray(count)[..., None], transposed.shape[:-1])
+    mask = jnp.swapaxes(top_each(transposed, counts, transposed.ndim - 1, largest), -1, -2)
+    # The transposes may have left the mask with another sharding.
     return mask if isinstance(mask, jax.core.Tracer) else jax.device_put(mask, score.sharding)
