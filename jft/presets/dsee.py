@@ -16,7 +16,6 @@ from jft.compiled import program_cache
 from jft.methods.card import Card
 from jft.methods.low_rank import LowRank, WithLowRank
 from jft.methods.parametrise import Composed, InPlace, Parametrisation
-from jft.methods.patterns import Patterns, patterns
 from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
@@ -24,6 +23,7 @@ from jft.select import budget, scores
 from jft.select.budget import Globally
 from jft.select.calibration import Calibration
 from jft.select.threshold import top, top_each
+from jft.tree import Patterns, patterns
 
 Array = jax.Array
 
