@@ -20,7 +20,9 @@ from jft.train.state import find_mesh
 from jft.train.step import apply_of
 
 
+# Bound by `partial` below: jit's cache knows a program by its function, and `sums` caches the partial.
 def _sums(apply: Callable, which: Objective, plan: Plan | None, dtype: Any, params: Any, batch: Any) -> dict[str, Any]:
+    # Without `key`: evaluation draws no noise.
     outputs = apply(params, batch) if plan is None else plan.outputs(apply, params[0], params[1], batch, dtype)
     return batch_sums(which, outputs, batch)
 
@@ -45,6 +47,7 @@ def mean(compute: Callable, params: Any, batches: Iterable, which: Objective, me
 
     Raises ``ValueError`` where there is no batch, nothing in them counts, or the objective refuses one.
     """
+    # Python floats: a float32 sum over many batches would lose the last ones.
     totals: dict[str, float] = {}
     for batch in itertools.islice(batches, limit) if limit else batches:
         batch = feed.host(batch)
@@ -52,12 +55,14 @@ def mean(compute: Callable, params: Any, batches: Iterable, which: Objective, me
         batch = parallel.put_batch(batch, mesh) if mesh is not None else batch
         for name, value in jax.device_get(compute(params, batch)).items():
             totals[name] = totals.get(name, 0.0) + float(np.float64(value))
+    # Divided once, so that a short last batch counts by its weight.
     return told(totals, which)
 
 
 def told(totals: dict[str, float], which: Objective) -> dict[str, float]:
     """What evaluation shows, from sums over all batches. Raises ``ValueError`` where nothing in them counts."""
     weight = totals.get("weight")
+    # Also where there was no batch at all, and hence no "weight".
     if not weight:
         raise ValueError("evaluation has no batch, or none in which anything counts (loss mask, valid, labels)")
     return which.report({name: value / weight for name, value in totals.items() if name != "weight"})
@@ -70,5 +75,6 @@ def evaluate(model: Any, params: Any, batches: Iterable, objective: Any = "lm", 
     default that of the parameters. Returns ``{"loss", "accuracy", "perplexity" (tokens), ...}``.
     """
     which = find_objective(objective)
+    # Batches must lie on the devices of the parameters: jit refuses arrays on two sets of devices.
     mesh = mesh or find_mesh(params)
     return mean(sums(apply_of(model, mesh), which), params, batches, which, mesh)
