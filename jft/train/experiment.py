@@ -106,7 +106,8 @@ def _member(config: Config, section: Mapping[str, Any], shared: tuple[Any, Any],
     own = {k: v for k, v in section.items() if k in ("data", "eval_data", "method")}
     laid: dict[str, Any] = {
         # A section that names another source or method begins anew: options of the old one are not its own.
-        k: v if v.get("source", "") or "name" in v else {**getattr(config, k), **v} for k, v in own.items()
+        k: v if v.get("source", "") or "name" in v else {**getattr(config, k), **v}
+        for k, v in own.items()
     }
     seed = section.get("seed", config.seed)
     changed = dataclasses.replace(config, seed=seed, **laid)

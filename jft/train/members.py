@@ -26,6 +26,7 @@ from jft.train.optimizers import Given, Optimizer
 from jft.train.optimizers import optimizer as find_optimizer
 from jft.train.run_config import RunConfig, check_manifest
 
+# Not steps, accumulate or objective: one program runs all members.
 KEYS = ("name", "data", "eval_data", "seed", "lr", "optimizer", "method", "params", "manifest", "workdir")
 Options = Mapping[str, Any]
 
@@ -61,6 +62,7 @@ def member(name: str, given: Options, shared: Options, base: Any) -> Member:
     """The member that has what is ``given`` for it, laid over what is ``shared`` by all; both by :data:`KEYS`."""
     workdir, above = given.get("workdir"), shared["workdir"]
     if workdir is None:
+        # The name of a run by itself is empty, and `dir / ""` is the directory.
         workdir = None if above is None else Path(above) / name
     params = tree.flatten(given.get("params", {}))
     _check_weights(name, params, tree.flatten(base))
@@ -70,6 +72,7 @@ def member(name: str, given: Options, shared: Options, base: Any) -> Member:
         eval_data=given.get("eval_data", shared["eval_data"]),
         seed=given.get("seed", shared["seed"]),
         optimizer=_optimizer(name, given, shared["optimizer"]),
+        # Shapes are those of the base for all, so fitting needs no weights of the member's own.
         method=_method(given.get("method"), shared["method"]).fitted(base),
         params=params,
         manifest=check_manifest({**(shared["manifest"] or {}), **given.get("manifest", {})}),
@@ -81,6 +84,7 @@ def listed(fleet: Sequence[Options], shared: Options, base: Any) -> list[Member]
     """The members that a fleet lists. Raises ``ValueError`` where there is none, and for names that stand twice."""
     if not fleet:
         raise ValueError("fleet is empty; list at least one member, as {'data': ..., 'lr': ..., 'seed': ...}")
+    # All names first: a folder is made for each.
     names = [_name(i, given) for i, given in enumerate(fleet)]
     for name in names:
         if names.count(name) > 1:
@@ -94,6 +98,7 @@ def _name(index: int, given: Options) -> str:
     for key in given:
         if key not in KEYS:
             raise ValueError(f"member {name!r} of the fleet has no key {key!r}{nearest(key, KEYS)}: {', '.join(KEYS)}")
+    # The fleet's own checkpoints lie beside the members' folders.
     if not name or name in (".", "..", "checkpoints") or "/" in name or "\\" in name:
         raise ValueError(f"a member of the fleet is called {name!r}, which cannot be the name of its folder")
     return name
@@ -123,7 +128,9 @@ def _optimizer(name: str, given: Options, shared: Any) -> Optimizer | Given:
                 f"member {name!r} of the fleet sets {', '.join(above)}, but the optimizer is an optax transformation, whose "
                 "rate is its own; give a name or options to all"
             )
+        # Over the shared options: a member that only sets `lr` keeps the others.
         return find_optimizer({**dataclasses.asdict(below), **above})
+    # By identity: optax transformations are closures, which have no other equality.
     if above is not shared and not isinstance(above, Optimizer):
         raise ValueError(f"member {name!r} of the fleet has another optax transformation; one program has one")
     return dataclasses.replace(above, **rate) if isinstance(above, Optimizer) else find_optimizer(above)
@@ -141,6 +148,7 @@ def _method(given: Any, shared: Any) -> Method:
     return methods.method(**which) if isinstance(which, Mapping) else which
 
 
+# A list, so that the loop treats one run and a fleet the same way.
 class Members(list[Member]):
     """The members of a run by itself: one, and no axis for it."""
 
@@ -173,6 +181,7 @@ class Members(list[Member]):
 
     def remedies(self, update: Any, params: Any, chosen: Any, batch: Any, model: Any) -> Any:
         """What gives pairs of what would make a run fit that does not, and bytes with it."""
+        # Not called yet: each remedy is a compilation, and most runs fit.
         return functools.partial(memory_check.remedies, update, batch, model, params)
 
     def identity(self, each: list[dict[str, Any]]) -> dict[str, Any]:
@@ -206,12 +215,14 @@ class Fleet(Members):
         self, recipe: step.Recipe, params: Any, chosen: Any, mesh: Any, differ: bool, members: int = 0
     ) -> step.Step:
         owned = {path for m in self for path in m.params}
+        # Without the members' axis: the plan knows of one run, and vmap adds the axis.
         one = {p: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for p, x in chosen.items()}
         return stacked.compile_step(recipe, params, owned, one, mesh, members or len(self), differ)
 
     def remedies(self, update: Any, params: Any, chosen: Any, batch: Any, model: Any) -> Any:
         def fewer() -> Iterator[tuple[str, int]]:
             differ, mesh = update.axes.batch, update.layout.mesh
+            # Halves, since each try compiles.
             members = len(self) // 2
             while members:
                 part = self.compile_step(update.recipe, params, chosen, mesh, differ, members)
@@ -234,6 +245,7 @@ def _sharing(plan: Plan) -> Plan:
     return dataclasses.replace(plan, leaves=leaves)
 
 
+# Recursive: composed parametrisations hold others, of which any may write into the weight.
 def _not_live(how: Any) -> Any:
     """``how``, and what it is made of, with ``live`` turned off."""
     changed: dict[str, Any] = {}
@@ -243,6 +255,7 @@ def _not_live(how: Any) -> Any:
             changed["live"] = False
         elif isinstance(value, Parametrisation):
             changed[field.name] = _not_live(value)
+    # As it was where nothing changed, without a second check of its fields.
     return dataclasses.replace(how, **changed) if changed else how
 
 
@@ -254,6 +267,7 @@ def _check_equal(members: Fleet, plans: Sequence[Plan]) -> None:
             raise ValueError(
                 f"method {m.method.name!r} selects anew during the run, which a fleet does not; train it by itself"
             )
+        # Rates and schedules enter the step as one number for each member.
         one, other = first.optimizer.unscheduled(), m.optimizer.unscheduled()
         if one != other:
             differ = [k for k, v in vars(one).items() if vars(other).get(k) != v] or ["kind"]
@@ -261,6 +275,7 @@ def _check_equal(members: Fleet, plans: Sequence[Plan]) -> None:
                 f"members {first.name!r} and {m.name!r} differ in optimizer.{', '.join(differ)}; inside a fleet lr, "
                 "schedule, warmup and end may"
             )
+        # Leaves hold how a weight trains, not what is selected in it, which is an array of the state.
         paths = [p for p in {**plans[0].leaves, **plan.leaves} if plans[0].leaves.get(p) != plan.leaves.get(p)]
         parts = [k for k in ("penalties", "rule") if getattr(first.method, k) != getattr(m.method, k)]
         if paths or parts:
@@ -275,4 +290,5 @@ def _padded(each: Sequence[Any], unit: Granularity, shape: tuple[int, ...]) -> l
     layout = unit.layout
     assert layout is not None, "only parts inside weights have coordinates"
     most = max(layout.slots(at) for at in each)
+    # One program has one shape of coordinates, so smaller selections are padded.
     return [at if layout.slots(at) == most else layout.pad(at, most, shape) for at in each]
