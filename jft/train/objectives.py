@@ -60,7 +60,6 @@ def _optional(batch: Batch, name: str) -> Any:
 def _next(x: Any, xp: Any) -> Any:
     """``x[:, t + 1]`` at ``t``, zero at the end: the shift is on the targets, so the logits are never copied."""
     # Not `roll`: the first token must not become a target of the last position.
-    # Not `roll`: the first token must not become a target of the last position.
     return xp.concatenate([x[:, 1:], xp.zeros_like(x[:, :1])], axis=1)
 
 
@@ -68,9 +67,7 @@ def _targets(segments: Any, batch: Batch, xp: Any) -> Any:
     """Weight of the target ``tokens[t + 1]`` at each ``t``: both in one segment, wanted by ``loss_mask``, in a valid row."""
     mask, valid = _optional(batch, "loss_mask"), _optional(batch, "valid")
     # Zero at the end is padding, so the last position never has a target.
-    # Zero at the end is padding, so the last position never has a target.
     ahead = _next(segments, xp)
-    # By name: the same code runs with numpy on the host.
     weights = ((segments == ahead) & (ahead > 0)).astype("float32")
     weights = weights if mask is None else weights * _next(mask, xp).astype("float32")
     return weights if valid is None else weights * valid[:, None].astype("float32")
@@ -83,14 +80,12 @@ def token_nll(logits: Array, targets: Array) -> tuple[Array, Array]:
     """
     partition = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
     # Before the cast, so that one value for each target is cast and not all logits.
-    # Before the cast, so that one value for each target is cast and not all logits.
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return partition - picked.astype(jnp.float32), partition
 
 
 def _sampled(key: Array, logits: Array, weights: Array) -> tuple[Array, Array]:
     """``(sum of -log p(y), weight)`` with each target y drawn from ``softmax(logits)``: what Fisher information is of."""
-    # Drawn targets are constants of the gradient: it is that of -log p at these targets.
     # Drawn targets are constants of the gradient: it is that of -log p at these targets.
     drawn = jax.random.categorical(key, jax.lax.stop_gradient(logits.astype(jnp.float32)), axis=-1)
     return jnp.sum(weights * token_nll(logits, drawn)[0]), jnp.sum(weights)
@@ -99,7 +94,6 @@ def _sampled(key: Array, logits: Array, weights: Array) -> tuple[Array, Array]:
 def _toward(outputs: Array, reference: Array, weights: Array) -> tuple[Array, Array, dict[str, Array]]:
     """Weighted cross entropy of ``outputs`` to the predictions ``softmax(reference)``; both are logits."""
     log_p = jax.nn.log_softmax(outputs.astype(jnp.float32))
-    # Cross entropy, not KL: they differ by the entropy of the reference, which has no gradient.
     # Cross entropy, not KL: they differ by the entropy of the reference, which has no gradient.
     crossed = -jnp.sum(jax.nn.softmax(reference.astype(jnp.float32)) * log_p, axis=-1)
     return jnp.sum(weights * crossed), jnp.sum(weights), {}
@@ -114,7 +108,6 @@ def _hits(logits: Array, targets: Array) -> Array:
     # Not `>`: a logit that is no number beats all others.
     beaten = ~(logits <= height) | ((logits == height) & (place < own))
     # take_along_axis takes -1 for the last class, of which a label -1 is none.
-    # take_along_axis takes -1 for the last class, of which a label -1 is none.
     return ((targets >= 0) & ~jnp.any(beaten, axis=-1)).astype(jnp.float32)
 
 
@@ -122,7 +115,6 @@ def _sums(nll: Array, partition: Array, hits: Array, weights: Array, z_loss: flo
     loss = jnp.sum(weights * nll)
     sums = {"accuracy": jnp.sum(weights * hits)}
     if z_loss:
-        # Perplexity is of the loss without the z term.
         # Perplexity is of the loss without the z term.
         sums["nll"] = loss
         loss = loss + z_loss * jnp.sum(weights * jnp.square(partition))
@@ -164,7 +156,6 @@ class _NextToken:
     def report(self, means: dict[str, float]) -> dict[str, float]:
         nll = means.get("nll", means["loss"])
         # exp(710) overflows a float, which Python raises on.
-        # exp(710) overflows a float, which Python raises on.
         return {**means, "perplexity": math.exp(nll) if nll < 700 else math.inf}
 
 
@@ -196,7 +187,6 @@ class Seq2Seq(_NextToken):
         tokens, segments = _field(batch, "decoder_tokens"), _optional(batch, "decoder_segments")
         if segments is None:
             # T5's start token has the id of padding.
-            # T5's start token has the id of padding.
             start = xp.arange(tokens.shape[1]) == 0
             segments = ((tokens != 0) | start).astype("int32")
         return segments
@@ -227,7 +217,6 @@ class Classification:
     def weight(self, batch: Batch, xp: Any = jnp) -> Any:
         weights = self.weights(batch, xp)
         # Under jit no value can be looked at; the host checks every batch before the step.
-        # Under jit no value can be looked at; the host checks every batch before the step.
         if xp is not jnp:  # on the host: indexing would take -1 for the last class
             below = batch["labels"][(batch["labels"] < 0) & (weights > 0)]
             if below.size:
@@ -240,7 +229,6 @@ class Classification:
         labels, weights = _field(batch, "labels"), _examples(batch, "labels", jnp)
         losses, partition = token_nll(outputs, labels)
         if self.label_smoothing:
-            # The mean over classes of -log p, without an array of log p.
             # The mean over classes of -log p, without an array of log p.
             uniform = partition - jnp.mean(outputs.astype(jnp.float32), axis=-1)
             losses = (1 - self.label_smoothing) * losses + self.label_smoothing * uniform
@@ -277,13 +265,10 @@ class Contrastive:
         logits = jnp.exp(outputs["logit_scale"].astype(jnp.float32)) * image @ text.T
         matched = jnp.arange(logits.shape[0])
         # Rows that fill up a batch are no negatives either. Not -inf, whose differences are NaN.
-        # Rows that fill up a batch are no negatives either. Not -inf, whose differences are NaN.
         absent = jnp.where(weights > 0, 0.0, -1e30)
         by_image, by_text = logits + absent[None, :], logits.T + absent[None, :]
         losses = (token_nll(by_image, matched)[0] + token_nll(by_text, matched)[0]) / 2
-        # A row that is absent has a loss of about 1e30, and 0 times that is still safe only if finite.
         losses = jnp.where(weights > 0, losses, 0.0)
-        # Without z_loss the partition is not read, so `losses` stands in for it.
         # Without z_loss the partition is not read, so `losses` stands in for it.
         return _sums(losses, losses, _hits(by_image, matched), weights, 0.0)
 
@@ -305,7 +290,6 @@ def infer(batch: Batch) -> Objective:
     if "labels" in fields:
         return Classification()
     # After labels: a labelled image may have a caption as well.
-    # After labels: a labelled image may have a caption as well.
     if {"images", "tokens"} <= fields:
         return Contrastive()
     if "decoder_tokens" in fields:
@@ -320,7 +304,6 @@ def objective(which: Any) -> Any:
     if isinstance(which, str):
         which = {"name": which}
     if not isinstance(which, Mapping):
-        # A runtime check of a protocol sees names only, which tells an objective from a config's mistake.
         # A runtime check of a protocol looks at names alone, so any class with these methods will do.
         if isinstance(which, Objective):
             return which

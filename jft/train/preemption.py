@@ -10,6 +10,7 @@ from typing import Any
 EXIT_CODE = 75  # EX_TEMPFAIL: not finished, start me again
 
 
+# A SystemExit: `except Exception` in a caller's loop must not keep a stopped process going.
 class Preempted(SystemExit):
     """The run was asked to stop and has saved itself: run the same command again to go on.
 
@@ -39,12 +40,14 @@ class Watch:
         import jax
 
         self._many = jax.process_count() > 1
+        # `signal.signal` raises anywhere else.
         if threading.current_thread() is threading.main_thread() and not self._many:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        # The second Ctrl-C is of a user who does not want to wait for the step.
         if self._asked.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._asked.set()

@@ -47,9 +47,11 @@ def saved(workdir: Path | None) -> Saved:
     """What the run in ``workdir``, if there is one, says of what trains."""
     if workdir is None or not (workdir / "checkpoints").is_dir():
         return Saved()
+    # Here: that module loads Orbax, which a run without a workdir never needs.
     from jft.train.checkpoints import newest
 
     step, decided, found = newest(workdir / "checkpoints")
+    # The prefix is the field's name in `State`, whose flat form a checkpoint holds.
     return Saved(step, decided, {p.removeprefix("chosen/"): x for p, x in found.items() if p.startswith("chosen/")})
 
 
@@ -78,9 +80,12 @@ def grids(plan: Plan, params: Any, mesh: Any) -> Mapping[str, tuple[int, int]]:
     cells = {}
     for path, x in tree.flatten(params).items():
         if path in plan.selects:
+            # A PartitionSpec may be shorter than the shape.
             spec = (*specs[path], *(None,) * len(x.shape))[: len(x.shape)]
             unit = plan.granularity(path, x.shape)
+            # A cell must hold whole blocks, or one would lie on two devices.
             block = (unit.rows, unit.columns) if isinstance(unit, Block) else (1, 1)
+            # The None in front makes a vector a matrix of one row.
             wanted = [parallel.shards(axis, mesh) for axis in (None, *spec)[-2:]]
             sizes = [n // b for n, b in zip((1, *x.shape)[-2:], block, strict=True)]
             rows, columns = (n if size % n == 0 else 1 for n, size in zip(wanted, sizes, strict=True))
@@ -105,26 +110,32 @@ class Trainable:
 
 def find(config: RunConfig, members: Members, streams: Streams, params: Any, workdir: Path | None) -> Trainable:
     """What trains: by name, or as the run in ``workdir`` that is taken up says, or found now."""
+    # First: what trains decides the shapes of the state, and thereby what can be restored.
     before = saved(workdir)
     # The newest state is that of the update before: what is due at its step is still to come.
     made = max(before.step - 1, 0)
     plans = [method_at(m.method, made, config.steps).plan(m.start(params), config.model) for m in members]
+    # Of the first member: a fleet's optimizers differ in their rates alone.
     apply, loss, optimizer = members.apply(config.model, config.mesh), config.objective, members[0].optimizer
+    # From the whole base, so that a new selection decays what a first one would.
     decayed = optimizer.decayed(tree.flatten(params))
     recipe = step.Recipe(apply, plans[0], loss, optimizer.unscheduled(), config.accumulate, config.dtype, decayed)
     recipes = [dataclasses.replace(recipe, plan=plan) for plan in plans]
 
+    # A function, since each selection needs one at the weights of its time, and most methods need none.
     def calibration(index: int, params: Any) -> Any:
         member, stream = members[index], streams.feed(index)
         rest = member.optimizer, config.steps, member.eval_data, config.eval_batches
         return calibration_of(recipes[index], config.model, params, stream, config.mesh, member.seed, *rest)
 
+    # A decision is taken once in a run, also where the data would now say otherwise.
     decided = before.decided
     if members[0].method.undecided:
         tables = [decided or m.method.decide(calibration(i, m.start(params))) for i, m in enumerate(members)]
         plans = [m.method.decided(t).plan(params, config.model) for m, t in zip(members, tables, strict=True)]
         decided = tables[0]
     plans = members.plans([plan.anchored() if optimizer.to_base else plan for plan in plans])
+    # Shapes are enough here: values come with the checkpoint.
     chosen = before.chosen
     if plans[0].selects and not chosen:
         cells = grids(plans[0], params, config.mesh)
@@ -139,6 +150,7 @@ def renew(
     """What the run goes on with after its schedule has selected anew before update ``made``; ``look(params)`` calibrates."""
     plan = update.recipe.plan
     kept = plan.attach(held.frozen, held.live, held.state.chosen)
+    # At the weights as they now are, in the base's dtypes; `base` itself stays what changes are measured from.
     calibration = look(plan.merged(base, kept, held.state.trained))
     where = grids(plan, base, update.layout.mesh)
     standing = Standing(plan, kept, held.state.trained, calibration, where, made, steps)
@@ -160,21 +172,28 @@ def _renewed(
     origin = tree.flatten(base)
     anew = found.weights
     current = {p: w if p in anew else _ground(old, p, kept[p], trained.get(p, ()), w) for p, w in origin.items()}
+    # Weight decay to the base needs its values, which `find` saw to for the first selection.
     plan = plan.anchored() if recipe.optimizer.to_base else plan
     recipe = dataclasses.replace(recipe, plan=plan)
+    # From the cache where plan and shapes are as before.
     new = step.compile_step(recipe, base, found.chosen, mesh, seed)
     chosen = jax.device_put(dict(found.chosen), new.layout.state.chosen)
     if old.method.schedule.reset:
+        # Weights that start anew have nothing to reset or to settle.
         leaves = {p: how for p, how in old.leaves.items() if p not in anew}
         current = {p: _reset(leaves.get(p), kept[p], trained.get(p), w, origin[p]) for p, w in current.items()}
     else:
         settled = settle(settled, {p: h for p, h in old.leaves.items() if p not in anew}, kept, current)
+        # After `settle`: what trains again is the state's from now on.
         settled = resting(settled, plan.leaves)
+    # The run's seed again: fixed random parts, as projections, must be the ones of before.
     after, fresh = plan.init(jax.random.key(seed), tree.like(base, current), chosen, origin)
     carry = functools.partial(_carried, old, kept, plan, after)
+    # Masters carry over, not the weight that was rounded to the base's dtype.
     values = {p: carry(p, trained[p], current[p].astype(jnp.float32)) for p in fresh if p in trained and p not in anew}
     values |= {p: plan.leaves[p].collect(after[p], anew[p]) for p in fresh if p in anew}
     values = {p: values.get(p, x) for p, x in fresh.items()}
+    # Committed, since live weights must hold the carried values and not the initial ones.
     frozen, live, _ = plan.detach(plan.commit(after, values))
 
     values = jax.device_put(values, new.layout.state.trained)
@@ -184,6 +203,7 @@ def _renewed(
         start = _moments(held.state.opt_state, start, trained, values, carry, found, recipe.optimizer, shapes)
     state = dataclasses.replace(held.state, trained=values, opt_state=start, chosen=chosen)
     places = new.layout.holdings
+    # Copies: a weight may be the base's own array, which the step would donate.
     now = Holdings(state, own(live, places.live, donate=False), jax.device_put(frozen, places.frozen))
     return new, now, settled
 
@@ -192,6 +212,7 @@ def _carried(
     old: Plan, kept: Mapping[str, Any], new: Plan, after: Mapping[str, Any], path: str, values: Any, fill: jax.Array
 ) -> Any:
     """``values``, shaped like what trained before, as those of what trains now; ``fill`` where they had none."""
+    # Through the dense weight: slots of two selections have no relation but their places in it.
     inside = new.leaves[path].collect(after[path], old.leaves[path].spread(kept[path], values, fill))
     # A low-rank change beside what is selected stays as it is.
     return {**values, **inside} if isinstance(inside, dict) else inside
@@ -202,7 +223,9 @@ def _ground(plan: Plan, path: str, kept: Any, trained: Any, w: jax.Array) -> jax
     how = plan.leaves.get(path)
     if how is None:
         return kept.astype(w.dtype)
+    # Without the low-rank part, which goes on by itself and would be counted twice.
     inside = {"own": trained["own"]} if isinstance(how, WithLowRank) else trained
+    # Plain, since a structured weight cannot be cut by another selection.
     return how.bind(kept, inside, structured=False).astype(w.dtype)
 
 
@@ -229,12 +252,15 @@ def _moments(
 ) -> Any:
     """The optimizer's state: what is shaped like trained values carries over, and so do counters."""
 
+    # By keys, since the classes of optax's states are its own: any dict over the trained paths is a moment.
     def moments(of: Mapping) -> Any:
         return lambda x: isinstance(x, dict) and x.keys() == of.keys()
 
+    # With paths, whose last key is the moment's name in optax's named tuple.
     old, _ = jax.tree_util.tree_flatten_with_path(before, is_leaf=moments(trained))
     new, structure = jax.tree.flatten(start, is_leaf=moments(values))
     out = []
+    # Both have the same optimizer, so they differ inside moments only.
     for (keys, then), now in zip(old, new, strict=True):
         if not moments(trained)(then):
             out.append(then)
@@ -242,6 +268,7 @@ def _moments(
         name = keys[-1].name if hasattr(keys[-1], "name") else ""
         moved = dict(now)
         for path in (now.keys() & then.keys()) - found.weights.keys():
+            # Factored moments (adafactor) have other shapes than values, and cannot be moved by place.
             if jax.tree.map(jnp.shape, then[path]) == jax.tree.map(jnp.shape, trained[path]):
                 moved[path] = carry(path, then[path], _fill(_seed(name, path, found, optimizer), shapes[path]))
         out.append(moved)
@@ -261,6 +288,7 @@ def _seed(name: str, path: str, found: Renewal, optimizer: Any) -> Any:
         return jnp.full(mean.shape, found.age, jnp.float32)
     if name in ("mu", "nu"):
         decay = optimizer.b1 if name == "mu" else optimizer.b2
+        # What `age` steps of a moving average of this mean leave; Adam's bias correction divides it out again.
         return (mean if name == "mu" else square) * (1 - decay**found.age)
     return 0.0
 
@@ -269,6 +297,7 @@ def settle(
     settled: Settled, leaves: Mapping[str, Parametrisation], kept: Mapping[str, Any], current: Mapping[str, jax.Array]
 ) -> Settled:
     """Values of all that trained so far; where something settled before and trained since, what it is now."""
+    # Base None: encoded are values, not a change.
     now = {p: how.encode(None, kept[p], how.collect(kept[p], current[p])) for p, how in leaves.items()}
     return {**settled, **{p: settled[p].under(above) if p in settled else above for p, above in now.items()}}
 
@@ -281,8 +310,10 @@ def resting(settled: Settled, leaves: Mapping[str, Parametrisation]) -> Settled:
 
 
 def _resting(values: delta.Encoding, how: Parametrisation | None) -> delta.Encoding | None:
+    # Whole weights train, so nothing of them rests.
     if isinstance(how, InPlace):
         return None
+    # What is selected inside weights stays noted: its newer values lie over it, by `under`.
     if not isinstance(how, SomeLayers) or not isinstance(values, delta.Rows):
         return values
     still = np.flatnonzero(~np.isin(values.indices, how.layers()))
@@ -293,5 +324,6 @@ def change(
     settled: Settled, base: Mapping[str, jax.Array], encoded: Mapping[str, delta.Encoding]
 ) -> dict[str, delta.Encoding]:
     """The whole change from the base: what settled, minus the base there, with what trains now over it."""
+    # Subtracted once, at the end: a sum of rounded changes would not give the weight back to the bit.
     moved = {p: values.minus(base[p]) for p, values in settled.items()}
     return {**encoded, **{p: x.under(encoded[p]) if p in encoded else x for p, x in moved.items()}}

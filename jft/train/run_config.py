@@ -45,12 +45,14 @@ class RunConfig:
         objective = infer(batch) if self.objective is None else find_objective(self.objective)
         dtype = step.dtype_of(self.model, params) if self.dtype is None else self.dtype
         mesh = find_mesh(params) if self.mesh is None else self.mesh
+        # One process may use one device of many, but several processes must compute one program together.
         mesh = parallel.make_mesh() if mesh is None and jax.process_count() > 1 else mesh
         feed.check(batch, self.model, mesh)
         return dataclasses.replace(self, objective=objective, dtype=dtype, mesh=mesh)
 
     def check_evaluation(self, eval_data: Any) -> None:
         """Refuse data for evaluation that ends with the first of several."""
+        # With eval_batches an endless iterator serves: each evaluation takes the next ones.
         if 0 < self.eval_every < self.steps and not self.eval_batches and hasattr(eval_data, "__next__"):
             raise ValueError("eval_data is an iterator, which ends with the first evaluation; give a list or a loader")
 
@@ -86,15 +88,18 @@ def describe(
 ) -> dict[str, Any]:
     """What a run is, as JSON: a run may only go on from checkpoints that say the same."""
     if isinstance(optimizer, Given):
+        # A closure cannot be compared between processes; the paths of its state are what can.
         options: Any = {"name": "optax", "state": sorted(tree.flatten(state.opt_state))}
     else:
         options = dataclasses.asdict(optimizer)
+    # The standard forward pass is not named, so that it never shows as a change.
     linear = {} if method.forward == "standard" else {"forward": method.forward, "until": method.until}
     return {
         "method": {"name": method.name, "options": _json(method.options), **linear},
         "optimizer": _json(options),
         "objective": {"name": type(objective).__name__, **_json(getattr(objective, "__dict__", {}))},
         "batch": {p: [list(x.shape), np.dtype(x.dtype).name] for p, x in tree.flatten(batch).items()},
+        # Shapes of what trains catch a changed base config or selection that the options do not show.
         "trained": {p: [list(x.shape), np.dtype(x.dtype).name] for p, x in tree.flatten(state.trained).items()},
         "dtype": None if dtype is None else np.dtype(dtype).name,
         "seed": seed,
