@@ -52,8 +52,10 @@ def create(
     """The state before the first step; under ``jax.eval_shape`` its shapes."""
     return State(
         step=jnp.zeros((), jnp.int32),
+        # Plain dicts: the tree's structure is part of what a compiled step is found by.
         trained=dict(trained),
         opt_state=transform.init(trained),
+        # Key data, not a typed key: a checkpoint holds plain arrays.
         rng=jax.random.key_data(jax.random.key(seed)),
         chosen=dict(chosen),
         memory=plan.method.rule.init(trained) if plan.method.rule else None,
@@ -91,6 +93,7 @@ class Layout:
     @property
     def device(self) -> jax.Device:
         """One of its devices: what memory and peak FLOP/s are asked of."""
+        # The smallest id, since a set has no order and messages should not change from run to run.
         return min(self.replicated.device_set, key=lambda d: d.id)
 
     @property
@@ -102,6 +105,7 @@ def find_mesh(params: Any) -> Mesh | None:
     """The mesh that the parameters already lie on, if any."""
     for x in jax.tree.leaves(params):
         sharding = getattr(x, "sharding", None)
+        # Not an abstract mesh, which has no devices; and a mesh of one device needs no shardings.
         if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh.size > 1:
             return sharding.mesh
     return None
@@ -110,6 +114,7 @@ def find_mesh(params: Any) -> Mesh | None:
 def lay_out(params: Any, plan: Plan, holdings: Holdings, mesh: Mesh | None) -> Layout:
     """The layout of a run on ``mesh``."""
     if mesh is None:
+        # Where the parameters lie; shapes and numpy arrays lie nowhere, so then the default device.
         device = next((d for x in jax.tree.leaves(params) for d in getattr(x, "devices", set)()), jax.devices()[0])
         one = SingleDeviceSharding(device)
 
@@ -120,6 +125,7 @@ def lay_out(params: Any, plan: Plan, holdings: Holdings, mesh: Mesh | None) -> L
 
     state = holdings.state
     named = parallel.specs(params, mesh)
+    # From the weights' specs, so that each value lies with the part of the weight that it changes.
     kept_specs, trained_specs = plan.specs(named, params, state.chosen)
     frozen, live, chosen = plan.detach(kept_specs)
     # Specs stand in for arrays here: a State of them has the structure of the state.
@@ -134,6 +140,7 @@ def lay_out(params: Any, plan: Plan, holdings: Holdings, mesh: Mesh | None) -> L
     )
 
     def place(spec: PartitionSpec, x: Any) -> NamedSharding:
+        # Factors and slots may have axes that the mesh does not divide, where the weight's are divided.
         return NamedSharding(mesh, parallel.dividing(spec, x.shape, mesh))
 
     specs = Holdings(state_specs, live, frozen)
@@ -155,7 +162,9 @@ def _like_trained(opt_state: Any, trained: Any, specs: Any) -> Any:
     shapes = {path: x.shape for path, x in tree.flatten(trained).items()}
 
     def find(path: str, x: Any) -> PartitionSpec:
+        # optax puts the tree of values below its own names, so a moment's path ends with the value's.
         ends = [p for p, shape in shapes.items() if path.endswith("/" + p) and shape == x.shape]
+        # The longest: `head/w` may be the end of `text/head/w`.
         return spec_of[max(ends, key=len)] if ends else PartitionSpec()
 
     return tree.map_with_path(find, opt_state)
@@ -184,6 +193,7 @@ def hold(
     state = State(
         step=jax.device_put(np.zeros(update.stack, np.int32), places.step),
         trained=trained,
+        # Compiled with the layout's shardings, so that moments are made where they lie.
         opt_state=update.start(trained),
         rng=jax.device_put(join(keys, update.holdings.state.rng), places.rng),
         chosen=chosen,
@@ -196,6 +206,7 @@ def take_up(
     update: Step, params: Any, state: State, settled: Settled, seed: Seeds, donate: bool, overlays: Overlays
 ) -> Holdings:
     """All that a run holds that goes on from ``state``: live weights hold its values again, and what settled in them."""
+    # Initial values are made and dropped: what is kept may depend on the same draw.
     frozen, live, _ = _start(update, params, state.chosen, seed, donate, overlays, settled)
     return Holdings(state, _committed(update.recipe.plan, frozen, live, state), frozen)
 
@@ -214,6 +225,7 @@ def _start(
         base = {**tree.flatten(params), **weights}
         start = tree.like(params, {p: settled[p].written(w) if p in settled else w for p, w in base.items()})
         selected = take(chosen, i) if update.stack else chosen
+        # With values that settled, weights are no longer the base that changes are measured from.
         kept, trained = plan.init(key, start, selected, base if settled else None)
         frozen, live, _ = plan.detach(kept)
         if each:  # what members share is held once, not until all are made
@@ -221,6 +233,7 @@ def _start(
         each.append((frozen, live, trained))
     frozens, lives, values = zip(*each, strict=True)
     frozen = jax.device_put(join(frozens, like.frozen), places.frozen)
+    # The first member's: a fleet has no live weights.
     return frozen, own(lives[0], places.live, donate), join(values, like.state.trained)
 
 
@@ -231,8 +244,10 @@ def measured(update: Step, held: Holdings, calibrations: Sequence[Callable[[], A
         return held
     memory = held.state.memory
     first = [rule.start(take(memory, i) if update.stack else memory, steps) for i in range(len(calibrations))]
+    # Calibrations are functions, called one by one: each may hold a copy of the parameters.
     each = [rule.measure(plan, look(), start) for start, look in zip(first, calibrations, strict=True)]
     each = [start if measure is None else measure for start, measure in zip(first, each, strict=True)]
+    # The rule decides, so all members have a memory or none has.
     if each[0] is not None:
         memory = jax.device_put(join(each, update.holdings.state.memory), update.layout.state.memory)
     return dataclasses.replace(held, state=dataclasses.replace(held.state, memory=memory))
@@ -247,12 +262,14 @@ def _committed(plan: Plan, frozen: Any, live: Any, state: State) -> Any:
     def write(live: Any, frozen: Any, state: State) -> Any:
         return plan.detach(plan.commit(plan.attach(frozen, live, state.chosen), state.trained))[1]
 
+    # Donated, or there would be two copies of the live weights for a moment.
     return jax.jit(write, donate_argnums=0)(live, frozen, state) if live else live
 
 
 def own(live: Any, places: Any, donate: bool) -> Any:
     """Live weights for the run alone: copies, unless it may take the base's."""
     live = jax.device_put(live, places)
+    # `device_put` gives back the same array where it lies there already, and the step donates it.
     return live if donate else jax.tree.map(lambda x: jnp.array(x, copy=True), live)
 
 
@@ -273,6 +290,7 @@ def take(value: Any, i: int) -> Any:
 
     def part(x: Any) -> Any:
         if isinstance(x, np.ndarray) or x.is_fully_addressable:
+            # Through the host, which compiles nothing.
             return jnp.asarray(np.asarray(x)[i])
         return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
 

@@ -33,6 +33,7 @@ class NonFiniteError(ValueError):
     @classmethod
     def of(cls, values: Mapping[str, Any], step: int, position: Any, then: str, whose: str = "") -> NonFiniteError:
         """That of a step with metrics ``values``; then: what became of the state."""
+        # 0 / 0 looks like divergence, and is a matter of the data.
         what = "has total weight 0 on all processes" if values["weight"] == 0 else "is not finite"
         return cls(
             f"{whose}the loss of step {step} {what}: loss {values['loss']:g}, grad_norm {values['grad_norm']:g}, data "
@@ -55,6 +56,7 @@ class Pending:
 
     def each(self) -> list[dict[str, float]]:
         """The metrics of each member."""
+        # One transfer for all metrics, which waits for the step; a run by itself gets the axis that a fleet has.
         values = {k: np.atleast_1d(v) for k, v in jax.device_get(self.metrics).items() if k != "sound"}
         return [{k: float(v[i]) for k, v in values.items()} for i in range(len(self.rates))]
 
@@ -71,6 +73,7 @@ class Run:
     metrics: list[dict]
     evaluation: dict[str, float]
     task_vector: delta.TaskVector
+    # Held for `params` alone, which are merged when they are asked for: a fleet has a model for each member otherwise.
     _base: Any
     _kept: Any
     error: NonFiniteError | None = None
@@ -131,12 +134,15 @@ class Training:
             state, positions = self.checkpoints.restore(self.update.holdings.state)
             self._settled = self.checkpoints.settled()
             self.held = take_up(self.update, self.params, state, self._settled, seeds, donate, overlays)
+            # Checkpoints of a run by itself hold the position alone, not a list of one.
             self.streams.seek(positions if members.stacked else [positions])
         else:
+            # Only without checkpoints: those have refused already, and a finished run may go on from its own.
             self._refuse_another(each)
             fresh = hold(self.update, self.params, self._chosen, seeds, donate, overlays)
             calibrations = [lambda i=i, m=m: self._probe(i, m.start(self.params)) for i, m in enumerate(members)]
             self.held = measured(self.update, fresh, calibrations, self.config.steps)
+        # A member whose loss was not finite has not moved since, so its step lags behind the others'.
         self.sound = np.asarray(jax.device_get(self.held.state.step) == begin)
         for i in np.flatnonzero(~np.atleast_1d(self.sound)).tolist():
             last = int(self.held.state.step[i])
@@ -162,6 +168,7 @@ class Training:
         self.update, self.held, self._settled = reselection.renew(
             self.update, self.held, self.params, self._settled, calibration, n, steps, seed
         )
+        # Plans encode the result, and so must be those of the last selection.
         self._plans = [self.update.recipe.plan]
         if self.checkpoints:
             self.checkpoints.renewed(self._describe(0), reselection.decided(self.update.recipe.plan))
@@ -170,6 +177,7 @@ class Training:
         """Give one update to the devices; its metrics."""
         rate = np.asarray(rates, np.float32).reshape(self.update.stack)
         batch = self.streams.put(batch, self.update.layout)
+        # `sound` stays on the device from step to step, so nothing waits for it.
         self.held, metrics = self.update(self.held, batch, rate, self.sound)
         self.sound = metrics["sound"]
         return metrics
@@ -188,6 +196,7 @@ class Training:
             position, label = pending.positions[self.streams.stream_of[i]], self.members[i].label
             self.errors[i] = NonFiniteError.of(values[i], done, position, then, label)
         if all(self.errors):
+            # The step after may be queued already; with `sound` false it changes nothing, so this is still the last good state.
             self.save(done, pending.positions)
             raise self._end(directory, done, pending.positions)
         return [error for i in fresh if (error := self.errors[i])]
@@ -209,6 +218,7 @@ class Training:
     def evaluate(self) -> list[dict[str, float]]:
         """Each member on its own evaluation data, by one compiled function; nothing for one without."""
         config, recipe = self.config, self.update.recipe
+        # By the plan: a merged copy of the model would take its memory again.
         score = evaluation.sums(recipe.apply, config.objective, recipe.plan, config.dtype)
         scores: list[dict[str, float]] = [{} for _ in self.members]
         for i, member in enumerate(self.members):
@@ -230,6 +240,7 @@ class Training:
         state, kept = self.update.member(self.held, i)
         base = member.start(self.params)
         stopped = {} if error is None else {"stopped": str(error)}
+        # The run's own facts last: a manifest cannot pretend to others.
         facts = {**member.manifest, **self._facts[i], "steps": int(state.step), "evaluation": scores, **stopped}
         encoded = reselection.change(self._settled, tree.flatten(base), plan.encode(base, kept, state.trained))
         vector = delta.TaskVector(encoded, {"base": self._bases[i], **delta.describe(None, **facts)})
@@ -257,6 +268,7 @@ def _open(workdir: Path | None, checkpoint: Any, facts: Any, decided: Any, membe
                 f"checkpoint.best={given.best!r} needs eval data, and checkpoint.every ({every}) to be a positive "
                 f"multiple of eval_every ({between}), so that every checkpoint has been evaluated"
             )
+    # After the checks: a refused start makes no folder.
     workdir.mkdir(parents=True, exist_ok=True)
     return Checkpoints(workdir / "checkpoints", given, facts, decided)
 
@@ -265,6 +277,7 @@ def save(vector: delta.TaskVector, workdir: Path | None) -> None:
     """Write the result of a run into its folder, if it has one."""
     if workdir is None:
         return
+    # On every process, since gathering is a collective; only the first one writes.
     whole = jax.tree.map(lambda x: x if visible(x) else host(x), vector)
     if jax.process_index() == 0:
         whole.save(workdir / "task_vector.safetensors")
