@@ -1,4 +1,4 @@
-"""`RunCalibration`: what scores look at, computed as the training step would compute it."""
+"""`RunCalibration`: gradients, outputs and batches that scores read, computed as the training step would compute them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Weights = dict[str, Array]
 # `Setting` holds no weights: it is a static argument of the cache below, which would keep them alive.
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is computed on which layout; equal settings share compiled functions.
+    """The static part of a score's program, and its layout; equal settings share compiled functions.
 
     order: all paths. places: shardings of the candidates on a mesh. dtype: of candidates where the model sees them.
     accumulate: microbatches per batch. chunk: examples whose whole gradients are held at once.
@@ -59,9 +59,9 @@ class Setting:
     def laid(self, values: Weights) -> Weights:
         """``values`` sharded as the weights are."""
         # A tuple of pairs in the field, because a dict has no hash. Without a mesh it is empty and nothing is constrained.
-        places = dict(self.places)
+        shardings = dict(self.places)
         constrain = jax.lax.with_sharding_constraint
-        return {p: constrain(x, places[p]) if p in places else x for p, x in values.items()}
+        return {p: constrain(x, shardings[p]) if p in shardings else x for p, x in values.items()}
 
 
 def _gradient(setting: Setting, rest: Weights, chosen: Weights, batch: Any) -> Weights:
@@ -74,8 +74,8 @@ def _gradient(setting: Setting, rest: Weights, chosen: Weights, batch: Any) -> W
         return setting.objective.loss(setting.apply(setting.tree(rest, chosen), part), part)[0] / weight
 
     def one(part: Any) -> Weights:
-        found = jax.grad(loss)(chosen, part)
-        return setting.laid({p: g.astype(jnp.float32) for p, g in found.items()})
+        gradients = jax.grad(loss)(chosen, part)
+        return setting.laid({p: g.astype(jnp.float32) for p, g in gradients.items()})
 
     if setting.accumulate == 1:
         return one(batch)
@@ -87,32 +87,32 @@ def _gradient(setting: Setting, rest: Weights, chosen: Weights, batch: Any) -> W
 
 
 # Module functions, no closures: `_jit` finds a compiled program through the function object.
-def _folded(setting: Setting, update: Callable, carry: Any, rest: Weights, chosen: Weights, batch: Any) -> Any:
+def _fold_gradient(setting: Setting, update: Callable, carry: Any, rest: Weights, chosen: Weights, batch: Any) -> Any:
     return update(carry, _gradient(setting, rest, chosen, batch))
 
 
-def _add(total: Weights, found: Weights) -> Weights:
-    return jax.tree.map(jnp.add, total, found)
+def _add(total: Weights, gradient: Weights) -> Weights:
+    return jax.tree.map(jnp.add, total, gradient)
 
 
-def _add_square(total: Weights, found: Weights) -> Weights:
-    return jax.tree.map(lambda a, g: a + jnp.square(g), total, found)
+def _add_square(total: Weights, gradient: Weights) -> Weights:
+    return jax.tree.map(lambda a, g: a + jnp.square(g), total, gradient)
 
 
-def _add_size(total: Weights, found: Weights) -> Weights:
-    return jax.tree.map(lambda a, g: a + jnp.abs(g), total, found)
+def _add_size(total: Weights, gradient: Weights) -> Weights:
+    return jax.tree.map(lambda a, g: a + jnp.abs(g), total, gradient)
 
 
-def _summed(setting: Setting, compute: Callable, total: Any, params: Any, batch: Any, *arguments: Any) -> Any:
-    found = compute(params, batch, *arguments)
-    return jax.tree.map(lambda a, x: a + x.astype(jnp.float32), total, found)
+def _add_result(setting: Setting, compute: Callable, total: Any, params: Any, batch: Any, *arguments: Any) -> Any:
+    result = compute(params, batch, *arguments)
+    return jax.tree.map(lambda a, x: a + x.astype(jnp.float32), total, result)
 
 
 @program_cache(maxsize=64)
-def _jit(function: Callable, *static: Any, place: Any = None) -> Callable:
-    """``function`` with its static arguments bound, compiled, its first free argument donated and results at ``place``."""
+def _jit(function: Callable, *static: Any, sharding: Any = None) -> Callable:
+    """``function`` with its static arguments bound, compiled, its first free argument donated and results at ``sharding``."""
     # Donated, so that a running sum as large as the weights exists once.
-    return jax.jit(functools.partial(function, *static), donate_argnums=0, out_shardings=place)
+    return jax.jit(functools.partial(function, *static), donate_argnums=0, out_shardings=sharding)
 
 
 class RunCalibration:
@@ -165,9 +165,9 @@ class RunCalibration:
             params = jax.device_put(params, parallel.shardings(params, self.mesh))
         self._tree, self.params = params, tree.flatten(params)
         # In the model's order, whatever the caller's, so that equal candidates make equal settings.
-        wanted = frozenset(paths)
-        self.paths = tuple(p for p in self.params if p in wanted)
-        self._check(wanted)
+        candidates = frozenset(paths)
+        self.paths = tuple(p for p in self.params if p in candidates)
+        self._check(candidates)
         self.key = jax.random.key(seed)
         self._setting = Setting(
             apply_of(model, self.mesh),
@@ -227,7 +227,7 @@ class RunCalibration:
 
     def fold(self, update: Callable[[Any, Weights], Any], carry: Any, batches: int) -> Any:
         # Cached by `update`: a module function compiles once, a lambda at each call.
-        run, weights = _jit(_folded, self._setting, update), self._weights
+        run, weights = _jit(_fold_gradient, self._setting, update), self._weights
         for batch in self.batches(batches):
             carry = run(carry, *weights, batch)
         return carry
@@ -283,8 +283,8 @@ class RunCalibration:
 
     def sums(self, compute: Callable[..., Any], batches: int, *arguments: Any) -> Any:
         # Small, and read by the host: whole on every device.
-        place = None if self.mesh is None else parallel.replicated(self.mesh)
-        run = _jit(_summed, self._setting, compute, place=place)
+        sharding = None if self.mesh is None else parallel.replicated(self.mesh)
+        run = _jit(_add_result, self._setting, compute, sharding=sharding)
         total: Any = None
         for batch in self.batches(batches):
             if total is None:
@@ -297,9 +297,9 @@ class RunCalibration:
     def tuned(
         self, steps: int, table: calibration.Table | None = None, how: Any = None, penalties: tuple = ()
     ) -> Weights:
-        found = self._trained(steps, table=table, how=how, penalties=penalties or None)
+        trained = self._trained(steps, table=table, how=how, penalties=penalties or None)
         # A table may train weights that are no candidates, and a search evaluates the whole model.
-        return found if table is not None else {p: found[p] for p in self.paths}
+        return trained if table is not None else {p: trained[p] for p in self.paths}
 
     def _trained(self, steps: int, **options: Any) -> Weights:
         if self._train is None:
@@ -310,9 +310,9 @@ class RunCalibration:
         return tree.flatten(self._train(steps, **{k: v for k, v in options.items() if v is not None}))
 
     def after(self, steps: int, how: Any = None) -> RunCalibration:
-        found = self._trained(steps, how=how, begins=True)
+        trained = self._trained(steps, how=how, begins=True)
         other = copy.copy(self)
-        other.params = {**self.params, **{p: found[p] for p in self.paths}}
+        other.params = {**self.params, **{p: trained[p] for p in self.paths}}
         other._passed = self._passed + steps
         other._tree = tree.like(self._tree, other.params)
         return other
@@ -350,7 +350,7 @@ def calibration_of(
     eval_data: Any = None,
     eval_batches: int = 0,
 ) -> RunCalibration:
-    """What scores may look at: ``params``, and the batches that the stream gives next. of: the steps of the run."""
+    """The calibration of a run: ``params``, and the batches that the stream gives next. of: the steps of the run."""
 
     # Through `finetune`, so that the score sees what the loop does: clipping, schedules, noise.
     def train(steps: int, table: Any = None, how: Any = None, penalties: tuple = (), begins: bool = False) -> Any:
@@ -358,20 +358,20 @@ def calibration_of(
         from jft.train.finetune import finetune
 
         if table is None:
-            which = _phase(recipe.plan, how or InPlace(), penalties)
+            phase = _phase(recipe.plan, how or InPlace(), penalties)
         else:
             method = recipe.plan.method
             # In place, whatever the parametrisation of the run: a search compares layers.
-            which = Method(Select(), InPlace(), method.also, method.freeze, name="phase").decided(table)
+            phase = Method(Select(), InPlace(), method.also, method.freeze, name="phase").decided(table)
         # The run itself must begin with the batches that the score has used.
         position = stream.position()
         tuned = finetune(
             model,
             params,
             # finetune closes what it opens from its data, and this stream is still needed.
-            _Borrowed(stream, recipe.objective),
+            _StreamIterator(stream, recipe.objective),
             steps=steps,
-            method=which,
+            method=phase,
             optimizer=beginning(optimizer, of) if begins else optimizer,
             objective=recipe.objective,
             mesh=mesh,
@@ -384,10 +384,10 @@ def calibration_of(
         stream.seek(position)
         # In float32, so that small steps from a base of fewer bits are seen.
         inside = recipe.plan.candidates
-        wide = lambda p, x: jax.ShapeDtypeStruct(
+        in_float32 = lambda p, x: jax.ShapeDtypeStruct(
             x.shape, jnp.promote_types(x.dtype, jnp.float32) if p in inside else x.dtype
         )
-        return tuned.merged(tree.map_with_path(wide, params))
+        return tuned.merged(tree.map_with_path(in_float32, params))
 
     def evaluate(params: Any) -> dict[str, float]:
         # Refused when a score first evaluates: most scores do not.
@@ -414,12 +414,12 @@ def calibration_of(
 
 
 def _phase(plan: Plan, how: Parametrisation, penalties: tuple) -> Method:
-    """Training of the candidates of ``plan`` as a whole, and as it does of whatever trains beside them."""
+    """Training of the candidates of ``plan`` as a whole, and as the plan does of whatever else trains."""
     inside = plan.candidates
     # Anchored and escaped: a path is a regular expression here, and a prefix of other paths.
     named = {p: f"^{re.escape(p)}$" for p in plan.leaves}
-    beside = tuple(pattern for p, pattern in named.items() if p not in inside)
-    return Method(Select(tuple(named[p] for p in inside)), how, beside, penalties=penalties, name="phase")
+    others = tuple(pattern for p, pattern in named.items() if p not in inside)
+    return Method(Select(tuple(named[p] for p in inside)), how, others, penalties=penalties, name="phase")
 
 
 def _ahead(stream: Feed) -> Iterator[Any]:
@@ -431,8 +431,8 @@ def _ahead(stream: Feed) -> Iterator[Any]:
         yield stream.ahead(count)[-1]
 
 
-class _Borrowed:
-    """The stream as data of another run; going back to where it stood is left to the lender."""
+class _StreamIterator:
+    """The batches of a run's stream as data of another run; the lender seeks back to where it stood."""
 
     def __init__(self, stream: Feed, objective: Any):
         self._stream, self._objective, self._taken = stream, objective, 0

@@ -1,4 +1,4 @@
-"""Checkpoints of what trains, and of where the data stands. The one module that knows Orbax.
+"""Checkpoints of what trains, and of the position in the data. The one module that knows Orbax.
 
 A checkpoint holds the state (trained values, optimizer state, step, key), the data position of each process and the run's
 identity. The base is not in it: it is named by source and fingerprint. Saving is asynchronous; a checkpoint comes to be
@@ -84,10 +84,10 @@ def refuse_another(workdir: Path | None, itself: Mapping[str, Any]) -> None:
         return
 
     # The header alone: a task vector may be as large as the model.
-    left = file.inspect(path).manifest
+    manifest = file.inspect(path).manifest
     # A task vector keeps the base as a section, a checkpoint as its fingerprint alone.
-    before = {key: left.get(key) for key in itself} | {"base": left.get("base", {}).get("fingerprint")}
-    if "narrowed" in left:  # of part of its base: the whole one is not known
+    before = {key: manifest.get(key) for key in itself} | {"base": manifest.get("base", {}).get("fingerprint")}
+    if "narrowed" in manifest:  # of part of its base: the whole one is not known
         before["base"] = itself["base"]
     compare(before, itself, f"{path} is")
 
@@ -104,8 +104,8 @@ def newest(directory: Path) -> tuple[int, dict[str, Any] | None, dict[str, jax.S
             return 0, None, {}
         # The state's metadata gives its shapes; its arrays are read once the layout says where each shard goes.
         run = checkpointer.load_checkpointables(last.step, {"run": None})["run"]
-        found = checkpointer.checkpointables_metadata().metadata["state"]
-    return last.step, run.get("decided"), {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in found.items()}
+        metadata = checkpointer.checkpointables_metadata().metadata["state"]
+    return last.step, run.get("decided"), {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in metadata.items()}
 
 
 class Checkpoints:
@@ -234,8 +234,8 @@ class Checkpoints:
         arrays = self._checkpointer.load_checkpointables(step, {"settled": None})["settled"]
         out = {}
         for path, (kind, static) in run["settled"].items():
-            own = {n.removeprefix(f"{path}:"): np.asarray(x) for n, x in arrays.items() if n.startswith(f"{path}:")}
-            out[path] = delta.kinds()[kind].unpack(own, static)
+            tensors = {n.removeprefix(f"{path}:"): np.asarray(x) for n, x in arrays.items() if n.startswith(f"{path}:")}
+            out[path] = delta.kinds()[kind].unpack(tensors, static)
         return out
 
     def close(self) -> None:
@@ -250,10 +250,10 @@ def _gather(position: Any) -> list[Any]:
     # Imported here: it is needed with several processes only.
     from jax.experimental import multihost_utils
 
-    mine = np.frombuffer(json.dumps(position).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray(mine.size))
+    encoded = np.frombuffer(json.dumps(position).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(encoded.size))
     # An all-gather takes equal shapes, and positions are JSON of any length.
     padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: mine.size] = mine
+    padded[: encoded.size] = encoded
     everyone = multihost_utils.process_allgather(padded)
     return [json.loads(bytes(row[:n])) for row, n in zip(np.asarray(everyone), sizes, strict=True)]

@@ -160,31 +160,31 @@ def _check(value: Any, schema: type, prefix: str) -> Any:
             f"config.{prefix.rstrip('.')} is {value!r}; it is a section with keys {', '.join(_names(schema))}"
         )
     # Not `field.type`: annotations are strings here.
-    wanted = typing.get_type_hints(schema)
+    types = typing.get_type_hints(schema)
     for key in value:
-        if key not in wanted:
-            keys = f"; keys: {', '.join(wanted)}"
-            near = nearest(key, wanted, hint=f"; did you mean {prefix}{{}}?", otherwise=keys)
+        if key not in types:
+            keys = f"; keys: {', '.join(types)}"
+            near = nearest(key, types, hint=f"; did you mean {prefix}{{}}?", otherwise=keys)
             raise ValueError(f"config has no key {prefix}{key}{near}")
-    return schema(**{key: _convert(inner, wanted[key], prefix + key) for key, inner in value.items()})
+    return schema(**{key: _convert(inner, types[key], prefix + key) for key, inner in value.items()})
 
 
-def _convert(value: Any, wanted: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(wanted):
-        return _check(value, typing.cast(type, wanted), name + ".")
+def _convert(value: Any, kind: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _check(value, typing.cast(type, kind), name + ".")
     # A section may be a dict in which a ConfigDict was put; what reads it expects plain dicts.
-    if wanted is dict and isinstance(value, Mapping):
+    if kind is dict and isinstance(value, Mapping):
         return {k: v.to_dict() if isinstance(v, ConfigDict) else v for k, v in value.items()}
     # JSON has lists only, and a tuple can be hashed, as an optimizer's `decay` must.
-    if wanted is tuple and isinstance(value, list | tuple):
+    if kind is tuple and isinstance(value, list | tuple):
         return tuple(x.to_dict() if isinstance(x, ConfigDict) else x for x in value)
     # `lr=1` on a command line; a bool would pass for an int here.
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     # bool is an int to Python, but steps=True is a mistake.
-    if isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise ValueError(f"config.{name} is {value!r} ({type(value).__name__}); it takes {_TYPES[wanted]}")
+    raise ValueError(f"config.{name} is {value!r} ({type(value).__name__}); it takes {_TYPES[kind]}")
 
 
 def _names(schema: Any) -> list[str]:
@@ -198,5 +198,5 @@ def documentation(schema: Any = Config, prefix: str = "") -> Iterator[tuple[str,
         if dataclasses.is_dataclass(hints[field.name]):
             yield from documentation(hints[field.name], f"{prefix}{field.name}.")
         else:
-            made = field.default_factory() if callable(field.default_factory) else field.default
-            yield f"{prefix}{field.name}", made, field.metadata["doc"]
+            value = field.default_factory() if callable(field.default_factory) else field.default
+            yield f"{prefix}{field.name}", value, field.metadata["doc"]

@@ -1,4 +1,4 @@
-"""`run`: a config made into a model, data, a method and a mesh, and handed to :func:`jft.train.finetune`."""
+"""`run`: an experiment from a config: its model, data, method and mesh, and a call of :func:`jft.train.finetune`."""
 
 from __future__ import annotations
 
@@ -102,20 +102,20 @@ def _section(section: Any, index: int) -> dict[str, Any]:
 
 
 def _member(config: Config, section: Mapping[str, Any], shared: tuple[Any, Any], workdir: Path) -> dict[str, Any]:
-    """What :func:`finetune` is told of a member of the fleet."""
-    own = {k: v for k, v in section.items() if k in ("data", "eval_data", "method")}
-    laid: dict[str, Any] = {
+    """The options of a member of the fleet for :func:`finetune`."""
+    sections = {k: v for k, v in section.items() if k in ("data", "eval_data", "method")}
+    settings: dict[str, Any] = {
         # A section that names another source or method begins anew: options of the old one are not its own.
         k: v if v.get("source", "") or "name" in v else {**getattr(config, k), **v}
-        for k, v in own.items()
+        for k, v in sections.items()
     }
     seed = section.get("seed", config.seed)
-    changed = dataclasses.replace(config, seed=seed, **laid)
+    changed = dataclasses.replace(config, seed=seed, **settings)
     out: dict[str, Any] = {k: v for k, v in section.items() if k in ("name", "optimizer")} | {"seed": seed}
-    if "method" in laid:
-        out["method"] = laid["method"]
+    if "method" in settings:
+        out["method"] = settings["method"]
     # Another seed is another order of the data, as for a run by itself.
-    if seed != config.seed or "data" in own or "eval_data" in own:
+    if seed != config.seed or "data" in sections or "eval_data" in sections:
         # Members without loaders of their own share one object, which `Streams` knows by identity and reads once.
         out["data"], out["eval_data"] = loaders(changed, workdir, shared[0])
     # `config.json` of a member is that of a run by itself, which `jft train` could repeat.
@@ -191,15 +191,15 @@ def _from_scratch(config: ModelConfig, seed: int, mesh: Any, classes: int, token
     key = jax.random.key(seed)
     if mesh is None:
         return model, model.init(key, jnp.dtype(config.param_dtype))
-    places = parallel.shardings(model.abstract(config.param_dtype), mesh)
+    shardings = parallel.shardings(model.abstract(config.param_dtype), mesh)
     # Under jit with shardings each device makes its own shards; no device ever holds the whole model.
-    return model, jax.jit(lambda k: model.init(k, jnp.dtype(config.param_dtype)), out_shardings=places)(key)
+    return model, jax.jit(lambda k: model.init(k, jnp.dtype(config.param_dtype)), out_shardings=shardings)(key)
 
 
 def _architecture(kind: Any, options: Mapping[str, Any], where: str) -> Any:
     """``kind(**options)``; sections inside (a CLIP's towers, a decoder's experts) become the dataclasses they stand for."""
     hints = typing.get_type_hints(kind)
-    built = {}
+    values = {}
     for option, value in options.items():
         if option not in hints:
             near = nearest(option, hints, hint="; did you mean '{}'?", otherwise=f"; it has: {', '.join(hints)}")
@@ -209,9 +209,9 @@ def _architecture(kind: Any, options: Mapping[str, Any], where: str) -> Any:
         if inner is not None and isinstance(value, Mapping):
             value = _architecture(inner, value, f"{where}.{option}")
         # Architectures are hashed as static arguments; a list has no hash.
-        built[option] = tuple(value) if isinstance(value, list) else value
+        values[option] = tuple(value) if isinstance(value, list) else value
     try:
-        return kind(**built)
+        return kind(**values)
     # A required field is missing: names were checked above.
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from None
@@ -227,9 +227,11 @@ def loaders(config: Config, workdir: Path | None, first: Any = None) -> tuple[An
         directory = fetch(config.model.source)
         # Vision models have none.
         tokenizer = directory if (directory / "tokenizer.json").is_file() else None
-        described = json.loads((directory / "config.json").read_text()) if (directory / "config.json").is_file() else {}
+        base_config = (
+            json.loads((directory / "config.json").read_text()) if (directory / "config.json").is_file() else {}
+        )
         # A CLIP config has it in the vision tower's section.
-        image_size = described.get("image_size") or described.get("vision_config", {}).get("image_size")
+        image_size = base_config.get("image_size") or base_config.get("vision_config", {}).get("image_size")
     shared: Any = {"batch_size": config.batch_size, "seed": config.seed, "image_size": image_size, "directory": workdir}
     train = data.build(config.data, tokenizer=tokenizer if first is None else first.tokenizer, **shared)
     # Names may differ, since members learn other tasks; the head has one shape.

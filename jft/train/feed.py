@@ -139,7 +139,7 @@ class Feed:
     def __init__(self, data: Any):
         self._iterator = _iterator(data)
         # `iter` of an iterator is itself; then the caller opened it, and closes it.
-        self._own = self._iterator is not data
+        self._closes = self._iterator is not data
         # Each with the position before it: a batch that was only peeked at is not taken, whatever the iterator counts.
         self._ahead: collections.deque[tuple[Any, Any]] = collections.deque()
 
@@ -157,7 +157,7 @@ class Feed:
 
     def close(self) -> None:
         """Stop read-ahead threads and workers of an iterator that was opened here."""
-        if self._own and hasattr(self._iterator, "close"):
+        if self._closes and hasattr(self._iterator, "close"):
             self._iterator.close()
 
     def peek(self) -> Any:
@@ -240,8 +240,8 @@ class Streams:
         self._members = members
         # By identity: loaders do not compare by value, and equal lists may be two streams.
         data = {id(m.data): m.data for m in members}
-        places = {key: i for i, key in enumerate(data)}
-        self.stream_of = [places[id(m.data)] for m in members]
+        indices = {key: i for i, key in enumerate(data)}
+        self.stream_of = [indices[id(m.data)] for m in members]
         self._feeds = [Feed(x) for x in data.values()]
 
     @property
@@ -258,8 +258,8 @@ class Streams:
         return [x.position() for x in self._feeds]
 
     def seek(self, positions: list[Any]) -> None:
-        for x, place in zip(self._feeds, positions, strict=True):
-            x.seek(place)
+        for x, position in zip(self._feeds, positions, strict=True):
+            x.seek(position)
 
     def close(self) -> None:
         for x in self._feeds:
@@ -290,8 +290,8 @@ class Streams:
 
         def spread(x: np.ndarray) -> jax.Array:
             # What has no rows is one number for each member.
-            place = layout.batch if x.ndim > 1 else NamedSharding(mesh, PartitionSpec(*layout.batch.spec[:1]))
-            return jax.make_array_from_process_local_data(place, x)
+            sharding = layout.batch if x.ndim > 1 else NamedSharding(mesh, PartitionSpec(*layout.batch.spec[:1]))
+            return jax.make_array_from_process_local_data(sharding, x)
 
         return jax.tree.map(spread, batch)
 

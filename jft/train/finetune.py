@@ -192,9 +192,9 @@ def _loop(training: Training, report: Report, watch: Watch | None, begin: int) -
             # Scores of an earlier state would make this checkpoint the best for them.
             training.save(done, streams.positions(), scores if evaluates else None)
         if stops:
-            stopped = Preempted(done)
-            report.say(str(stopped))
-            raise stopped
+            preemption = Preempted(done)
+            report.say(str(preemption))
+            raise preemption
     # A finished run that is started again has had no step at which evaluation was due.
     if begin == config.steps and has_evaluation:
         scores = evaluate(begin)

@@ -1,4 +1,4 @@
-"""What would make a step fit into memory that does not, each really compiled, and nothing allocated."""
+"""Remedies for a step that does not fit into memory, each really compiled, and nothing allocated."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def remedies(update: step.Step, batch: Any, model: Any, params: Any) -> Iterator
         if recipe.objective.splits and rows % parts == 0 and (rows // parts) % shards == 0:
             yield f"accumulate={parts}", total(dataclasses.replace(recipe, accumulate=parts), abstract)
     if any(x.dtype == jnp.float32 for x in jax.tree.leaves(abstract)):
-        halved = jax.tree.map(
+        in_bfloat16 = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype), abstract
         )
-        yield "model.param_dtype='bfloat16'", total(recipe, halved)
+        yield "model.param_dtype='bfloat16'", total(recipe, in_bfloat16)
     plan = None if recipe.plan.method.name == "lora" else _low_rank(abstract, model)
     if plan is not None:
         yield "method='lora' with rank=8", total(dataclasses.replace(recipe, plan=plan), abstract)

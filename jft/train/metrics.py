@@ -1,4 +1,4 @@
-"""What is measured of a run, and where it goes: one JSON object a line, TensorBoard, Weights & Biases, the terminal."""
+"""Metrics of a run, and their sinks: one JSON object a line, TensorBoard, Weights & Biases, the terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jft import files
 
 @dataclasses.dataclass(frozen=True)
 class Logging:
-    """What is logged. every: steps between rows. progress: show the run on stdout. tensorboard; wandb: a project's name."""
+    """Options of the log. every: steps between rows. progress: show the run on stdout. tensorboard; wandb: a project's name."""
 
     every: int = 10
     progress: bool = True
@@ -108,11 +108,11 @@ class WeightsAndBiases:
             import wandb
         except ImportError:
             raise ValueError("log.wandb needs wandb: pip install 'jft[wandb]', or leave it empty") from None
-        kept = workdir / "wandb_id"
-        name = kept.read_text().strip() if kept.exists() else None
+        id_file = workdir / "wandb_id"
+        name = id_file.read_text().strip() if id_file.exists() else None
         # `allow`: with a known id it goes on, without one it starts anew.
         self._run = wandb.init(project=project, dir=str(workdir), id=name, resume="allow")
-        kept.write_text(self._run.id)
+        id_file.write_text(self._run.id)
 
     def write(self, row: dict[str, Any]) -> None:
         values = {f"{row['split']}/{k}": v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
@@ -237,8 +237,8 @@ class Meter:
 def line(step: int, steps: int, split: str, values: dict[str, float]) -> str:
     """One row as text: ``train 120/1000  loss 1.234  accuracy 0.56  12.3 steps/s``."""
     # What fits one line; the file has all of them.
-    shown = [k for k in ("loss", "accuracy", "perplexity", "grad_norm", "lr") if k in values]
-    parts = [f"{split:5} {step}/{steps}"] + [f"{k} {values[k]:.4g}" for k in shown]
+    names = [k for k in ("loss", "accuracy", "perplexity", "grad_norm", "lr") if k in values]
+    parts = [f"{split:5} {step}/{steps}"] + [f"{k} {values[k]:.4g}" for k in names]
     for key, unit in (("steps_per_s", "steps/s"), ("tokens_per_s", "tokens/s")):
         if key in values:
             parts.append(f"{values[key]:,.3g} {unit}" if values[key] < 100 else f"{values[key]:,.0f} {unit}")
@@ -255,7 +255,7 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """What the user sees of a run. shows: nothing at all if false (processes but the first, quiet runs)."""
+    """The progress bar of a run, or its lines. shows: nothing at all if false (processes but the first, quiet runs)."""
 
     def __init__(self, steps: int, start: int, shows: bool):
         self._steps, self._shows = steps, shows
@@ -284,8 +284,8 @@ class Progress:
             self._bar.update(self._task, completed=step, metrics=text)
         elif self._shows:
             # Rows of evaluation have no rate, and no time left.
-            left = (self._steps - step) / values["steps_per_s"] if values.get("steps_per_s") else 0
-            self.say(f"{text}  {duration(left)} left" if left else text)
+            remaining = (self._steps - step) / values["steps_per_s"] if values.get("steps_per_s") else 0
+            self.say(f"{text}  {duration(remaining)} left" if remaining else text)
 
     def close(self) -> None:
         if self._bar is not None:

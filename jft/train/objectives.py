@@ -1,4 +1,4 @@
-"""What is minimised: from outputs and a batch to a sum of losses, the weight it is over, and sums of metrics.
+"""Objectives: from outputs and a batch to a sum of losses, the weight it is over, and sums of metrics.
 
 Losses are *sums*; the step divides once, by the weight of the whole global batch. So gradient accumulation, packing and
 sharding change nothing: a token counts the same wherever it stands.
@@ -80,35 +80,35 @@ def token_nll(logits: Array, targets: Array) -> tuple[Array, Array]:
     """
     partition = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
     # Before the cast, so that one value for each target is cast and not all logits.
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return partition - picked.astype(jnp.float32), partition
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return partition - target_logits.astype(jnp.float32), partition
 
 
 def _sampled(key: Array, logits: Array, weights: Array) -> tuple[Array, Array]:
     """``(sum of -log p(y), weight)`` with each target y drawn from ``softmax(logits)``: what Fisher information is of."""
     # Drawn targets are constants of the gradient: it is that of -log p at these targets.
-    drawn = jax.random.categorical(key, jax.lax.stop_gradient(logits.astype(jnp.float32)), axis=-1)
-    return jnp.sum(weights * token_nll(logits, drawn)[0]), jnp.sum(weights)
+    sampled = jax.random.categorical(key, jax.lax.stop_gradient(logits.astype(jnp.float32)), axis=-1)
+    return jnp.sum(weights * token_nll(logits, sampled)[0]), jnp.sum(weights)
 
 
-def _toward(outputs: Array, reference: Array, weights: Array) -> tuple[Array, Array, dict[str, Array]]:
+def _soft_cross_entropy(outputs: Array, reference: Array, weights: Array) -> tuple[Array, Array, dict[str, Array]]:
     """Weighted cross entropy of ``outputs`` to the predictions ``softmax(reference)``; both are logits."""
     log_p = jax.nn.log_softmax(outputs.astype(jnp.float32))
     # Cross entropy, not KL: they differ by the entropy of the reference, which has no gradient.
-    crossed = -jnp.sum(jax.nn.softmax(reference.astype(jnp.float32)) * log_p, axis=-1)
-    return jnp.sum(weights * crossed), jnp.sum(weights), {}
+    losses = -jnp.sum(jax.nn.softmax(reference.astype(jnp.float32)) * log_p, axis=-1)
+    return jnp.sum(weights * losses), jnp.sum(weights), {}
 
 
 def _hits(logits: Array, targets: Array) -> Array:
     """``argmax(logits) == targets``, as the target's logit being beaten by none: a reduction of bits, which XLA's CPU
     backend fuses and vectorises (12 to 15 times as fast as its argmax). Of equal logits the first counts.
     """
-    own, place = targets[..., None], jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    height = jnp.take_along_axis(logits, own, axis=-1)
+    index, classes = targets[..., None], jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    target_logits = jnp.take_along_axis(logits, index, axis=-1)
     # Not `>`: a logit that is no number beats all others.
-    beaten = ~(logits <= height) | ((logits == height) & (place < own))
+    higher = ~(logits <= target_logits) | ((logits == target_logits) & (classes < index))
     # take_along_axis takes -1 for the last class, of which a label -1 is none.
-    return ((targets >= 0) & ~jnp.any(beaten, axis=-1)).astype(jnp.float32)
+    return ((targets >= 0) & ~jnp.any(higher, axis=-1)).astype(jnp.float32)
 
 
 def _sums(nll: Array, partition: Array, hits: Array, weights: Array, z_loss: float) -> tuple[Array, Array, dict]:
@@ -147,7 +147,7 @@ class _NextToken:
 
     def toward(self, outputs: Any, reference: Any, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
         """The loss with the predictions of ``reference`` (outputs of another model) as soft targets."""
-        return _toward(outputs, reference, self.weights(batch))
+        return _soft_cross_entropy(outputs, reference, self.weights(batch))
 
     def sampled_loss(self, key: Array, outputs: Any, batch: Batch) -> tuple[Array, Array]:
         """``(sum of losses, weight)`` with targets drawn from the model's own prediction; inputs stay as they are."""
@@ -236,7 +236,7 @@ class Classification:
 
     def toward(self, outputs: Any, reference: Any, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
         """The loss with the predictions of ``reference`` (outputs of another model) as soft targets."""
-        return _toward(outputs, reference, _examples(batch, "labels", jnp))
+        return _soft_cross_entropy(outputs, reference, _examples(batch, "labels", jnp))
 
     def sampled_loss(self, key: Array, outputs: Any, batch: Batch) -> tuple[Array, Array]:
         """``(sum of losses, weight)`` with targets drawn from the model's own prediction; no smoothing."""
@@ -263,14 +263,14 @@ class Contrastive:
         image, text = (outputs[k].astype(jnp.float32) for k in ("image", "text"))
         weights = _examples(batch, "images", jnp)
         logits = jnp.exp(outputs["logit_scale"].astype(jnp.float32)) * image @ text.T
-        matched = jnp.arange(logits.shape[0])
+        targets = jnp.arange(logits.shape[0])
         # Rows that fill up a batch are no negatives either. Not -inf, whose differences are NaN.
         absent = jnp.where(weights > 0, 0.0, -1e30)
         by_image, by_text = logits + absent[None, :], logits.T + absent[None, :]
-        losses = (token_nll(by_image, matched)[0] + token_nll(by_text, matched)[0]) / 2
+        losses = (token_nll(by_image, targets)[0] + token_nll(by_text, targets)[0]) / 2
         losses = jnp.where(weights > 0, losses, 0.0)
         # Without z_loss the partition is not read, so `losses` stands in for it.
-        return _sums(losses, losses, _hits(by_image, matched), weights, 0.0)
+        return _sums(losses, losses, _hits(by_image, targets), weights, 0.0)
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
         return means
@@ -299,16 +299,16 @@ def infer(batch: Batch) -> Objective:
     raise ValueError(f"no objective fits a batch of {', '.join(sorted(fields))}; give one ({', '.join(objectives)})")
 
 
-def objective(which: Any) -> Any:
+def objective(value: Any) -> Any:
     """An objective from its name, from ``{"name": ..., **options}``, or itself. Unknown names and options are refused."""
-    if isinstance(which, str):
-        which = {"name": which}
-    if not isinstance(which, Mapping):
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping):
         # A runtime check of a protocol looks at names alone, so any class with these methods will do.
-        if isinstance(which, Objective):
-            return which
-        raise ValueError(f"objective is {which!r}; give a name ({', '.join(objectives)}) or an Objective")
-    options = dict(which)
+        if isinstance(value, Objective):
+            return value
+        raise ValueError(f"objective is {value!r}; give a name ({', '.join(objectives)}) or an Objective")
+    options = dict(value)
     name = options.pop("name", None)
     if name not in objectives:
         hint = nearest(name, objectives)

@@ -1,4 +1,4 @@
-"""Optimizers from a config: what they do to a gradient, and the learning rate over time.
+"""Optimizers from a config: a transformation of gradients, and the learning rate over time.
 
 The learning rate is kept apart from the rest: it enters the compiled step as a number, so that a sweep over rates, schedules
 and lengths compiles once. Any ``optax.GradientTransformation`` (which carries its own rate) may be used instead.
@@ -93,8 +93,8 @@ class Optimizer:
             return self.lr
         # At 1 from there on, where a run goes on beyond `steps`; a warmup as long as the run must not divide by 0.
         progress = min((step - self.warmup) / max(steps - self.warmup, 1), 1.0)
-        left = 1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-        return self.lr * (self.end + (1 - self.end) * left)
+        remaining = 1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return self.lr * (self.end + (1 - self.end) * remaining)
 
     def unscheduled(self) -> Optimizer:
         """The same without what enters the compiled step as a number, so that it is equal for all rates and schedules."""
@@ -208,8 +208,8 @@ def _decay_to_base(weight: float, decays: Decays | None) -> optax.GradientTransf
 
     # `change` is a function, so that the distance is computed only where it is used.
     def update(updates: Any, state: Any, params: Any = None, *, change: Any, **_: Any) -> tuple[Any, Any]:
-        wanted = decays(updates) if decays else jax.tree.map(lambda _: True, updates)
-        moved = jax.tree.map(lambda u, c, d: u + weight * c if d else u, updates, change(), wanted)
+        mask = decays(updates) if decays else jax.tree.map(lambda _: True, updates)
+        moved = jax.tree.map(lambda u, c, d: u + weight * c if d else u, updates, change(), mask)
         return moved, state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
@@ -228,9 +228,9 @@ def _matrix_axes(matrices: Stacks, values: Mapping[str, Any]) -> dict[str, Any]:
             return None
         return optax.contrib.MuonDimensionNumbers(stacked.inputs, stacked.outputs)
 
-    found = matrices(values).items()
+    stacks = matrices(values).items()
     # None is a leaf here: it says that a value is no matrix.
-    return {p: jax.tree.map(functools.partial(axes, p), x, is_leaf=lambda y: y is None) for p, x in found}
+    return {p: jax.tree.map(functools.partial(axes, p), x, is_leaf=lambda y: y is None) for p, x in stacks}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,25 +251,25 @@ class Given:
         return frozenset()
 
 
-def optimizer(which: Any) -> Optimizer | Given:
+def optimizer(value: Any) -> Optimizer | Given:
     """An :class:`Optimizer` from None (the defaults), a name, a mapping of its fields, or an optax transformation."""
-    if which is None:
+    if value is None:
         return Optimizer()
-    if isinstance(which, Optimizer | Given):
-        return which
-    if isinstance(which, str):
-        return Optimizer(which)
-    if isinstance(which, Mapping):
+    if isinstance(value, Optimizer | Given):
+        return value
+    if isinstance(value, str):
+        return Optimizer(value)
+    if isinstance(value, Mapping):
         known = {f.name for f in dataclasses.fields(Optimizer)}
-        for key in which:
+        for key in value:
             if key not in known:
                 raise ValueError(f"optimizer has no option {key!r}; it has: {', '.join(sorted(known))}")
         # A config file has lists, and an optimizer is hashed with its recipe.
-        options: dict[str, Any] = {k: tuple(v) if k == "decay" else v for k, v in which.items()}
+        options: dict[str, Any] = {k: tuple(v) if k == "decay" else v for k, v in value.items()}
         return Optimizer(**options)
     # By duck type: optax has several such classes, and other libraries have theirs.
-    if hasattr(which, "init") and hasattr(which, "update"):
-        return Given(which)
+    if hasattr(value, "init") and hasattr(value, "update"):
+        return Given(value)
     raise ValueError(
-        f"optimizer is {which!r}; give a name ({', '.join(NAMES)}), its options, or an optax transformation"
+        f"optimizer is {value!r}; give a name ({', '.join(NAMES)}), its options, or an optax transformation"
     )

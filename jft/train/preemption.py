@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM or SIGINT ends the run after the current step, with a checkpoint, on all hosts alike."""
+"""Preemption: SIGTERM or SIGINT ends the run after the current step, with a checkpoint, on all hosts alike."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self._asked = threading.Event()
+        self._stop = threading.Event()
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Watch:
@@ -48,20 +48,20 @@ class Watch:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # The second Ctrl-C is of a user who does not want to wait for the step.
-        if self._asked.is_set() and number == signal.SIGINT:
+        if self._stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._asked.set()
+        self._stop.set()
         self._number = number
 
     def pass_on(self) -> None:
         """Deliver once more a signal that came too late to stop anything, now that the run is whole and saved."""
-        if self._asked.is_set():
+        if self._stop.is_set():
             signal.raise_signal(self._number)
 
     def reached(self, step: int) -> bool:
         """Whether to stop after ``step``; the same answer on every process."""
         if not self._many:
-            return self._asked.is_set()
+            return self._stop.is_set()
         from jax.experimental import multihost_utils
 
         return bool(multihost_utils.reached_preemption_sync_point(step))

@@ -1,4 +1,4 @@
-"""`Report`: what the user sees of a run: what trains of which weights, the first example, and each member's metrics."""
+"""`Report`: the log of a run for its user: how much of each weight trains, the first example, and each member's metrics."""
 
 from __future__ import annotations
 
@@ -146,10 +146,10 @@ def rows(params: Any, trained: Mapping[str, Any], shardings: Any = None) -> list
     for path, x in tree.flatten(params).items():
         spec = getattr(specs.get(path), "spec", None)
         # An axis may be split over several axes of the mesh.
-        written = ", ".join("+".join(a) if isinstance(a, tuple) else str(a or "-") for a in spec) if spec else "-"
+        sharding = ", ".join("+".join(a) if isinstance(a, tuple) else str(a or "-") for a in spec) if spec else "-"
         # With padding slots, which are allocated; factors of LoRA count as what they are.
         trains = tree.count(trained[path]) if path in trained else 0
-        out.append(Row(path, tuple(x.shape), np.dtype(x.dtype).name, written, trains))
+        out.append(Row(path, tuple(x.shape), np.dtype(x.dtype).name, sharding, trains))
     return out
 
 

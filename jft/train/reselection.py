@@ -1,4 +1,4 @@
-"""What trains, from the start and anew during a run: from one plan and what it holds to the next.
+"""Selection of what trains, from the start and anew during a run: from one plan and what it holds to the next.
 
 Masters and moments of whatever trains before and after keep their values; every other value starts from the live weight,
 every other moment at zero or at the schedule's seed. What is dropped goes back to the base, or *settles*: its value stays in
@@ -50,9 +50,9 @@ def saved(workdir: Path | None) -> Saved:
     # Here: that module loads Orbax, which a run without a workdir never needs.
     from jft.train.checkpoints import newest
 
-    step, decided, found = newest(workdir / "checkpoints")
+    step, decided, shapes = newest(workdir / "checkpoints")
     # The prefix is the field's name in `State`, whose flat form a checkpoint holds.
-    return Saved(step, decided, {p.removeprefix("chosen/"): x for p, x in found.items() if p.startswith("chosen/")})
+    return Saved(step, decided, {p.removeprefix("chosen/"): x for p, x in shapes.items() if p.startswith("chosen/")})
 
 
 def method_at(method: Method, made: int, steps: int) -> Method:
@@ -86,9 +86,9 @@ def grids(plan: Plan, params: Any, mesh: Any) -> Mapping[str, tuple[int, int]]:
             # A cell must hold whole blocks, or one would lie on two devices.
             block = (unit.rows, unit.columns) if isinstance(unit, Block) else (1, 1)
             # The None in front makes a vector a matrix of one row.
-            wanted = [parallel.shards(axis, mesh) for axis in (None, *spec)[-2:]]
+            shards = [parallel.shards(axis, mesh) for axis in (None, *spec)[-2:]]
             sizes = [n // b for n, b in zip((1, *x.shape)[-2:], block, strict=True)]
-            rows, columns = (n if size % n == 0 else 1 for n, size in zip(wanted, sizes, strict=True))
+            rows, columns = (n if size % n == 0 else 1 for n, size in zip(shards, sizes, strict=True))
             cells[path] = rows, columns
     return cells
 
@@ -112,7 +112,7 @@ def find(config: RunConfig, members: Members, streams: Streams, params: Any, wor
     """What trains: by name, or as the run in ``workdir`` that is taken up says, or found now."""
     # First: what trains decides the shapes of the state, and thereby what can be restored.
     before = saved(workdir)
-    # The newest state is that of the update before: what is due at its step is still to come.
+    # The newest state is that of the update before: a selection due at its step is still to be made.
     made = max(before.step - 1, 0)
     plans = [method_at(m.method, made, config.steps).plan(m.start(params), config.model) for m in members]
     # Of the first member: a fleet's optimizers differ in their rates alone.
@@ -152,11 +152,11 @@ def renew(
     kept = plan.attach(held.frozen, held.live, held.state.chosen)
     # At the weights as they now are, in the base's dtypes; `base` itself stays what changes are measured from.
     calibration = look(plan.merged(base, kept, held.state.trained))
-    where = grids(plan, base, update.layout.mesh)
-    standing = Standing(plan, kept, held.state.trained, calibration, where, made, steps)
-    found = plan.method.schedule.renew(standing)
-    after = found.method.plan(base, calibration.model) if found.method else plan
-    return _renewed(update, held, base, settled, found, after, seed)
+    cells = grids(plan, base, update.layout.mesh)
+    standing = Standing(plan, kept, held.state.trained, calibration, cells, made, steps)
+    renewal = plan.method.schedule.renew(standing)
+    after = renewal.method.plan(base, calibration.model) if renewal.method else plan
+    return _renewed(update, held, base, settled, renewal, after, seed)
 
 
 def _renewed(
@@ -171,7 +171,9 @@ def _renewed(
     trained = held.state.trained
     origin = tree.flatten(base)
     anew = found.weights
-    current = {p: w if p in anew else _ground(old, p, kept[p], trained.get(p, ()), w) for p, w in origin.items()}
+    current = {
+        p: w if p in anew else _starting_weight(old, p, kept[p], trained.get(p, ()), w) for p, w in origin.items()
+    }
     # Weight decay to the base needs its values, which `find` saw to for the first selection.
     plan = plan.anchored() if recipe.optimizer.to_base else plan
     recipe = dataclasses.replace(recipe, plan=plan)
@@ -188,7 +190,7 @@ def _renewed(
         settled = resting(settled, plan.leaves)
     # The run's seed again: fixed random parts, as projections, must be the ones of before.
     after, fresh = plan.init(jax.random.key(seed), tree.like(base, current), chosen, origin)
-    carry = functools.partial(_carried, old, kept, plan, after)
+    carry = functools.partial(_carry, old, kept, plan, after)
     # Masters carry over, not the weight that was rounded to the base's dtype.
     values = {p: carry(p, trained[p], current[p].astype(jnp.float32)) for p in fresh if p in trained and p not in anew}
     values |= {p: plan.leaves[p].collect(after[p], anew[p]) for p in fresh if p in anew}
@@ -202,13 +204,13 @@ def _renewed(
         shapes = {p: w.shape for p, w in current.items()}
         start = _moments(held.state.opt_state, start, trained, values, carry, found, recipe.optimizer, shapes)
     state = dataclasses.replace(held.state, trained=values, opt_state=start, chosen=chosen)
-    places = new.layout.holdings
+    shardings = new.layout.holdings
     # Copies: a weight may be the base's own array, which the step would donate.
-    now = Holdings(state, own(live, places.live, donate=False), jax.device_put(frozen, places.frozen))
+    now = Holdings(state, own(live, shardings.live, donate=False), jax.device_put(frozen, shardings.frozen))
     return new, now, settled
 
 
-def _carried(
+def _carry(
     old: Plan, kept: Mapping[str, Any], new: Plan, after: Mapping[str, Any], path: str, values: Any, fill: jax.Array
 ) -> Any:
     """``values``, shaped like what trained before, as those of what trains now; ``fill`` where they had none."""
@@ -218,7 +220,7 @@ def _carried(
     return {**values, **inside} if isinstance(inside, dict) else inside
 
 
-def _ground(plan: Plan, path: str, kept: Any, trained: Any, w: jax.Array) -> jax.Array:
+def _starting_weight(plan: Plan, path: str, kept: Any, trained: Any, w: jax.Array) -> jax.Array:
     """The weight that the next selection starts from, in the dtype of the base ``w``."""
     how = plan.leaves.get(path)
     if how is None:
@@ -246,7 +248,7 @@ def _moments(
     trained: Mapping,
     values: Mapping,
     carry: Any,
-    found: Renewal,
+    renewal: Renewal,
     optimizer: Any,
     shapes: Mapping,
 ) -> Any:
@@ -267,10 +269,10 @@ def _moments(
             continue
         name = keys[-1].name if hasattr(keys[-1], "name") else ""
         moved = dict(now)
-        for path in (now.keys() & then.keys()) - found.weights.keys():
+        for path in (now.keys() & then.keys()) - renewal.weights.keys():
             # Factored moments (adafactor) have other shapes than values, and cannot be moved by place.
             if jax.tree.map(jnp.shape, then[path]) == jax.tree.map(jnp.shape, trained[path]):
-                moved[path] = carry(path, then[path], _fill(_seed(name, path, found, optimizer), shapes[path]))
+                moved[path] = carry(path, then[path], _fill(_seed(name, path, renewal, optimizer), shapes[path]))
         out.append(moved)
     return jax.tree.unflatten(structure, out)
 
@@ -279,17 +281,17 @@ def _fill(seed: Any, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(jnp.asarray(seed, jnp.float32), shape)
 
 
-def _seed(name: str, path: str, found: Renewal, optimizer: Any) -> Any:
-    """What a newcomer's moment starts from, as Adam would hold it after ``found.age`` gradients with these means."""
-    if path not in found.seeds or not found.age:
+def _seed(name: str, path: str, renewal: Renewal, optimizer: Any) -> Any:
+    """The initial moment of a newcomer, as Adam would hold it after ``renewal.age`` gradients with these means."""
+    if path not in renewal.seeds or not renewal.age:
         return 0.0
-    mean, square = found.seeds[path]
+    mean, square = renewal.seeds[path]
     if name == "age":
-        return jnp.full(mean.shape, found.age, jnp.float32)
+        return jnp.full(mean.shape, renewal.age, jnp.float32)
     if name in ("mu", "nu"):
         decay = optimizer.b1 if name == "mu" else optimizer.b2
         # What `age` steps of a moving average of this mean leave; Adam's bias correction divides it out again.
-        return (mean if name == "mu" else square) * (1 - decay**found.age)
+        return (mean if name == "mu" else square) * (1 - decay**renewal.age)
     return 0.0
 
 
@@ -304,20 +306,20 @@ def settle(
 
 def resting(settled: Settled, leaves: Mapping[str, Parametrisation]) -> Settled:
     """What of it does not train in ``leaves`` as whole weights or layers: the state has the values of those that do."""
-    left = {p: _resting(values, leaves.get(p)) for p, values in settled.items()}
+    rest = {p: _not_training(values, leaves.get(p)) for p, values in settled.items()}
     # Arrays of no size cannot be saved.
-    return {p: x for p, x in left.items() if x is not None and all(y.size for y in jax.tree.leaves(x))}
+    return {p: x for p, x in rest.items() if x is not None and all(y.size for y in jax.tree.leaves(x))}
 
 
-def _resting(values: delta.Encoding, how: Parametrisation | None) -> delta.Encoding | None:
+def _not_training(values: delta.Encoding, how: Parametrisation | None) -> delta.Encoding | None:
     # Whole weights train, so nothing of them rests.
     if isinstance(how, InPlace):
         return None
     # What is selected inside weights stays noted: its newer values lie over it, by `under`.
     if not isinstance(how, SomeLayers) or not isinstance(values, delta.Rows):
         return values
-    still = np.flatnonzero(~np.isin(values.indices, how.layers()))
-    return delta.Rows(values.indices[still], values.values[still], values.shape)
+    indices = np.flatnonzero(~np.isin(values.indices, how.layers()))
+    return delta.Rows(values.indices[indices], values.values[indices], values.shape)
 
 
 def change(

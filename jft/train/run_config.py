@@ -1,4 +1,4 @@
-"""`RunConfig`: what all members of a run share, and the facts of a run that checkpoints and task vectors carry."""
+"""`RunConfig`: the settings that all members of a run share, and the facts of a run that checkpoints and task vectors carry."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ def options(kind: type, value: Any) -> Any:
 
 def check_manifest(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the caller says of the run; what no task vector could hold is refused now, not after training."""
-    said = delta.manifest.check(manifest or {})
+    entries = delta.manifest.check(manifest or {})
     for key in ("base", "operation"):
-        if key in said:
+        if key in entries:
             raise ValueError(f"manifest entry {key!r} is written by finetune itself; choose another name")
-    return said
+    return entries
 
 
 def describe(
@@ -109,9 +109,9 @@ def describe(
 def _json(value: Any) -> Any:
     """``value`` as JSON would give it back; functions by their name, what else it cannot hold by its ``repr``."""
 
-    def said(value: Any) -> str:
+    def name_of(value: Any) -> str:
         # The repr of a function has its address, which another process puts elsewhere.
         name = getattr(value, "__qualname__", None)
         return f"{value.__module__}.{name}" if name else repr(value)
 
-    return json.loads(json.dumps(value, default=said))
+    return json.loads(json.dumps(value, default=name_of))

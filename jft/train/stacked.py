@@ -67,15 +67,15 @@ class StackedStep(step.Step):
         state = jax.device_put(take(held.state, index), self.one.state)
         leaves, structure = jax.tree.flatten(held.frozen)
         flagged = zip(leaves, jax.tree.leaves(self.one.holdings.frozen), self.axes.frozen, strict=True)
-        frozen = [jax.device_put(take(x, index), place) if owns else x for x, place, owns in flagged]
+        frozen = [jax.device_put(take(x, index), sharding) if owns else x for x, sharding, owns in flagged]
         return state, self.recipe.plan.attach(jax.tree.unflatten(structure, frozen), {}, state.chosen)
 
 
 def _whole_members(layout: Layout) -> bool:
     """Whether every device has a part of all members."""
     # The counter has the members' axis and no other, so its spec tells where that lies.
-    place = layout.state.step
-    return not (isinstance(place, NamedSharding) and any(axis is not None for axis in place.spec))
+    sharding = layout.state.step
+    return not (isinstance(sharding, NamedSharding) and any(axis is not None for axis in sharding.spec))
 
 
 def compile_step(
@@ -98,7 +98,7 @@ def compile_step(
     together = TOGETHER.get(one.device.platform, members) if mesh is None else members
     axes = Axes(members, tuple(jax.tree.leaves(frozen)), batch, min(together, members))
     stack = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct((members, *x.shape), x.dtype))
-    owns = jax.tree.map(lambda x, own: stack(x) if own else x, single.frozen, frozen)
+    owns = jax.tree.map(lambda x, differs: stack(x) if differs else x, single.frozen, frozen)
     held, layout = Holdings(stack(single.state), {}, owns), _widened(one, frozen, members, batch)
     # `one` is not compared: it follows from what is.
     return _make(step.Key(recipe, layout, held, axes, parts=(recipe, layout, one, held, axes)))
@@ -118,9 +118,9 @@ def _widened(one: Layout, flags: Any, members: int, batch: bool) -> Layout:
     # fsdp and tensor go on to divide weights. Members that do not divide lie on all devices.
     axis = "data" if size > 1 and members % size == 0 else None
 
-    def wide(place: NamedSharding) -> NamedSharding:
+    def wide(sharding: NamedSharding) -> NamedSharding:
         # A mesh axis may occur once in a spec, so `data` leaves the rows of the batch.
-        return NamedSharding(mesh, PartitionSpec(axis, *(_without(axis, part) for part in place.spec)))
+        return NamedSharding(mesh, PartitionSpec(axis, *(_without(axis, part) for part in sharding.spec)))
 
     held = one.holdings
     frozen = jax.tree.map(lambda place, owns: wide(place) if owns else place, held.frozen, flags)
@@ -135,8 +135,8 @@ def _without(axis: str | None, part: Any) -> Any:
     """The axes ``part`` of one dimension but ``axis``."""
     if axis is None or part is None:
         return part
-    left = tuple(a for a in (part if isinstance(part, tuple) else (part,)) if a != axis)
-    return left or None
+    axes = tuple(a for a in (part if isinstance(part, tuple) else (part,)) if a != axis)
+    return axes or None
 
 
 # Conservative: an equation's results all depend on each of its inputs, inner programs included.
@@ -149,8 +149,8 @@ def depends(fn: Callable, args: Sequence[Any], flags: Sequence[Any]) -> Any:
         # Literals have a `val`, and no hash.
         if any(not hasattr(v, "val") and v in reached for v in equation.invars):
             reached.update(equation.outvars)
-    found = [not hasattr(v, "val") and v in reached for v in jaxpr.outvars]
-    return jax.tree.unflatten(jax.tree.structure(shapes), found)
+    results = [not hasattr(v, "val") and v in reached for v in jaxpr.outvars]
+    return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
 def over_members(fn: Callable, flags: Sequence[Any], members: int, together: int) -> Callable:

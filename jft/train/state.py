@@ -1,4 +1,4 @@
-"""`State` and `Holdings`: what a run holds, how that starts or is taken up, and where it lies on the devices."""
+"""`State` and `Holdings`: the arrays of a run, how they start or are restored, and their shardings."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def lay_out(params: Any, plan: Plan, holdings: Holdings, mesh: Mesh | None) -> L
         memory=_like_trained(state.memory, state.trained, trained_specs),
     )
 
-    def place(spec: PartitionSpec, x: Any) -> NamedSharding:
+    def sharding(spec: PartitionSpec, x: Any) -> NamedSharding:
         # Factors and slots may have axes that the mesh does not divide, where the weight's are divided.
         return NamedSharding(mesh, parallel.dividing(spec, x.shape, mesh))
 
@@ -147,7 +147,7 @@ def lay_out(params: Any, plan: Plan, holdings: Holdings, mesh: Mesh | None) -> L
     return Layout(
         mesh=mesh,
         params=tree.like(params, {p: NamedSharding(mesh, s) for p, s in named.items()}),
-        holdings=jax.tree.map(place, specs, holdings, is_leaf=lambda s: isinstance(s, PartitionSpec)),
+        holdings=jax.tree.map(sharding, specs, holdings, is_leaf=lambda s: isinstance(s, PartitionSpec)),
         batch=parallel.batch_sharding(mesh),
         replicated=NamedSharding(mesh, whole),
     )
@@ -183,21 +183,21 @@ def hold(
     seed, overlays: of a fleet those of its members; overlays: by path, weights in place of the base's. donate: live weights
     take over the memory of ``params``, which cannot be used afterwards.
     """
-    plan, places = update.recipe.plan, update.layout.state
-    chosen = jax.device_put(chosen, places.chosen)
+    plan, shardings = update.recipe.plan, update.layout.state
+    chosen = jax.device_put(chosen, shardings.chosen)
     frozen, live, trained = _start(update, params, chosen, seed, donate, overlays, {})
-    trained = jax.device_put(trained, places.trained)
-    keys = [np.asarray(jax.random.key_data(jax.random.key(s))) for s in _listed(seed)]
+    trained = jax.device_put(trained, shardings.trained)
+    keys = [np.asarray(jax.random.key_data(jax.random.key(s))) for s in _as_sequence(seed)]
     rule = plan.method.rule
     memory = (jax.vmap(rule.init) if update.stack else rule.init)(trained) if rule else None
     state = State(
-        step=jax.device_put(np.zeros(update.stack, np.int32), places.step),
+        step=jax.device_put(np.zeros(update.stack, np.int32), shardings.step),
         trained=trained,
         # Compiled with the layout's shardings, so that moments are made where they lie.
         opt_state=update.start(trained),
-        rng=jax.device_put(join(keys, update.holdings.state.rng), places.rng),
+        rng=jax.device_put(join(keys, update.holdings.state.rng), shardings.rng),
         chosen=chosen,
-        memory=jax.device_put(memory, places.memory),
+        memory=jax.device_put(memory, shardings.memory),
     )
     return Holdings(state, live, frozen)
 
@@ -208,10 +208,10 @@ def take_up(
     """All that a run holds that goes on from ``state``: live weights hold its values again, and what settled in them."""
     # Initial values are made and dropped: what is kept may depend on the same draw.
     frozen, live, _ = _start(update, params, state.chosen, seed, donate, overlays, settled)
-    return Holdings(state, _committed(update.recipe.plan, frozen, live, state), frozen)
+    return Holdings(state, _commit(update.recipe.plan, frozen, live, state), frozen)
 
 
-def _listed(seed: Seeds) -> Sequence[int]:
+def _as_sequence(seed: Seeds) -> Sequence[int]:
     return seed if isinstance(seed, Sequence) else [seed]
 
 
@@ -219,9 +219,9 @@ def _start(
     update: Step, params: Any, chosen: Any, seed: Seeds, donate: bool, overlays: Overlays, settled: Settled
 ) -> tuple[Any, Any, Any]:
     """``(frozen, live, trained)`` of all members, each made as a run by itself makes its own."""
-    plan, like, places = update.recipe.plan, update.holdings, update.layout.holdings
+    plan, like, shardings = update.recipe.plan, update.holdings, update.layout.holdings
     each: list[tuple[Any, Any, Any]] = []
-    for i, (key, weights) in enumerate(zip(map(jax.random.key, _listed(seed)), overlays, strict=True)):
+    for i, (key, weights) in enumerate(zip(map(jax.random.key, _as_sequence(seed)), overlays, strict=True)):
         base = {**tree.flatten(params), **weights}
         start = tree.like(params, {p: settled[p].written(w) if p in settled else w for p, w in base.items()})
         selected = take(chosen, i) if update.stack else chosen
@@ -232,9 +232,9 @@ def _start(
             frozen = jax.tree.map(lambda to, a, b: b if to.ndim > b.ndim else a, like.frozen, each[0][0], frozen)
         each.append((frozen, live, trained))
     frozens, lives, values = zip(*each, strict=True)
-    frozen = jax.device_put(join(frozens, like.frozen), places.frozen)
+    frozen = jax.device_put(join(frozens, like.frozen), shardings.frozen)
     # The first member's: a fleet has no live weights.
-    return frozen, own(lives[0], places.live, donate), join(values, like.state.trained)
+    return frozen, own(lives[0], shardings.live, donate), join(values, like.state.trained)
 
 
 def measured(update: Step, held: Holdings, calibrations: Sequence[Callable[[], Any]], steps: int) -> Holdings:
@@ -255,10 +255,10 @@ def measured(update: Step, held: Holdings, calibrations: Sequence[Callable[[], A
 
 def go_back(update: Step, held: Holdings, state: State) -> Holdings:
     """What is held, with another state of the same run and live weights that have its values."""
-    return Holdings(state, _committed(update.recipe.plan, held.frozen, held.live, state), held.frozen)
+    return Holdings(state, _commit(update.recipe.plan, held.frozen, held.live, state), held.frozen)
 
 
-def _committed(plan: Plan, frozen: Any, live: Any, state: State) -> Any:
+def _commit(plan: Plan, frozen: Any, live: Any, state: State) -> Any:
     def write(live: Any, frozen: Any, state: State) -> Any:
         return plan.detach(plan.commit(plan.attach(frozen, live, state.chosen), state.trained))[1]
 
@@ -266,9 +266,9 @@ def _committed(plan: Plan, frozen: Any, live: Any, state: State) -> Any:
     return jax.jit(write, donate_argnums=0)(live, frozen, state) if live else live
 
 
-def own(live: Any, places: Any, donate: bool) -> Any:
+def own(live: Any, shardings: Any, donate: bool) -> Any:
     """Live weights for the run alone: copies, unless it may take the base's."""
-    live = jax.device_put(live, places)
+    live = jax.device_put(live, shardings)
     # `device_put` gives back the same array where it lies there already, and the step donates it.
     return live if donate else jax.tree.map(lambda x: jnp.array(x, copy=True), live)
 

@@ -1,4 +1,4 @@
-"""One training step: a single compiled program whose state is donated, kept for all runs that are alike."""
+"""One training step: a single compiled program whose state is donated, cached for all runs with the same recipe and shapes."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def dtype_of(model: Any, params: Any) -> Any:
     """What trained values are cast to: a jft model's execution dtype; else the one that all weights have, or None."""
     if is_jft_model(model):
         return model.execution.dtype
-    found = {np.dtype(x.dtype) for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)}
+    dtypes = {np.dtype(x.dtype) for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)}
     # A model of mixed dtypes chose them weight by weight, and a cast to one would undo that.
-    return found.pop() if len(found) == 1 else None
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _data_gradients(
     return gradient, value, means, weight
 
 
-def _toward_base(recipe: Recipe, kept: Any, trained: Any, batch: Any, mesh: Any, key: jax.Array | None) -> Any:
+def _gradient_to_base(recipe: Recipe, kept: Any, trained: Any, batch: Any, mesh: Any, key: jax.Array | None) -> Any:
     """The gradient of the cross entropy to what the base itself predicts."""
     toward = dataclasses.replace(recipe, objective=TowardBase(recipe.objective))
     return _data_gradients(toward, kept, trained, batch, mesh, key, recipe.plan.base(kept, trained))[0]
@@ -169,7 +169,7 @@ def step(
 
     memory = state.memory
     if rule and rule.to_base:
-        anchor = _toward_base(recipe, kept, state.trained, batch, mesh, key)
+        anchor = _gradient_to_base(recipe, kept, state.trained, batch, mesh, key)
         # Negative, so that it is never the key of a step's own noise.
         noise = jax.random.fold_in(jax.random.wrap_key_data(state.rng), -1 - state.step)
         gradient = rule.join(noise, gradient, anchor)
@@ -229,16 +229,16 @@ class Step:
         # Ahead of time, and not by calling the jitted function: memory and FLOPs are asked of the compiled one.
         key = (structure, tuple((x.shape, x.dtype) for x in leaves))
         if key not in self._programs:
-            shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._place(x)) for x in leaves]
+            shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding(x)) for x in leaves]
             one = self.layout.replicated
             rate = jax.ShapeDtypeStruct(self.stack, jnp.float32, sharding=one)
             sound = jax.ShapeDtypeStruct(self.stack, jnp.bool_, sharding=one)
-            given, held = jax.tree.unflatten(structure, shapes), self.holdings
-            lowered = self._jitted.lower(held.state, held.live, held.frozen, given, rate, sound)
+            batch_shapes, held = jax.tree.unflatten(structure, shapes), self.holdings
+            lowered = self._jitted.lower(held.state, held.live, held.frozen, batch_shapes, rate, sound)
             self._programs[key] = lowered.compile()
         return self._programs[key]
 
-    def _place(self, x: Any) -> Any:
+    def _sharding(self, x: Any) -> Any:
         return self.layout.batch if x.ndim else self.layout.replicated
 
     def __call__(self, held: Holdings, batch: Any, rate: Any, sound: Any) -> tuple[Holdings, Metrics]:
@@ -251,20 +251,20 @@ class Step:
 
         donated: live weights are the base's own, so of these there is no second copy.
         """
-        found = parallel.estimate(self.compiled(batch))
-        return dataclasses.replace(found, arguments=found.arguments + self._apart(params, donated))
+        estimate = parallel.estimate(self.compiled(batch))
+        return dataclasses.replace(estimate, arguments=estimate.arguments + self._apart(params, donated))
 
     def _apart(self, params: Any, donated: bool) -> int:
         """Bytes on each device of base weights that the step itself does not take."""
         held = self.holdings
         # Base weights that are arguments of the program are in its estimate already.
-        taken = {path for path, frozen in held.frozen.items() if jax.tree.leaves(frozen) and path not in held.live}
-        taken |= set(held.live) if donated else set()
-        places = tree.flatten(self.layout.params)
+        counted = {path for path, frozen in held.frozen.items() if jax.tree.leaves(frozen) and path not in held.live}
+        counted |= set(held.live) if donated else set()
+        shardings = tree.flatten(self.layout.params)
         return sum(
-            math.prod(places[path].shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
+            math.prod(shardings[path].shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
             for path, x in tree.flatten(params).items()
-            if path not in taken
+            if path not in counted
         )
 
     def member(self, held: Holdings, index: int) -> tuple[State, dict[str, Any]]:

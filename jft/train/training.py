@@ -1,4 +1,4 @@
-"""`Training`: members on their way from a base or a checkpoint to their results, each a `Run`."""
+"""`Training`: the training of all members from a base or a checkpoint to their results, each a `Run`."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Training:
         self, config: RunConfig, members: Members, streams: Streams, trains: Trainable, update: Step, params: Any
     ):
         self.config, self.members, self.streams, self.update, self.params = config, members, streams, update, params
-        self._plans, self._chosen, self._probe = trains.plans, trains.chosen, trains.calibration
+        self._plans, self._chosen, self._calibration = trains.plans, trains.chosen, trains.calibration
         self._batch = global_shapes(streams.feed(0).peek())
         self._settled: Settled = {}
         self._facts = [self._describe(i) for i in range(len(members))]
@@ -140,7 +140,7 @@ class Training:
             # Only without checkpoints: those have refused already, and a finished run may go on from its own.
             self._refuse_another(each)
             fresh = hold(self.update, self.params, self._chosen, seeds, donate, overlays)
-            calibrations = [lambda i=i, m=m: self._probe(i, m.start(self.params)) for i, m in enumerate(members)]
+            calibrations = [lambda i=i, m=m: self._calibration(i, m.start(self.params)) for i, m in enumerate(members)]
             self.held = measured(self.update, fresh, calibrations, self.config.steps)
         # A member whose loss was not finite has not moved since, so its step lags behind the others'.
         self.sound = np.asarray(jax.device_get(self.held.state.step) == begin)
@@ -164,7 +164,7 @@ class Training:
         steps, schedule = self.config.steps, self.members[0].method.schedule
         if not schedule or n == 0 or not schedule.due(n, steps):
             return
-        calibration, seed = functools.partial(self._probe, 0), self.members[0].seed
+        calibration, seed = functools.partial(self._calibration, 0), self.members[0].seed
         self.update, self.held, self._settled = reselection.renew(
             self.update, self.held, self.params, self._settled, calibration, n, steps, seed
         )
@@ -188,10 +188,10 @@ class Training:
         fresh = [i for i in np.flatnonzero(~sound).tolist() if self.errors[i] is None]
         values, done = pending.each() if fresh else [], pending.step - 1
         directory = self.checkpoints.directory if self.checkpoints else None
-        saved = (
+        text = (
             f"the state after step {done} is saved in {directory}" if directory else "no workdir, so no state was saved"
         )
-        then = f"it stays at the state after step {done}" if self.members.stacked else saved
+        then = f"it stays at the state after step {done}" if self.members.stacked else text
         for i in fresh:
             position, label = pending.positions[self.streams.stream_of[i]], self.members[i].label
             self.errors[i] = NonFiniteError.of(values[i], done, position, then, label)
@@ -256,21 +256,21 @@ def _open(workdir: Path | None, checkpoint: Any, facts: Any, decided: Any, membe
         return None
     from jft.train.checkpoints import Checkpointing, Checkpoints
 
-    given = options(Checkpointing, checkpoint)
-    every, between = given.every, config.eval_every
-    if given.best:
+    checkpointing = options(Checkpointing, checkpoint)
+    every, between = checkpointing.every, config.eval_every
+    if checkpointing.best:
         if members.stacked:
             raise ValueError(
                 "checkpoint.best: members are best at steps of their own, and a fleet has one checkpoint; leave it out"
             )
         if members[0].eval_data is None or not between or not every or every % between:
             raise ValueError(
-                f"checkpoint.best={given.best!r} needs eval data, and checkpoint.every ({every}) to be a positive "
+                f"checkpoint.best={checkpointing.best!r} needs eval data, and checkpoint.every ({every}) to be a positive "
                 f"multiple of eval_every ({between}), so that every checkpoint has been evaluated"
             )
     # After the checks: a refused start makes no folder.
     workdir.mkdir(parents=True, exist_ok=True)
-    return Checkpoints(workdir / "checkpoints", given, facts, decided)
+    return Checkpoints(workdir / "checkpoints", checkpointing, facts, decided)
 
 
 def save(vector: delta.TaskVector, workdir: Path | None) -> None:
