@@ -198,11 +198,11 @@ class RunCalibration:
         return {p: w for p, w in self.params.items() if p not in chosen}, chosen
 
     def _zeros(self) -> Weights:
-        """Float32 zeros, each laid as its weight."""
+        """Float32 zeros, each sharded as its weight."""
         return {p: jnp.zeros(self.params[p].shape, jnp.float32, device=self.params[p].sharding) for p in self.paths}
 
     def stream(self) -> Generator[Any, None, None]:
-        """The training batches that come next, on the devices; refused where the loop would refuse them."""
+        """The next training batches, on the devices; refused where the loop would refuse them."""
         data = self._data() if callable(self._data) else self._data
         # Not the default device: a run may be on another one, and arrays of two devices do not mix.
         device = next(iter(self.params.values())).sharding

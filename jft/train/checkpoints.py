@@ -78,7 +78,7 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None
 
 
 def refuse_another(workdir: Path | None, itself: Mapping[str, Any]) -> None:
-    """Refuse to start where another run has left its result, which this one would write over."""
+    """Refuse to start in a directory with the result of another run, which this one would write over."""
     path = None if workdir is None else workdir / "task_vector.safetensors"
     if path is None or not path.is_file():
         return
@@ -93,7 +93,7 @@ def refuse_another(workdir: Path | None, itself: Mapping[str, Any]) -> None:
 
 
 def newest(directory: Path) -> tuple[int, dict[str, Any] | None, dict[str, jax.ShapeDtypeStruct]]:
-    """Of the newest checkpoint in ``directory``: its step, what its method decided, and shapes of the state by path.
+    """Of the newest checkpoint in ``directory``: its step, its method's decision, and shapes of the state by path.
 
     0, None and nothing where there is none.
     """
@@ -138,7 +138,7 @@ class Checkpoints:
         )
 
     def renewed(self, identity: Mapping[str, Any], decided: Any = None) -> None:
-        """From now on another part of the model trains: what the run says of itself, and what its method came to."""
+        """Take over the identity and decision of the run after a reselection, for all checkpoints from now on."""
         self.identity |= identity
         self.decided = self.decided if decided is None else decided
 
@@ -204,7 +204,7 @@ class Checkpoints:
         )
 
     def restore(self, shapes: State, step: int | None = None) -> tuple[State, Any]:
-        """``(state, data position)`` of ``step`` (default the newest), laid out as the shardings of ``shapes`` say.
+        """``(state, data position)`` of ``step`` (default the newest), in the shardings of ``shapes``.
 
         Raises :class:`Changed` where the checkpoint is of another run.
         """
@@ -239,7 +239,7 @@ class Checkpoints:
         return out
 
     def close(self) -> None:
-        """Wait for what is still being written."""
+        """Wait for unfinished writes."""
         self._checkpointer.close()
 
 

@@ -69,7 +69,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh; -1 for what is left."""
+    """Devices along each axis of the mesh; -1 for the rest."""
 
     data: int = _key(1, "copies of everything, each with a part of the batch")
     fsdp: int = _key(-1, "parts of weights and of the batch")

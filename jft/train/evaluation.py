@@ -30,7 +30,7 @@ def _sums(
 
 
 def batch_sums(objective: Objective, outputs: Any, batch: Any) -> dict[str, Any]:
-    """``{"loss", metrics..., "weight"}``, sums over the batch: what :func:`told` takes once they are added up."""
+    """``{"loss", metrics..., "weight"}``, sums over the batch; :func:`told` takes their totals."""
     loss, weight, sums = objective.loss(outputs, batch)
     return {"loss": loss, **sums, "weight": weight}
 
@@ -73,7 +73,7 @@ def told(totals: dict[str, float], objective: Objective) -> dict[str, float]:
 
 
 def evaluate(model: Any, params: Any, batches: Iterable, objective: Any = "lm", mesh: Any = None) -> dict[str, float]:
-    """Loss and metrics of plain ``params`` over ``batches``, each target counting once whatever the batch it stands in.
+    """Loss and metrics of plain ``params`` over ``batches``, each target counting once, in whatever batch.
 
     model: a jft model or any ``apply(params, batch)``. objective: a name or an Objective. mesh: where the batches go;
     default that of the parameters. Returns ``{"loss", "accuracy", "perplexity" (tokens), ...}``.

@@ -127,7 +127,7 @@ def _member(config: Config, section: Mapping[str, Any], shared: tuple[Any, Any],
 def build_model(
     config: ModelConfig, seed: int = 0, mesh: Any = None, classes: Any = None, tokenizer: Any = None
 ) -> Any:
-    """``(model, params)`` of a ``model`` section, laid out over ``mesh``.
+    """``(model, params)`` of a ``model`` section, sharded over ``mesh``.
 
     classes: names of the data's classes, counted where ``config.classes`` is -1. tokenizer: gives the vocabulary of an
     architecture that names none, and is refused where it has more tokens than the model has rows.
@@ -197,7 +197,7 @@ def _from_scratch(config: ModelConfig, seed: int, mesh: Any, classes: int, token
 
 
 def _architecture(kind: Any, options: Mapping[str, Any], where: str) -> Any:
-    """``kind(**options)``; sections inside (a CLIP's towers, a decoder's experts) become the dataclasses they stand for."""
+    """``kind(**options)``; sections inside (a CLIP's towers, a decoder's experts) become dataclasses."""
     hints = typing.get_type_hints(kind)
     values = {}
     for option, value in options.items():

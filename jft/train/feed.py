@@ -1,4 +1,4 @@
-"""`Feed`: batches for the loop from whatever the caller has, checked on the host, with a position to come back to.
+"""`Feed`: batches for the loop from any iterable, checked on the host, with a position to seek to.
 
 `Streams` are those of all members of a run, from as many feeds as they have data.
 """
@@ -144,7 +144,7 @@ class Feed:
         self._ahead: collections.deque[tuple[Any, Any]] = collections.deque()
 
     def position(self) -> Any:
-        """Where the stream stands, as JSON: the next batch is the same after :meth:`seek` to it."""
+        """The position of the stream, as JSON: the next batch is the same after :meth:`seek` to it."""
         return self._ahead[0][0] if self._ahead else encode(self._iterator.get_state())
 
     def seek(self, position: Any) -> None:
@@ -211,7 +211,7 @@ def tokens(batch: Any) -> int:
 
 
 def global_shapes(batch: Any, axis: int = 0) -> Any:
-    """Shapes of the global batch, from this process's rows of it, which lie along ``axis``."""
+    """Shapes of the global batch, from this process's rows of it, along ``axis``."""
 
     def widen(x: np.ndarray) -> jax.ShapeDtypeStruct:
         shape = tuple(n * jax.process_count() if i == axis else n for i, n in enumerate(x.shape))
@@ -254,7 +254,7 @@ class Streams:
         return self._feeds[self.stream_of[member]]
 
     def positions(self) -> list[Any]:
-        """Where each stream stands, JSON."""
+        """The position of each stream, JSON."""
         return [x.position() for x in self._feeds]
 
     def seek(self, positions: list[Any]) -> None:

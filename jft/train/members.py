@@ -1,4 +1,4 @@
-"""`Members` and `Fleet`: all that the loop knows of whether it trains one run, or several side by side.
+"""`Members` and `Fleet`: the difference, to the loop, between one run and several at once.
 
 Every member of a fleet is a run as :func:`jft.finetune` would have made it, with its own data, seed, learning rate and
 selection: its result is the same to rounding. The base, the reading of data that members have in common, compilation, and the
@@ -81,7 +81,7 @@ def member(name: str, options: Options, shared: Options, base: Any) -> Member:
 
 
 def listed(fleet: Sequence[Options], shared: Options, base: Any) -> list[Member]:
-    """The members that a fleet lists. Raises ``ValueError`` where there is none, and for names that stand twice."""
+    """The members that a fleet lists. Raises ``ValueError`` where there is none, and for names that occur twice."""
     if not fleet:
         raise ValueError("fleet is empty; list at least one member, as {'data': ..., 'lr': ..., 'seed': ...}")
     # All names first: a folder is made for each.
@@ -114,7 +114,7 @@ def _check_weights(name: str, params: Mapping[str, Any], base: Mapping[str, Any]
 
 
 def _optimizer(name: str, options: Options, shared: Any) -> Optimizer | Given:
-    """A member's optimizer; options are laid over those that all have."""
+    """A member's optimizer; its options override those of the fleet."""
     override = options.get("optimizer", {})
     override = {"name": override} if isinstance(override, str) else override
     default = find_optimizer(shared)
@@ -180,12 +180,12 @@ class Members(list[Member]):
         return step.compile_step(recipe, params, chosen, mesh, self[0].seed)
 
     def remedies(self, update: Any, params: Any, chosen: Any, batch: Any, model: Any) -> Any:
-        """What gives pairs of what would make a run fit that does not, and bytes with it."""
+        """A function that gives remedies for a run that does not fit, each with the bytes it would take."""
         # Not called yet: each remedy is a compilation, and most runs fit.
         return functools.partial(memory_check.remedies, update, batch, model, params)
 
     def identity(self, each: list[dict[str, Any]]) -> dict[str, Any]:
-        """What checkpoints say of the run, from what they would say of each member."""
+        """The identity of the run for its checkpoints, from those of its members."""
         return each[0]
 
 

@@ -63,7 +63,7 @@ class JsonLines:
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a ``metrics.jsonl``; a last line that was cut off is left out. Other damage is refused, naming the line."""
+    """The rows of a ``metrics.jsonl``; a truncated last line is dropped. Other damage is refused, naming the line."""
     rows = []
     lines = path.read_text().splitlines()
     for number, line in enumerate(lines, 1):

@@ -22,7 +22,7 @@ Batch = Any
 
 @runtime_checkable
 class Objective(Protocol):
-    """What the step, evaluation and metrics ask of an objective. Objectives are hashable values.
+    """The interface of an objective to the step, evaluation and metrics. Objectives are hashable values.
 
     splits: whether the loss of a batch is the sum of its examples' losses, so that microbatches add up. One that also has
     ``sampled_loss(key, outputs, batch)`` can be asked for its true Fisher information (:mod:`jft.select.scores`), one with
@@ -40,7 +40,7 @@ class Objective(Protocol):
         ...
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
-        """What evaluation shows, from means over all batches."""
+        """The metrics of evaluation, from means over all batches."""
         ...
 
 
@@ -85,7 +85,7 @@ def token_nll(logits: Array, targets: Array) -> tuple[Array, Array]:
 
 
 def _sampled(key: Array, logits: Array, weights: Array) -> tuple[Array, Array]:
-    """``(sum of -log p(y), weight)`` with each target y drawn from ``softmax(logits)``: what Fisher information is of."""
+    """``(sum of -log p(y), weight)`` with each target y drawn from ``softmax(logits)``, for Fisher information."""
     # Drawn targets are constants of the gradient: it is that of -log p at these targets.
     sampled = jax.random.categorical(key, jax.lax.stop_gradient(logits.astype(jnp.float32)), axis=-1)
     return jnp.sum(weights * token_nll(logits, sampled)[0]), jnp.sum(weights)
@@ -100,7 +100,7 @@ def _soft_cross_entropy(outputs: Array, reference: Array, weights: Array) -> tup
 
 
 def _hits(logits: Array, targets: Array) -> Array:
-    """``argmax(logits) == targets``, as the target's logit being beaten by none: a reduction of bits, which XLA's CPU
+    """``argmax(logits) == targets``, as no logit being higher than the target's: a reduction of bits, which XLA's CPU
     backend fuses and vectorises (12 to 15 times as fast as its argmax). Of equal logits the first counts.
     """
     index, classes = targets[..., None], jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)

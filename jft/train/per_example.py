@@ -31,7 +31,7 @@ Weights = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Each:
-    """Which power of which gradient of each example. whole: of the sum over its tokens, not their mean."""
+    """A power of the gradient of each example. whole: of the sum over its tokens, not their mean."""
 
     sampled: bool
     power: int

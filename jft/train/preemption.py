@@ -1,4 +1,4 @@
-"""Preemption: SIGTERM or SIGINT ends the run after the current step, with a checkpoint, on all hosts alike."""
+"""Preemption: SIGTERM or SIGINT ends the run after the current step, with a checkpoint, at the same step on all hosts."""
 
 from __future__ import annotations
 

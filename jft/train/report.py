@@ -124,7 +124,7 @@ def write_config(workdir: Path | None, manifest: Mapping[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One weight: how it lies and how many of its values train."""
+    """One weight: its sharding and how many of its values train."""
 
     path: str
     shape: tuple[int, ...]

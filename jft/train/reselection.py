@@ -44,7 +44,7 @@ class Saved:
 
 
 def saved(workdir: Path | None) -> Saved:
-    """What the run in ``workdir``, if there is one, says of what trains."""
+    """The selection of the run in ``workdir``, if there is one."""
     if workdir is None or not (workdir / "checkpoints").is_dir():
         return Saved()
     # Here: that module loads Orbax, which a run without a workdir never needs.
@@ -61,7 +61,7 @@ def method_at(method: Method, made: int, steps: int) -> Method:
 
 
 def decided(plan: Plan) -> dict[str, Any] | None:
-    """The table of whole layers that ``plan`` trains, where its method has come to one."""
+    """The table of whole layers that ``plan`` trains, where its method has decided on one."""
     chosen = plan.method.select.layers
     return dict(chosen.pairs) if isinstance(chosen, Listed) else None
 
@@ -109,7 +109,7 @@ class Trainable:
 
 
 def find(config: RunConfig, members: Members, streams: Streams, params: Any, workdir: Path | None) -> Trainable:
-    """What trains: by name, or as the run in ``workdir`` that is taken up says, or found now."""
+    """The weights that train: by name, as in the resumed run in ``workdir``, or selected now."""
     # First: what trains decides the shapes of the state, and thereby what can be restored.
     before = saved(workdir)
     # The newest state is that of the update before: a selection due at its step is still to be made.
@@ -147,7 +147,7 @@ def find(config: RunConfig, members: Members, streams: Streams, params: Any, wor
 def renew(
     update: step.Step, held: Holdings, base: Any, settled: Settled, look: Any, made: int, steps: int, seed: int
 ) -> tuple[step.Step, Holdings, Settled]:
-    """What the run goes on with after its schedule has selected anew before update ``made``; ``look(params)`` calibrates."""
+    """The step and holdings after the schedule has selected anew before update ``made``; ``look(params)`` calibrates."""
     plan = update.recipe.plan
     kept = plan.attach(held.frozen, held.live, held.state.chosen)
     # At the weights as they now are, in the base's dtypes; `base` itself stays what changes are measured from.
@@ -162,7 +162,7 @@ def renew(
 def _renewed(
     update: step.Step, held: Holdings, base: Any, settled: Settled, found: Renewal, plan: Plan, seed: int
 ) -> tuple[step.Step, Holdings, Settled]:
-    """The step and holdings of the selection ``found``, from those of the one before, and what has settled by now.
+    """The step and holdings of the selection ``found``, from those of the one before, and all settled values.
 
     settled: values, not changes, of what trained once.
     """
@@ -305,7 +305,7 @@ def settle(
 
 
 def resting(settled: Settled, leaves: Mapping[str, Parametrisation]) -> Settled:
-    """What of it does not train in ``leaves`` as whole weights or layers: the state has the values of those that do."""
+    """The part of ``settled`` outside the whole weights and layers of ``leaves``, whose values the state has."""
     rest = {p: _not_training(values, leaves.get(p)) for p, values in settled.items()}
     # Arrays of no size cannot be saved.
     return {p: x for p, x in rest.items() if x is not None and all(y.size for y in jax.tree.leaves(x))}

@@ -75,7 +75,7 @@ def options(kind: type, value: Any) -> Any:
 
 
 def check_manifest(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the caller says of the run; what no task vector could hold is refused now, not after training."""
+    """The caller's manifest entries; those that no task vector could hold are refused now, not after training."""
     entries = delta.manifest.check(manifest or {})
     for key in ("base", "operation"):
         if key in entries:
@@ -86,7 +86,7 @@ def check_manifest(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
 def describe(
     method: Method, optimizer: Any, objective: Any, state: State, batch: Any, dtype: Any, seed: int
 ) -> dict[str, Any]:
-    """What a run is, as JSON: a run may only go on from checkpoints that say the same."""
+    """The identity of a run, as JSON: it may only resume from checkpoints with the same one."""
     if isinstance(optimizer, Given):
         # A closure cannot be compared between processes; the paths of its state are what can.
         options: Any = {"name": "optax", "state": sorted(tree.flatten(state.opt_state))}

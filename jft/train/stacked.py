@@ -26,7 +26,7 @@ loses what fits into its caches."""
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """Of which arrays each of the ``members`` has its own.
+    """The arrays of which each of the ``members`` has one to itself.
 
     frozen: a flag for every array of what is frozen, in order. batch: whether batches differ. together: members that
     are computed at once, in products that are as many times larger; the others follow in the same program.

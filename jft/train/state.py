@@ -25,12 +25,12 @@ Overlays = Sequence[Mapping[str, Any]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What a step takes and gives back, and all that a checkpoint holds of the run.
+    """The state of a run: argument and result of a step, and all that a checkpoint holds of the run.
 
     step: updates made, int32. trained: ``{path: pytree}`` of float32 masters. opt_state: of the optimizer, over ``trained``
     only. rng: the run's key data, uint32; a draw in step n folds n in, so the key itself never changes. chosen: ``{path:
     at}``, which parts of weights train, where a method selects inside them. memory: of the method's rule, if it has one.
-    What is *kept* of the base stands beside the state: it is never differentiated or saved; live weights among it are
+    What is *kept* of the base is no part of the state: it is never differentiated or saved; live weights among it are
     donated to every step, and follow from the base and the state.
     """
 
@@ -78,7 +78,7 @@ Settled = dict[str, delta.Encoding]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where parameters, what a run holds and batches lie. mesh: None for a single device."""
+    """The shardings of parameters, of what a run holds and of batches. mesh: None for a single device."""
 
     mesh: Mesh | None
     params: Any
@@ -92,7 +92,7 @@ class Layout:
 
     @property
     def device(self) -> jax.Device:
-        """One of its devices: what memory and peak FLOP/s are asked of."""
+        """One of its devices, for its memory and peak FLOP/s."""
         # The smallest id, since a set has no order and messages should not change from run to run.
         return min(self.replicated.device_set, key=lambda d: d.id)
 
@@ -102,7 +102,7 @@ class Layout:
 
 
 def find_mesh(params: Any) -> Mesh | None:
-    """The mesh that the parameters already lie on, if any."""
+    """The mesh of the parameters' shardings, if any."""
     for x in jax.tree.leaves(params):
         sharding = getattr(x, "sharding", None)
         # Not an abstract mesh, which has no devices; and a mesh of one device needs no shardings.
@@ -154,7 +154,7 @@ def lay_out(params: Any, plan: Plan, holdings: Holdings, mesh: Mesh | None) -> L
 
 
 def _like_trained(opt_state: Any, trained: Any, specs: Any) -> Any:
-    """Specs of the optimizer's state: a leaf at the path and of the shape of a trained one lies as that does.
+    """Specs of the optimizer's state: a leaf at the path and of the shape of a trained one is sharded as that is.
 
     Whatever else there is (counters, adafactor's factored moments) is small and replicated.
     """
@@ -178,7 +178,7 @@ def abstract(value: Any, shardings: Any) -> Any:
 def hold(
     update: Step, params: Any, chosen: Any, seed: Seeds, donate: bool = False, overlays: Overlays = ({},)
 ) -> Holdings:
-    """All that a run holds before its first step. ``params`` lie as ``update.layout`` says.
+    """All that a run holds before its first step. ``params`` are sharded as in ``update.layout``.
 
     seed, overlays: of a fleet those of its members; overlays: by path, weights in place of the base's. donate: live weights
     take over the memory of ``params``, which cannot be used afterwards.
@@ -238,7 +238,7 @@ def _start(
 
 
 def measured(update: Step, held: Holdings, calibrations: Sequence[Callable[[], Any]], steps: int) -> Holdings:
-    """What is held, with what the method's rule finds out about each member's base before the first of ``steps`` updates."""
+    """Holdings with the memory of the method's rule, measured on each member's base before the first of ``steps`` updates."""
     plan, rule = update.recipe.plan, update.recipe.plan.method.rule
     if rule is None:
         return held
@@ -254,7 +254,7 @@ def measured(update: Step, held: Holdings, calibrations: Sequence[Callable[[], A
 
 
 def go_back(update: Step, held: Holdings, state: State) -> Holdings:
-    """What is held, with another state of the same run and live weights that have its values."""
+    """Holdings with another state of the same run and live weights that have its values."""
     return Holdings(state, _commit(update.recipe.plan, held.frozen, held.live, state), held.frozen)
 
 

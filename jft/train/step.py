@@ -49,7 +49,7 @@ def apply_of(model: Any, mesh: Any = None) -> Callable[[Any, Any], Any]:
 
 
 def dtype_of(model: Any, params: Any) -> Any:
-    """What trained values are cast to: a jft model's execution dtype; else the one that all weights have, or None."""
+    """The dtype that trained values are cast to: a jft model's execution dtype; else the one that all weights have, or None."""
     if is_jft_model(model):
         return model.execution.dtype
     dtypes = {np.dtype(x.dtype) for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)}
@@ -59,7 +59,7 @@ def dtype_of(model: Any, params: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a step computes, apart from shapes and numbers that vary: equal recipes share compiled programs.
+    """The computation of a step, apart from shapes and numbers that vary: equal recipes share compiled programs.
 
     apply: the model. dtype: what trained values are cast to before the model sees them; None as they are. accumulate:
     microbatches per batch. decayed: paths under weight decay.
@@ -115,7 +115,7 @@ def gradients(
 def _data_gradients(
     recipe: Recipe, kept: Any, trained: Any, batch: Any, mesh: Any, key: jax.Array | None, base: Any = None
 ) -> tuple[Any, jax.Array, dict, Any]:
-    """As :func:`gradients`. base: parameters whose outputs the objective is given beside those of the model."""
+    """As :func:`gradients`. base: parameters whose outputs the objective gets together with those of the model."""
     weight = recipe.objective.weight(batch)
 
     def loss(trained: Any, batch: Any) -> tuple[jax.Array, dict]:
@@ -242,7 +242,7 @@ class Step:
         return self.layout.batch if x.ndim else self.layout.replicated
 
     def __call__(self, held: Holdings, batch: Any, rate: Any, sound: Any) -> tuple[Holdings, Metrics]:
-        """What is held after the step (that of before is donated, but for what is frozen), and the step's metrics."""
+        """The holdings after the step (those before are donated, but for frozen weights), and the step's metrics."""
         state, live, metrics = self.compiled(batch)(held.state, held.live, held.frozen, batch, rate, sound)
         return Holdings(state, live, held.frozen), metrics
 
@@ -306,7 +306,7 @@ def make(recipe: Recipe, layout: Layout, holdings: Holdings) -> Step:
 
 
 def shapes(recipe: Recipe, params: Any, chosen: Mapping[str, Any], seed: int = 0) -> Holdings:
-    """What a run of ``recipe`` holds, from parameters and a selection given as arrays or shapes, without making it."""
+    """The shapes of what a run of ``recipe`` holds, from arrays or shapes of parameters and a selection."""
     plan = recipe.plan
     # Any key does: shapes do not depend on it.
     kept, trained = jax.eval_shape(plan.init, jax.random.key(0), params, chosen)
@@ -323,7 +323,7 @@ def compile_step(recipe: Recipe, params: Any, chosen: Mapping[str, Any], mesh: A
 
 
 def flops(compiled: jax.stages.Compiled) -> float | None:
-    """What XLA counts for one execution on each device; a scan's body counts once. None where it does not tell."""
+    """FLOPs of one execution on each device as XLA counts them; a scan's body counts once. None where it does not tell."""
     cost = compiled.cost_analysis()
     # Some backends give no analysis, or one without FLOPs.
     return float(cost["flops"]) if cost and cost.get("flops", 0) > 0 else None

@@ -45,8 +45,8 @@ class NonFiniteError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-    """A step given to the devices whose metrics nobody has looked at: updates made with it, the learning rate of each member,
-    and where each stream stood before its batch.
+    """A step on the devices, before its metrics are fetched: updates made with it, the learning rate of each member,
+    and each stream's position before its batch.
     """
 
     step: int
@@ -89,7 +89,7 @@ class Run:
 
 
 class Training:
-    """What members hold on the devices after their last step, how it is saved, and what comes of it.
+    """The members' holdings on the devices after their last step, with their checkpoints and results.
 
     held, sound: from :meth:`begin` on; sound: whether the losses and gradients of all steps so far were finite. errors: of
     members that have stopped.
@@ -152,7 +152,7 @@ class Training:
         return begin
 
     def _refuse_another(self, each: list[dict[str, Any]]) -> None:
-        """Refuse to write over the results that other runs have left in the members' folders."""
+        """Refuse to write over results of other runs in the members' folders."""
         for member, facts in zip(self.members, each, strict=True):
             if member.workdir is not None:
                 from jft.train.checkpoints import refuse_another
@@ -202,7 +202,7 @@ class Training:
         return [error for i in fresh if (error := self.errors[i])]
 
     def _end(self, directory: Any, step: int, positions: list[Any]) -> NonFiniteError:
-        """Why a run ends after ``step`` of which no member is left; directory: of its checkpoints, if it has any."""
+        """The error of a run whose members have all stopped after ``step``; directory: of its checkpoints, if it has any."""
         if not self.members.stacked:
             return self.errors[0]  # type: ignore[return-value]  # all members have one
         saved = f"their states are saved in {directory}" if directory else "no workdir, so no state was saved"
@@ -235,7 +235,7 @@ class Training:
         return [scores]
 
     def result(self, i: int, scores: dict[str, float], rows: list[dict]) -> Run:
-        """What came of member ``i``, written into its folder if it has one."""
+        """The result of member ``i``, written into its folder if it has one."""
         member, plan, error = self.members[i], self._plans[i], self.errors[i]
         state, kept = self.update.member(self.held, i)
         base = member.start(self.params)
