@@ -33,10 +33,12 @@ def program_cache(make: Any = None, *, maxsize: int = 32) -> Any:
     @functools.wraps(make)
     def found(*static: Any, **named: Any) -> Any:
         try:
+            # Tested before the call: a TypeError that `make` raises must not be taken for an argument without a hash.
             hash((static, tuple(named.values())))
         except TypeError:
             return make(*static, **named)
         return kept(*static, **named)
 
+    # functools.wraps copies the attributes of `make`, which has none of these.
     found.cache_clear, found.cache_info = kept.cache_clear, kept.cache_info  # type: ignore[attr-defined]
     return found

@@ -16,12 +16,14 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
     Whoever reads ``path``, also after a crash, finds the old file or the new one. Missing parent folders are made.
     """
     path = Path(path)
+    # In the same folder, because os.replace is atomic inside one file system only.
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: processes on several hosts may write the same file, and their process ids may be equal.
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         yield beside
         os.replace(beside, path)
+    # BaseException: an interrupt or an exit must not leave half a file either.
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
