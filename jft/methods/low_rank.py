@@ -51,9 +51,11 @@ class LowRank(Additive):
         *lead, rows, columns = w.shape
         bound = 1 / math.sqrt(rows)
         a = jax.random.uniform(key, (*lead, rows, self.rank), jnp.float32, -bound, bound)
+        # One factor at zero: the run starts exactly at the base, and the gradient of b is not zero.
         return w, {"a": a, "b": jnp.zeros((*lead, self.rank, columns), jnp.float32)}
 
     def change(self, kept: Any, trained: Any) -> delta.Change:
+        # The scale goes into b, so that the change is a plain product and a saved vector needs no scale.
         return delta.LowRank(trained["a"], self.scale * trained["b"])
 
 
@@ -65,6 +67,7 @@ class LowRankFixed(LowRank):
     """
 
     def fitted(self, **told: Any) -> Parametrisation:
+        # Not LowRank's: with a selection that would build a WithLowRank, which keeps only the weight and would lose ``a``.
         return Parametrisation.fitted(self, **told)
 
     def leaves(self, at: Any = None) -> tuple[Any, Any]:
@@ -95,9 +98,11 @@ class WithLowRank(Composed):
 
     def leaves(self, at: Any = None) -> tuple[Any, Any]:
         kept, own = self.first.leaves(at)
+        # The kept weight of LowRank is left out: the one of ``first`` serves both.
         return kept, {"own": own, "low_rank": self.low_rank.leaves()[1]}
 
     def init(self, key: Array, w: Array, at: Array | None = None, base: Array | None = None) -> tuple[Any, Any]:
+        # Two keys, or the draw of ``a`` would be correlated with that of scores or gates.
         one, two = jax.random.split(key)
         kept, own = self.first.init(one, w, at, base)
         return kept, {"own": own, "low_rank": self.low_rank.init(two, w)[1]}
@@ -131,4 +136,5 @@ class WithLowRank(Composed):
         return self.first.spread(kept, values["own"], fill)
 
     def collect(self, kept: Any, dense: Array) -> Any:
+        # No low-rank part: the caller keeps the factors that it has.
         return {"own": self.first.collect(kept, dense)}

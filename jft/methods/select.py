@@ -16,6 +16,7 @@ from jft.delta.changed import COLUMNS, ROWS
 from jft.select import budget, layers
 from jft.select.granularity import Entry, Granularity, How
 
+# plan.py imports this module.
 if TYPE_CHECKING:
     from jft.methods.plan import Plan
     from jft.select.calibration import Calibration
@@ -54,6 +55,7 @@ class Select:
     def __post_init__(self) -> None:
         """Refuse what is said twice or not at all."""
         if self.layers is not None:
+            # The usual way to normalise a field of a frozen dataclass in __post_init__.
             object.__setattr__(self, "layers", layers.choice(self.layers))
         if self.score is not None and self.layers is not None:
             raise ValueError(
@@ -61,6 +63,7 @@ class Select:
             )
         if self.score is not None and self.budget is None:
             raise ValueError("a selection by score needs a budget: how much of it is selected (select.budget)")
+        # Whole weights become runs of layers, parts become layouts; one selection cannot be both.
         if len({one.whole for one in self._granularities}) > 1:
             raise ValueError(
                 f"{self.granularity} mixes whole weights and parts inside them; select them in runs of their own"
@@ -96,6 +99,7 @@ class Select:
         candidates = list(linear) if self.linear_only else list(shapes)
         if not candidates:
             raise ValueError("this method trains matrices inside layers, and the model has none; train it in place")
+        # Only these are refused where they match nothing: presets exclude heads, which a model may lack.
         chosen = tree.matching(tree.matching(candidates, self.include), self.within)
         excluded = tree.matcher(self.exclude)
         return [p for p in chosen if not (self.exclude and excluded(p))]
@@ -123,6 +127,7 @@ def choose(plan: Plan, calibration: Calibration, grids: Mapping[str, tuple[int, 
         of_units = scores[path].shape == units[path].units(shapes[path], leads[path])
         masks[path] = scores[path] if of_units else units[path].pool(scores[path], leads[path], select.pool)
         costs[path] = math.prod(shapes[path]) // tree.size(masks[path])
+    # Scores are as large as the model in float32; only what is pooled is used from here on.
     del scores
     everything = {p: tuple(w.shape) for p, w in calibration.params.items()}
     spent = budget.resolved(select.budget, masks, everything, {p: calibration.lead(p) for p in everything})
