@@ -49,6 +49,7 @@ class _Gradients:
     size: Size
 
     def __call__(self, params: Any, batch: Any, key: Array, gates: Any) -> Any:
+        # ``sums`` passes every batch the same key.
         key = jax.random.fold_in(key, _fingerprint(batch))
         size = len(rows(batch))
         # A gate for each example, so that one backward pass gives the gradients of each: examples do not meet.
@@ -80,6 +81,7 @@ class _Gradients:
 
         layers = gates["layers/attn/o"]["heads"].shape[0]
         attention, mlp = (jax.random.key_data(jax.random.split(k, layers)) for k in jax.random.split(key))
+        # A key for each layer: the hooks' state is sliced with the layers, so that each draws its own noise.
         state = {**gates, "layers/attn/o": {**gates["layers/attn/o"], "key": attention}, "layers/mlp/out": mlp}
         return self.model.apply(params, batch, Hooks(product, value, state))[0]
 
@@ -97,6 +99,7 @@ def _broad(gate: Array, x: Array) -> Array:
 def _fingerprint(batch: Any) -> Array:
     """A number that batches differ in, so that each has noise of its own."""
     leaves = [x for x in jax.tree.leaves(batch) if x.ndim]
+    # The bits of floats: a cast to integers would make all images between 0 and 1 the same.
     bits = [jax.lax.bitcast_convert_type(x, jnp.int32) if x.dtype.itemsize == 4 else x for x in leaves]
     return sum((jnp.sum(b.astype(jnp.uint32)) for b in bits), jnp.uint32(0))
 
@@ -113,6 +116,7 @@ def importance(calibration: Calibration, batches: int, rate: float = 0.003, size
     give, and on what the MLP adds. Raises ``ValueError`` for a rate outside (0, 1) and models without such units.
     """
     model = hookable(calibration)
+    # A classifier keeps the configuration of its encoder under ``backbone``.
     config = getattr(model.config, "backbone", model.config)
     _check_noise(rate, size)
     down, heads = calibration.params.get("layers/mlp/down/w"), getattr(config, "heads", 0)
@@ -123,6 +127,7 @@ def importance(calibration: Calibration, batches: int, rate: float = 0.003, size
     gates = {"layers/attn/o": {"heads": ones(heads)}}
     gates["layers/mlp/down"] = {"channels": ones(channels), "outputs": ones(width)}
     compute = _Gradients(model, rate, size)
+    # fold_in: not the stream that the calibration's other users draw from.
     found = calibration.sums(compute, batches, jax.random.fold_in(calibration.key, 1), gates)
     out = {
         "layers/attn/heads": _standard(found["layers/attn/o"]["heads"]),
@@ -143,6 +148,7 @@ def _check_noise(rate: float, size: str) -> None:
 
 def _standard(gradient: Array) -> Array:
     """``|tanh z|``: no count divides the gradients, since z is the same for any multiple of them."""
+    # One unit in a layer has no sample deviation; ddof=0 then gives 0, and z is 0.
     spread = jnp.std(gradient, axis=-1, keepdims=True, ddof=min(1, gradient.shape[-1] - 1))
     z = (gradient - jnp.mean(gradient, axis=-1, keepdims=True)) / jnp.where(spread > 0, spread, 1.0)
     return jnp.abs(jnp.tanh(z))
@@ -177,6 +183,7 @@ class SoftMask(Rule):
 
     def init(self, trained: Mapping[str, Any]) -> Any:
         """Ones."""
+        # [L, 1, O]: the scale is of columns, and broadcasts over rows.
         ones = lambda x: jnp.ones((x.shape[0], 1, x.shape[2]), x.dtype)
         found = {p: jax.tree.map(ones, x) for p, x in trained.items() if _unit(p)}
         if not found:
@@ -190,6 +197,7 @@ class SoftMask(Rule):
         for path in memory:
             units = found[_unit(path) or ""]
             scale = 1.0 - jnp.repeat(units, calibration.params[path].shape[-1] // units.shape[1], axis=1)
+            # ``collect`` cuts the scale as the leaf is cut, where only some layers train.
             out[path] = plan.leaves[path].collect(None, scale[:, None])
         return out
 
@@ -217,9 +225,11 @@ class RangeSearch(Choice):
     def __call__(self, calibration: Calibration) -> Table:
         lengths = stacks(calibration)
         best = {s: list(range(n)) for s, n in lengths.items()}
+        # The first level is compared with nothing, so its best range is taken.
         value = -np.inf
         for parts in self.parts:
             cuts = [{s: _part(n, i, parts) for s, n in lengths.items()} for i in range(parts)]
+            # Finer ranges are tried inside the best coarser one alone, which is what keeps the search short.
             inside = [c for c in cuts if all(set(c[s]) <= set(best[s]) for s in c)]
             found = [self._worth(calibration, table_of(calibration, c)) for c in inside]
             if found and max(found) > value:

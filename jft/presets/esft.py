@@ -36,6 +36,7 @@ class ExpertUse:
         masks = {n.removesuffix("router"): activations.until(jax.device_get(x), self.p) for n, x in found.items()}
         out = {}
         for path in calibration.paths:
+            # Scores come by router, weights by expert matrix: both stand in the same module.
             mask = next((m for stack, m in masks.items() if path.startswith(f"{stack}experts/")), None)
             if mask is None:
                 raise ValueError(f"{path} is no weight of experts")

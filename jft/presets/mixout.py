@@ -39,6 +39,7 @@ class Mixout(Parametrisation):
     lead: int | None = None
     linear: bool = True
     random = True
+    # The difference v - w is small; in bfloat16 most of it would round away.
     exact = True
 
     def __post_init__(self) -> None:
@@ -62,6 +63,7 @@ class Mixout(Parametrisation):
         return base + jnp.where(there, (v - base) / (1 - self.p), 0)
 
     def bind(self, kept: Array, trained: Array, structured: bool, key: Array | None = None) -> Any:
+        # Without noise nothing is mixed, so the base need not be read at all.
         if key is None or not self.linear:
             return trained if structured else trained.astype(kept.dtype)
         lead = leading(kept, self.lead)

@@ -53,6 +53,7 @@ class RandLoRA(Additive):
 
     def count(self, shape: tuple[int, ...]) -> int:
         """N, of a weight of ``shape``."""
+        # Rounded up, so that the sum reaches full rank.
         return -(-min(shape[-2:]) // self.rank)
 
     def leaves(self, at: Any = None) -> tuple[Any, Any]:
@@ -71,8 +72,10 @@ class RandLoRA(Additive):
                 "(linear_only, or select.include)"
             )
         n, along = self.count(w.shape), min(rows, columns)
+        # Raw words, not a typed key: they are saved with the task vector and sliced with the layers.
         words = jax.random.bits(key, (*lead, 2), jnp.uint32)
         trained = {
+            # Not zero, as lam is: with both at zero neither would have a gradient.
             "gamma": jnp.full((*lead, n, along), 1 / along, jnp.float32),
             "lam": jnp.zeros((*lead, n, self.rank), jnp.float32),
         }

@@ -59,10 +59,13 @@ class HeadsAndChannels:
         out: Scores = {}
         rows, columns = _named(calibration, "attn/o/w"), _named(calibration, "attn/v/w")
         for stack in rows | columns:
+            # o before v: coupled weights must choose by one score, or they would train different heads.
             path = rows.get(stack) or columns[stack]
             count, groups = attention(calibration, path)
+            # Query heads that share values cannot train their part of v apart.
             units = groups if stack in columns else count
             score = _pooled(found[path], units, rows=path.endswith("o/w"))
+            # The same scores with another count: the smaller choice is a part of the larger.
             if stack in rows:
                 chosen = top_each(score, floor_count(self.o, units), 1, self.largest)
                 out[rows[stack]] = spread_heads(chosen, calibration.params[rows[stack]].shape[1])
@@ -75,6 +78,7 @@ class HeadsAndChannels:
         out: Scores = {}
         rows, ups, gates = (_named(calibration, f"mlp/{name}/w") for name in ("down", "up", "gate"))
         for stack in rows | ups:
+            # down before up, for the same reason.
             path = rows.get(stack) or ups[stack]
             score = _pooled(found[path], found[path].shape[1 if stack in rows else 2], rows=stack in rows)
             for weights, fraction in ((rows, self.down), (ups, self.up), (gates, self.up)):
