@@ -121,19 +121,19 @@ def stack_of(path: str) -> str | None:
     Leaves of a stack of jft's own models begin with the axis L. ``layers`` is a whole key that has others below it.
     """
     # The slash in front lets a stack at the root match as well; it is taken off again below.
-    head, found, _ = f"/{path}".partition("/layers/")
-    return f"{head}/layers"[1:] if found else None
+    head, separator, _ = f"/{path}".partition("/layers/")
+    return f"{head}/layers"[1:] if separator else None
 
 
 def stacks(leaves: Mapping[str, Any]) -> dict[str, int]:
     """``{"text/layers": L}``: the stacks of ``{path: array or shape struct}`` and how many layers each has."""
-    found: dict[str, int] = {}
+    lengths: dict[str, int] = {}
     for path, leaf in leaves.items():
         stack = stack_of(path)
         if stack is not None:
             # All leaves of a stack have the same first axis, so the first one says how long it is.
-            found.setdefault(stack, leaf.shape[0])
-    return found
+            lengths.setdefault(stack, leaf.shape[0])
+    return lengths
 
 
 def lead(path: str, ndim: int, stacked: bool) -> int:
@@ -150,8 +150,8 @@ def layer_of(path: str) -> tuple[str, int] | None:
 
     Layers are numbered under ``layer``, ``layers``, ``block``, ``blocks`` or ``h``, as ``blocks/3/...`` or ``blocks_3/...``.
     """
-    found = _NUMBERED.search(path)
-    return (path[: found.end()], int(found[1])) if found else None
+    match = _NUMBERED.search(path)
+    return (path[: match.end()], int(match[1])) if match else None
 
 
 def partition(tree: Tree, keep: Callable[[str], bool]) -> tuple[Tree, Tree]:
@@ -241,10 +241,10 @@ def _words(x: jax.Array) -> jax.Array:
 def _checksum(x: jax.Array) -> jax.Array:
     """Two uint32 sums over elements of a hash of (index, bits): exact integers, hence the same under any sharding."""
     # Mixed axis by axis, because a flat index would wrap beyond 2**32 elements; the constant is that of the golden ratio.
-    place = jnp.zeros(x.shape, jnp.uint32)
+    position = jnp.zeros(x.shape, jnp.uint32)
     for axis in range(x.ndim):
-        place = _mix(place + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) + jnp.uint32(0x9E3779B9 + axis))
-    words = _mix(_words(x) ^ place)
+        position = _mix(position + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) + jnp.uint32(0x9E3779B9 + axis))
+    words = _mix(_words(x) ^ position)
     # Sums modulo 2**32 do not depend on the order of their terms; two of them make 64 bits.
     return jnp.stack([jnp.sum(words, dtype=jnp.uint32), jnp.sum(_mix(words + jnp.uint32(1)), dtype=jnp.uint32)])
 

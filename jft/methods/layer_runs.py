@@ -24,8 +24,8 @@ def by_layer(
     numbered = {p: layer[1] for p in shapes if (layer := layer_of(p))}
     if not numbered:
         raise ValueError("this model's paths carry no layer numbers (layers/3/...); select by pattern instead")
-    wanted = _resolve(layers, max(numbered.values()) + 1)
-    return {p: train for p in chosen if numbered.get(p) in wanted}
+    indices = _resolve(layers, max(numbered.values()) + 1)
+    return {p: train for p in chosen if numbered.get(p) in indices}
 
 
 def by_table(
@@ -40,18 +40,18 @@ def by_table(
         if name is None:
             continue
         # Leaves that train whole stay uncut; where the stack is cut, the model slices them itself.
-        mine = {p: shapes[p].shape[0] for p in shapes if stack_of(p) == name and p not in leaves}
-        named = {p: _resolve(table[p] or (), n) for p, n in mine.items() if p in table}
-        length = max(mine.values(), default=0)
-        besides = _resolve((cut or {}).get(name, ()), length)
+        lengths = {p: shapes[p].shape[0] for p in shapes if stack_of(p) == name and p not in leaves}
+        named = {p: _resolve(table[p] or (), n) for p, n in lengths.items() if p in table}
+        length = max(lengths.values(), default=0)
+        cuts = _resolve((cut or {}).get(name, ()), length)
         # Per layer, which of the leaves train in it: a run ends wherever this tuple changes.
-        flags = [(*(i in w for w in named.values()), i in besides) for i in range(length)]
+        flags = [(*(i in w for w in named.values()), i in cuts) for i in range(length)]
         # Nothing trains in this stack; uncut, it stays one scan.
         if not any(map(any, flags)):
             continue
         sizes = tuple(len(list(g)) for _, g in itertools.groupby(flags))
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        for path in mine:
+        for path in lengths:
             # Frozen leaves are cut as well, once, at the start: slicing them in the step would copy them every time.
             leaves[path] = _runs(train, sizes, tuple(s in named.get(path, ()) for s in starts))
     return leaves

@@ -49,11 +49,11 @@ class SomeLayers(Composed):
         return np.flatnonzero(np.repeat(self.trains, self.sizes))
 
     def leaves(self, at: Any = None) -> tuple[Any, Any]:
-        own, values = self.first.leaves()
-        kept = tuple(own if trains else delta.Leaf() for trains in self.trains)
-        place = [i for i, trains in enumerate(self.trains) if trains]
+        first_kept, values = self.first.leaves()
+        kept = tuple(first_kept if trains else delta.Leaf() for trains in self.trains)
+        active = [i for i, trains in enumerate(self.trains) if trains]
         # Origins and counts are functions of what ``first`` keeps, which is one item of the tuple over runs.
-        trained = (jax.tree.map(lambda leaf, i=i: leaf.inside(lambda kept: kept[i]), values) for i in place)
+        trained = (jax.tree.map(lambda leaf, i=i: leaf.inside(lambda kept: kept[i]), values) for i in active)
         return kept, tuple(trained)
 
     def init(self, key: Array, w: Array, at: Array | None = None, base: Array | None = None) -> tuple[Any, Any]:
@@ -70,15 +70,15 @@ class SomeLayers(Composed):
     def bind(self, kept: Any, trained: Any, structured: bool, key: Array | None = None) -> Any:
         parts = []
         for i, k, values in self._runs(kept, trained):
-            own = None if key is None else jax.random.fold_in(key, i)
-            parts.append(self.first.bind(k, values, structured, own) if self.trains[i] else k)
+            run_key = None if key is None else jax.random.fold_in(key, i)
+            parts.append(self.first.bind(k, values, structured, run_key) if self.trains[i] else k)
         return Runs(tuple(parts), self.sizes) if structured else jnp.concatenate(parts)
 
     def tangent(self, kept: Any, trained: Any, key: Array | None = None) -> Runs:
         parts = []
         for i, k, values in self._runs(kept, trained):
-            own = None if key is None else jax.random.fold_in(key, i)
-            parts.append(self.first.tangent(k, values, own) if self.trains[i] else k)
+            run_key = None if key is None else jax.random.fold_in(key, i)
+            parts.append(self.first.tangent(k, values, run_key) if self.trains[i] else k)
         return Runs(tuple(parts), self.sizes)
 
     def encode(self, base: Array | None, kept: Any, trained: Any) -> delta.Encoding:
@@ -101,14 +101,14 @@ class SomeLayers(Composed):
         return delta.Rows(jnp.asarray(self.layers(), jnp.int32), stored, (sum(self.sizes), *shape))
 
     def penalty(self, kept: Any, trained: Any) -> Array | None:
-        own = [self.first.penalty(k, t) for k, t in zip(self._active(kept), trained, strict=True)]
+        terms = [self.first.penalty(k, t) for k, t in zip(self._active(kept), trained, strict=True)]
         # None where no run has a penalty: the plan then adds no term to the loss.
-        return sum((x for x in own if x is not None), jnp.float32(0)) if any(x is not None for x in own) else None
+        return sum((x for x in terms if x is not None), jnp.float32(0)) if any(x is not None for x in terms) else None
 
     def spread(self, kept: Any, values: Any, fill: Array) -> Array:
         pieces = self._pieces(fill)
-        for i, k, own in self._runs(kept, values):
-            pieces[i] = self.first.spread(k, own, pieces[i]) if self.trains[i] else pieces[i]
+        for i, k, run_values in self._runs(kept, values):
+            pieces[i] = self.first.spread(k, run_values, pieces[i]) if self.trains[i] else pieces[i]
         return jnp.concatenate(pieces)
 
     def collect(self, kept: Any, dense: Array) -> Any:

@@ -38,8 +38,8 @@ class Mask(Parametrisation):
         """``w * mask`` in float32, for one matrix."""
         w, s = parts
         # lead=0: under vmap, or in a scan over layers, the scores at hand are those of one matrix.
-        there = self.fitted(lead=0).mask(jax.lax.stop_gradient(s))
-        return w.astype(s.dtype) * straight_through(there.astype(s.dtype), self.soft(s))
+        mask = self.fitted(lead=0).mask(jax.lax.stop_gradient(s))
+        return w.astype(s.dtype) * straight_through(mask.astype(s.dtype), self.soft(s))
 
     def bind(self, kept: Array, trained: Array, structured: bool, key: Array | None = None) -> Any:
         return bound(self, (kept, trained), kept, leading(kept, self.lead), structured)

@@ -83,8 +83,8 @@ class L2SP:
     new_weight: float = 0.0
 
     def __call__(self, plan: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> Array:
-        found = tree.matcher(self.new)
-        is_new = {p: bool(self.new) and found(p) for p in trained}
+        matches = tree.matcher(self.new)
+        is_new = {p: bool(self.new) and matches(p) for p in trained}
         # The mean is over the old weights alone, as many as the first term sums.
         old = {p: t for p, t in trained.items() if not is_new[p]}
         away = _sum(jnp.sum(jnp.square(x)) for x in _changes(plan, kept, old))

@@ -168,8 +168,8 @@ def _matrices(shapes: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _linear_layers(shapes: Mapping[str, Any], linear: tuple[str, ...], stacked: bool) -> frozenset[str]:
     """The weights of linear layers, in layers and outside: neither tables nor patches, whose weight is a convolution's."""
-    own = (p for p in shapes if p.endswith("/w") and "patch" not in p.split("/"))
-    return frozenset(own if stacked else linear)
+    weights = (p for p in shapes if p.endswith("/w") and "patch" not in p.split("/"))
+    return frozenset(weights if stacked else linear)
 
 
 def _check(leaves: Mapping[str, Parametrisation], shapes: Mapping[str, Any], name: str) -> None:
@@ -210,8 +210,8 @@ class Plan:
         """The paths that a score or a search chooses among: what trains beside them, by ``also``, takes nothing of a budget."""
         if self.selects or not self.method.undecided:
             return self.selects or tuple(self.leaves)
-        beside = tree.matcher(self.method.also)
-        return tuple(p for p in self.leaves if not (self.method.also and beside(p)))
+        also = tree.matcher(self.method.also)
+        return tuple(p for p in self.leaves if not (self.method.also and also(p)))
 
     def granularity(self, path: str, shape: Sequence[int]) -> Granularity:
         """As what the parts of a weight are selected that :attr:`selects` names."""
@@ -277,8 +277,10 @@ class Plan:
 
     def values(self, trained: Mapping[str, Any], path: str) -> Any:
         """What trains at ``path``, and what another weight holds for it."""
-        how, own = self.leaves[path], trained.get(path, ())
-        return own if how.lender is None else {**own, **{name: trained[how.lender][name] for name in how.shares}}
+        how, private = self.leaves[path], trained.get(path, ())
+        return (
+            private if how.lender is None else {**private, **{name: trained[how.lender][name] for name in how.shares}}
+        )
 
     def _takes_structured(self, path: str) -> bool:
         """Whether the model takes a structured weight at ``path``."""

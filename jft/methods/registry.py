@@ -132,7 +132,7 @@ def method(
     )
     general = {"also": patterns(also), "freeze": patterns(freeze), "forward": forward, "until": until}
     # Only what was set: a manifest should not list defaults that every preset shares.
-    given = {k: v for k, v in general.items() if v} | narrowing
+    changed = {k: v for k, v in general.items() if v} | narrowing
     return dataclasses.replace(
         built,
         select=select,
@@ -141,7 +141,7 @@ def method(
         freeze=built.freeze + patterns(freeze),
         forward=forward or built.forward,
         until=until or built.until,
-        options={**entry.arguments, **options, **given},
+        options={**entry.arguments, **options, **changed},
     )
 
 

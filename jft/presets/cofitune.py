@@ -54,9 +54,9 @@ class _Gradients:
         size = len(rows(batch))
         # A gate for each example, so that one backward pass gives the gradients of each: examples do not meet.
         each = jax.tree.map(lambda g: jnp.repeat(g[:, None], size, axis=1), gates)
-        found = jax.grad(lambda gates: self.divergence(params, batch, key, gates))(each)
+        gradients = jax.grad(lambda gates: self.divergence(params, batch, key, gates))(each)
         of = jnp.abs if self.size == "absolute" else lambda g: g
-        return jax.tree.map(lambda g: jnp.sum(of(g), axis=1), found)
+        return jax.tree.map(lambda g: jnp.sum(of(g), axis=1), gradients)
 
     def divergence(self, params: Any, batch: Any, key: Array, gates: Any) -> Array:
         """``sum over real tokens of KL(p || q)``, p and q the predictions of the two passes; gates ``[L, B, units]``."""
@@ -128,11 +128,11 @@ def importance(calibration: Calibration, batches: int, rate: float = 0.003, size
     gates["layers/mlp/down"] = {"channels": ones(channels), "outputs": ones(width)}
     compute = _Gradients(model, rate, size)
     # fold_in: not the stream that the calibration's other users draw from.
-    found = calibration.sums(compute, batches, jax.random.fold_in(calibration.key, 1), gates)
+    sums = calibration.sums(compute, batches, jax.random.fold_in(calibration.key, 1), gates)
     out = {
-        "layers/attn/heads": _standard(found["layers/attn/o"]["heads"]),
-        "layers/mlp/channels": _standard(found["layers/mlp/down"]["channels"]),
-        "layers/mlp/outputs": _standard(found["layers/mlp/down"]["outputs"]),
+        "layers/attn/heads": _standard(sums["layers/attn/o"]["heads"]),
+        "layers/mlp/channels": _standard(sums["layers/mlp/down"]["channels"]),
+        "layers/mlp/outputs": _standard(sums["layers/mlp/down"]["outputs"]),
     }
     groups = getattr(config, "kv_heads", heads)
     out["layers/attn/kv_heads"] = jnp.max(out["layers/attn/heads"].reshape(layers, groups, -1), axis=-1)
@@ -185,17 +185,17 @@ class SoftMask(Rule):
         """Ones."""
         # [L, 1, O]: the scale is of columns, and broadcasts over rows.
         ones = lambda x: jnp.ones((x.shape[0], 1, x.shape[2]), x.dtype)
-        found = {p: jax.tree.map(ones, x) for p, x in trained.items() if _unit(p)}
-        if not found:
+        scales = {p: jax.tree.map(ones, x) for p, x in trained.items() if _unit(p)}
+        if not scales:
             raise ValueError("soft_mask is for q, k, v, up and down, and none of them trains; give soft_mask=False")
-        return found
+        return scales
 
     def measure(self, plan: Any, calibration: Calibration, memory: Any) -> Any:
         """What the base says of its units."""
-        found = importance(calibration, self.batches, self.dropout, self.size)
+        importances = importance(calibration, self.batches, self.dropout, self.size)
         out = {}
         for path in memory:
-            units = found[_unit(path) or ""]
+            units = importances[_unit(path) or ""]
             scale = 1.0 - jnp.repeat(units, calibration.params[path].shape[-1] // units.shape[1], axis=1)
             # ``collect`` cuts the scale as the leaf is cut, where only some layers train.
             out[path] = plan.leaves[path].collect(None, scale[:, None])
@@ -231,13 +231,13 @@ class RangeSearch(Choice):
             cuts = [{s: _part(n, i, parts) for s, n in lengths.items()} for i in range(parts)]
             # Finer ranges are tried inside the best coarser one alone, which is what keeps the search short.
             inside = [c for c in cuts if all(set(c[s]) <= set(best[s]) for s in c)]
-            found = [self._worth(calibration, table_of(calibration, c)) for c in inside]
-            if found and max(found) > value:
-                value, best = max(found), inside[int(np.argmax(found))]
+            scores = [self._worth(calibration, table_of(calibration, c)) for c in inside]
+            if scores and max(scores) > value:
+                value, best = max(scores), inside[int(np.argmax(scores))]
         table = table_of(calibration, best)
         tables = [narrowed(table, group) for group in self.modules]
-        found = [self._worth(calibration, t) for t in tables]
-        return tables[int(np.argmax(found))] if found and max(found) > value else table
+        scores = [self._worth(calibration, t) for t in tables]
+        return tables[int(np.argmax(scores))] if scores and max(scores) > value else table
 
     def _worth(self, calibration: Calibration, table: Table) -> float:
         return better(self.metric, calibration.evaluate(calibration.tuned(self.steps, table=table)))
@@ -249,10 +249,10 @@ def _part(length: int, i: int, parts: int) -> list[int]:
 
 def narrowed(table: Table, modules: Iterable[str]) -> Table:
     """The rows of a table whose path matches any of ``modules``."""
-    found = {p: layers for p, layers in table.items() if any(re.search(m, p) for m in modules)}
-    if not found:
+    matching = {p: layers for p, layers in table.items() if any(re.search(m, p) for m in modules)}
+    if not matching:
         raise ValueError(f"no weight of the chosen layers matches {', '.join(modules)}")
-    return found
+    return matching
 
 
 DEPTH, MODULES = (0.25, 0.5), (r"mlp/(up|down)/",)
@@ -300,9 +300,9 @@ def cofitune(
     with ``dropout``; size: of signed gradients, as in the code, or of their sizes (:class:`SoftMask`). Raises ``ValueError``
     for options of a search without one and the reverse, and for those of the soft mask without it.
     """
-    given = {"depth": (depth, DEPTH), "modules": (modules, MODULES)}
+    options = {"depth": (depth, DEPTH), "modules": (modules, MODULES)}
     if search:
-        _refuse(given, f"search={search} finds layers and modules; leave it out, or give groups")
+        _refuse(options, f"search={search} finds layers and modules; leave it out, or give groups")
     else:
         _refuse(
             {"metric": (metric, "loss"), "groups": (groups, GROUPS)},
@@ -313,8 +313,8 @@ def cofitune(
         _refuse(noise, "it is of the soft mask, and soft_mask is False; leave it out")
     rule = SoftMask(batches, dropout, size) if soft_mask else None
     if search:
-        found = RangeSearch(search, metric, modules=tuple(map(tuple, groups)))
-        return Method(Select((r"(attn|mlp)/(q|k|v|o|up|gate|down)/",), layers=found), InPlace(), rule=rule)
+        choice = RangeSearch(search, metric, modules=tuple(map(tuple, groups)))
+        return Method(Select((r"(attn|mlp)/(q|k|v|o|up|gate|down)/",), layers=choice), InPlace(), rule=rule)
     return Method(Select(patterns(modules), layers=Between(*depth)), InPlace(), rule=rule)
 
 

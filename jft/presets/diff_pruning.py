@@ -88,10 +88,10 @@ class HardConcrete(Parametrisation):
         """``w + z * d`` in float32, for one weight without leading axes."""
         w, trained, key = parts
         # Independent noise: the group's gate is one draw for the whole matrix.
-        own, shared = (None, None) if key is None else jax.random.split(key)
-        z = self.gate(trained["alpha"], own)
+        entry_key, group_key = (None, None) if key is None else jax.random.split(key)
+        z = self.gate(trained["alpha"], entry_key)
         if self.group:
-            z = z * self.gate(trained["group"], shared)
+            z = z * self.gate(trained["group"], group_key)
         return w.astype(z.dtype) + z * trained["delta"]
 
     def bind(self, kept: Array, trained: dict[str, Array], structured: bool, key: Array | None = None) -> Any:

@@ -124,17 +124,17 @@ class GreBsmo:
 
 
 @program_cache
-def _decomposed(how: GreBsmo, place: Any) -> Callable[[Array, Array], tuple[Array, Array]]:
+def _decomposed(how: GreBsmo, sharding: Any) -> Callable[[Array, Array], tuple[Array, Array]]:
     def run(w: Array, key: Array) -> tuple[Array, Array]:
         # ``[O, I]``: the decomposition is not symmetric, and the authors' code runs on torch's layout.
         stacked = jnp.swapaxes(w.astype(jnp.float32), -1, -2).reshape(-1, w.shape[-1], w.shape[-2])
         each = (stacked, jnp.arange(len(stacked)))
         # One matrix after the other: factors of one only are held.
-        found = jax.lax.map(lambda x: jnp.abs(_sparse_part(how, x[0], jax.random.fold_in(key, x[1]))), each)
-        least = jnp.min(jnp.sum(found > 0, axis=(1, 2)))
-        return jnp.swapaxes(found, -1, -2).reshape(w.shape), least
+        sparse = jax.lax.map(lambda x: jnp.abs(_sparse_part(how, x[0], jax.random.fold_in(key, x[1]))), each)
+        least = jnp.min(jnp.sum(sparse > 0, axis=(1, 2)))
+        return jnp.swapaxes(sparse, -1, -2).reshape(w.shape), least
 
-    return jax.jit(run, out_shardings=(place, None))
+    return jax.jit(run, out_shardings=(sharding, None))
 
 
 def _sparse_part(how: GreBsmo, w: Array, key: Array) -> Array:
@@ -146,10 +146,10 @@ def _sparse_part(how: GreBsmo, w: Array, key: Array) -> Array:
 
     def step(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         v, s = carry[0][:size], jnp.zeros_like(w)
-        there = jnp.arange(size) < 1 + how.growth * i
+        active = jnp.arange(size) < 1 + how.growth * i
         for _ in range(2):
             # QR gives orthonormal columns for the zero rows of V too; they are not part of the subspace yet.
-            u = jnp.where(there, jnp.linalg.qr((w - s) @ v.T)[0], 0.0)
+            u = jnp.where(active, jnp.linalg.qr((w - s) @ v.T)[0], 0.0)
             v = u.T @ (w - s)
             left = w - u @ v
             s = jnp.where(jnp.abs(left) < how.threshold, 0.0, left)
@@ -182,8 +182,8 @@ def prune(model: Any, params: Any, tuned: delta.TaskVector, keep: float) -> Any:
     # As torch counts what is pruned: half goes to the even number.
     size = {p: jnp.abs(flat[p].astype(jnp.float32) + change[p]) for p in linear}
     masks = top(size, count - round((1 - keep) * count))
-    left = {p: jnp.where(masks[p], w, 0) if p in masks else w for p, w in flat.items()}
-    return tree.like(params, {p: (w.astype(jnp.float32) + change[p]).astype(w.dtype) for p, w in left.items()})
+    pruned = {p: jnp.where(masks[p], w, 0) if p in masks else w for p, w in flat.items()}
+    return tree.like(params, {p: (w.astype(jnp.float32) + change[p]).astype(w.dtype) for p, w in pruned.items()})
 
 
 QUERIES_AND_VALUES = r"(^|/)attn/[qv]/w$"

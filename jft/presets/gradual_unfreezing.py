@@ -31,13 +31,13 @@ def _layer(path: str, shape: Sequence[int]) -> tuple[str, int | None, int] | Non
 
 def depths(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """``{stack: layers}`` of weights by path, whose layers are stacked (``layers/..``) or numbered (``blocks/3/..``)."""
-    found: dict[str, int] = {}
+    lengths: dict[str, int] = {}
     for path, shape in shapes.items():
         if (layer := _layer(path, shape)) is not None:
-            found[layer[0]] = max(layer[2], found.get(layer[0], 0))
-    if not found:
+            lengths[layer[0]] = max(layer[2], lengths.get(layer[0], 0))
+    if not lengths:
         raise ValueError("this model's paths carry no layers (layers/..., blocks/3/...); select by pattern instead")
-    return found
+    return lengths
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,8 +121,8 @@ class Sparsified(Parametrisation):
         m = jnp.where(learns > 0, m, jax.lax.stop_gradient(m))
         soft = jax.nn.sigmoid(jnp.maximum(temperature * m, -10.0)) + bias
         final = (m >= 0).astype(m.dtype) if key is None else soft
-        there = jnp.where(learns > 0, soft, final)
-        return there * (trained["scale"] if self.scaled else jnp.ones((*lead, width), m.dtype))
+        mask = jnp.where(learns > 0, soft, final)
+        return mask * (trained["scale"] if self.scaled else jnp.ones((*lead, width), m.dtype))
 
     def bind(self, kept: Array, trained: dict[str, Array], structured: bool, key: Array | None = None) -> Any:
         parts = (kept, trained["a"], trained["b"], self.factor(trained, key))

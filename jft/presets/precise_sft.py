@@ -39,13 +39,13 @@ class PatchedHeads:
     freeze: bool = True
 
     def __call__(self, calibration: Calibration) -> Scores:
-        found = patching(calibration, self.batches, self.counterfactual, freeze=self.freeze, mlps=bool(self.mlps))
-        of_heads = {name: x for name, x in found.items() if name.endswith("/o")}
+        effects = patching(calibration, self.batches, self.counterfactual, freeze=self.freeze, mlps=bool(self.mlps))
+        of_heads = {name: x for name, x in effects.items() if name.endswith("/o")}
         total = sum(x.size for x in of_heads.values())
         # A value below 1 is a fraction of the heads, from 1 up a number of them.
         wanted = int(self.heads) if self.heads >= 1 else floor_count(self.heads, total)
         chosen = top(of_heads, wanted)
-        of_mlps = {name: x for name, x in found.items() if name not in of_heads}
+        of_mlps = {name: x for name, x in effects.items() if name not in of_heads}
         if of_mlps:
             chosen |= top(of_mlps, self.mlps)
         return {p: self._unit(calibration, p, chosen) for p in calibration.paths}

@@ -57,11 +57,11 @@ class RandLoRA(Additive):
         return -(-min(shape[-2:]) // self.rank)
 
     def leaves(self, at: Any = None) -> tuple[Any, Any]:
-        own = delta.RandomBases.leaves
+        bases = delta.RandomBases.leaves
         # Where lam is zero the weight is the base, whatever gamma is.
-        return {"w": delta.Leaf(), "key": own["key"]}, {
-            "gamma": _Gamma(own["gamma"].axes, matrices=None, origin=None),
-            "lam": own["lam"],
+        return {"w": delta.Leaf(), "key": bases["key"]}, {
+            "gamma": _Gamma(bases["gamma"].axes, matrices=None, origin=None),
+            "lam": bases["lam"],
         }
 
     def init(self, key: Array, w: Array, at: Array | None = None, base: Array | None = None) -> tuple[Any, Any]:

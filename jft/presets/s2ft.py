@@ -52,8 +52,8 @@ class HeadsAndChannels:
         return floor_count(fraction, available)
 
     def __call__(self, calibration: Calibration) -> Scores:
-        found = self.score(calibration)
-        return self._heads(calibration, found) | self._channels(calibration, found)
+        of_entries = self.score(calibration)
+        return self._heads(calibration, of_entries) | self._channels(calibration, of_entries)
 
     def _heads(self, calibration: Calibration, found: Scores) -> Scores:
         out: Scores = {}
@@ -144,9 +144,9 @@ def s2ft(
     for name, fraction in names.items():
         if not 0 <= fraction <= 1:
             raise ValueError(f"the fraction of {name} is {fraction}; it lies in [0, 1]")
-    wanted = "|".join(name for name, fraction in names.items() if fraction)
-    if not wanted:
+    modules = "|".join(name for name, fraction in names.items() if fraction)
+    if not modules:
         raise ValueError("s2ft with o, v, down and up all 0 trains nothing")
     choice = HeadsAndChannels(o, v, down, up, score, largest)
-    select = Select((rf"(^|/)({wanted})/w$",), linear_only=True, score=choice, granularity=SIDES, budget=CHOSEN)
+    select = Select((rf"(^|/)({modules})/w$",), linear_only=True, score=choice, granularity=SIDES, budget=CHOSEN)
     return Method(select, InPlace())

@@ -32,7 +32,7 @@ class SignalToNoise:
     """
 
     def __call__(self, calibration: Calibration) -> Scores:
-        found = {}
+        ratios = {}
         for path in calibration.paths:
             w, lead = calibration.params[path], calibration.lead(path)
             if w.ndim - lead != 2 or lead > 1:
@@ -40,8 +40,8 @@ class SignalToNoise:
                 raise ValueError(
                     f"{path} of shape {w.shape} {what}, which spectrum does not rank; leave it out (exclude={path!r})"
                 )
-            found[path] = _ratios(lead)(w)
-        return found
+            ratios[path] = _ratios(lead)(w)
+        return ratios
 
 
 @program_cache
