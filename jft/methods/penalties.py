@@ -88,7 +88,7 @@ class L2SP:
         # The mean is over the old weights alone, as many as the first term sums.
         old = {p: t for p, t in trained.items() if not is_new[p]}
         away = _sum(jnp.sum(jnp.square(x)) for x in _changes(plan, kept, old))
-        values = [plan.leaves[p].bind(kept[p], t, False) for p, t in trained.items() if is_new[p]]
+        values = [plan.leaves[p].bind(kept[p], plan.values(trained, p), False) for p in trained if is_new[p]]
         to_zero = self.new_weight / 2 * _sum(jnp.sum(jnp.square(x)) for x in values)
         return self.weight / 2 * _sized(away, plan, kept, old, self.mean) + to_zero
 

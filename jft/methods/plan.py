@@ -361,7 +361,7 @@ class Plan:
 
     def size(self, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> int:
         """How many parameters the model has, frozen ones included."""
-        plain = lambda k, t: {p: how.bind(k[p], t.get(p, ()), structured=False) for p, how in self.leaves.items()}
+        plain = lambda k, t: {p: how.bind(k[p], self.values(t, p), structured=False) for p, how in self.leaves.items()}
         # Shapes of the formed weights: kept and trained values may hold more or fewer numbers than the weight.
         inside = tree.count(jax.eval_shape(plain, dict(kept), dict(trained)))
         return inside + sum(tree.size(kept[p]) for p in self.paths if p not in self.leaves)

@@ -394,7 +394,7 @@ def calibration_of(
         if eval_data is None or hasattr(eval_data, "__next__"):
             raise ValueError("this method chooses by evaluation, again and again; give eval_data, a list or a loader")
         # One compiled program for all candidates: equal models are equal arguments.
-        compute = evaluation.sums(apply_of(model), recipe.objective)
+        compute = evaluation.sums(apply_of(model, mesh), recipe.objective)
         return evaluation.mean(compute, params, eval_data, recipe.objective, mesh, eval_batches)
 
     return RunCalibration(

@@ -143,7 +143,12 @@ class Optimizer:
         axes = functools.partial(_matrix_axes, matrices)
         # Of optax's muon the sign is flipped too, hence the chain. Its own decay stays off: ours follows for every optimizer.
         muon = optax.contrib.muon(
-            1.0, beta=self.momentum, adam_b1=self.b1, adam_b2=self.b2, muon_weight_dimension_numbers=axes
+            1.0,
+            beta=self.momentum,
+            eps=self.eps,
+            adam_b1=self.b1,
+            adam_b2=self.b2,
+            muon_weight_dimension_numbers=axes,
         )
         return optax.chain(muon, optax.scale(-1.0))
 
