@@ -18,8 +18,9 @@ import jax
 import numpy as np
 
 import jft
+from jft.methods import method
 from jft.models import DecoderConfig, Model
-from jft.train import step
+from jft.train import finetune, step
 
 ROOT = Path(jft.__file__).parent
 BATCH = {"tokens": np.arange(24, dtype=np.int32).reshape(4, 6) % 13}
@@ -46,8 +47,8 @@ def run(width: int) -> None:
     """One step of block-sparse fine-tuning, from a name to a task vector."""
     model = Model(DecoderConfig(vocab=13, width=width, layers=2, heads=2, hidden=2 * width))
     params = model.init(jax.random.key(0))
-    method = jft.method("block_sparse", density=0.5, block=(4, 4))
-    jft.finetune(model, params, [BATCH], steps=1, method=method, log={"progress": False})
+    blocks = method("block_sparse", density=0.5, block=(4, 4))
+    finetune(model, params, [BATCH], steps=1, method=blocks, log={"progress": False})
 
 
 def files() -> tuple[set[str], set[str]]:

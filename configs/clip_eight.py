@@ -3,8 +3,9 @@
     jft quickstart --config=configs/clip_eight.py --workdir=runs/clip_eight
 
 The published recipe: the image encoder trains, zero-shot text heads stay frozen; AdamW, learning rate 1e-5, weight decay
-0.1, batches of 128, gradients clipped at 1, cosine after 500 warm-up steps; a tenth of each training split is held out to
-choose the coefficient. The authors' epochs (4 for SVHN to 76 for DTD) come to about 2000 steps for each data set.
+0.1 of every parameter, biases and norms among them, batches of 128, gradients clipped at 1, cosine after 500 warm-up steps;
+a tenth of each training split is held out to choose the coefficient. The authors' epochs (4 for SVHN to 76 for DTD) come to
+about 2000 steps for each data set.
 Data come from TFDS (Cars and RESISC45 need a manual download, as TFDS says) and, for GTSRB, from the hub (`jft[hf]`).
 
 What to compare with, ViT-B/32, mean test accuracy over the eight (FusionBench, docs/modelpool/clip_vit.md): pretrained
@@ -46,7 +47,15 @@ def task(name: str, train: str, examples: int, epochs: int, test: str, prompt: s
 
 
 def get_config() -> ConfigDict:
-    recipe = {"name": "adamw", "lr": 1e-5, "weight_decay": 0.1, "clip": 1.0, "schedule": "cosine", "warmup": 500}
+    recipe = {
+        "name": "adamw",
+        "lr": 1e-5,
+        "weight_decay": 0.1,
+        "decay": ("",),
+        "clip": 1.0,
+        "schedule": "cosine",
+        "warmup": 500,
+    }
     clip = study(
         title="CLIP on eight data sets",
         note="The protocol of Ilharco et al. 2022: one encoder, frozen zero-shot heads, one coefficient for all tasks.",

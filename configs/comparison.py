@@ -29,7 +29,7 @@ DIGITS = {
     "lift": {"name": "lift", "rank": 4, "filter_rank": 8, "every": 0},
     "spiel_ag": {"name": "spiel_ag", "density": 0.09074},
     "lt_sft": {"name": "lt_sft", "density": 0.09074, "dense_steps": 200},
-    "masking": {"name": "masking"},
+    "masking": {"name": "masking", "start": "two_point", "threshold": 5e-3},
 }
 # Library: 10240 of 140672 values, block_sparse 1.3% more and spiel_ag 0.1% less.
 LIBRARY = {

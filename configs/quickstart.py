@@ -59,7 +59,10 @@ def digits(pretraining: int = 400, steps: int = 200, points: int = 9, fleet: boo
                 "method": {"name": "lift", "rank": 4, "filter_rank": 8, "every": 0},
                 "optimizer": {**COSINE, "lr": 5e-3},
             },
-            "masking": {"method": {"name": "masking"}, "optimizer": {**COSINE, "lr": 5e-3}},
+            "masking": {
+                "method": {"name": "masking", "start": "two_point", "threshold": 5e-3},
+                "optimizer": {**COSINE, "lr": 5e-3},
+            },
             "linear": {"method": {"name": "linearized"}, "optimizer": {**COSINE, "lr": 2e-3}},
             "posthoc": {"of": "full", "forward": "linearized"},
         },

@@ -28,6 +28,7 @@ def nonlinear_advantage(linear: float, nonlinear: float, classes: int) -> float:
 
     Ortiz-Jimenez, Favero and Frossard 2023, arXiv:2305.12827, section 4.2.
     """
+    # Guessing is right once in C, so errors lie within (C - 1) / C.
     return (nonlinear - linear) * classes / (classes - 1)
 
 
@@ -43,13 +44,14 @@ def addition(
     normalised test accuracy, both for each task, and the validation curve over the grid.
     """
     taus = list(vectors.values())
-    validated = {task: score(task, "validation", taus, grid) for task in vectors}
-    at = {c: {task: accuracies[i] for task, accuracies in validated.items()} for i, c in enumerate(grid)}
-    found = merge.search(lambda c: merge.addition_row(at[c], single["validation"]), grid)
-    absolute = {task: float(score(task, "test", taus, [found.best])[0]) for task in vectors}
+    validation = {task: score(task, "validation", taus, grid) for task in vectors}
+    by_coefficient = {c: {task: accuracies[i] for task, accuracies in validation.items()} for i, c in enumerate(grid)}
+    result = merge.search(lambda c: merge.addition_row(by_coefficient[c], single["validation"]), grid)
+    # The only look at test data, at the coefficient that validation chose.
+    absolute = {task: float(score(task, "test", taus, [result.best])[0]) for task in vectors}
     relative = {task: value / single["test"][task] for task, value in absolute.items()}
     return {
-        "coefficient": found.best,
+        "coefficient": result.best,
         "absolute": mean(absolute),
         "normalised": mean(relative),
         "tasks": {task: {"absolute": absolute[task], "normalised": relative[task]} for task in vectors},
@@ -59,7 +61,7 @@ def addition(
                 "mean": row["score"],
                 "tasks": {task: row[f"normalised/{task}"] for task in vectors},
             }
-            for row in found.table
+            for row in result.table
         ],
     }
 
@@ -78,28 +80,29 @@ def negation(
     the base; if none is, the coefficient is 0. Returns it with test accuracies on target and control, before and after.
     """
 
-    def lost_and_kept(split: str, coefficients: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    def target_and_control(split: str, coefficients: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
         points = [[-c] for c in coefficients]
-        kept = mean({name: np.asarray(score(name, split, [vector], points)) for name in controls})
-        return np.asarray(score(target, split, [vector], points)), kept
+        control = mean({name: np.asarray(score(name, split, [vector], points)) for name in controls})
+        return np.asarray(score(target, split, [vector], points)), control
 
-    tried = list(dict.fromkeys([0.0, *grid]))  # the base itself, once
-    at = dict(zip(tried, zip(*lost_and_kept("validation", tried), strict=True), strict=True))
-    found = merge.search(lambda c: merge.negation_row(*at[c], at[0.0][1], threshold), grid)
-    (base_target, after_target), (base_control, after_control) = lost_and_kept("test", [0.0, found.best])
+    candidates = list(dict.fromkeys([0.0, *grid]))  # the base itself, once
+    by_coefficient = dict(zip(candidates, zip(*target_and_control("validation", candidates), strict=True), strict=True))
+    result = merge.search(lambda c: merge.negation_row(*by_coefficient[c], by_coefficient[0.0][1], threshold), grid)
+    (base_target, after_target), (base_control, after_control) = target_and_control("test", [0.0, result.best])
     row: dict[str, Any] = {
-        "coefficient": found.best,
+        "coefficient": result.best,
         "target": float(after_target),
         "control": float(after_control),
         "base_target": float(base_target),
         "base_control": float(base_control),
-        "curve": [{key: row[key] for key in ("coefficient", "target", "control")} for row in found.table],
+        "curve": [{key: row[key] for key in ("coefficient", "target", "control")} for row in result.table],
     }
     return row | {"drop": row["base_target"] - row["target"]}
 
 
 def cosines(vectors: Mapping[str, TaskVector]) -> list[list[float]]:
     """The cosine between every two task vectors, symmetric, in the order of ``vectors``."""
-    listed = list(vectors.values())
-    upper = {(i, j): float(listed[i].cosine(listed[j])) for i in range(len(listed)) for j in range(i, len(listed))}
-    return [[upper[min(i, j), max(i, j)] for j in range(len(listed))] for i in range(len(listed))]
+    taus = list(vectors.values())
+    # Once for each pair, as a cosine is symmetric and costs a pass over both.
+    upper = {(i, j): float(taus[i].cosine(taus[j])) for i in range(len(taus)) for j in range(i, len(taus))}
+    return [[upper[min(i, j), max(i, j)] for j in range(len(taus))] for i in range(len(taus))]

@@ -23,9 +23,9 @@ from jft.train.config import check
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """model, params: the backbone. mesh: where it lies; None for one device. tokenizer: its own, a directory, or None.
+    """model, params: the backbone. mesh: its devices; None for one device. tokenizer: its own, a directory, or None.
 
-    source: where it came from, or "". facts: what the report says of it.
+    source: its directory or hub id, or "". facts: its rows in the report.
     """
 
     model: Model
@@ -48,50 +48,58 @@ def prepare(config: Mapping[str, Any], common: Mapping[str, Any], workdir: Path)
     common: the partial train config of all runs; its ``model`` says in which dtypes a source is loaded and how it runs,
     its ``mesh`` over which devices.
     """
-    shared = check({key: common[key] for key in ("model", "mesh") if key in common})
-    mesh = parallel.make_mesh(dataclasses.asdict(shared.mesh))
-    placed = mesh if mesh.size > 1 else None
+    train_config = check({key: common[key] for key in ("model", "mesh") if key in common})
+    mesh = parallel.make_mesh(dataclasses.asdict(train_config.mesh))
+    # Without a mesh on one device, as runs there compile their programs.
+    model_mesh = mesh if mesh.size > 1 else None
     if config["source"]:
-        model, params = experiment.build_model(dataclasses.replace(shared.model, source=config["source"]), mesh=placed)
+        model, params = experiment.build_model(
+            dataclasses.replace(train_config.model, source=config["source"]), mesh=model_mesh
+        )
+        # In the hub's cache by now, as the model was loaded from there.
         directory = fetch(config["source"])
         tokenizer = directory if (directory / "tokenizer.json").is_file() else None
         facts = {"steps": None, "seconds": None, "loss": None}
     else:
         model, params, tokenizer, facts = _pretrained(config["train"], workdir)
-        params = jax.device_put(params, parallel.shardings(params, placed)) if placed is not None else params
+        params = jax.device_put(params, parallel.shardings(params, model_mesh)) if model_mesh is not None else params
+    # A study puts its own heads on the backbone.
     if isinstance(model.config, Classifier):
         model = Model(model.config.backbone, model.execution)
         params = {key: value for key, value in params.items() if key != "classifier"}
-    told = {
+    size_facts = {
         "description": config["description"] or config["source"] or _describe(model.config),
         "parameters": tree.count(params),
         "bytes": tree.nbytes(params),
     }
-    return Base(model, params, placed, tokenizer, config["source"], {**facts, **told}, tree.fingerprint(params))
+    return Base(
+        model, params, model_mesh, tokenizer, config["source"], {**facts, **size_facts}, tree.fingerprint(params)
+    )
 
 
 def _pretrained(partial: Mapping[str, Any], workdir: Path) -> tuple[Model, Any, Any, dict[str, Any]]:
     """Model, parameters, tokenizer and facts of the training run ``partial``, run here unless it is whole already."""
     train = check(settings.overlay(settings.QUIET, partial))
-    done, kept = run_store.read(workdir, train), workdir / "params.safetensors"
-    if done is None:
+    facts, file = run_store.read(workdir, train), workdir / "params.safetensors"
+    if facts is None:
         since = time.perf_counter()
         run = experiment.run(dataclasses.asdict(train), workdir)
         losses = [row["loss"] for row in run.metrics if row["split"] == "train"]
-        write_params(run.params, kept)
-        done = {"steps": train.steps, "seconds": time.perf_counter() - since, "loss": losses[-1]}
-        run_store.write(workdir, train, done)
+        write_params(run.params, file)
+        facts = {"steps": train.steps, "seconds": time.perf_counter() - since, "loss": losses[-1]}
+        run_store.write(workdir, train, facts)
+    # Once more, for the tokenizer and the classes that the model was built with.
     loader = data.build(
         train.data, batch_size=train.batch_size, directory=workdir, image_size=train.model.options.get("image")
     )
     model, _ = experiment.build_model(train.model, train.seed, None, loader.classes, loader.tokenizer)
-    return model, read_params(kept), loader.tokenizer, done
+    return model, read_params(file), loader.tokenizer, facts
 
 
 def _describe(config: Any) -> str:
     """An architecture in a few words, from the sizes that every family has."""
-    shown = (("layers", "{} layers"), ("heads", "{} heads"), ("width", "width {}"))
-    sizes = [text.format(getattr(config, key)) for key, text in shown if hasattr(config, key)]
+    parts = (("layers", "{} layers"), ("heads", "{} heads"), ("width", "width {}"))
+    sizes = [text.format(getattr(config, key)) for key, text in parts if hasattr(config, key)]
     return ", ".join([f"{config.family} model", *sizes])
 
 
@@ -100,12 +108,12 @@ def write_params(params: Any, path: Path) -> None:
     from safetensors.numpy import save_file
 
     flat = tree.flatten(jax.device_get(params))
-    with files.whole(path) as beside:
-        save_file({p: np.ascontiguousarray(x) for p, x in flat.items()}, beside)
+    with files.whole(path) as temporary:
+        save_file({p: np.ascontiguousarray(x) for p, x in flat.items()}, temporary)
 
 
 def read_params(path: Path) -> Any:
-    """What :func:`write_params` wrote."""
+    """Parameters from a file of :func:`write_params`."""
     from safetensors.numpy import load_file
 
     return tree.unflatten({p: jnp.asarray(x) for p, x in load_file(path).items()})

@@ -1,4 +1,4 @@
-"""The look of jft's figures, and how they are laid out and written.
+"""The style of jft's figures, their layout, and files of them.
 
 Colours are Okabe and Ito's, told apart by readers with any colour vision; each method also has its own marker.
 """
@@ -39,7 +39,9 @@ STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
     "lines.linewidth": 1.5,
+    # Outlines: a reader need not have the font.
     "svg.fonttype": "path",
+    # Ids by a fixed salt: the same figure is the same bytes.
     "svg.hashsalt": "jft",
 }
 WIDTH = 9.6  # inches: the text width of the report
@@ -54,6 +56,7 @@ def looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def panels(count: int, columns: int, height: float, **options: Any) -> tuple[Any, list[Any]]:
     """A figure of ``count`` small multiples, and its axes in reading order."""
+    # Not pyplot, which would choose a backend and keep every figure.
     from matplotlib.figure import Figure
 
     rows = math.ceil(count / max(1, columns))
@@ -92,8 +95,8 @@ def styled(draw: Any) -> Any:
 @styled
 def save(figure: Any, path: Path) -> None:
     """Write a figure as the PNG ``path``, whole or not at all."""
-    with files.whole(path) as beside:
-        figure.savefig(beside, format="png", dpi=150)
+    with files.whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
 
 
 @styled

@@ -1,4 +1,4 @@
-"""What a report says about where it ran: versions, devices, commit."""
+"""The environment of a run, for its report: versions, devices, commit."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ def devices() -> str:
     """``"8 x TPU v5 lite"``, or ``"1 x CPU with 2 cores"``."""
     import jax
 
-    found = jax.devices()
-    cpu = found[0].platform == "cpu"
-    return f"{len(found)} x " + (f"CPU with {os.cpu_count()} cores" if cpu else found[0].device_kind)
+    all_devices = jax.devices()
+    cpu = all_devices[0].platform == "cpu"
+    return f"{len(all_devices)} x " + (f"CPU with {os.cpu_count()} cores" if cpu else all_devices[0].device_kind)
 
 
 def commit() -> str | None:
     """The commit of the checkout that jft runs from, marked where files differ from it; None outside a checkout."""
     root = Path(__file__).parents[2]
+    # Only a checkout of jft: installed inside another project's, git would describe that one.
     if not (root / ".git").exists():
         return None
     try:
-        said = subprocess.run(
+        result = subprocess.run(
+            # --exclude=*: the commit itself, whatever tags there are.
             ["git", "describe", "--always", "--dirty", "--exclude=*"],
             cwd=root,
             capture_output=True,
@@ -42,7 +44,7 @@ def commit() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return said.stdout.strip() or None
+    return result.stdout.strip() or None
 
 
 def now() -> str:

@@ -27,7 +27,7 @@ def _pooled(model: Model, params: Any, batch: Any) -> jax.Array:
 
 
 def features(model: Model, params: Any, batches: Iterable[Any], limit: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """What the head of a :class:`~jft.models.Classifier` reads, float32 ``[N, D]``, and the labels ``[N]``.
+    """The features that the head of a :class:`~jft.models.Classifier` reads, float32 ``[N, D]``, and the labels ``[N]``.
 
     limit: stop after so many examples; 0 for all. Examples whose ``valid`` is false are left out.
     """
@@ -53,14 +53,15 @@ def linear_probe(x: np.ndarray, labels: np.ndarray, classes: int, penalty: float
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
-    found = np.unique(labels)
-    if len(found) != classes or found[0] < 0 or found[-1] >= classes:
-        raise ValueError(f"a probe of {classes} classes needs examples of each; the labels are {found.tolist()}")
+    present = np.unique(labels)
+    if len(present) != classes or present[0] < 0 or present[-1] >= classes:
+        raise ValueError(f"a probe of {classes} classes needs examples of each; the labels are {present.tolist()}")
+    # A constant feature has a deviation of 0.
     mean, deviation = x.mean(axis=0), x.std(axis=0) + 1e-6
     # Each iteration is a small product: more threads than one spend their time waiting for each other.
     with threadpool_limits(1):
-        fitted = LogisticRegression(C=1 / penalty, max_iter=10_000).fit((x - mean) / deviation, labels)
-    w, b = fitted.coef_.T, fitted.intercept_
+        probe = LogisticRegression(C=1 / penalty, max_iter=10_000).fit((x - mean) / deviation, labels)
+    w, b = probe.coef_.T, probe.intercept_
     if classes == 2:  # one column of log-odds: shared out between the two classes
         w, b = np.concatenate([-w, w], axis=1) / 2, np.concatenate([-b, b]) / 2
     w = w / deviation[:, None]
@@ -79,8 +80,8 @@ def zero_shot(model: Model, params: Any, tokenizer: Any, names: Sequence[str], t
 
 def _padded(ids: np.ndarray, length: int) -> np.ndarray:
     """``ids`` to ``length``: cut before the end-of-text token, or filled with it (the tower never looks past the first)."""
-    kept = ids if len(ids) <= length else np.append(ids[: length - 1], ids[-1])
-    return np.concatenate([kept, np.full(length - len(kept), ids[-1], ids.dtype)])
+    cut = ids if len(ids) <= length else np.append(ids[: length - 1], ids[-1])
+    return np.concatenate([cut, np.full(length - len(cut), ids[-1], ids.dtype)])
 
 
 def widened(head: Head, classes: int) -> Head:

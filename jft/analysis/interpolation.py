@@ -1,7 +1,8 @@
-"""What a model gives at points of the space that task vectors span, in its ordinary or its linearized forward pass.
+"""Outputs of a model at points of the space that task vectors span, in its ordinary or its linearized forward pass.
 
-A point is a row ``alpha`` of coefficients. The ordinary model stands there with the weights ``theta0 + sum_t alpha_t tau_t``;
-linearized at its base it gives ``f(theta0) + sum_t alpha_t J tau_t``, all points of a grid for one pass of each task vector.
+A point is a row ``alpha`` of coefficients. The ordinary model has there the weights ``theta0 + sum_t alpha_t tau_t``;
+linearized at its base its outputs are ``f(theta0) + sum_t alpha_t J tau_t``: all points of a grid for one pass of each task
+vector.
 """
 
 from __future__ import annotations
@@ -71,56 +72,59 @@ def readings(
 
     model: a jft model, or any ``apply(params, batch)``. params: the base. coefficients: ``[P, T]``, or ``[P]`` for the sum of
     all task vectors. read is traced by JAX. The ordinary model goes through the batches ``P`` times, with one set of changed
-    weights in memory; the linearized one once, as in :func:`jft.tangent.sweep`. check: is given each batch on the host first,
-    to refuse it.
+    weights in memory; the linearized one once, as in :func:`jft.tangent.sweep`. check: a function of each batch on the
+    host, which may refuse it.
     """
     mesh = find_mesh(params)
     grid, apply = np.asarray(coefficients, np.float64), apply_of(model, mesh)
-    again = list(batches) if isinstance(batches, Iterator) else batches
+    # Every point goes through the batches, and an iterator would be empty after the first.
+    batches_again = list(batches) if isinstance(batches, Iterator) else batches
 
-    def placed() -> Iterator[Any]:
-        for batch in map(feed.host, again):
+    def device_batches() -> Iterator[Any]:
+        for batch in map(feed.host, batches_again):
             if check is not None:
                 check(batch)
             yield parallel.put_batch(batch, mesh)
 
     if forward.name == "linearized":
-        yield from tangent.readings(tangent.linearize(apply, params, forward.until), taus, placed(), read, grid)
+        yield from tangent.readings(tangent.linearize(apply, params, forward.until), taus, device_batches(), read, grid)
         return
-    found = []
+    results = []
+    # Points outside and batches inside: one set of changed weights exists at a time.
     for alpha in grid.reshape(len(grid), -1):
-        changed = moved(params, taus, alpha if grid.ndim == 2 else np.repeat(alpha, len(taus)))
-        found.append([jax.device_get(_reader(apply, read)(changed, batch)) for batch in placed()])
-    for at_points in zip(*found, strict=True):
+        changed = params_at(params, taus, alpha if grid.ndim == 2 else np.repeat(alpha, len(taus)))
+        results.append([jax.device_get(_reader(apply, read)(changed, batch)) for batch in device_batches()])
+    for at_points in zip(*results, strict=True):
         yield jax.tree.map(lambda *x: np.stack(x), *at_points)
 
 
-def moved(params: Any, taus: Sequence[TaskVector], alpha: Iterable[float]) -> Any:
+def params_at(params: Any, taus: Sequence[TaskVector], alpha: Iterable[float]) -> Any:
     """``theta0 + sum_t alpha_t tau_t``, laid out as ``params``; these themselves where all coefficients are zero.
 
     One program for all points that the same number of task vectors moves to. Raises ``ValueError`` for a coefficient that is
     not finite.
     """
-    used = [(tau, float(a)) for tau, a in zip(taus, alpha, strict=True) if a]
-    if not used:
+    nonzero = [(tau, float(a)) for tau, a in zip(taus, alpha, strict=True) if a]
+    if not nonzero:
         return params
-    numbers = np.asarray([a for _, a in used], np.float32)
+    # An argument of the program, which all coefficients then share.
+    numbers = np.asarray([a for _, a in nonzero], np.float32)
     if not np.isfinite(numbers).all():
-        raise ValueError(f"task vectors are multiplied by finite numbers, not by {[a for _, a in used]}")
+        raise ValueError(f"task vectors are multiplied by finite numbers, not by {[a for _, a in nonzero]}")
     leaves, structure = jax.tree.flatten(params)
-    # What lies nowhere in particular, a head beside a base on a mesh, goes where the rest is.
-    places = tuple(x.sharding if getattr(x, "committed", False) else None for x in leaves)
-    move = _mover(places, structure)
+    # An uncommitted leaf, a head of a base that is on a mesh, goes where the rest is.
+    shardings = tuple(x.sharding if getattr(x, "committed", False) else None for x in leaves)
+    move = _mover(shardings, structure)
     # Without manifests, which are static: those of other tasks would be other programs.
-    return move(params, [TaskVector(tau.deltas) for tau, _ in used], numbers)
+    return move(params, [TaskVector(tau.deltas) for tau, _ in nonzero], numbers)
 
 
 @program_cache
-def _mover(places: tuple[Any, ...], structure: Any) -> Callable:
+def _mover(shardings: tuple[Any, ...], structure: Any) -> Callable:
     def move(params: Any, taus: Sequence[TaskVector], alpha: jax.Array) -> Any:
         return delta.apply(params, TaskVector.combine(taus, list(alpha)), check=False)
 
-    return jax.jit(move, out_shardings=jax.tree.unflatten(structure, places))
+    return jax.jit(move, out_shardings=jax.tree.unflatten(structure, shardings))
 
 
 @program_cache
@@ -137,12 +141,12 @@ def scores(
     objective: Objective,
     forward: Forward = STANDARD,
 ) -> list[Mapping[str, float]]:
-    """What :func:`jft.train.evaluate` would say at every point: ``[{"loss", "accuracy", ...}]``."""
+    """The metrics of :func:`jft.train.evaluate` at every point: ``[{"loss", "accuracy", ...}]``."""
     totals: dict[str, np.ndarray] = {}
     # On the host objectives refuse what the loss would take without a word.
-    refused = functools.partial(objective.weight, xp=np)
-    for found in readings(model, params, taus, coefficients, batches, summed(objective), forward, refused):
-        for name, value in found.items():
+    check = functools.partial(objective.weight, xp=np)
+    for sums in readings(model, params, taus, coefficients, batches, summed(objective), forward, check):
+        for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
     return [
         evaluation.told({name: float(x[p]) for name, x in totals.items()}, objective) for p in range(len(coefficients))

@@ -1,4 +1,4 @@
-"""How far a model is from its linearization along a task vector."""
+"""The difference of a model from its linearization along a task vector."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import parallel, tangent
-from jft.analysis.interpolation import grid, moved, weighing
+from jft.analysis.interpolation import grid, params_at, weighing
 from jft.compiled import program_cache
 from jft.delta import TaskVector
 from jft.train import feed
@@ -29,7 +29,7 @@ def linearity(
     objective: Objective,
     grid: Sequence[float] = GRID,
 ) -> list[dict[str, Any]]:
-    """A row for each coefficient ``a``: how ``f(theta0 + a tau)`` and ``f_lin(a tau) = f(theta0) + a J tau`` compare.
+    """A row for each coefficient ``a``: ``f(theta0 + a tau)`` against ``f_lin(a tau) = f(theta0) + a J tau``.
 
     error: ``||f - f_lin|| / ||f - f(theta0)||``, over the outputs that count; 0 where the model is linear along tau, and
     None where nothing moved. cosine: between the two changes of the outputs. agreement: the share of equal predictions.
@@ -41,16 +41,18 @@ def linearity(
     mesh = find_mesh(params)
     apply = apply_of(model, mesh)
     f_lin = tangent.linearize(apply, params)
-    compared = _compare(apply, weighing(objective))
+    program = _compare(apply, weighing(objective))
     totals: list[dict[str, Any]] = [{} for _ in grid]
     for batch in batches:
         host = feed.host(batch)
+        # On the host the objective refuses a batch that it would take silently under jit.
         objective.weight(host, np)
-        placed = parallel.put_batch(host, mesh)
-        f0, step = tangent.tangents(f_lin, [tau], placed)
+        device_batch = parallel.put_batch(host, mesh)
+        # One tangent pass serves every coefficient.
+        f0, step = tangent.tangents(f_lin, [tau], device_batch)
         for a, total in zip(grid, totals, strict=True):
-            found = compared(moved(params, [tau], [a]), f0, step, jnp.float32(a), placed)
-            _add(total, jax.device_get(found))
+            sums = program(params_at(params, [tau], [a]), f0, step, jnp.float32(a), device_batch)
+            _add(total, jax.device_get(sums))
     return [_row(float(a), total, objective) for a, total in zip(grid, totals, strict=True)]
 
 
@@ -61,17 +63,18 @@ def _compare(apply: Any, objective: Any) -> Any:
     def run(params: Any, f0: Any, step: Any, a: Any, batch: Any) -> dict[str, Any]:
         y, linear = apply(params, batch), tangent.combined(f0, step, a[None])
         weights = objective.weights(batch)
-        change, straight = (x.astype(jnp.float32) - f0.astype(jnp.float32) for x in (y, linear))
+        change, linear_change = (x.astype(jnp.float32) - f0.astype(jnp.float32) for x in (y, linear))
         each = {
-            "apart": jnp.square(change - straight),
+            "apart": jnp.square(change - linear_change),
             "change": jnp.square(change),
-            "straight": jnp.square(straight),
-            "product": change * straight,
+            "straight": jnp.square(linear_change),
+            "product": change * linear_change,
         }
+        # An output is in a norm or not; how much it weighs is about the loss.
         counts = (weights > 0).astype(jnp.float32)[..., None]
         sums: dict[str, Any] = {name: jnp.sum(x * counts) for name, x in each.items()}
-        same = jnp.argmax(y, axis=-1) == jnp.argmax(linear, axis=-1)
-        sums["same"] = jnp.sum(weights * same)
+        agree = jnp.argmax(y, axis=-1) == jnp.argmax(linear, axis=-1)
+        sums["same"] = jnp.sum(weights * agree)
         for name, outputs in (("standard", y), ("linearized", linear)):
             loss, weight, metrics = objective.loss(outputs, batch)
             sums[name] = {"loss": loss, **metrics}
@@ -80,8 +83,8 @@ def _compare(apply: Any, objective: Any) -> Any:
     return jax.jit(run)
 
 
-def _add(total: dict[str, Any], found: dict[str, Any]) -> None:
-    for name, value in found.items():
+def _add(total: dict[str, Any], sums: dict[str, Any]) -> None:
+    for name, value in sums.items():
         if isinstance(value, dict):
             _add(total.setdefault(name, {}), value)
         else:

@@ -21,6 +21,7 @@ def smooth(values: Sequence[float], span: int) -> np.ndarray:
         return x
     span = min(span, len(x))
     kernel = np.ones(span)
+    # The second convolution counts the points, of which there are fewer at the ends.
     return np.convolve(x, kernel, "same") / np.convolve(np.ones(len(x)), kernel, "same")
 
 
@@ -47,7 +48,7 @@ def learning_curves(runs: Sequence[Mapping[str, Any]], label: str = "training lo
 
 @styled
 def scores(tasks: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]], label: str) -> Any:
-    """A dot for each task and method, its ``error`` as a line through it, and a bar where the base stands."""
+    """A dot for each task and method, its ``error`` as a line through it, and a bar at the score of the base."""
     names = [task["name"] for task in tasks]
     methods = looks(dict.fromkeys(run["method"] for run in runs))
     figure, (axis,) = panels(1, 1, 0.36 * len(names) + 0.9)
@@ -56,19 +57,21 @@ def scores(tasks: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]
         axis.plot(
             [task["base"]] * 2, [row - 0.3, row + 0.3], color=FAINT, linewidth=2.2, label="base" if row == 0 else None
         )
+    # Next to each other, so that equal scores do not hide each other.
     offsets = np.linspace(-0.18, 0.18, len(methods)) if len(methods) > 1 else [0.0]
     for offset, (method, look) in zip(offsets, methods.items(), strict=True):
-        mine = [run for run in runs if run["method"] == method]
+        of_method = [run for run in runs if run["method"] == method]
         axis.errorbar(
-            [r["score"] for r in mine],
-            [names.index(r["task"]) + offset for r in mine],
-            xerr=[r["error"] or 0 for r in mine],
+            [r["score"] for r in of_method],
+            [names.index(r["task"]) + offset for r in of_method],
+            xerr=[r["error"] or 0 for r in of_method],
             linestyle="none",
             markersize=6,
             label=method,
             **look,
         )
     axis.set_yticks(range(len(names)), names)
+    # The first task on top, as in the tables.
     axis.invert_yaxis()
     axis.grid(False, axis="y")
     axis.set_xlabel(label)
@@ -141,10 +144,12 @@ def cosine_maps(cosine: Mapping[str, Sequence[Sequence[float]]], tasks: Sequence
             axis.text(
                 j,
                 i,
+                # + 0.0 makes 0.0 of -0.0, which would be labelled "−0.00".
                 f"{round(float(values[i, j]), 2) + 0.0:.2f}".replace("-", "−"),
                 ha="center",
                 va="center",
                 fontsize=7.5 if len(tasks) <= 8 else 5,
+                # Legible on the dark ends of the colour map.
                 color="white" if abs(values[i, j]) > 0.6 else INK,
             )
         axis.set_xticks(range(len(tasks)), tasks, rotation=40, ha="right", rotation_mode="anchor")
@@ -171,11 +176,11 @@ def _bytes(nbytes: float) -> str:
 @styled
 def size_against_score(methods: Sequence[Mapping[str, Any]], label: str) -> Any:
     """Mean score over tasks, with its ``error``, against mean bytes of a task vector on disk (log axis), by method."""
-    drawn = looks(row["name"] for row in methods)
+    look_of = looks(row["name"] for row in methods)
     figure, (axis,) = panels(1, 1, 2.6)
     for row in methods:
         axis.errorbar(
-            row["bytes"], row["score"], row["error"] or 0, linestyle="none", markersize=8, **drawn[row["name"]]
+            row["bytes"], row["score"], row["error"] or 0, linestyle="none", markersize=8, **look_of[row["name"]]
         )
         axis.annotate(
             row["name"], (row["bytes"], row["score"]), xytext=(8, 0), textcoords="offset points", va="center", color=INK
@@ -199,6 +204,7 @@ def metric_curves(series: Mapping[str, Mapping[str, tuple[Sequence[float], Seque
     figure, axes = panels(len(series), 3, 2.2)
     for axis, (metric, lines) in zip(axes, series.items(), strict=True):
         for run, (steps, values) in lines.items():
+            # A run may have a single point, which no line shows.
             few = {"marker": "o", "markersize": 3} if len(steps) < 20 else {}
             axis.plot(steps, values, color=runs[run]["color"], label=run, **few)
         axis.set_title(metric)

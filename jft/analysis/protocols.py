@@ -1,4 +1,4 @@
-"""What a study does with its task vectors: addition, negation, cosines, disentanglement."""
+"""The protocols of a study for its task vectors: addition, negation, cosines, disentanglement."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jft.analysis.tasks import Task
 from jft.delta import TaskVector
 
 Say = Callable[[str], None]
-Found = dict[str, Any]
+Row = dict[str, Any]
 
 
 def examined(
@@ -30,41 +30,44 @@ def examined(
     runs: Sequence[Mapping[str, Any]],
     workdir: Path,
     say: Say,
-) -> Found:
+) -> Row:
     """``addition``, ``negation``, ``disentanglement``: rows for each method and seed. ``cosine``: of the first seed's.
 
     The vectors of one method and seed are in memory at a time; their rows are kept in ``arithmetic_METHOD.json``, for another
-    start that asks for the same.
+    start with the same settings.
     """
-    found: Found = {"addition": [], "negation": [], "disentanglement": [], "cosine": {}}
+    results: Row = {"addition": [], "negation": [], "disentanglement": [], "cosine": {}}
+    # Every protocol needs a second task.
     if len(tasks) < 2:
-        return found
+        return results
     for method, seed in itertools.product(config["methods"], config["seeds"] or (None,)):
         source = settings.source(config, method)
         files = {t: seeds.folder(workdir, t, source, seed) / task_runs.VECTOR for t in tasks}
-        loaded = {t: TaskVector.load(file) for t, file in files.items()}
-        forward = settings.forward(config, method, next(iter(loaded.values())))
+        by_task = {t: TaskVector.load(file) for t, file in files.items()}
+        forward = settings.forward(config, method, next(iter(by_task.values())))
         # Masks are changes of this base; sums of them are sums of what they change.
-        vectors = {t: vector.resolve(base.params) for t, vector in loaded.items()}
-        if method not in found["cosine"] and source == method:
-            found["cosine"][method] = arithmetic.cosines(vectors)
+        vectors = {t: vector.resolve(base.params) for t, vector in by_task.items()}
+        if method not in results["cosine"] and source == method:
+            results["cosine"][method] = arithmetic.cosines(vectors)
+        # Normalised accuracies, and the constraint on the control, mean nothing for a loss.
         if config["metric"] != "accuracy":
             continue
-        mine = {r["task"]: r for r in runs if r["method"] == method and seed in (None, r["seed"])}
-        told = {"method": method, "seed": seed}
+        of_seed = {r["task"]: r for r in runs if r["method"] == method and seed in (None, r["seed"])}
+        labels = {"method": method, "seed": seed}
         suffix = "" if seed is None else f"_seed_{seed}"
-        compute = functools.partial(_protocols, config, base, tasks, mine, vectors, forward)
-        asked = _asked(config, base, files, forward)
-        for key, rows in run_store.kept(workdir / f"arithmetic_{method}{suffix}.json", asked, compute).items():
-            found[key] += [told | row for row in rows]
+        compute = functools.partial(_protocols, config, base, tasks, of_seed, vectors, forward)
+        dependencies = _dependencies(config, base, files, forward)
+        for key, rows in run_store.kept(workdir / f"arithmetic_{method}{suffix}.json", dependencies, compute).items():
+            results[key] += [labels | row for row in rows]
             for row in rows:
-                say(f"{name}: {key}, {method}{'' if seed is None else f', seed {seed}'}: {_told(key, row)}")
-    return found
+                say(f"{name}: {key}, {method}{'' if seed is None else f', seed {seed}'}: {_summary_line(key, row)}")
+    return results
 
 
-def _asked(config: Mapping[str, Any], base: Base, files: Mapping[str, Path], forward: Forward) -> Found:
-    """All that the rows of one method and seed depend on."""
+def _dependencies(config: Mapping[str, Any], base: Base, files: Mapping[str, Path], forward: Forward) -> Row:
+    """All dependencies of the rows of one method and seed."""
     parts = ("arithmetic", "disentangle", "tasks", "splits", "common", "head")
+    # The contents of the files: a run that was repeated may have written others.
     digests = {task: hashlib.sha256(file.read_bytes()).hexdigest() for task, file in files.items()}
     return {
         **{p: config[p] for p in parts},
@@ -81,27 +84,27 @@ def _protocols(
     runs: Mapping[str, Mapping[str, Any]],
     vectors: Mapping[str, TaskVector],
     forward: Forward,
-) -> dict[str, list[Found]]:
+) -> dict[str, list[Row]]:
     options = config["arithmetic"]
     grid = interpolation.grid(0, options["largest"], options["points"])
 
     def score(task: str, split: str, taus: Sequence[TaskVector], coefficients: Any) -> np.ndarray:
         return tasks[task].scores(split, base.params, taus, coefficients, forward)
 
-    found: dict[str, list[Found]] = {"addition": [], "negation": [], "disentanglement": []}
+    results: dict[str, list[Row]] = {"addition": [], "negation": [], "disentanglement": []}
     if options["addition"]:
         keys = {"validation": "validation", "test": "score"}
         single = {split: {task: runs[task][key] for task in tasks} for split, key in keys.items()}
-        found["addition"].append(arithmetic.addition(vectors, single, score, grid))
+        results["addition"].append(arithmetic.addition(vectors, single, score, grid))
     for task in tasks if options["negation"] else ():
         if task == options["control"]:
             continue
         controls = [options["control"]] if options["control"] else [t for t in tasks if t != task]
         row = arithmetic.negation(vectors[task], task, controls, score, grid, options["threshold"])
-        found["negation"].append({"task": task, **row})
+        results["negation"].append({"task": task, **row})
     for pair in config["disentangle"]["pairs"]:
-        found["disentanglement"].append(_map(settings.of_maps(config), base, tasks, vectors, forward, pair))
-    return found
+        results["disentanglement"].append(_map(settings.of_maps(config), base, tasks, vectors, forward, pair))
+    return results
 
 
 def _map(
@@ -111,17 +114,22 @@ def _map(
     vectors: Mapping[str, TaskVector],
     forward: Forward,
     pair: Sequence[str],
-) -> Found:
+) -> Row:
     taus = [vectors[name] for name in pair]
     first, second = (
         disentangle.Member(t.model, t.params(base.params), t.loaders["test"], t.objective, taus)
         for t in (tasks[name] for name in pair)
     )
-    found = disentangle.disentanglement(first, second, grid, forward)
-    return {"pair": list(pair), "grid": found.grid.tolist(), "xi": found.xi.round(6).tolist(), "within": found.within()}
+    result = disentangle.disentanglement(first, second, grid, forward)
+    return {
+        "pair": list(pair),
+        "grid": result.grid.tolist(),
+        "xi": result.xi.round(6).tolist(),
+        "within": result.within(),
+    }
 
 
-def _told(key: str, row: Found) -> str:
+def _summary_line(key: str, row: Row) -> str:
     if key == "addition":
         return f"{100 * row['absolute']:.1f} ({100 * row['normalised']:.1f} normalised)"
     if key == "negation":
@@ -129,7 +137,7 @@ def _told(key: str, row: Found) -> str:
     return f"{' and '.join(row['pair'])}, mean xi {row['within']:.3f}"
 
 
-def advantages(config: Mapping[str, Any], tasks: Mapping[str, Task], runs: Sequence[Mapping[str, Any]]) -> list[Found]:
+def advantages(config: Mapping[str, Any], tasks: Mapping[str, Task], runs: Sequence[Mapping[str, Any]]) -> list[Row]:
     """The nonlinear advantage over each linearized method, a row for each task and seed; see :mod:`jft.analysis.arithmetic`.
 
     Against the method ``nonlinear`` of the config, or the first one that is not linearized.

@@ -26,7 +26,7 @@ def density(share: float | None) -> str:
 
 
 def count(number: int | None) -> str:
-    """Thousands set apart by thin spaces: ``171264 -> '171 264'``."""
+    """Thousands separated by narrow spaces: ``171264 -> '171 264'``."""
     return MISSING if number is None else f"{number:,}".replace(",", "\u2009")
 
 
@@ -49,6 +49,7 @@ def duration(seconds: float | None) -> str:
         return f"{_digits(1000 * seconds)} ms"
     if seconds < 60:
         return f"{_digits(seconds)} s"
+    # Rounded before it is split up: 119.6 s are 2 min 0 s, not 1 min 60 s.
     whole = round(seconds)
     hours, minutes = whole // 3600, whole % 3600 // 60
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"
@@ -76,38 +77,38 @@ def deviation(error: float | None, metric: str) -> str:
 
 def figures(study: Mapping[str, Any]) -> dict[str, Any]:
     """``{name: figure}`` for one study; only those whose data it has."""
-    drawn = {}
+    out = {}
     label = {"accuracy": "test accuracy, %"}.get(study["metric"], "test " + study["metric"].replace("_", " "))
     scale = 100 if study["metric"] == "accuracy" else 1
     tasks = [{**task, "base": scale * task["base"]} for task in study["tasks"]]
     runs = [_scaled(run, scale) for run in seeds.cells(study["runs"])]
     if any(run["curve"] for run in runs):
-        drawn["learning_curves"] = plots.learning_curves(runs)
+        out["learning_curves"] = plots.learning_curves(runs)
     if len(tasks) > 1:
-        drawn["scores"] = plots.scores(tasks, runs, label)
-    shown = averages(study)
-    if shown["addition"]:
-        drawn["addition"] = plots.coefficient_curves(shown["addition"])
-    if shown["negation"]:
-        drawn["negation"] = plots.negation_curves(shown["negation"])
-    if shown["disentanglement"]:
-        drawn["disentanglement"] = tangent_plots.disentanglement_maps(shown["disentanglement"])
+        out["scores"] = plots.scores(tasks, runs, label)
+    means = averages(study)
+    if means["addition"]:
+        out["addition"] = plots.coefficient_curves(means["addition"])
+    if means["negation"]:
+        out["negation"] = plots.negation_curves(means["negation"])
+    if means["disentanglement"]:
+        out["disentanglement"] = tangent_plots.disentanglement_maps(means["disentanglement"])
     if study["cosine"]:
-        drawn["cosine"] = plots.cosine_maps(study["cosine"], [task["name"] for task in tasks])
+        out["cosine"] = plots.cosine_maps(study["cosine"], [task["name"] for task in tasks])
     if len(study["methods"]) > 1:
-        drawn["size"] = plots.size_against_score([_scaled(row, scale) for row in study["methods"]], "mean " + label)
-    return drawn
+        out["size"] = plots.size_against_score([_scaled(row, scale) for row in study["methods"]], "mean " + label)
+    return out
 
 
 def averages(study: Mapping[str, Any]) -> dict[str, Any]:
     """The rows of arithmetic as means over seeds, which the page shows; see :func:`jft.analysis.seeds.averaged`."""
-    by = {
+    groups = {
         "addition": ("method",),
         "negation": ("task", "method"),
         "disentanglement": ("pair", "method"),
         "advantage": ("task", "method"),
     }
-    return {key: seeds.averaged(study.get(key, []), keys) for key, keys in by.items()}
+    return {key: seeds.averaged(study.get(key, []), keys) for key, keys in groups.items()}
 
 
 def _scaled(row: Mapping[str, Any], scale: float) -> dict[str, Any]:
@@ -146,6 +147,7 @@ def render(results: Mapping[str, Any], images: Mapping[str, Mapping[str, Any]] |
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
+        # A key that the results lack is an error, not an empty cell.
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"percent": percent, "density": density, "count": count, "size": size, "duration": duration}
@@ -159,14 +161,14 @@ def render(results: Mapping[str, Any], images: Mapping[str, Mapping[str, Any]] |
 
 
 def _view(study: Mapping[str, Any], images: Mapping[str, Any]) -> dict[str, Any]:
-    """A study with what the page shows of it beside."""
-    cells, shown = _cells(study), averages(study)
+    """A study with the derived values that the page shows."""
+    cells, means = _cells(study), averages(study)
     return {
         **study,
-        **shown,
-        "negation_tasks": _by_task(shown["negation"]),
-        "pairs": list(dict.fromkeys(" and ".join(row["pair"]) for row in shown["disentanglement"])),
-        "linearized": list(dict.fromkeys(row["method"] for row in shown["advantage"])),
+        **means,
+        "negation_tasks": _by_task(means["negation"]),
+        "pairs": list(dict.fromkeys(" and ".join(row["pair"]) for row in means["disentanglement"])),
+        "linearized": list(dict.fromkeys(row["method"] for row in means["advantage"])),
         "images": {name: _image(figure) for name, figure in images.items()},
         "cells": cells,
         "best": _best(study, cells),
@@ -187,8 +189,8 @@ def _by_task(negation: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def write(results: Mapping[str, Any], workdir: Path) -> Path:
     """``report.html`` and ``plots/*.png`` in ``workdir``; returns the report's path."""
     images = {study["name"]: figures(study) for study in results["studies"]}
-    for study, drawn in images.items():
-        for name, figure in drawn.items():
+    for study, of_study in images.items():
+        for name, figure in of_study.items():
             drawing.save(figure, workdir / "plots" / f"{study}_{name}.png")
     path = workdir / "report.html"
     files.write_text(path, render(results, images))

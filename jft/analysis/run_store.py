@@ -1,4 +1,4 @@
-"""Files that say a part of a study is whole: what was run, and what came of it."""
+"""Records of finished parts of a study: their config and their outcome."""
 
 from __future__ import annotations
 
@@ -19,37 +19,40 @@ def write_json(value: Any, path: Path) -> None:
 
 
 def plain(config: Any) -> Any:
-    """A config as JSON would give it back: what two runs are compared by."""
+    """A config as JSON would return it: the form in which two runs are compared."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         config = dataclasses.asdict(config)
+    # default=str: dtypes and paths compare by their text.
     return json.loads(json.dumps(config.to_dict() if hasattr(config, "to_dict") else config, default=str))
 
 
 def read(workdir: Path, config: Any, name: str = NAME) -> dict[str, Any] | None:
-    """What :func:`write` left in ``workdir``, or None. Raises ``ValueError`` where it is of another config."""
+    """The outcome that :func:`write` recorded in ``workdir``, or None. Raises ``ValueError`` where it is of another config."""
     path = workdir / name
     if not path.exists():
         return None
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    now = plain(config)
-    if kept["config"] != now:
-        changed = ", ".join(sorted(k for k in {*now, *kept["config"]} if now.get(k) != kept["config"].get(k)))
+    record = json.loads(path.read_text(encoding="utf-8"))
+    current = plain(config)
+    if record["config"] != current:
+        different = ", ".join(
+            sorted(k for k in {*current, *record["config"]} if current.get(k) != record["config"].get(k))
+        )
         raise ValueError(
-            f"{workdir} holds a finished run of another config (they differ in: {changed}); give another "
+            f"{workdir} holds a finished run of another config (they differ in: {different}); give another "
             "workdir, or remove that folder to run it again"
         )
-    return kept["outcome"]
+    return record["outcome"]
 
 
 def kept(path: Path, config: Any, compute: Callable[[], Any]) -> Any:
-    """What ``compute()`` gave for an equal ``config`` when it was asked last; else what it gives now, kept in ``path``."""
-    now = plain(config)
+    """The result of ``compute()`` that ``path`` records for an equal ``config``; else a new one, which is recorded."""
+    current = plain(config)
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["config"] == now:
-            return found["outcome"]
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["config"] == current:
+            return record["outcome"]
     outcome = plain(compute())
-    write_json({"config": now, "outcome": outcome}, path)
+    write_json({"config": current, "outcome": outcome}, path)
     return outcome
 
 

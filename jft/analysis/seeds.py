@@ -1,4 +1,4 @@
-"""Runs that differ in nothing but their seed: where each lies, and their means with standard errors."""
+"""Runs that differ in nothing but their seed: their folders, and their means with standard errors."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ MEASURED = ("score", "validation", "trained", "density", "bytes", "norm", "step_
 
 
 def check(seeds: Sequence[Any]) -> None:
-    """Refuse seeds that are no different non-negative whole numbers. Raises ``ValueError``."""
+    """``ValueError`` for seeds that are not different whole numbers from 0 on."""
     whole = all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds)
     if not whole or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds are {list(seeds)}; give different whole numbers from 0 on, or none")
 
 
 def folder(workdir: Path, task: str, method: str, seed: int | None) -> Path:
-    """Where a run lies in a study's ``workdir``; ``seed`` is None in a study without seeds."""
+    """The folder of a run in a study's ``workdir``; ``seed`` is None in a study without seeds."""
     run = workdir / task / method
     return run if seed is None else run / f"seed_{seed}"
 
@@ -48,15 +48,18 @@ def error_of_mean(runs: Sequence[Run]) -> float | None:
 def averaged(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> list[dict[str, Any]]:
     """Rows that agree in ``by`` as one, in the order of the first of each: the mean of every number, nested ones too.
 
-    ``errors`` has the standard errors of the outermost numbers, None where a row stands alone; ``seeds``, how many there are.
+    ``errors`` has the standard errors of the outermost numbers, None for a single row; ``seeds``, how many there are.
     """
-    found: dict[tuple, list[Mapping[str, Any]]] = {}
+    groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in rows:
-        found.setdefault(tuple(map(str, (row[key] for key in by))), []).append(row)
-    return [_together([{key: x for key, x in row.items() if key != "seed"} for row in same]) for same in found.values()]
+        # As text: a pair is a list, which does not hash.
+        groups.setdefault(tuple(map(str, (row[key] for key in by))), []).append(row)
+    return [
+        _mean_row([{key: x for key, x in row.items() if key != "seed"} for row in group]) for group in groups.values()
+    ]
 
 
-def _together(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _mean_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     errors = {key: standard_error([row[key] for row in rows]) for key, x in rows[0].items() if _number(x)}
     return {**_mean(rows), "seeds": len(rows), "errors": errors}
 
@@ -81,25 +84,25 @@ def cells(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
     ``curve`` is the mean loss of the seeds at each step that all of them have.
     """
-    found: dict[tuple[str, str], list[Run]] = {}
+    groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        found.setdefault((run["task"], run["method"]), []).append(run)
+        groups.setdefault((run["task"], run["method"]), []).append(run)
     return [
         {
             "task": task,
             "method": method,
-            "seeds": len(same),
-            **means(same),
-            "error": standard_error([run["score"] for run in same]),
-            "curve": _curve([run["curve"] for run in same]),
+            "seeds": len(group),
+            **means(group),
+            "error": standard_error([run["score"] for run in group]),
+            "curve": _curve([run["curve"] for run in group]),
         }
-        for (task, method), same in found.items()
+        for (task, method), group in groups.items()
     ]
 
 
 def _curve(curves: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
-    at: dict[float, list[float]] = {}
+    by_step: dict[float, list[float]] = {}
     for curve in curves:
         for point in curve:
-            at.setdefault(point["step"], []).append(point["loss"])
-    return [{"step": s, "loss": float(np.mean(x))} for s, x in sorted(at.items()) if len(x) == len(curves)]
+            by_step.setdefault(point["step"], []).append(point["loss"])
+    return [{"step": s, "loss": float(np.mean(x))} for s, x in sorted(by_step.items()) if len(x) == len(curves)]

@@ -1,4 +1,4 @@
-"""From a study's partial configs to the train config of one run."""
+"""The train config of one run, from a study's partial configs."""
 
 from __future__ import annotations
 
@@ -42,39 +42,47 @@ def of_run(study: Mapping[str, Any], task: str, method: str | None = None, seed:
 
     Raises ``ValueError`` for unknown keys.
     """
-    own = {key: value for key, value in study["tasks"][task].items() if key not in OF_TASK}
-    seeded = {} if seed is None else {"seed": seed}
-    how = {key: value for key, value in study["methods"][method].items() if key not in OF_METHOD} if method else {}
-    partial = overlay(QUIET, study["common"], own, how, seeded)
+    task_part = {key: value for key, value in study["tasks"][task].items() if key not in OF_TASK}
+    seed_part = {} if seed is None else {"seed": seed}
+    method_part = (
+        {key: value for key, value in study["methods"][method].items() if key not in OF_METHOD} if method else {}
+    )
+    partial = overlay(QUIET, study["common"], task_part, method_part, seed_part)
     parts = data_parts(study, task)
     return check(partial | {"data": parts["data"], "eval_data": parts["eval_data"]})
 
 
 def source(study: Mapping[str, Any], method: str) -> str:
-    """The method whose runs train the task vectors of ``method``: itself, or ``of`` whose it says."""
+    """The method whose runs train the task vectors of ``method``: itself, or its ``of``."""
     return study["methods"][method].get("of") or method
 
 
 def forward(study: Mapping[str, Any], method: str, tau: TaskVector) -> Forward:
-    """The forward pass in which ``method`` evaluates ``tau``: the one it says, or else the one ``tau`` was trained with."""
-    said = study["methods"][method]
-    return Forward(said["forward"], said.get("until")) if said.get("forward") else Forward.of(tau)
+    """The forward pass in which ``method`` evaluates ``tau``: its ``forward``, or else the one ``tau`` was trained with."""
+    options = study["methods"][method]
+    return Forward(options["forward"], options.get("until")) if options.get("forward") else Forward.of(tau)
 
 
 def check_method(study: Mapping[str, Any], method: str) -> None:
-    """Refuse what a method says of others' task vectors, where it makes no sense. Raises ``ValueError``."""
-    said = study["methods"][method]
-    own = {key for key in said if key in OF_METHOD}
-    if "of" not in said:
-        if own:
-            raise ValueError(f"method {method!r} trains; {', '.join(sorted(own))} belong in its method, or give `of`")
+    """``ValueError`` for a method that trains and evaluates another's task vectors, or does neither rightly."""
+    options = study["methods"][method]
+    evaluation_keys = {key for key in options if key in OF_METHOD}
+    if "of" not in options:
+        if evaluation_keys:
+            raise ValueError(
+                f"method {method!r} trains; {', '.join(sorted(evaluation_keys))} belong in its method, or give `of`"
+            )
         return
-    if set(said) - own:
-        raise ValueError(f"method {method!r} takes the task vectors of another; it has no {min(set(said) - own)!r}")
-    trained = [name for name, other in study["methods"].items() if "of" not in other]
-    if said["of"] not in trained:
-        raise ValueError(f"method {method!r}: of={said['of']!r} is not one that trains: {', '.join(trained)}")
-    Forward(said.get("forward") or "standard", said.get("until"))
+    if set(options) - evaluation_keys:
+        raise ValueError(
+            f"method {method!r} takes the task vectors of another; it has no {min(set(options) - evaluation_keys)!r}"
+        )
+    training_methods = [name for name, other in study["methods"].items() if "of" not in other]
+    if options["of"] not in training_methods:
+        raise ValueError(
+            f"method {method!r}: of={options['of']!r} is not one that trains: {', '.join(training_methods)}"
+        )
+    Forward(options.get("forward") or "standard", options.get("until"))
 
 
 def of_maps(study: Mapping[str, Any]) -> tuple[float, ...]:
@@ -82,14 +90,14 @@ def of_maps(study: Mapping[str, Any]) -> tuple[float, ...]:
 
     Raises ``ValueError`` for pairs that are none of two tasks, and where no coefficient is one that arithmetic might take.
     """
-    said = study["disentangle"]
-    for pair in said["pairs"]:
+    options = study["disentangle"]
+    for pair in options["pairs"]:
         if len(pair) != 2 or not set(pair) <= set(study["tasks"]):
             raise ValueError(f"{pair!r} is no pair of the tasks {', '.join(study['tasks'])}")
-    found = grid(said["lowest"], said["largest"], said["points"])
-    if said["pairs"] and not any(0 <= c <= 1 for c in found):
-        raise ValueError(f"disentangle.lowest, largest, points: of the coefficients {found} none lies in [0, 1]")
-    return found
+    coefficients = grid(options["lowest"], options["largest"], options["points"])
+    if options["pairs"] and not any(0 <= c <= 1 for c in coefficients):
+        raise ValueError(f"disentangle.lowest, largest, points: of the coefficients {coefficients} none lies in [0, 1]")
+    return coefficients
 
 
 def data_parts(study: Mapping[str, Any], task: str) -> dict[str, dict[str, Any]]:
@@ -97,20 +105,22 @@ def data_parts(study: Mapping[str, Any], task: str) -> dict[str, dict[str, Any]]
 
     Raises ``ValueError`` where a part is not given and ``data`` has no ``split`` to put another in the place of.
     """
-    own = overlay({part: study["common"][part] for part in PARTS if part in study["common"]}, study["tasks"][task])
-    if not own.get("data"):
+    config = overlay({part: study["common"][part] for part in PARTS if part in study["common"]}, study["tasks"][task])
+    if not config.get("data"):
         raise ValueError(f"task {task!r} has no data")
     splits = study["splits"]
+    # The built-in sets have splits of known names, so that a config can leave them out.
     data = (
-        {"split": splits["data"], **own["data"]}
-        if own["data"].get("source") in ("digits", "stdlib")
-        else dict(own["data"])
+        {"split": splits["data"], **config["data"]}
+        if config["data"].get("source") in ("digits", "stdlib")
+        else dict(config["data"])
     )
     parts = {"data": data}
     for part in PARTS[1:]:
-        if own.get(part):
-            parts[part] = overlay(own[part])
+        if config.get(part):
+            parts[part] = overlay(config[part])
         elif "split" in data:
+            # ``limit`` and ``shots`` are for scarce training data; evaluation keeps its whole split.
             parts[part] = {key: value for key, value in data.items() if key not in ("limit", "shots")} | {
                 "split": splits[part]
             }

@@ -32,11 +32,11 @@ METRICS = ("accuracy", "bits_per_byte", "perplexity", "loss")
 
 
 def study(**parts: Any) -> ConfigDict:
-    """One study, with defaults for what is not given.
+    """The config of one study, with defaults for absent parts.
 
     title, note: of its section in the report. metric: accuracy, bits_per_byte, perplexity or loss.
     base: either ``source`` (a directory or hub id), or ``train``, a partial train config to pretrain from. common: a
-    partial train config of all runs. tasks: ``{name: partial train config}``, and beside its keys ``test_data``, ``names``
+    partial train config of all runs. tasks: ``{name: partial train config}``, and besides its keys ``test_data``, ``names``
     and ``templates`` (for zero-shot heads). methods: ``{name: partial train config}``, at least ``method``.
     One that trains nothing, ``{"of": METHOD, "forward": "linearized", "until": SITE}``, evaluates the task vectors of another
     in the model linearized at the base, up to SITE where one is given (post-hoc linearization); ``"standard"``, linear ones
@@ -104,14 +104,14 @@ def collection(title: str, summary: str = "", **studies: ConfigDict) -> ConfigDi
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Refuse a config that could only fail later. Raises ``ValueError`` naming study, key and value."""
+    """``ValueError``, naming study, key and value, for a config that could only fail later."""
     if not config.get("studies"):
         raise ValueError(
             "the config has no studies; build it with jft.analysis.study.collection(title, NAME=study(...))"
         )
-    for name, one in config["studies"].items():
+    for name, entry in config["studies"].items():
         try:
-            _check(one)
+            _check(entry)
         except ValueError as error:
             raise ValueError(f"study {name!r}: {error}") from None
 
@@ -140,10 +140,11 @@ def _check(study: Mapping[str, Any]) -> None:
 def run(config: ConfigDict, workdir: Path, command: str, say: Say = print) -> Path:
     """All studies of ``config`` in ``workdir``. Returns the path of the report."""
     since = time.perf_counter()
+    # As JSON returns it, so that results.json records what ran.
     plain = run_store.plain(config)
     check(plain)
     workdir.mkdir(parents=True, exist_ok=True)
-    found = [_run(name, one, workdir / name, say) for name, one in plain["studies"].items()]
+    entries = [_run(name, entry, workdir / name, say) for name, entry in plain["studies"].items()]
     results = {
         "title": plain["title"],
         "summary": plain.get("summary", ""),
@@ -154,11 +155,11 @@ def run(config: ConfigDict, workdir: Path, command: str, say: Say = print) -> Pa
         "versions": environment.versions(),
         "command": command,
         "config": plain,
-        "studies": found,
+        "studies": entries,
     }
     run_store.write_json(results, workdir / "results.json")
-    for one in found:
-        tables.write(one, workdir)
+    for entry in entries:
+        tables.write(entry, workdir)
     return report.write(results, workdir)
 
 
@@ -168,17 +169,19 @@ def _run(name: str, config: Mapping[str, Any], workdir: Path, say: Say) -> dict[
     base = prepare(config["base"], config["common"], workdir / "base")
     tasks = prepare_all(config, base, workdir)
     runs = []
+    # Methods that train come first: the others take their task vectors.
     for method in sorted(config["methods"], key=lambda m: settings.source(config, m) != m):
+        # None: the seed that ``common`` has.
         for seed in config["seeds"] or (None,):
             since = time.perf_counter()
-            told = "" if seed is None else f", seed {seed}"
+            suffix = "" if seed is None else f", seed {seed}"
             for outcome in task_runs.of_method(config, base, list(tasks.values()), method, seed, workdir):
                 runs.append(outcome)
                 before, after = (
                     report.score(score, config["metric"]) for score in (tasks[outcome["task"]].base, outcome["score"])
                 )
-                say(f"{name}: {outcome['task']}, {method}{told}: {before} -> {after}")
-            say(f"{name}: {method}{told} took {time.perf_counter() - since:.1f} s")
+                say(f"{name}: {outcome['task']}, {method}{suffix}: {before} -> {after}")
+            say(f"{name}: {method}{suffix} took {time.perf_counter() - since:.1f} s")
     order = list(config["methods"])
     runs.sort(key=lambda run: order.index(run["method"]))  # as in every table and figure
     return {
@@ -202,19 +205,19 @@ def _run(name: str, config: Mapping[str, Any], workdir: Path, say: Say) -> dict[
 
 def _summary(method: str, config: Mapping[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over tasks and seeds, for one method, and the standard error over seeds of its mean score."""
-    mine = [run for run in runs if run["method"] == method]
-    means = seeds.means(mine, ("score", "trained", "density", "bytes", "step_seconds", "seconds"))
+    of_method = [run for run in runs if run["method"] == method]
+    means = seeds.means(of_method, ("score", "trained", "density", "bytes", "step_seconds", "seconds"))
     source = settings.source(config, method)
     options = dict(config["methods"][source].get("method", {}))
     preset = options.pop("name", "full")
-    told = f"{preset}({', '.join(f'{key}={value!r}' for key, value in options.items())})"
-    forward = mine[0].get("forward", "standard")
+    preset_text = f"{preset}({', '.join(f'{key}={value!r}' for key, value in options.items())})"
+    forward = of_method[0].get("forward", "standard")
     return {
         "name": method,
-        "preset": told if source == method else f"{told}, {forward}",
+        "preset": preset_text if source == method else f"{preset_text}, {forward}",
         "source": source,
         "forward": forward,
         **means,
-        "error": seeds.error_of_mean(mine),
+        "error": seeds.error_of_mean(of_method),
         "trained": round(means["trained"]),
     }

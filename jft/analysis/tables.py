@@ -57,18 +57,20 @@ def rows(study: Mapping[str, Any]) -> dict[str, Rows]:
         ],
         "advantage": list(study.get("advantage", ())),
     }
+    # A table without rows has no columns to write.
     return {name: table for name, table in tables.items() if table}
 
 
 def write(study: Mapping[str, Any], workdir: Path) -> list[Path]:
     """``STUDY_TABLE.csv`` files in ``workdir``, each whole or not at all."""
-    written = []
+    paths = []
     for name, table in rows(study).items():
         text = io.StringIO()
+        # The same bytes on every platform; csv's default is \r\n.
         writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
         path = workdir / f"{study['name']}_{name}.csv"
         files.write_text(path, text.getvalue())
-        written.append(path)
-    return written
+        paths.append(path)
+    return paths

@@ -1,4 +1,4 @@
-"""Figures of the tangent space: disentanglement maps, spectra of kernels, where they live, and distances from linearity."""
+"""Figures of the tangent space: disentanglement maps, spectra of kernels and their energy, distances from linearity."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ def disentanglement_maps(rows: Sequence[Mapping[str, Any]]) -> Any:
 
     methods = list(dict.fromkeys(row["method"] for row in rows))
     pairs = list(dict.fromkeys(tuple(row["pair"]) for row in rows))
-    placed = sorted(rows, key=lambda row: (pairs.index(tuple(row["pair"])), methods.index(row["method"])))
+    ordered = sorted(rows, key=lambda row: (pairs.index(tuple(row["pair"])), methods.index(row["method"])))
     columns = 3 if len(methods) == 1 else min(len(methods), 4) if len(pairs) == 1 else len(methods)
-    height = min(2.5, WIDTH / columns + 0.7)  # squares, and room for what is around them
+    height = min(2.5, WIDTH / columns + 0.7)  # squares, and room for their labels
     figure, axes = panels(len(rows), columns, height)
+    # One scale for all maps; maps of zeros need one as well.
     largest = max(float(np.max(row["xi"])) for row in rows) or 1.0
-    for axis, row in zip(axes, placed, strict=True):
+    for axis, row in zip(axes, ordered, strict=True):
         grid = np.asarray(row["grid"])
         half = (grid[1] - grid[0]) / 2
         extent = (grid[0] - half, grid[-1] + half, grid[0] - half, grid[-1] + half)
@@ -47,9 +48,10 @@ def spectra(values: Mapping[str, Sequence[float]]) -> Any:
     """Eigenvalues of kernels, over their rank, both logarithmic; those that are not positive are left out."""
     figure, (axis,) = panels(1, 1, 2.8)
     for name, look in looks(values).items():
-        found = np.asarray(values[name], np.float64)
-        kept = found > max(found.max(), 0.0) * 1e-12
-        axis.plot(np.arange(1, len(found) + 1)[kept], found[kept], label=name, color=look["color"])
+        eigenvalues = np.asarray(values[name], np.float64)
+        # What is smaller is rounding of the eigenvalue solver.
+        positive = eigenvalues > max(eigenvalues.max(), 0.0) * 1e-12
+        axis.plot(np.arange(1, len(eigenvalues) + 1)[positive], eigenvalues[positive], label=name, color=look["color"])
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("rank")

@@ -48,9 +48,9 @@ class Training:
 
     @property
     def outcome(self) -> dict[str, Any] | None:
-        """What is recorded of it, or None."""
-        done = run_store.read(self.workdir, self.compared)
-        return None if done is None else {"seed": self.config.seed, **done}
+        """Its record, or None."""
+        record = run_store.read(self.workdir, self.compared)
+        return None if record is None else {"seed": self.config.seed, **record}
 
 
 def of_method(
@@ -65,39 +65,39 @@ def of_method(
     source = settings.source(study, method)
     runs = [Training.of(study, base, task, source, seed, workdir) for task in tasks]
     if source != method:
-        yield from (_again(study, base, run, method) for run in runs)
+        yield from (_other_forward(study, base, run, method) for run in runs)
         return
     missing = [run for run in runs if run.outcome is None]
-    trained = {run.task.name: fleet for fleet in _fleets(missing, study["fleet"]) for run in fleet}
+    fleet_of = {run.task.name: fleet for fleet in _fleets(missing, study["fleet"]) for run in fleet}
     for run in runs:
         outcome = run.outcome
         if outcome is None:
-            _train(base, trained[run.task.name], workdir / FLEETS)
+            _train(base, fleet_of[run.task.name], workdir / FLEETS)
             outcome = run.outcome
         assert outcome is not None, f"the run in {run.workdir} left no record"
         yield outcome
 
 
-def _fleets(runs: Sequence[Training], together: bool) -> list[list[Training]]:
+def _fleets(runs: Sequence[Training], in_fleets: bool) -> list[list[Training]]:
     """Runs grouped by which train in one program: equal but for task and data. Those that select anew train alone."""
     groups: dict[Any, list[Training]] = {}
     for run in runs:
-        alone = not together or methods.method(**run.config.method).schedule is not None
+        single = not in_fleets or methods.method(**run.config.method).schedule is not None
         rest = json.dumps({**run_store.plain(run.config), "data": None, "eval_data": None}, sort_keys=True)
-        key = run.task.name if alone else (run.task.model, run.task.objective, rest)
+        key = run.task.name if single else (run.task.model, run.task.objective, rest)
         groups.setdefault(key, []).append(run)
     return list(groups.values())
 
 
-def _again(study: Mapping[str, Any], base: Base, run: Training, method: str) -> dict[str, Any]:
-    """What ``run`` trained, in the forward pass of ``method``; its record lies beside that of the run."""
+def _other_forward(study: Mapping[str, Any], base: Base, run: Training, method: str) -> dict[str, Any]:
+    """The outcome of ``run``'s task vector in the forward pass of ``method``, recorded in the folder of the run."""
     name, first = f"outcome_{method}.json", run.outcome
     if first is None:
         raise ValueError(f"{run.workdir} holds no finished run to take the task vector of")
     compared = {**run.compared, "forward": study["methods"][method]}
-    done = run_store.read(run.workdir, compared, name)
-    if done is not None:
-        return {"seed": run.config.seed, **done}
+    record = run_store.read(run.workdir, compared, name)
+    if record is not None:
+        return {"seed": run.config.seed, **record}
     vector = TaskVector.load(run.workdir / VECTOR)
     forward = settings.forward(study, method, vector)
     scores = _scores(run.task, base, vector.resolve(base.params), forward)
@@ -110,12 +110,13 @@ def _train(base: Base, runs: Sequence[Training], fleets: Path) -> None:
 
     since = time.perf_counter()
     config, task = runs[0].config, runs[0].task
-    chosen = dict(config.method)
+    method = dict(config.method)
+    # The head is held fixed, so that the task vectors of all tasks are changes of one backbone.
     if task.head is not None:
-        chosen["freeze"] = (*_listed(chosen.get("freeze", ())), *frozen(task.model.config.backbone))
-    shared: dict[str, Any] = {
+        method["freeze"] = (*_listed(method.get("freeze", ())), *frozen(task.model.config.backbone))
+    common: dict[str, Any] = {
         "steps": config.steps,
-        "method": chosen,
+        "method": method,
         "optimizer": dataclasses.asdict(config.optimizer),
         "objective": task.objective,
         "mesh": base.mesh,
@@ -124,30 +125,34 @@ def _train(base: Base, runs: Sequence[Training], fleets: Path) -> None:
         "checkpoint": dataclasses.asdict(config.checkpoint),
         "log": dataclasses.asdict(config.log),
     }
-    each = [
+    per_run = [
         {"data": _loader(run.config, base), "workdir": run.workdir, "manifest": _manifest(run, base)} for run in runs
     ]
     params = task.params(base.params)
     if len(runs) == 1:
-        loader = each[0].pop("data")
-        finished = [finetune(task.model, params, loader, **shared, **each[0])]
+        loader = per_run[0].pop("data")
+        results = [finetune(task.model, params, loader, **common, **per_run[0])]
     else:
         heads = [{} if run.task.head is None else {"params": {"classifier": run.task.head}} for run in runs]
-        members = [{"name": run.task.name, **head, **own} for run, head, own in zip(runs, heads, each, strict=True)]
-        finished = finetune(  # type: ignore[assignment]  # a list, of a fleet
-            task.model, params, None, **shared, workdir=fleets / _folder(runs), fleet=members
+        members = [
+            {"name": run.task.name, **head, **options} for run, head, options in zip(runs, heads, per_run, strict=True)
+        ]
+        results = finetune(  # type: ignore[assignment]  # a list, of a fleet
+            task.model, params, None, **common, workdir=fleets / _folder(runs), fleet=members
         )
     share = (time.perf_counter() - since) / len(runs)
-    for run, end in zip(runs, finished, strict=True):
-        if end.error is not None:
+    for run, result in zip(runs, results, strict=True):
+        # The other members of a fleet are recorded before the error is raised.
+        if result.error is not None:
             continue
         since = time.perf_counter() - share  # of the training its share, of what follows its own
-        vector = end.task_vector if run.task.head is None else end.task_vector.exclude("^classifier/")
+        vector = result.task_vector if run.task.head is None else result.task_vector.exclude("^classifier/")
+        # The vector before its record, which says that all is there.
         vector.save(run.workdir / VECTOR)
-        run_store.write(run.workdir, run.compared, _measured(run, base, end, vector, since, len(runs)))
-    for end in finished:
-        if end.error is not None:
-            raise end.error
+        run_store.write(run.workdir, run.compared, _outcome(run, base, result, vector, since, len(runs)))
+    for result in results:
+        if result.error is not None:
+            raise result.error
 
 
 def _folder(runs: Sequence[Training]) -> str:
@@ -170,27 +175,25 @@ def _manifest(run: Training, base: Base) -> dict[str, Any]:
     return {"source": base.source, "config": run_store.plain(run.config), "data": run.config.data}
 
 
-def _measured(
-    run: Training, base: Base, finished: Any, vector: TaskVector, since: float, members: int
-) -> dict[str, Any]:
+def _outcome(run: Training, base: Base, result: Any, vector: TaskVector, since: float, members: int) -> dict[str, Any]:
     """The entry of ``runs`` in ``results.json``, of one of a fleet's ``members``, or of a run by itself."""
-    rows = [row for row in finished.metrics if row["split"] == "train"]
+    rows = [row for row in result.metrics if row["split"] == "train"]
     # The first row has the compilation in it; one that follows another at once has no step to tell of.
     speeds = [row["steps_per_s"] for row in rows[1:] if row["steps_per_s"] > 0]
     tau = vector.resolve(base.params)
-    thinned = rows[:: -(-len(rows) // POINTS)]
+    curve = rows[:: -(-len(rows) // POINTS)]
     return {
         "task": run.task.name,
         "method": run.method,
         "seed": run.config.seed,
         **_scores(run.task, base, tau, Forward.of(vector)),
-        "trained": tree.count(finished.state.trained),
+        "trained": tree.count(result.state.trained),
         "density": vector.nnz / tree.count(base.params),
         "bytes": (run.workdir / VECTOR).stat().st_size,
         "norm": float(tau.norm()),
         "step_seconds": 1 / float(np.median(speeds)) / members if speeds else None,
         "seconds": time.perf_counter() - since,
-        "curve": [{"step": row["step"], "loss": row["loss"]} for row in thinned],
+        "curve": [{"step": row["step"], "loss": row["loss"]} for row in curve],
     }
 
 
@@ -207,6 +210,6 @@ def _listed(patterns: Any) -> tuple[str, ...]:
 
 
 def frozen(backbone: Any) -> tuple[str, ...]:
-    """Patterns of what never trains beside a head: the head, and of CLIP all that is not the image encoder."""
+    """Patterns of the weights that never train under a head: the head, and of CLIP all that is not the image encoder."""
     clip = ("^text/", "^text_projection/", "^logit_scale$") if backbone.family == "clip" else ()
     return ("^classifier/", *clip)

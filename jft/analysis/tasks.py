@@ -47,26 +47,27 @@ class Task:
         return {"name": self.name, "classes": self.classes, "base": self.base, "examples": self.examples}
 
     def params(self, backbone: Any) -> Any:
-        """The backbone's parameters with this task's head beside them."""
+        """The backbone's parameters and this task's head."""
         return backbone if self.head is None else {**backbone, "classifier": self.head}
 
     def score(self, split: str, backbone: Any) -> float:
         """The study's metric on ``split``."""
-        return self._told(split, evaluate(self.model, self.params(backbone), self.loaders[split], self.objective))
+        return self._metric(split, evaluate(self.model, self.params(backbone), self.loaders[split], self.objective))
 
     def scores(
         self, split: str, base: Any, taus: Sequence[TaskVector], coefficients: Any, forward: Forward
     ) -> np.ndarray:
         """The metric on ``split`` at ``base + sum_t alpha_t tau_t``, float64 ``[P]``: see :mod:`jft.analysis.interpolation`."""
-        given = (self.model, self.params(base), taus, coefficients, self.loaders[split], self.objective, forward)
-        return np.array([self._told(split, found) for found in interpolation.scores(*given)])
+        arguments = (self.model, self.params(base), taus, coefficients, self.loaders[split], self.objective, forward)
+        return np.array([self._metric(split, metrics) for metrics in interpolation.scores(*arguments)])
 
-    def _told(self, split: str, found: Mapping[str, float]) -> float:
-        """The metric, from what evaluation reports."""
+    def _metric(self, split: str, metrics: Mapping[str, float]) -> float:
+        """The study's metric, from the metrics of an evaluation."""
         if self.metric != "bits_per_byte":
-            return found[self.metric]
+            return metrics[self.metric]
         tokens, nbytes = self._targets(split)
-        return found.get("nll", found["loss"]) / math.log(2) * tokens / nbytes
+        # ``nll`` where the loss also has a z-loss.
+        return metrics.get("nll", metrics["loss"]) / math.log(2) * tokens / nbytes
 
     def _targets(self, split: str) -> tuple[float, int]:
         """Target tokens of a split, and the bytes of text they stand for."""
@@ -83,6 +84,7 @@ def text_bytes(batch: Mapping[str, Any], weights: np.ndarray, tokenizer: Any) ->
     """UTF-8 bytes of a batch's targets: where ``weights[b, t]`` is set, ``tokens[b, t + 1]`` is one."""
     total = 0
     for row, counts in zip(np.asarray(batch["tokens"]), np.asarray(weights) > 0, strict=True):
+        # The target at t is the token at t + 1.
         ids = np.roll(row, -1)[counts]
         if tokenizer.name == "bytes":
             total += int(np.sum(ids < 256))  # the rest are special tokens
@@ -96,12 +98,12 @@ def prepare_all(config: Mapping[str, Any], base: Base, workdir: Path) -> dict[st
     kind = config["head"]["kind"]
     if kind not in ("probe", "zero_shot", "none"):
         raise ValueError(f"head.kind is {kind!r}; choose probe, zero_shot or none")
-    opened = {name: _loaders(config, base, name) for name in config["tasks"]}
-    heads_of = {name: _head(config, base, name, opened[name]) for name in opened} if kind != "none" else {}
+    loaders = {name: _loaders(config, base, name) for name in config["tasks"]}
+    heads_of = {name: _head(config, base, name, loaders[name]) for name in loaders} if kind != "none" else {}
     if heads_of and config["head"]["pad"]:
         widest = max(head["b"].shape[0] for head in heads_of.values())
         heads_of = {name: heads.widened(head, widest) for name, head in heads_of.items()}
-    return {name: _task(config, base, name, opened[name], heads_of.get(name), workdir) for name in opened}
+    return {name: _task(config, base, name, loaders[name], heads_of.get(name), workdir) for name in loaders}
 
 
 def _loaders(config: Mapping[str, Any], base: Base, name: str) -> dict[str, Any]:
@@ -146,14 +148,14 @@ def _task(
         write_params({"classifier": head}, workdir / name / "head.safetensors")
         head = jax.tree.map(jnp.asarray, head)
         model = _classifier(base.model, head["b"].shape[0], config["head"]["pool"])
-    which = objective(settings.of_run(config, name).objective or ("lm" if head is None else "classification"))
+    task_objective = objective(settings.of_run(config, name).objective or ("lm" if head is None else "classification"))
     classes = loaders["train"].classes
     task = Task(
         name=name,
         model=model,
         head=head,
         loaders={split: loaders[split] for split in ("validation", "test")},
-        objective=which,
+        objective=task_objective,
         metric=config["metric"],
         classes=len(classes) if classes else None,
         examples=loaders["test"].examples,

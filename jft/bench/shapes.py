@@ -1,4 +1,4 @@
-"""Shapes of well-known models, without their weights: what a cost depends on."""
+"""Shapes of well-known models, without their weights, on which costs depend."""
 
 from __future__ import annotations
 

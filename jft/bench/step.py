@@ -1,4 +1,4 @@
-"""What one training step costs by method: FLOPs and bytes of the compiled program, and seconds side by side.
+"""The cost of one training step by method: FLOPs and bytes of the compiled program, and seconds of interleaved steps.
 
 FLOPs and memory are the compiler's own account of the step that :func:`jft.finetune` runs, with layers unrolled, since XLA
 counts a scan's body once. Seconds are medians over rounds in which every method makes one step: whatever else the machine
@@ -50,7 +50,7 @@ class Setting:
     mesh: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured."""
+        """``ValueError`` for what cannot be measured."""
         if self.model not in MODELS:
             raise ValueError(
                 f"model {self.model!r} is unknown{nearest(self.model, MODELS)}; it is one of {', '.join(MODELS)}"
@@ -84,7 +84,9 @@ class Cost:
 
     def times(self, other: Cost) -> float:
         """The median over rounds of this step's seconds over those of ``other``: the machine may drift between rounds."""
-        return statistics.median(mine / its for mine, its in zip(self.rounds, other.rounds, strict=True))
+        return statistics.median(
+            seconds / other_seconds for seconds, other_seconds in zip(self.rounds, other.rounds, strict=True)
+        )
 
 
 class Candidate:
@@ -106,26 +108,27 @@ class Candidate:
         )
         if params is None:
             grids = reselection.grids(plan, self.shapes, mesh)
-            self.chosen = select.expected(plan, tree.flatten(self.shapes), grids)
+            self.selection = select.expected(plan, tree.flatten(self.shapes), grids)
         else:
-            self.chosen = drawn(plan, params, model, mesh)
-        self.update = step.compile_step(self.recipe, self.shapes, self.chosen, mesh)
-        self.counted = not setting.unroll and not setting.topology
+            self.selection = drawn(plan, params, model, mesh)
+        self.update = step.compile_step(self.recipe, self.shapes, self.selection, mesh)
+        self.counts_flops = not setting.unroll and not setting.topology
         self.batch = {"tokens": jax.ShapeDtypeStruct((setting.batch, setting.tokens), np.int32)}
 
     def cost(self, label: str) -> Cost:
-        """What the compiled step costs, or is refused for."""
+        """The cost of the compiled step, or the lower bound with which the compiler refused it."""
         flops, fits = None, True
         try:
             compiled = self.update.compiled(self.batch)
             memory = parallel.estimate(compiled)
-            if self.counted:
+            if self.counts_flops:
+                # XLA counts the part of one device.
                 flops = (step.flops(compiled) or 0.0) * self.update.layout.devices
         except Exception as error:
-            refused = parallel.refusal(error)
-            if refused is None:
+            lower_bound = parallel.refusal(error)
+            if lower_bound is None:
                 raise
-            memory, fits = refused, False
+            memory, fits = lower_bound, False
         state = self.update.holdings.state
         trained, size = tree.count(state.trained), tree.count(self.shapes)
         return Cost(
@@ -133,6 +136,7 @@ class Candidate:
             trained,
             trained / size,
             flops,
+            # Twice: the master copies, and their gradients.
             2 * tree.nbytes(state.trained) + tree.nbytes(state.opt_state),
             memory.arguments,
             memory.temporaries,
@@ -143,12 +147,13 @@ class Candidate:
     def ready(self, params: Any) -> Callable[[Any], None]:
         """A function that makes one step and waits for it."""
         update = self.update
-        held = hold(update, params, self.chosen, seed=0)
+        holdings = hold(update, params, self.selection, seed=0)
 
         def run(batch: Any) -> None:
-            nonlocal held
-            held, out = update(held, feed.put(batch, update.layout), np.float32(1e-4), np.asarray(True))
-            jax.block_until_ready((held, out))
+            # The step donates its state: only what it returned last is valid.
+            nonlocal holdings
+            holdings, out = update(holdings, feed.put(batch, update.layout), np.float32(1e-4), np.asarray(True))
+            jax.block_until_ready((holdings, out))
 
         return run
 
@@ -162,7 +167,7 @@ def by_chance(method: Method) -> Method:
 
 
 def drawn(plan: Plan, params: Any, model: Model, mesh: Any = None) -> dict[str, Any]:
-    """What a plan of :func:`by_chance` selects."""
+    """The selection of a plan of :func:`by_chance`."""
     if not plan.selects:
         return {}
     calibration = _Drawing(plan.selects, tree.flatten(params), jax.random.key(1), model, plan.structured)
@@ -184,28 +189,28 @@ class _Drawing:
 
 
 def measure(
-    setting: Setting, which: Sequence[tuple[str, Mapping[str, Any]]], say: Callable[[str], None] = lambda _: None
+    setting: Setting, candidates: Sequence[tuple[str, Mapping[str, Any]]], say: Callable[[str], None] = lambda _: None
 ) -> list[Cost]:
     """The cost of each ``(method, options)``; ``say`` is told of each as it is compiled."""
     shape = dict(setting.mesh) or None
     mesh = parallel.topology_mesh(setting.topology, shape) if setting.topology else None
     mesh = parallel.make_mesh(shape) if mesh is None and shape else mesh
-    found: dict[str, Cost] = {}
-    ready = []
+    costs: dict[str, Cost] = {}
+    timed = []
     params = None
     if setting.steps:
         model = Model(MODELS[setting.model](), Execution(dtype=jnp.dtype(setting.dtype)))
         params = model.init(jax.random.key(0), jnp.dtype(setting.dtype))
-    for name, options in which:
+    for name, options in candidates:
         label = " ".join([name, *(f"{k}={v}" for k, v in options.items())])
         candidate = Candidate(setting, name, options, mesh, params)
-        found[label] = candidate.cost(label)
+        costs[label] = candidate.cost(label)
         say(f"{label}: compiled")
         if setting.steps:
-            ready.append((label, candidate.ready(params)))
-    for label, rounds in _race(ready, setting).items():
-        found[label] = dataclasses.replace(found[label], seconds=statistics.median(rounds), rounds=tuple(rounds))
-    return list(found.values())
+            timed.append((label, candidate.ready(params)))
+    for label, rounds in _race(timed, setting).items():
+        costs[label] = dataclasses.replace(costs[label], seconds=statistics.median(rounds), rounds=tuple(rounds))
+    return list(costs.values())
 
 
 def _race(ready: Sequence[tuple[str, Callable[[Any], None]]], setting: Setting) -> dict[str, list[float]]:
@@ -218,6 +223,7 @@ def _race(ready: Sequence[tuple[str, Callable[[Any], None]]], setting: Setting) 
         for label, run in ready:
             begin = time.perf_counter()
             run(batch)
+            # The first round warms up caches and is not timed.
             if n:
                 times[label].append(time.perf_counter() - begin)
     return times

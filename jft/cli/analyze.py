@@ -1,4 +1,4 @@
-"""What runs did to their base, in its tangent space: disentanglement maps, neural tangent kernels, distance from linearity."""
+"""Effects of runs in their base's tangent space: disentanglement maps, neural tangent kernels, distance from linearity."""
 
 from __future__ import annotations
 
@@ -58,13 +58,14 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
             action.add_argument("--batches", type=int, default=0, help="of the evaluation data at most (default: all)")
         action.add_argument("--out", metavar="DIR", help="where figures and numbers go (default: FIRST RUN/analysis)")
         action.add_argument("--json", action="store_true", help="print JSON")
-    given, rest = parser.parse_known_args(argv)
+    # Not parse_args: the parser of the action names the nearest of its own options.
+    args, rest = parser.parse_known_args(argv)
     if rest:
-        actions.choices[given.action].unknown(rest[0])
+        actions.choices[args.action].unknown(rest[0])
     for name, least in (("points", 2), ("examples", 1)):
-        if getattr(given, name, least) < least:
-            raise UsageError(f"--{name} must be at least {least}, not {getattr(given, name)}")
-    return given
+        if getattr(args, name, least) < least:
+            raise UsageError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    return args
 
 
 class Run:
@@ -88,70 +89,72 @@ class Run:
         """
         from jft.models import Classifier
 
-        own = other is not self and isinstance(other.model.config, Classifier)
-        return (other.tau.exclude("^classifier/") if own else other.tau).resolve(self.base)
+        drops_head = other is not self and isinstance(other.model.config, Classifier)
+        return (other.tau.exclude("^classifier/") if drops_head else other.tau).resolve(self.base)
 
 
-def _runs(given: argparse.Namespace) -> dict[str, Run]:
+def _runs(args: argparse.Namespace) -> dict[str, Run]:
     """By the names of their folders; by their paths where these are equal."""
-    runs = [Run(folder, getattr(given, "batches", 0)) for folder in given.runs]
+    runs = [Run(folder, getattr(args, "batches", 0)) for folder in args.runs]
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
-        names = given.runs
+        names = args.runs
     if len(set(names)) < len(names):
         raise UsageError("a run is given twice")
     return dict(zip(names, runs, strict=True))
 
 
-def disentangle(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+def disentangle(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """``jft analyze disentangle RUN RUN``."""
 
     from jft.analysis import disentangle as maps
     from jft.analysis import interpolation, tangent_plots
 
-    runs = _runs(given)
+    runs = _runs(args)
     first, second = runs.values()
+    # The task vector of a linearized run is a change of the linearized model.
     forward = interpolation.Forward.of(first.tau)
-    if given.forward or given.until:
-        forward = interpolation.Forward(given.forward or forward.name, given.until)
+    if args.forward or args.until:
+        forward = interpolation.Forward(args.forward or forward.name, args.until)
     members = [
         maps.Member(r.model, r.base, r.batches, r.objective, [r.takes(first), r.takes(second)]) for r in runs.values()
     ]
-    grid = interpolation.grid(given.lowest, given.largest, given.points)
-    found = maps.disentanglement(members[0], members[1], grid, forward)
-    row = {"method": forward.name, "pair": list(runs), "grid": grid, "xi": found.xi.tolist()}
-    row["each"] = dict(zip(runs, found.each.tolist(), strict=True))
-    inside = [c for c in grid if 0 <= c <= 1]
-    row["within"] = found.within() if inside else None
-    lines = [f"xi from {found.xi.min():.4f} to {found.xi.max():.4f} ({forward.name})"]
-    lines += [f"mean over coefficients in [0, 1]: {row['within']:.4f}"] if inside else []
+    grid = interpolation.grid(args.lowest, args.largest, args.points)
+    result = maps.disentanglement(members[0], members[1], grid, forward)
+    row = {"method": forward.name, "pair": list(runs), "grid": grid, "xi": result.xi.tolist()}
+    row["each"] = dict(zip(runs, result.each.tolist(), strict=True))
+    in_range = [c for c in grid if 0 <= c <= 1]
+    row["within"] = result.within() if in_range else None
+    lines = [f"xi from {result.xi.min():.4f} to {result.xi.max():.4f} ({forward.name})"]
+    lines += [f"mean over coefficients in [0, 1]: {row['within']:.4f}"] if in_range else []
     return row, {"disentangle": tangent_plots.disentanglement_maps([row])}, lines
 
 
-def ntk(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+def ntk(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """``jft analyze ntk RUN...``."""
     from jft import tangent
     from jft.analysis import tangent_plots
     from jft.analysis.ntk import task_kernel
 
-    runs = _runs(given)
+    runs = _runs(args)
     first = next(iter(runs.values()))
-    f_lin = tangent.linearize(first.model.apply, first.base, given.until)
-    batches = {name: _examples(run, given.examples) for name, run in runs.items()}
+    f_lin = tangent.linearize(first.model.apply, first.base, args.until)
+    batches = {name: _examples(run, args.examples) for name, run in runs.items()}
     taus = {name: first.takes(run) for name, run in runs.items()}
-    found = task_kernel(f_lin, batches, taus, moving=given.moving, of=given.of)
-    values = [float(v) for v in found.spectrum.values]
-    told = {"values": values, "effective_rank": found.effective_rank, "located": found.located}
+    kernel = task_kernel(f_lin, batches, taus, moving=args.moving, of=args.of)
+    values = [float(v) for v in kernel.spectrum.values]
+    result = {"values": values, "effective_rank": kernel.effective_rank, "located": kernel.located}
     lines = [
-        f"{len(values)} examples, effective rank {found.effective_rank:.1f}, largest eigenvalue {values[0]:.4g}, "
+        f"{len(values)} examples, effective rank {kernel.effective_rank:.1f}, largest eigenvalue {values[0]:.4g}, "
+        # Outputs that no weight moves have a kernel of zeros.
         f"{values[0] / max(sum(values), 1e-300):.1%} of the trace"
     ]
-    for tau, shares in found.located.items():
+    for tau, shares in kernel.located.items():
         lines.append(f"{tau}: " + "  ".join(f"{share:.1%} on {task}" for task, share in shares.items()))
     figures = {"ntk_spectrum": tangent_plots.spectra({" and ".join(runs): values})}
     if len(runs) > 1:
-        figures["ntk_located"] = tangent_plots.located(found.located)
-    return told, figures, lines
+        figures["ntk_located"] = tangent_plots.located(kernel.located)
+    return result, figures, lines
 
 
 def _examples(run: Run, count: int) -> dict[str, Any]:
@@ -159,36 +162,36 @@ def _examples(run: Run, count: int) -> dict[str, Any]:
     import numpy as np
 
     rows: list[Mapping[str, Any]] = []
-    seen = 0
+    total = 0
     for batch in run.batches:
         real = np.asarray(batch.get("valid", np.ones(len(next(iter(batch.values()))), bool)), bool)
         rows.append({k: np.asarray(x)[real] for k, x in batch.items() if k not in ("valid", "labels", "loss_mask")})
-        seen += int(real.sum())
-        if seen >= count:
+        total += int(real.sum())
+        if total >= count:
             break
     return {key: np.concatenate([row[key] for row in rows])[:count] for key in rows[0]}
 
 
-def linearity(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+def linearity(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """``jft analyze linearity RUN...``."""
     import numpy as np
 
     from jft.analysis import tangent_plots
-    from jft.analysis.linearity import linearity as measured
+    from jft.analysis.linearity import linearity as linearity_rows
 
-    grid = [round(float(c), 6) for c in np.linspace(0, given.largest, given.points)]
-    found = {
-        name: measured(run.model, run.base, run.takes(run), run.batches, run.objective, grid)
-        for name, run in _runs(given).items()
+    grid = [round(float(c), 6) for c in np.linspace(0, args.largest, args.points)]
+    result = {
+        name: linearity_rows(run.model, run.base, run.takes(run), run.batches, run.objective, grid)
+        for name, run in _runs(args).items()
     }
-    metric = "accuracy" if all("accuracy" in rows[0]["standard"] for rows in found.values()) else "loss"
+    metric = "accuracy" if all("accuracy" in rows[0]["standard"] for rows in result.values()) else "loss"
     lines = [f"{'run':<20} {'coefficient':>11} {'error':>8} {'agreement':>9} {metric:>9} {'linearized':>10}"]
-    for name, rows in found.items():
+    for name, rows in result.items():
         for row in rows:
             error = "" if row["error"] is None else f"{row['error']:.4f}"
             both = f"{row['standard'][metric]:9.4f} {row['linearized'][metric]:10.4f}"
             lines.append(f"{name:<20} {row['coefficient']:11.3g} {error:>8} {row['agreement']:9.4f} {both}")
-    return found, {"linearity": tangent_plots.linearity_curves(found, metric)}, lines
+    return result, {"linearity": tangent_plots.linearity_curves(result, metric)}, lines
 
 
 ACTIONS = {"disentangle": disentangle, "ntk": ntk, "linearity": linearity}
@@ -196,16 +199,16 @@ ACTIONS = {"disentangle": disentangle, "ntk": ntk, "linearity": linearity}
 
 def main(argv: Sequence[str]) -> int:
     """``jft analyze disentangle | ntk | linearity RUN... [--out=DIR] [--json]``."""
-    given = _options(argv)
+    args = _options(argv)
 
     from jft.analysis import drawing, run_store
 
     restored.start()
-    found, figures, lines = ACTIONS[given.action](given)
-    out = Path(given.out) if given.out else Path(given.runs[0]) / "analysis"
+    result, figures, lines = ACTIONS[args.action](args)
+    out = Path(args.out) if args.out else Path(args.runs[0]) / "analysis"
     out.mkdir(parents=True, exist_ok=True)
-    run_store.write_json(found, out / f"{given.action}.json")
+    run_store.write_json(result, out / f"{args.action}.json")
     for name, figure in figures.items():
         drawing.save(figure, out / f"{name}.png")
-    print(json.dumps(found) if given.json else "\n".join([*lines, f"wrote {out}"]))
+    print(json.dumps(result) if args.json else "\n".join([*lines, f"wrote {out}"]))
     return 0

@@ -1,4 +1,4 @@
-"""Measure what a training step costs by method: FLOPs, memory, seconds."""
+"""Measure the cost of a training step by method: FLOPs, memory, seconds."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ def _table(costs: Sequence[Any]) -> None:
     if first.flops:
         columns += [("FLOPs", lambda c: f"{c.flops:.3g}" if c.flops else ""), (relative, share("flops"))]
     columns += [("grad + optimizer", lambda c: human(c.optimizer_bytes)), (relative, share("optimizer_bytes"))]
+    # Where FLOPs are not counted, as for a topology, memory is what can be compared.
     if not first.flops:
         columns += [
             ("arguments / device", lambda c: human(c.arguments) if c.fits else ""),
@@ -87,21 +88,22 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--remat", default="none", choices=["none", "full", "dots"])
     parser.add_argument("--attention", default="plain", choices=["plain", "blockwise"])
     parser.add_argument(
-        "--unroll", type=int, default=0, help="layers per scan step; 0 unrolls all, without which FLOPs are not told"
+        "--unroll", type=int, default=0, help="layers per scan step; 0 unrolls all, without which FLOPs are not counted"
     )
     parser.add_argument("--steps", type=int, default=0, help="steps to time, each method in turn; 0 compiles only")
     parser.add_argument("--topology", default="", help="compile for TPU chips that are not here: v5e:4x4, v5p:2x2x2")
     parser.add_argument("--mesh", default="", help="fsdp=8,tensor=2")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    given = vars(parser.strict(argv))
-    what = [_method(text) for text in given.pop("methods")]
-    given["mesh"] = _mesh(given["mesh"])
-    as_json = given.pop("json")
-    given.pop("what")
+    args = vars(parser.strict(argv))
+    what = [_method(text) for text in args.pop("methods")]
+    args["mesh"] = _mesh(args["mesh"])
+    as_json = args.pop("json")
+    # There is one benchmark; what remains are the fields of ``Setting``.
+    args.pop("what")
 
     from jft.bench.step import Setting, measure
 
-    setting = Setting(**given)
+    setting = Setting(**args)
     costs = measure(setting, what, lambda line: print(line, file=sys.stderr))
     if as_json:
         import jax

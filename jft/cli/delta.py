@@ -77,6 +77,7 @@ def info(options: argparse.Namespace) -> int:
     for path, entry in header.entries.items():
         row: dict[str, Any] = {"path": path, "encoding": entry.kind, "shape": list(entry.shape), "dtype": entry.dtype}
         if not options.quick:
+            # One path at a time, as the file may be larger than memory.
             delta = TaskVector.load(options.file, [path])[path]
             row |= {"nnz": delta.nnz, "density": _share(delta.nnz, math.prod(delta.shape)), "norm": _norm(delta)}
         rows.append(row | {"nbytes": entry.nbytes})
@@ -109,7 +110,7 @@ def diff(options: argparse.Namespace) -> int:
             for name, header in zip((options.first, options.second), headers, strict=True)
         ]
         try:
-            rows.append({"path": path, **_compared(*sides)})
+            rows.append({"path": path, **_comparison(*sides)})
         except ValueError as error:
             raise ValueError(f"{path!r}: {error}") from None
     totals: collections.Counter[str] = collections.Counter()
@@ -122,8 +123,8 @@ def diff(options: argparse.Namespace) -> int:
         report = {"first": options.first, "second": options.second, "bases": bases, "total": total, "paths": rows}
         print(json.dumps(report, indent=2))
         return 0
-    same = bases[0] == bases[1]
-    print("same base: " + str(bases[0] or "unknown") if same else f"different bases: {bases[0]} and {bases[1]}")
+    same_base = bases[0] == bases[1]
+    print("same base: " + str(bases[0] or "unknown") if same_base else f"different bases: {bases[0]} and {bases[1]}")
     _print_table(["path", "cosine", "norm_first", "norm_second", "overlap"], [*rows, {"path": "all", **total}])
     return 0
 
@@ -134,6 +135,7 @@ def apply(options: argparse.Namespace) -> int:
     from jft.models import load, save
 
     out = Path(options.out)
+    # Before the base is loaded, which may take minutes.
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{options.out!r} exists and is not an empty directory; nothing was written")
     tau = delta.TaskVector.load(options.file)
@@ -143,16 +145,16 @@ def apply(options: argparse.Namespace) -> int:
     model, base = load(options.base, dtype=dtype)
     params = delta.apply(base, tau, options.scale, check=not options.no_check)
     save(model, params, options.out, like=options.base)
-    done = {"out": options.out, "scale": options.scale, "dtype": dtype, "paths": len(tau), "norm": float(tau.norm())}
+    summary = {"out": options.out, "scale": options.scale, "dtype": dtype, "paths": len(tau), "norm": float(tau.norm())}
     if options.json:
-        print(json.dumps(done, indent=2))
+        print(json.dumps(summary, indent=2))
     else:
-        told = dtype or "dtypes as stored"
-        print(f"{options.out}: {options.base} + {options.scale:g} * {options.file}, {len(tau)} paths, {told}")
+        dtype_text = dtype or "dtypes as stored"
+        print(f"{options.out}: {options.base} + {options.scale:g} * {options.file}, {len(tau)} paths, {dtype_text}")
     return 0
 
 
-def _compared(first: Any, second: Any) -> dict[str, Any]:
+def _comparison(first: Any, second: Any) -> dict[str, Any]:
     """The row of one path; None stands for a delta that is zero."""
     if first is None:
         return _figures(0.0, 0.0, float(second.norm()), 0, second.nnz)
@@ -174,9 +176,10 @@ def _support(first: Any, second: Any) -> tuple[int, int]:
     """Entries that both change, and entries that either changes."""
     from jft.delta.numeric import count_nonzero
 
-    stored = first.coordinates()
-    if stored is not None and second.coordinates() is not None:
-        rows, columns, values = stored
+    # Where one has coordinates, no dense array is needed.
+    coordinates = first.coordinates()
+    if coordinates is not None and second.coordinates() is not None:
+        rows, columns, values = coordinates
         both = count_nonzero((values != 0) & (second.take(rows, columns) != 0))
         return both, first.nnz + second.nnz - both
     a, b = first.dense() != 0, second.dense() != 0
@@ -200,11 +203,11 @@ def _share(part: int, whole: int) -> float:
 
 
 def _print_manifest(manifest: dict[str, Any]) -> None:
-    shown = dict(manifest)
-    base = shown.pop("base", None)
-    parents = shown.pop("parents", [])
+    entries = dict(manifest)
+    base = entries.pop("base", None)
+    parents = entries.pop("parents", [])
     print(f"base         {base['fingerprint']} ({base['parameters']:,} parameters)" if base else "base         unknown")
-    for key, value in shown.items():
+    for key, value in entries.items():
         print(f"{key:<12} {value if isinstance(value, str) else json.dumps(value)}")
     for parent in parents:
         coefficient = f"{parent['coefficient']:g} * " if parent.get("coefficient") is not None else ""

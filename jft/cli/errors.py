@@ -1,4 +1,4 @@
-"""Wrong usage, told in one line."""
+"""Errors of wrong usage, in one line."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ class Parser(argparse.ArgumentParser):
     """``argparse`` whose errors are :class:`UsageError`, with the nearest name for an unknown option."""
 
     def __init__(self, **options: Any):
+        # No abbreviations: a new option would change what an old command line means.
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog.removeprefix('jft ')}: {message}; see `{self.prog} --help`")
 
     def unknown(self, argument: str) -> NoReturn:
-        """Refuse ``argument``, which nothing has consumed."""
+        """Raise for ``argument``, which no option takes, with the nearest option."""
         options = [o for action in self._actions for o in action.option_strings]
-        word = argument.split("=", maxsplit=1)[0]
-        what = "option" if word.startswith("-") else "argument"
-        self.error(f"unknown {what} {word!r}{nearest(word, options) if what == 'option' else ''}")
+        name = argument.split("=", maxsplit=1)[0]
+        what = "option" if name.startswith("-") else "argument"
+        self.error(f"unknown {what} {name!r}{nearest(name, options) if what == 'option' else ''}")
 
     def strict(self, argv: Any) -> argparse.Namespace:
-        """Parse all of ``argv`` or refuse what is left."""
+        """Parse all of ``argv``, or raise for the first argument that is left over."""
         known, rest = self.parse_known_args(argv)
         if rest:
             self.unknown(rest[0])

@@ -40,19 +40,20 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--until", help="the site up to which the model is linearized (features); default all of it")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    given, config = options.parse(parser, argv, restored.config_of(argv), may_add, "that of the run")
+    args, config = options.parse(parser, argv, restored.config_of(argv), may_add, "that of the run")
 
     restored.start()
-    run = restored.restore(config, Path(given.workdir) if given.workdir else None)
-    if given.base or not given.workdir:
-        found = measure(run, run.base)
+    run = restored.restore(config, Path(args.workdir) if args.workdir else None)
+    if args.base or not args.workdir:
+        metrics = measure(run, run.base)
     else:
-        trained = run.task_vector().manifest.get("method", {})
-        forward = given.forward or trained.get("forward", "standard")
-        found = (
-            linearized(run, given.until or trained.get("until"))
+        method = run.task_vector().manifest.get("method", {})
+        # As the run trained: elsewhere its task vector gives another function.
+        forward = args.forward or method.get("forward", "standard")
+        metrics = (
+            linearized(run, args.until or method.get("until"))
             if forward == "linearized"
             else measure(run, run.params())
         )
-    print(json.dumps(found) if given.json else "  ".join(f"{key} {value:.6g}" for key, value in found.items()))
+    print(json.dumps(metrics) if args.json else "  ".join(f"{key} {value:.6g}" for key, value in metrics.items()))
     return 0

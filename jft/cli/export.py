@@ -15,16 +15,18 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="jft export", description=__doc__)
     parser.add_argument("--workdir", required=True, help="the run")
     parser.add_argument("--out", required=True, help="the directory to write; it must not exist, or be empty")
-    given, config = options.parse(parser, argv, restored.config_of(argv), may_add, "that of the run")
-    out = Path(given.out)
+    args, config = options.parse(parser, argv, restored.config_of(argv), may_add, "that of the run")
+    out = Path(args.out)
+    # Before the base is loaded, which may take minutes.
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"--out {given.out!r} exists and is not an empty directory; give another")
+        raise UsageError(f"--out {args.out!r} exists and is not an empty directory; give another")
 
     from jft import models
 
     restored.start()
-    run = restored.restore(config, Path(given.workdir))
+    run = restored.restore(config, Path(args.workdir))
     models.save(run.model, run.params(), out, like=run.config.model.source or None)
+    # A base that was trained from scratch has no files to copy it from.
     if run.train.tokenizer is not None and not (out / "tokenizer.json").exists():
         run.train.tokenizer.save(out)
     print(f"wrote {out}")

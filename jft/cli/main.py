@@ -18,16 +18,16 @@ USER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
 
 def commands() -> dict[str, str]:
     """``{name: one line of help}``, read from the sources of this folder without importing any of them."""
-    found = {}
+    summaries = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         module = ast.parse(path.read_text(encoding="utf-8"))
         if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in module.body):
-            found[path.stem] = (ast.get_docstring(module) or "").split("\n", maxsplit=1)[0]
-    return found
+            summaries[path.stem] = (ast.get_docstring(module) or "").split("\n", maxsplit=1)[0]
+    return summaries
 
 
 def usage() -> str:
-    """What ``jft --help`` prints."""
+    """The text of ``jft --help``."""
     known = commands()
     width = max(map(len, known))
     lines = [
@@ -56,6 +56,7 @@ def dispatch(argv: Sequence[str]) -> int:
     known = commands()
     if name not in known:
         raise UsageError(f"unknown command {name!r}{nearest(name, known)}; `jft --help` lists all")
+    # This module alone: other commands import what it does not need.
     code = importlib.import_module(f"jft.cli.{name}").main(rest)
     return int(code or 0)
 
@@ -67,14 +68,17 @@ def call(argv: Sequence[str]) -> int:
         return dispatch(argv)
     except KeyboardInterrupt:
         print("jft: interrupted", file=sys.stderr)
+        # 128 + SIGINT, as shells report it.
         return 130
     except BrokenPipeError:
         # The reader (`| head`) has gone; what is left in the buffer must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # 128 + SIGPIPE.
         return 141
     except USER_ERRORS as error:
         if traceback:
             raise
+        # On one line, whatever line breaks the message has.
         print(f"jft: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,21 +26,21 @@ def _describe(entry: Any) -> dict[str, Any]:
         **({} if entry.card is None else {"card": dataclasses.asdict(entry.card)}),
     }
     try:
-        built = method(entry.name)
+        preset = method(entry.name)
     except (TypeError, ValueError):
         return {**row, "trains": "depends on its options", "stores": "depends on its options"}
-    return {**row, "trains": _trains(built), "stores": _stores(built.train)}
+    return {**row, "trains": _trains(preset), "stores": _stores(preset.train)}
 
 
-def _trains(built: Any) -> str:
-    """Which weights, in words, from the method's selection."""
-    select = built.select
+def _trains(preset: Any) -> str:
+    """The weights that train, in words, from the method's selection."""
+    select = preset.select
     what = "matrices inside layers" if select.linear_only else "all weights"
     if tuple(select.include) != ("",):
         what += " matching " + " or ".join(select.include)
     if select.exclude:
         what += " but not " + " or ".join(select.exclude)
-    if built.undecided is not None:
+    if preset.undecided is not None:
         what += ", of which the base and the data decide"
     elif isinstance(select.layers, Depth):
         what += f" of layers {select.layers}"
@@ -49,7 +50,7 @@ def _trains(built: Any) -> str:
 
 
 def _stores(train: Any) -> str:
-    """How the change of one weight is kept, from its parametrisation."""
+    """The stored form of the change of one weight, from its parametrisation."""
     summary = (type(train).__doc__ or "").strip().split("\n")[0].split(". ")[0].rstrip(".").replace("``", "")
     return f"{type(train).__name__}: {summary}"
 
@@ -62,6 +63,7 @@ def _table(rows: list[dict[str, Any]]) -> None:
 
 def _card(row: dict[str, Any], doc: str, card: Any) -> None:
     print(f"{row['name']}: {row['summary']}\n")
+    # The first paragraph is the summary, which is printed above.
     body = doc.split("\n\n", maxsplit=1)
     if len(body) == 2:
         print(body[1] + "\n")
@@ -71,20 +73,20 @@ def _card(row: dict[str, Any], doc: str, card: Any) -> None:
     print(f"  trains   {row['trains']}")
     print(f"  stores   {row['stores']}")
     for name, default in row["options"].items():
-        print(f"  option   {name} = {default!r}{_elsewhere(card, name)}")
+        print(f"  option   {name} = {default!r}{_card_defaults(card, name)}")
     print("  always   include=PATTERNS (only these), exclude=PATTERNS (none of these),")
     print("           also=PATTERNS (train these in place as well), freeze=PATTERNS (never train these)")
 
 
 def _sources(card: Any) -> list[tuple[str, str]]:
-    """What a card says, by name; nothing for a method without one."""
+    """The entries of a card, by name; none for a method without one."""
     if card is None:
         return []
     texts = {"formula": card.formula, "code": card.code, "follows": card.follows, "departs": card.departs or "nowhere"}
     return [(name, text) for name, text in {**texts, "check": card.check}.items() if text]
 
 
-def _elsewhere(card: Any, option: str) -> str:
+def _card_defaults(card: Any, option: str) -> str:
     """The defaults of paper and code, where the card has them."""
     if card is None or option not in card.defaults:
         return ""
@@ -101,14 +103,20 @@ def markdown(entries: Mapping[str, Any]) -> str:
         "`jft methods --markdown` wrote this page.",
     ]
     for name, entry in entries.items():
-        lines += ["", f"## {name}", "", entry.summary, "", f"- **paper**: {entry.paper}"]
-        lines += [f"- **{key}**: {text}" for key, text in _sources(entry.card)]
+        lines += ["", f"## {name}", "", entry.summary.replace("``", "`"), "", f"- **paper**: {entry.paper}"]
+        lines += [f"- **{key}**: {_escaped(text)}" for key, text in _sources(entry.card)]
         if entry.arguments:
             lines += ["", "| option | jft | paper | code |", "|---|---|---|---|"]
         for option, default in entry.arguments.items():
             paper, code = entry.card.defaults.get(option, ("", "")) if entry.card else ("", "")
-            lines.append(f"| {option} | `{default!r}` | {paper} | {code} |")
+            cells = (f"`{default!r}`", _escaped(str(paper)), _escaped(str(code)))
+            lines.append(f"| {option} | " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    """Plain text with what Markdown would take for emphasis or a tag."""
+    return re.sub(r"([*_<`])", r"\\\1", text)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -35,14 +35,15 @@ def load(spec: str) -> ConfigDict:
     """
     path, colon, argument = spec.partition(":")
     if not Path(path).is_file():
-        raise UsageError(f"config file {path!r} does not exist{_beside(path)}")
+        raise UsageError(f"config file {path!r} does not exist{_nearest_config(path)}")
     if path.endswith(".json"):
         return ConfigDict(json.loads(Path(path).read_text(encoding="utf-8")))
+    # Run, not imported: a config file belongs to no package.
     get_config = runpy.run_path(path).get("get_config")
     if get_config is None:
         raise UsageError(f"config file {path!r} defines no get_config(); it must return an ml_collections ConfigDict")
-    takes = inspect.signature(get_config).parameters
-    if colon and not takes:
+    parameters = inspect.signature(get_config).parameters
+    if colon and not parameters:
         raise UsageError(f"config file {path!r} takes no argument, but {argument!r} was given after the colon")
     config = get_config(argument) if colon else get_config()
     if not isinstance(config, ConfigDict):
@@ -50,7 +51,7 @@ def load(spec: str) -> ConfigDict:
     return config
 
 
-def _beside(path: str) -> str:
+def _nearest_config(path: str) -> str:
     folder = Path(path).parent
     return nearest(Path(path).name, [p.name for p in folder.glob("*.py")]) if folder.is_dir() else ""
 
@@ -100,9 +101,10 @@ def override(config: ConfigDict, path: str, text: str, may_add: Callable[[str, A
     if isinstance(old, ConfigDict) and not isinstance(new, dict):
         raise UsageError(f"config key {path!r} is a group of keys ({', '.join(old) or 'empty'}), not a value")
     # The owner of an open part may take one or many: classes are a number or names, files a pattern or a list.
-    many = isinstance(new, list | tuple | dict) and not isinstance(old, list | tuple | ConfigDict)
+    several = isinstance(new, list | tuple | dict) and not isinstance(old, list | tuple | ConfigDict)
+    # ``_typed`` checks the type, with an error that shows the text as it was written.
     with node.unlocked(), node.ignore_type():
-        node[last] = new if many and is_open(path) else _typed(path, old, new, text)
+        node[last] = new if several and is_open(path) else _typed(path, old, new, text)
 
 
 def _typed(path: str, old: Any, new: Any, text: str) -> Any:
@@ -117,6 +119,7 @@ def _typed(path: str, old: Any, new: Any, text: str) -> Any:
         return float(new)
     if isinstance(old, list | tuple):
         return type(old)(new) if isinstance(new, list | tuple) else type(old)([new])
+    # Not isinstance, to which True is an integer.
     if type(old) is not type(new):
         raise UsageError(f"config key {path!r} is {type(old).__name__} ({old!r}); {text!r} is not")
     return new
@@ -148,6 +151,7 @@ def parse(
             parser.unknown(word)
         key, equals, text = word.removeprefix("--config.").partition("=")
         if not equals:
+            # ``--config.key VALUE``.
             text = next(words, "")
             if not text:
                 raise UsageError(f"config key {key!r} is given no value; write --config.{key}=VALUE")

@@ -11,8 +11,8 @@ Series = dict[str, dict[str, tuple[list[float], list[float]]]]
 SHOWN = ("train/loss", "eval/loss", "train/accuracy", "eval/accuracy", "train/lr", "train/grad_norm")
 
 
-def gather(workdir: Path, wanted: Sequence[str]) -> Series:
-    """``{split/metric: {run: (steps, values)}}`` of every ``metrics.jsonl`` under ``workdir``; ``wanted`` empty: all."""
+def gather(workdir: Path, names: Sequence[str]) -> Series:
+    """``{split/metric: {run: (steps, values)}}`` of every ``metrics.jsonl`` under ``workdir``; ``names`` empty: all."""
     from jft.train.metrics import read
 
     files = sorted(workdir.rglob("metrics.jsonl"))
@@ -24,7 +24,7 @@ def gather(workdir: Path, wanted: Sequence[str]) -> Series:
         for row in read(file):
             for key, value in row.items():
                 name = f"{row['split']}/{key}"
-                if key not in ("step", "split") and isinstance(value, int | float) and (not wanted or name in wanted):
+                if key not in ("step", "split") and isinstance(value, int | float) and (not names or name in names):
                     steps, values = series.setdefault(name, {}).setdefault(run, ([], []))
                     steps.append(row["step"])
                     values.append(value)
@@ -47,12 +47,13 @@ def main(argv: Sequence[str]) -> int:
     from jft.analysis import drawing, plots
 
     workdir = Path(options.workdir)
-    wanted = () if options.metrics == "all" else options.metrics.split(",")
-    series = gather(workdir, wanted)
+    names = () if options.metrics == "all" else options.metrics.split(",")
+    series = gather(workdir, names)
     if not series:
+        # Once more without the filter, for the names that there are.
         known = ", ".join(sorted(gather(workdir, ())))
         raise ValueError(f"none of the metrics {options.metrics} is there; these are: {known}")
-    ordered = {name: series[name] for name in (wanted or sorted(series)) if name in series}
+    ordered = {name: series[name] for name in (names or sorted(series)) if name in series}
     out = Path(options.out) if options.out else workdir / "metrics.png"
     drawing.save(plots.metric_curves(ordered), out)
     print(out)

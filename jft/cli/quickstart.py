@@ -23,44 +23,44 @@ def shipped(name: str) -> str:
     Raises ``ValueError`` where neither has it.
     """
     clone = Path(__file__).parents[2]
-    places = [clone / "configs" / name, Path(sysconfig.get_path("data")) / "share" / "jft" / "configs" / name]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
+    candidates = [clone / "configs" / name, Path(sysconfig.get_path("data")) / "share" / "jft" / "configs" / name]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
         raise ValueError(f"this installation has no {name}; give --config=FILE.py from a clone's configs/")
-    return str(found)
+    return str(path)
 
 
-def may_add(path: str, given: Any) -> bool:
-    """Whether an override may add the dotted ``path`` to the config ``given``.
+def may_add(path: str, study_config: Any) -> bool:
+    """Whether an override may add the dotted ``path`` to the config ``study_config``.
 
     It may where a study has a partial train config and the key is of that; not a new study, task or method.
     """
     from jft.analysis.settings import OF_TASK
     from jft.train import config
 
-    own: tuple[str, ...]
+    study_keys: tuple[str, ...]
     match path.split("."):
         case ["studies", name, "common", *rest] | ["studies", name, "base", "train", *rest]:
-            own, there = (), name in given.studies
+            study_keys, exists = (), name in study_config.studies
         case ["studies", name, "tasks", task, *rest]:
-            own, there = OF_TASK, name in given.studies and task in given.studies[name].tasks
+            study_keys, exists = OF_TASK, name in study_config.studies and task in study_config.studies[name].tasks
         case ["studies", name, "methods", method, *rest]:
-            own, there = (), name in given.studies and method in given.studies[name].methods
+            study_keys, exists = (), name in study_config.studies and method in study_config.studies[name].methods
         case _:
             return False
     key = ".".join(rest)
     known = {name for name, _, _ in config.documentation()}
-    return there and bool(rest) and (rest[0] in own or key in known or options.is_open(key))
+    return exists and bool(rest) and (rest[0] in study_keys or key in known or options.is_open(key))
 
 
 def main(argv: Sequence[str]) -> int:
     """``jft quickstart [--workdir=DIR] [--config=FILE.py] [--config.KEY=VALUE]``."""
     parser = Parser(prog="jft quickstart", description=__doc__)
     parser.add_argument("--workdir", default="runs/quickstart", help="where everything goes (default: %(default)s)")
-    given, config = options.parse(parser, argv, shipped("quickstart.py"), may_add)
+    args, config = options.parse(parser, argv, shipped("quickstart.py"), may_add)
 
     from jft.analysis import study
 
-    path = study.run(config, Path(given.workdir), shlex.join(["jft", "quickstart", *argv]))
+    path = study.run(config, Path(args.workdir), shlex.join(["jft", "quickstart", *argv]))
     print(f"report: {path}")
     return 0

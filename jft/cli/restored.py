@@ -1,4 +1,4 @@
-"""A run taken up again from its workdir: config, model, base, and the parameters it ended with."""
+"""A run restored from its workdir: config, model, base, and the parameters it ended with."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ class Restored:
 
     @property
     def objective(self) -> Any:
-        """The :class:`jft.train.objectives.Objective` that the config says, else what the evaluation data speak of."""
+        """The :class:`jft.train.objectives.Objective` of the config, else the one that fits the evaluation data."""
         from jft.train.objectives import infer, objective
 
-        said = self.config
+        config = self.config
         return objective(
-            {"name": said.objective, **said.objective_options} if said.objective else infer(self.test.sample())
+            {"name": config.objective, **config.objective_options} if config.objective else infer(self.test.sample())
         )
 
     def params(self) -> Any:
-        """What the run ended with: the base plus its task vector."""
+        """The final parameters: the base plus the run's task vector."""
         from jft import delta
 
         return delta.apply(self.base, self.task_vector())
 
     def task_vector(self) -> Any:
-        """What the run changed. Raises ``ValueError`` where it has not ended yet."""
+        """The change that the run made. Raises ``ValueError`` where it has not ended yet."""
         from jft import delta
 
         path = self.workdir / "task_vector.safetensors" if self.workdir else None
@@ -56,14 +56,17 @@ def restore(config: Any, workdir: Path | None) -> Restored:
     from jft.train import experiment
     from jft.train.config import check
 
-    said = check(config)
-    if not said.data:
+    train_config = check(config)
+    if not train_config.data:
         raise ValueError("config.data is empty; say at least data.source (see jft.data)")
-    mesh = parallel.make_mesh(dataclasses.asdict(said.mesh))
-    train, test = experiment.loaders(said, workdir)
-    placed = mesh if mesh.size > 1 else None
-    model, base = experiment.build_model(said.model, said.seed, placed, train.classes, train.tokenizer)
-    return Restored(said, workdir, model, base, train, test)
+    mesh = parallel.make_mesh(dataclasses.asdict(train_config.mesh))
+    train, test = experiment.loaders(train_config, workdir)
+    # As the run did it: one device needs no mesh.
+    model_mesh = mesh if mesh.size > 1 else None
+    model, base = experiment.build_model(
+        train_config.model, train_config.seed, model_mesh, train.classes, train.tokenizer
+    )
+    return Restored(train_config, workdir, model, base, train, test)
 
 
 def start() -> None:
@@ -78,6 +81,7 @@ def config_of(argv: Sequence[str]) -> str | None:
 
     Raises :class:`UsageError` for a workdir that does not exist.
     """
+    # Ahead of the real parser: the config decides which overrides that takes.
     early = Parser(add_help=False)
     early.add_argument("--workdir")
     workdir = early.parse_known_args(argv)[0].workdir
@@ -85,5 +89,5 @@ def config_of(argv: Sequence[str]) -> str | None:
         return None
     if not Path(workdir).is_dir():
         raise UsageError(f"workdir {workdir!r} does not exist")
-    kept = Path(workdir) / "config.json"
-    return str(kept) if kept.is_file() else None
+    file = Path(workdir) / "config.json"
+    return str(file) if file.is_file() else None

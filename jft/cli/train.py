@@ -38,11 +38,12 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="jft train", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--workdir", help="where the run goes (required)")
     parser.add_argument("--keys", action="store_true", help="list every key of a config, its default and meaning")
+    # Ahead of the parser, which would miss a config.
     if "--keys" in argv:
         print(keys())
         return 0
-    given, config = options.parse(parser, argv, may_add=may_add)
-    if not given.workdir:
+    args, config = options.parse(parser, argv, may_add=may_add)
+    if not args.workdir:
         parser.error("--workdir=DIR is needed")
 
     from jft.train import Preempted, experiment
@@ -50,16 +51,16 @@ def main(argv: Sequence[str]) -> int:
 
     restored.start()
     try:
-        run = experiment.run(config, given.workdir)
-    except Preempted as stopped:
-        print(f"jft: {stopped}")
+        run = experiment.run(config, args.workdir)
+    except Preempted as preemption:
+        print(f"jft: {preemption}")
         return EXIT_CODE
     fleet = isinstance(run, list)
     runs: Any = run if fleet else [run]
-    for one in runs:
-        last = one.metrics[-1] if one.metrics else {}
+    for member in runs:
+        last = member.metrics[-1] if member.metrics else {}
         loss = f", {last['split']} loss {last['loss']:.4g}" if "loss" in last else ""
-        print(f"{'done' if one.error is None else 'stopped'}: step {int(one.state.step)}{loss}")
+        print(f"{'done' if member.error is None else 'stopped'}: step {int(member.state.step)}{loss}")
     where = "MEMBER/task_vector.safetensors" if fleet else "task_vector.safetensors"
-    print(f"task vector{'s' if fleet else ''} in {given.workdir}/{where}")
+    print(f"task vector{'s' if fleet else ''} in {args.workdir}/{where}")
     return 0

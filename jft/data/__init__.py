@@ -17,7 +17,7 @@
     {"source": "tfds", "name": "glue/sst2", "task": "classification", "text": "sentence"}
     {"source": "image_folder", "root": "gtsrb", "split": "train", "image": {"size": 224, "normalize": "clip"}}
     {"mixture": [{"source": "jsonl", "files": "a.jsonl", "weight": 2}, {"source": "jsonl", "files": "b.jsonl"}],
-     "task": "sft", "max_length": 512}          # keys beside `mixture` hold for every part
+     "task": "sft", "max_length": 512}          # keys next to `mixture` hold for every part
 
 **source** (its settings are the arguments of the class): ``digits`` (:class:`~jft.data.digits.Digits`), ``stdlib``
 (:class:`~jft.data.stdlib.Stdlib`), ``jsonl`` (:class:`~jft.data.tables.Jsonl`), ``csv`` (:class:`~jft.data.tables.Csv`),
@@ -52,7 +52,7 @@ from typing import TYPE_CHECKING, Any
 
 from jft.data.errors import DataError
 
-# Loaded when first used: Grain and NumPy's company are no business of `import jft`.
+# Loaded at first use: `import jft` must not import Grain.
 _LATE = {
     "build": "jft.data.config",
     "Loader": "jft.data.loader",

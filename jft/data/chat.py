@@ -1,4 +1,4 @@
-"""Chat templates: messages to text, and which characters of it the assistant wrote.
+"""Chat templates: messages as text, and the spans of it that the assistant wrote.
 
 Most published templates have no ``{% generation %}`` marks, and a mask taken from marks that are not there is all zero:
 training on nothing. Here the spans come from rendering the conversation turn by turn, and are checked.
@@ -21,6 +21,7 @@ _OPEN, _CLOSE = "\ue1f0", "\ue1f1"
 Message = dict[str, Any]
 
 
+# Compiling is slow, and every example renders several times.
 @functools.lru_cache(maxsize=32)
 def _compile(template: str, date: str | None) -> Any:
     import jinja2
@@ -44,6 +45,7 @@ def _compile(template: str, date: str | None) -> Any:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
+    # jinja2's own filter escapes for HTML, which would change the text.
     def tojson(
         value: Any,
         ensure_ascii: bool = False,
@@ -53,6 +55,7 @@ def _compile(template: str, date: str | None) -> Any:
     ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
+    # Sandboxed, as templates come with downloaded models. The whitespace options are those of transformers.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
@@ -70,7 +73,7 @@ def _compile(template: str, date: str | None) -> Any:
 class ChatTemplate:
     """A Jinja chat template as Hugging Face tokenizers carry it (``apply_chat_template`` with ``tokenize=False``).
 
-    template: the text. specials: names for it (``bos_token`` ...). date: ISO date that ``strftime_now`` tells; None:
+    template: the text. specials: names for it (``bos_token`` ...). date: ISO date that ``strftime_now`` formats; None:
     the function is undefined, so that a template falls back to its own fixed date and runs stay reproducible.
     """
 
@@ -80,9 +83,9 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], prompt: bool = False, tools: Any = None) -> str:
         """The conversation as text; ``prompt``: followed by the opening of an assistant turn. Marks are removed."""
-        return self._marked(messages, prompt, tools).replace(_OPEN, "").replace(_CLOSE, "")
+        return self._render_with_marks(messages, prompt, tools).replace(_OPEN, "").replace(_CLOSE, "")
 
-    def _marked(self, messages: Sequence[Message], prompt: bool, tools: Any) -> str:
+    def _render_with_marks(self, messages: Sequence[Message], prompt: bool, tools: Any) -> str:
         import jinja2
 
         try:
@@ -109,15 +112,17 @@ class ChatTemplate:
             return text, [(0, len(text))]
         if not turns:
             raise DataError("the conversation has no assistant message, so nothing would be trained")
+        # By the template's text: the output of one without marks looks like that of one whose marked turns are absent.
         if re.search(r"\{%-?\s*generation\s*-?%\}", self.template):
-            text, spans = _unmark(self._marked(messages, False, tools))
+            text, spans = _unmark(self._render_with_marks(messages, False, tools))
         else:
             text = self.render(messages, tools=tools)
-            wanted = turns[-1:] if loss == "last" else turns
-            spans = [self._turn(messages, i, text, tools) for i in wanted]
+            targets = turns[-1:] if loss == "last" else turns
+            spans = [self._turn(messages, i, text, tools) for i in targets]
         return text, spans[-1:] if loss == "last" else spans
 
     def _turn(self, messages: Sequence[Message], turn: int, text: str, tools: Any) -> tuple[int, int]:
+        # With the opening of the answer, which generation supplies and nobody has to learn.
         before = self.render(messages[:turn], prompt=True, tools=tools)
         after = self.render(messages[: turn + 1], tools=tools) if turn + 1 < len(messages) else text
         marks = "chat_template: a template with {% generation %} marks"
@@ -141,10 +146,10 @@ def _difference(first: str, second: str) -> str:
     return f"at character {at}: {shorten(first[at : at + 30])}, then {shorten(second[at : at + 30])}"
 
 
-def _unmark(marked: str) -> tuple[str, list[tuple[int, int]]]:
+def _unmark(text_with_marks: str) -> tuple[str, list[tuple[int, int]]]:
     """The text without marks, and the [start, stop) characters that stood between them."""
     text, spans, start = "", [], 0
-    for piece in re.split(f"([{_OPEN}{_CLOSE}])", marked):
+    for piece in re.split(f"([{_OPEN}{_CLOSE}])", text_with_marks):
         if piece == _OPEN:
             start = len(text)
         elif piece == _CLOSE:

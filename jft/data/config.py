@@ -1,4 +1,4 @@
-"""`build`: a loader from a plain dict; the only reader of data settings. The format stands in :mod:`jft.data`."""
+"""`build`: a loader from a plain dict; the only reader of data settings. The format is in :mod:`jft.data`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ _BPE_RECORDS = 20_000
 _ROWS = ("limit", "shots", "holdout", "held_out")
 _READING = ("threads", "prefetch", "workers")
 _COMPONENT = ("source", "task", "weight", "tokenizer", "pack", *_ROWS)
-# Given by build itself, never by a config.
+# Arguments that come from build itself, never from a config.
 _INTERNAL = ("self", "source", "tokenizer", "image_size", "pack")
 
 
 def _sources() -> dict[str, Any]:
+    # Imported on use: every source has libraries of its own.
     from jft.data.digits import Digits
     from jft.data.folders import ImageFolder
     from jft.data.huggingface import HuggingFace
@@ -93,33 +94,39 @@ class _Component:
     def __init__(self, settings: dict[str, Any]):
         if "source" not in settings:
             raise DataError(f"data: `source` is missing; known: {', '.join(sorted(_sources()))}")
-        made = choose(settings["source"], _sources(), "data source")
-        own = _settings(made)
-        self._refuse(settings, own)
+        source_class = choose(settings["source"], _sources(), "data source")
+        source_settings = _settings(source_class)
+        # Before the source is opened: a misspelt key must not cost a download.
+        self._refuse(settings, source_settings)
+        # None in a config is the default.
         settings = {k: v for k, v in settings.items() if v is not None}
         self.tokenizer = settings.get("tokenizer")
         self.weight = settings.get("weight", 1)
+        # True would pass for the weight 1.
         if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not self.weight > 0:
             raise DataError(f"weight must be a positive number, got {self.weight!r}")
-        source = _call(made, {k: v for k, v in settings.items() if k in own}, settings["source"])
-        self.of_task = _task_class(settings, source, own)
-        task_settings = _settings(self.of_task)
-        rest = {k: v for k, v in settings.items() if k not in own and k not in _COMPONENT}
+        source = _call(source_class, {k: v for k, v in settings.items() if k in source_settings}, settings["source"])
+        self.task_class = _task_class(settings, source, source_settings)
+        task_settings = _settings(self.task_class)
+        rest = {k: v for k, v in settings.items() if k not in source_settings and k not in _COMPONENT}
         refuse_unknown(
-            rest, task_settings | own | set(_COMPONENT), f"data ({settings['source']}, {self.of_task.__name__})"
+            rest,
+            task_settings | source_settings | set(_COMPONENT),
+            f"data ({settings['source']}, {self.task_class.__name__})",
         )
         self.values, self.pack = rest, settings.get("pack", False)
         choose(self.pack, PACKS, "pack")
         self.source = self._rows(source, settings)
 
     @staticmethod
-    def _refuse(settings: dict[str, Any], own: set[str]) -> None:
-        known = own | set(_COMPONENT).union(*(_settings(task) for task in _tasks().values()))
+    def _refuse(settings: dict[str, Any], source_settings: set[str]) -> None:
+        known = source_settings | set(_COMPONENT).union(*(_settings(task) for task in _tasks().values()))
         refuse_unknown(settings, known, f"data ({settings['source']})")
 
     def _rows(self, source: Source, settings: dict[str, Any]) -> Source:
         if "holdout" in settings and "held_out" in settings:
             raise DataError("give holdout (train on the rest) or held_out (evaluate on that part), not both")
+        # First of all: what is held out must not depend on how many rows are taken.
         for name in ("holdout", "held_out"):
             if name in settings:
                 source = held_out(source, settings[name], keep=name == "held_out")
@@ -130,7 +137,7 @@ class _Component:
 
     @property
     def needs_tokenizer(self) -> bool:
-        return "tokenizer" in inspect.signature(self.of_task).parameters
+        return "tokenizer" in inspect.signature(self.task_class).parameters
 
     def texts(self) -> Iterator[str]:
         """The texts a tokenizer is trained on."""
@@ -144,15 +151,15 @@ class _Component:
                     )
 
     def task(self, tokenizer: Tokenizer | None, image_size: int | None) -> Task:
-        given = {"tokenizer": tokenizer, "image_size": image_size, "pack": self.pack}
-        takes = inspect.signature(self.of_task).parameters
-        values = {**self.values, **{k: v for k, v in given.items() if k in takes}}
-        return _call(lambda **kw: self.of_task(self.source, **kw), values, self.of_task.__name__)
+        arguments = {"tokenizer": tokenizer, "image_size": image_size, "pack": self.pack}
+        parameters = inspect.signature(self.task_class).parameters
+        values = {**self.values, **{k: v for k, v in arguments.items() if k in parameters}}
+        return _call(lambda **kw: self.task_class(self.source, **kw), values, self.task_class.__name__)
 
 
-def _call(made: Any, values: dict[str, Any], what: str) -> Any:
+def _call(constructor: Any, values: dict[str, Any], what: str) -> Any:
     try:
-        return made(**values)
+        return constructor(**values)
     except TypeError as error:
         raise DataError(f"data ({what}): a setting is missing or has the wrong type: {error}") from error
 
@@ -163,11 +170,12 @@ def _components(config: dict[str, Any]) -> list[_Component]:
     mixture = config["mixture"]
     if not isinstance(mixture, list | tuple) or not mixture:
         raise DataError("mixture must be a list of data settings, each with its weight")
-    shared = {k: v for k, v in config.items() if k != "mixture"}
-    return [_Component({**shared, **_plain(one)}) for one in mixture]
+    common = {k: v for k, v in config.items() if k != "mixture"}
+    return [_Component({**common, **_plain(part)}) for part in mixture]
 
 
 def _rows(components: list[_Component], tasks: list[Task], tokenizer: Tokenizer | None) -> Rows:
+    # Rows of one batch have one shape.
     layouts = {(c.pack, getattr(t, "max_length", 0)) for c, t in zip(components, tasks, strict=True) if t.packs}
     if len(layouts) > 1:
         raise DataError(f"mixture: pack and max_length must agree, got {sorted(map(str, layouts))}")
@@ -178,11 +186,11 @@ def _rows(components: list[_Component], tasks: list[Task], tokenizer: Tokenizer 
     return Rows(pack, length, tokenizer.pad if tokenizer is not None else 0)
 
 
-def _tokenizer(components: list[_Component], given: Any) -> Any:
+def _tokenizer(components: list[_Component], default: Any) -> Any:
     named = {str(c.tokenizer): c.tokenizer for c in components if c.tokenizer is not None}
     if len(named) > 1:
         raise DataError(f"mixture: all parts must name one tokenizer, got {', '.join(sorted(named))}")
-    return next(iter(named.values()), given)
+    return next(iter(named.values()), default)
 
 
 def _process(index: int | None, count: int | None) -> Process:
@@ -218,30 +226,31 @@ def build(
     """
     settings = _plain(config)
     process = _process(process_index, process_count)
+    # Taken out, as these are of the loader and not of any part.
     reading = _reading({k: settings.pop(k) for k in _READING if k in settings})
     components = _components(settings)
     spec = _tokenizer(components, tokenizer)
-    used = None
+    text_tokenizer = None
     if any(c.needs_tokenizer for c in components):
         texts = itertools.chain.from_iterable(c.texts() for c in components)
-        used = resolve(spec, texts, directory)
-    tasks = [c.task(used, image_size) for c in components]
+        text_tokenizer = resolve(spec, texts, directory)
+    tasks = [c.task(text_tokenizer, image_size) for c in components]
     return Loader(
         tasks,
         [c.weight for c in components],
-        _rows(components, tasks, used),
+        _rows(components, tasks, text_tokenizer),
         batch_size=batch_size,
         seed=seed,
         train=train,
-        tokenizer=used,
+        tokenizer=text_tokenizer,
         process=process,
         reading=reading,
     )
 
 
 def _reading(settings: dict[str, Any]) -> Reading:
-    given = {k: v for k, v in settings.items() if v is not None}
-    for name, value in given.items():
+    options = {k: v for k, v in settings.items() if v is not None}
+    for name, value in options.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise DataError(f"{name} must be a whole number, 0 or more; got {value!r}")
-    return Reading(**given)
+    return Reading(**options)

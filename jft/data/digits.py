@@ -35,6 +35,7 @@ def _scans() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
 
     data = load_digits()
+    # The legacy generator: its permutations are the same in every version of NumPy.
     order = np.random.RandomState(0).permutation(len(data.target))
     return data.images[order].astype(np.float32), data.target[order].astype(np.int32)
 
@@ -67,6 +68,7 @@ class Digits(Source):
         self.name = f"digits ({task}, {split})"
         self.classes, labels = choose(task, TASKS, "digits: task")
         scans, digits = _scans()
+        # Grey levels 0 to 16 become [-1, 1].
         images = np.rot90(scans[rows][:limit], k=rotate // 90 % 4, axes=(1, 2)) / 8 - 1
         images = -images if invert else images
         images = images if axis is None else np.flip(images, axis)

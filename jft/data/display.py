@@ -19,15 +19,16 @@ def _pieces(ids: np.ndarray, mask: np.ndarray) -> list[tuple[bool, np.ndarray]]:
 def marked(tokenizer: Tokenizer, ids: np.ndarray, mask: np.ndarray, markup: bool = False) -> str:
     """``ids`` decoded, those where ``mask`` is set in ⟦ ⟧ (in Rich green with ``markup``)."""
     opening, closing = ("[bold green]", "[/bold green]") if markup else ("⟦", "⟧")
-    written = ""
+    out = ""
     for target, run in _pieces(ids, mask):
         text = tokenizer.decode(run)
         if markup:
+            # Brackets of the text would pass for markup.
             from rich.markup import escape
 
             text = escape(text)
-        written += f"{opening}{text}{closing}" if target else text
-    return written
+        out += f"{opening}{text}{closing}" if target else text
+    return out
 
 
 def _sequence(batch: Mapping[str, Any], row: int, tokenizer: Tokenizer, markup: bool, prefix: str) -> str:
@@ -35,12 +36,13 @@ def _sequence(batch: Mapping[str, Any], row: int, tokenizer: Tokenizer, markup: 
     segments = np.asarray(batch.get(f"{prefix}segments", np.ones_like(batch[f"{prefix}tokens"])))[row]
     masked = "loss_mask" in batch and np.shape(batch["loss_mask"]) == np.shape(batch[f"{prefix}tokens"])
     mask = np.asarray(batch["loss_mask"])[row] > 0 if masked else np.zeros(len(ids), bool)
-    used = int((segments > 0).sum())
-    head = f"{prefix}tokens: {used} of {len(ids)} used, {int(segments.max(initial=0))} segment(s)"
+    length = int((segments > 0).sum())
+    head = f"{prefix}tokens: {length} of {len(ids)} used, {int(segments.max(initial=0))} segment(s)"
     lines = [head + (f", {int(mask.sum())} targets" if masked else "")]
+    # One by one: decoding across a border would join two texts.
     for segment in range(1, int(segments.max(initial=0)) + 1):
-        inside = segments == segment
-        lines.append(marked(tokenizer, ids[inside], mask[inside], markup))
+        in_segment = segments == segment
+        lines.append(marked(tokenizer, ids[in_segment], mask[in_segment], markup))
     return "\n".join(lines)
 
 
@@ -51,7 +53,7 @@ def show(
     markup: bool = False,
     classes: Any = None,
 ) -> str:
-    """Row ``row`` of a batch as text, one segment a line; tokens that are targets stand in ⟦ ⟧ (in Rich green with ``markup``).
+    """Row ``row`` of a batch as text, one segment a line; targets are in ⟦ ⟧ (in Rich green with ``markup``).
 
     Without tokens: the shapes, the range of the pixels, and the label (its name, with ``classes``).
     """

@@ -27,7 +27,7 @@ def choose(name: Any, known: Mapping[Any, Any] | Iterable[Any], what: str) -> An
 
 
 def refuse_unknown(settings: Mapping[str, Any], known: Iterable[str], what: str) -> None:
-    """Raises :class:`DataError` for the first key of ``settings`` that is not known, with the nearest known one."""
+    """:class:`DataError` for the first unknown key of ``settings``, with the nearest known one."""
     known = list(known)
     for key in settings:
         if key not in known:

@@ -27,6 +27,7 @@ class ImageFolder(Source):
         top = Path(root) / split if split else Path(root)
         if not top.is_dir():
             raise DataError(f"image_folder: {str(top)!r} is not a directory")
+        # Sorted: file systems list in any order, and labels must not depend on it.
         folders = sorted(p for p in top.iterdir() if p.is_dir() and not p.name.startswith("."))
         if not folders:
             raise DataError(f"image_folder: {str(top)!r} holds no class directories")
@@ -61,6 +62,7 @@ class ImageFolder(Source):
         file = self.files[index]
         try:
             with Image.open(file) as image:
+                # Grey, palette and alpha files too, so that all records have three channels.
                 pixels = np.asarray(image.convert("RGB"))
         except OSError as error:
             raise DataError(f"{file}: not a readable image: {error}") from error

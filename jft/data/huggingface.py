@@ -14,6 +14,7 @@ from jft.data.source import Source
 
 def _plain(value: Any) -> Any:
     """PIL images as uint8 arrays; everything else as it is."""
+    # By its methods: without images Pillow need not be there.
     return np.asarray(value.convert("RGB")) if hasattr(value, "convert") and hasattr(value, "getbbox") else value
 
 
@@ -51,6 +52,7 @@ class HuggingFace(Source):
             raise DataError(
                 f"{self.name}: cannot be loaded: {type(error).__name__}: {shorten(str(error), 300)}"
             ) from error
+        # load_from_disk returns every split that was saved.
         if isinstance(data, datasets.DatasetDict):
             if split not in data:
                 raise DataError(f"{self.name}: no split {split!r}; it has {', '.join(data)}")

@@ -23,7 +23,7 @@ CROPS = ("center", "random")
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How a picture becomes float32 [size, size, channels].
+    """The preprocessing of a picture to float32 [size, size, channels].
 
     size: pixels of the square. resize: "shorter" (the shorter side to ``size``, then a crop) or "squash" (both sides).
     crop: "center", or "random": in training, a box of ``area`` (fractions of the picture) and aspect ``ratio`` resized to
@@ -64,6 +64,7 @@ def _picture(image: Any, channels: int) -> Any:
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] not in (3, 4)):
         raise DataError(f"an image must be [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], got shape {pixels.shape}")
     if np.issubdtype(pixels.dtype, np.floating):
+        # Pillow resizes several channels in uint8 only.
         pixels = np.clip(np.round((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
     if pixels.dtype != np.uint8:
         raise DataError(f"an image must hold uint8 in [0, 255] or floats in [-1, 1], got {pixels.dtype}")
@@ -75,8 +76,10 @@ def _random_box(
 ) -> tuple[float, float, float, float]:
     width, height = picture
     low, high = math.log(settings.ratio[0]), math.log(settings.ratio[1])
+    # Ten tries and then the centre, as torchvision.
     for _ in range(10):
         area = width * height * rng.uniform(*settings.area)
+        # Uniform in the logarithm: twice as wide is as likely as twice as high.
         ratio = math.exp(rng.uniform(low, high))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
@@ -103,6 +106,7 @@ def preprocess(image: Any, settings: ImageSettings, rng: np.random.Generator | N
         picture = picture.resize(size, Image.Resampling.BICUBIC)
     else:
         shorter = min(picture.size)
+        # Truncated, as torchvision's resize does.
         scaled = tuple(max(settings.size, int(settings.size * s / shorter)) for s in picture.size)
         picture = picture.resize(scaled, Image.Resampling.BICUBIC)
         left, top = (round((s - settings.size) / 2) for s in picture.size)

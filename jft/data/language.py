@@ -65,12 +65,12 @@ class PromptResponse(Task):
     Either ``prompt`` and ``response`` (fields, or patterns with braces), tokenised apart so that the border between
     them is exact, ending in eos; or ``messages``, a field of ``[{"role", "content"}, ...]`` rendered with the
     tokenizer's chat template (``chat_template`` overrides it: Jinja text). ``chat: true`` makes messages of prompt and
-    response; system: a first message. tools: a field of tool descriptions. date: what templates are told as today.
+    response; system: a first message. tools: a field of tool descriptions. date: today's date for templates.
     loss: "responses" (default), "last" (the last response only) or "all" (every token).
     too_long: "error" (default), "truncate" (the end is cut) or "drop".
 
     Raises :class:`DataError`, with the example's place and decoded text, where no token, or every token, would be a
-    target although responses were asked for.
+    target with a loss other than "all".
     """
 
     packs = True
@@ -106,6 +106,7 @@ class PromptResponse(Task):
             return row(ids, mask)
         if not fit(ids, self.max_length, self.too_long):
             return None
+        # The first token is never a target.
         if not mask[1 : self.max_length].any():
             raise DataError(
                 f"cut to max_length={self.max_length}, no token of the response is left ({len(ids)} tokens); raise"
@@ -117,6 +118,7 @@ class PromptResponse(Task):
         prompt, response = (self.text(index, record, f) for f in (self.prompt or "", self.response or ""))
         if not response.strip():
             raise DataError(f"the response ({self.response!r}) is empty")
+        # Some post-processors end every text, but the prompt goes on with the response.
         before = _without_end(self.tokenizer.encode(prompt, special=True).ids, self.tokenizer.eos_id)
         after = _with_end(self.tokenizer.encode(response).ids, self.tokenizer.eos_id)
         ids = np.concatenate([before, after]).astype(np.int32)
@@ -137,12 +139,14 @@ class PromptResponse(Task):
             raise TypeError("no chat template")
         tools = None if self.tools is None else field_of(self.source, index, self.tools, record)
         text, spans = template.spans(self._conversation(index, record), self.loss, tools)
-        coded = self.tokenizer.encode(text)
-        start, stop = coded.offsets[:, 0], np.maximum(coded.offsets[:, 1], coded.offsets[:, 0] + 1)
-        mask = np.zeros(len(coded.ids), bool)
+        encoding = self.tokenizer.encode(text)
+        # A token of no width, a part of a character, counts where it starts.
+        start, stop = encoding.offsets[:, 0], np.maximum(encoding.offsets[:, 1], encoding.offsets[:, 0] + 1)
+        mask = np.zeros(len(encoding.ids), bool)
         for first, last in spans:
+            # Overlap is enough: tokens need not end where turns do.
             mask |= (stop > first) & (start < last)
-        return coded.ids, mask
+        return encoding.ids, mask
 
     def _check(self, ids: np.ndarray, mask: np.ndarray) -> None:
         if self.loss == "all":
@@ -185,13 +189,13 @@ class SequenceToSequence(Task):
         )
         if not keep:
             return None
-        written = padded(np.ones(len(target), np.int32), longest_target)
-        mask = written.astype(np.float32)
+        segments = padded(np.ones(len(target), np.int32), longest_target)
+        mask = segments.astype(np.float32)
         mask[0] = 0
         return {
             "tokens": padded(source, longest, tokenizer.pad),
             "segments": padded(np.ones(len(source), np.int32), longest),
             "decoder_tokens": padded(target, longest_target, tokenizer.pad),
-            "decoder_segments": written,
+            "decoder_segments": segments,
             "loss_mask": mask,
         }

@@ -17,7 +17,7 @@ from jft.data.tasks import Example, Task
 from jft.data.tokenizer import Tokenizer
 
 # How many records may be left out before a task counts as one that keeps nothing.
-_TRIED = 100
+_ATTEMPTS = 100
 
 
 class Loader:
@@ -50,24 +50,24 @@ class Loader:
             )
         self.examples = sum(len(task.source) for task in tasks)
         self.classes = tasks[0].classes
-        self._first = [self._usable(task) for task in tasks]
+        self._first = [self._first_example(task) for task in tasks]
         self._check_agreement()
 
-    def _usable(self, task: Task) -> Example:
+    def _first_example(self, task: Task) -> Example:
         """The first example that is kept: wrong settings fail here, before anything is compiled."""
         rng = np.random.default_rng(0) if self.train else None
         prepare = pipeline._Prepare(task, Rows(False, self.rows.length, self.rows.fill))
         if self.rows.pack == "concat":  # a sequence may be longer than a row
-            for i in range(min(_TRIED, len(task.source))):
+            for i in range(min(_ATTEMPTS, len(task.source))):
                 if (example := task.example(i, rng)) is not None:
                     cut = {k: v[: self.rows.length] for k, v in example.items()}
                     return pipeline.packing.pad(cut, self.rows.length, self.rows.fill)
         else:
-            for i in range(min(_TRIED, len(task.source))):
+            for i in range(min(_ATTEMPTS, len(task.source))):
                 if (example := prepare(i, rng)) is not None:
                     return example
         raise DataError(
-            f"{task.source.name}: none of the first {_TRIED} examples is kept; raise max_length, or look at too_long"
+            f"{task.source.name}: none of the first {_ATTEMPTS} examples is kept; raise max_length, or look at too_long"
         )
 
     def _check_agreement(self) -> None:
@@ -89,11 +89,11 @@ class Loader:
     def __len__(self) -> int:
         if self.train:
             raise TypeError("a training loader is endless")
-        count = self.examples if self._kept is None else len(self._kept)
+        count = self.examples if self._packed_rows is None else len(self._packed_rows)
         return -(-count // self.batch_size)
 
     @functools.cached_property
-    def _kept(self) -> list[Example] | None:
+    def _packed_rows(self) -> list[Example] | None:
         return pipeline.packed_rows(self.tasks, self.rows, self.reading) if self.rows.pack and not self.train else None
 
     def sample(self) -> dict[str, np.ndarray]:
@@ -108,23 +108,23 @@ class Loader:
             )
         blank = pipeline.filler(self._first[0])
         return pipeline.evaluation(
-            self.tasks, self.rows, self._kept, blank, self.batch_size, self.process, self.reading, start
+            self.tasks, self.rows, self._packed_rows, blank, self.batch_size, self.process, self.reading, start
         )
 
     def __iter__(self) -> LoaderIterator:
         return LoaderIterator(self)
 
     def layout(self) -> dict[str, Any]:
-        """What must be equal for a saved position to mean the same examples."""
-        same: dict[str, Any] = {
+        """The settings that must be equal for a saved position to mean the same examples."""
+        layout_of: dict[str, Any] = {
             "seed": self.seed,
             "examples": [len(t.source) for t in self.tasks],
             "weights": self.weights,
         }
         if not self.indexed:
-            same |= {"pack": self.rows.pack, "max_length": self.rows.length, "batch_size": self.batch_size}
-            same |= {"processes": self.process.count, "workers": self.reading.workers}
-        return same
+            layout_of |= {"pack": self.rows.pack, "max_length": self.rows.length, "batch_size": self.batch_size}
+            layout_of |= {"processes": self.process.count, "workers": self.reading.workers}
+        return layout_of
 
 
 def _tuples(value: Any) -> Any:
@@ -147,6 +147,7 @@ class LoaderIterator(Iterator[dict[str, np.ndarray]]):
         self._open(0)
 
     def _open(self, position: int) -> None:
+        # A list, which the finalizer can empty without keeping this object alive.
         self._position, self._batches = position, [iter(self.loader.dataset(position))]
         # Grain's threads must stop, and its iterators go, before the interpreter takes its modules apart.
         self._closing = weakref.finalize(self, _close, self._batches)
@@ -170,10 +171,11 @@ class LoaderIterator(Iterator[dict[str, np.ndarray]]):
             position, layout = int(saved["position"]), saved["layout"]
         except (ValueError, KeyError, TypeError):
             raise DataError(f"not a data position of this version: {str(state)[:80]!r}") from None
-        now = json.loads(json.dumps(self.loader.layout()))
-        different = [k for k in {**now, **layout} if now.get(k) != layout.get(k)]
+        # Through JSON, in which tuples and lists are the same.
+        current = json.loads(json.dumps(self.loader.layout()))
+        different = [k for k in {**current, **layout} if current.get(k) != layout.get(k)]
         if different:
-            changes = "; ".join(f"{k}: saved {layout.get(k)!r}, now {now.get(k)!r}" for k in different)
+            changes = "; ".join(f"{k}: saved {layout.get(k)!r}, now {current.get(k)!r}" for k in different)
             raise DataError(
                 f"the saved data position belongs to other data settings ({changes}); restore them, or start anew"
             )

@@ -58,6 +58,7 @@ def pack(sequences: Any, how: str, length: int, fill: int) -> Any:
     choose(how, PACKS, "pack")
     lengths = {"tokens": length, "loss_mask": length}
     if how == "first_fit":
+        # Not shuffled: a resumed run must get its rows in the same order.
         packed = grain.experimental.FirstFitPackIterDataset(
             sequences, length_struct=lengths, num_packing_bins=BINS, shuffle_bins=False
         )

@@ -26,7 +26,7 @@ from jft.data.tasks import Example, Task
 
 @dataclass(frozen=True)
 class Rows:
-    """How sequences become rows: ``pack`` as in :mod:`jft.data.packing`, row ``length``, padding id ``fill``."""
+    """The layout of rows: ``pack`` as in :mod:`jft.data.packing`, row ``length``, padding id ``fill``."""
 
     pack: str | bool = False
     length: int = 0
@@ -35,7 +35,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Process:
-    """Which process of how many this is."""
+    """The number of this process, and how many there are."""
 
     index: int = 0
     count: int = 1
@@ -77,6 +77,7 @@ class _ProcessRows(grain.MapDataset):
         self._local = batch_size // process.count
 
     def __len__(self) -> int:
+        # Whole batches, as many on every process: a collective waits for all of them.
         return (len(self._parent) - self._start) // self._batch * self._local
 
     def __getitem__(self, index: Any) -> Any:
@@ -100,7 +101,9 @@ def training(
     streams = []
     for number, task in enumerate(tasks):
         stream = grain.MapDataset.range(len(task.source))
+        # Repeated after the shuffle: Grain then shuffles every epoch anew.
         stream = stream.shuffle(seed=derived_seed(seed, "order", number)).repeat()
+        # A seed of its own: with one for all, the tasks of a mixture would draw the same augmentations.
         streams.append(stream.random_map(_Prepare(task, rows), seed=derived_seed(seed, "augment", number)))
     stream = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, weights)
     examples = _read(_ProcessRows(stream, batch_size, process, start), reading)
@@ -139,36 +142,37 @@ class _EvaluationRow:
     def __call__(self, index: int) -> Example:
         if index >= self.stops[-1]:
             return self.blank
-        which = bisect.bisect_right(self.stops, index)
-        example = self.prepare[which](index - (self.stops[which - 1] if which else 0))
+        task = bisect.bisect_right(self.stops, index)
+        example = self.prepare[task](index - (self.stops[task - 1] if task else 0))
         return self.blank if example is None else {**example, "valid": np.bool_(True)}
 
 
-class _Kept:
+class _MemoryRows:
     """Rows held in memory, then filler."""
 
-    def __init__(self, kept: Sequence[Example], blank: Example):
-        self.kept, self.blank = kept, blank
+    def __init__(self, rows: Sequence[Example], blank: Example):
+        self.rows, self.blank = rows, blank
 
     def __call__(self, index: int) -> Example:
-        return self.kept[index] if index < len(self.kept) else self.blank
+        return self.rows[index] if index < len(self.rows) else self.blank
 
 
 def packed_rows(tasks: Sequence[Task], rows: Rows, reading: Reading) -> list[Example]:
     """All rows of a finite set, packed the same way in every process (each packs all of it): so all agree on their number."""
     if not rows.pack:
         raise DataError("packed_rows needs a packing")
-    whole = grain.MapDataset.concatenate(
+    all_rows = grain.MapDataset.concatenate(
         [grain.MapDataset.range(len(task.source)).map(_Prepare(task, rows)) for task in tasks]
     )
-    read = _read(whole, Reading(reading.threads, reading.prefetch, 0))
+    # No workers: they would share the rows out, and each would pack others.
+    read = _read(all_rows, Reading(reading.threads, reading.prefetch, 0))
     return [{**row, "valid": np.bool_(True)} for row in packing.pack(read, str(rows.pack), rows.length, rows.fill)]
 
 
 def evaluation(
     tasks: Sequence[Task],
     rows: Rows,
-    kept: Sequence[Example] | None,
+    packed: Sequence[Example] | None,
     blank: Example,
     batch_size: int,
     process: Process,
@@ -176,8 +180,8 @@ def evaluation(
     start: int = 0,
 ) -> Any:
     """A finite Grain dataset of this process's batches: every example once, filler rows (``valid`` False) to the end."""
-    count = len(kept) if kept is not None else sum(len(task.source) for task in tasks)
+    count = len(packed) if packed is not None else sum(len(task.source) for task in tasks)
     total = -(-count // batch_size) * batch_size
-    get = _Kept(kept, blank) if kept is not None else _EvaluationRow(tasks, rows, blank)
-    mine = _ProcessRows(grain.MapDataset.range(total).map(get), batch_size, process, start)
-    return _read(mine, reading).batch(batch_size // process.count, drop_remainder=True)
+    get = _MemoryRows(packed, blank) if packed is not None else _EvaluationRow(tasks, rows, blank)
+    process_rows = _ProcessRows(grain.MapDataset.range(total).map(get), batch_size, process, start)
+    return _read(process_rows, reading).batch(batch_size // process.count, drop_remainder=True)

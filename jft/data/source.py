@@ -18,7 +18,7 @@ SPLIT_SEED = 0
 
 
 class Source:
-    """A random-access table: ``len(source)`` records, ``source[i]`` a dict; ``name`` says where it came from."""
+    """A random-access table: ``len(source)`` records, ``source[i]`` a dict; ``name`` is its origin, for messages."""
 
     name: str = "source"
 
@@ -29,7 +29,7 @@ class Source:
         raise TypeError(f"{type(self).__name__} has no items")
 
     def where(self, index: int) -> str:
-        """Where record ``index`` stands, for messages: ``file.jsonl:12``."""
+        """The place of record ``index``, for messages: ``file.jsonl:12``."""
         return f"{self.name}, example {index}"
 
     def class_names(self, field: str) -> tuple[str, ...] | None:
@@ -107,12 +107,12 @@ def few_shot(source: Source, shots: int, field: str) -> Source:
     if not isinstance(shots, int) or isinstance(shots, bool) or shots < 1:
         raise DataError(f"shots must be a whole number of examples per class, at least 1, got {shots!r}")
     labels = source.column(field)
-    taken: dict[Any, list[int]] = {}
+    by_class: dict[Any, list[int]] = {}
     for row in _order(source):
-        rows = taken.setdefault(labels[row], [])
+        rows = by_class.setdefault(labels[row], [])
         if len(rows) < shots:
             rows.append(int(row))
-    for label, rows in taken.items():
+    for label, rows in by_class.items():
         if len(rows) < shots:
             raise DataError(f"{source.name}: class {label!r} has {len(rows)} examples, fewer than shots={shots}")
-    return View(source, np.sort(np.concatenate([np.asarray(r) for r in taken.values()])))
+    return View(source, np.sort(np.concatenate([np.asarray(r) for r in by_class.values()])))

@@ -26,21 +26,21 @@ def find_files(files: str | os.PathLike | list | tuple) -> list[str]:
     Raises :class:`DataError` where one names nothing, a directory, or a compressed file.
     """
     entries = [files] if isinstance(files, str | os.PathLike) else list(files)
-    found: list[str] = []
+    matches: list[str] = []
     for entry in entries:
         pattern = os.fspath(entry)
         hits = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not hits:
             raise DataError(f"no file matches {pattern!r} (looked from {Path.cwd().name}/, the working directory)")
-        found += hits
-    if not found:
+        matches += hits
+    if not matches:
         raise DataError("files: an empty list names no file")
-    for file in found:
+    for file in matches:
         if os.path.isdir(file):
             raise DataError(f"{file} is a directory; name its files, as {os.path.join(file, '*')!r}")
         if file.endswith(_COMPRESSED):
             raise DataError(f"{file} is compressed, and cannot be read by offset; decompress it first")
-    return found
+    return matches
 
 
 class _Records(Source):
@@ -49,6 +49,7 @@ class _Records(Source):
     def __init__(self, files: str | os.PathLike | list | tuple):
         self.files = find_files(files)
         self.name = self.files[0] if len(self.files) == 1 else f"{self.files[0]} and {len(self.files) - 1} more"
+        # Eight bytes a number, where a list of integers would take several times that.
         columns = array("q"), array("q"), array("q"), array("q")
         for number, file in enumerate(self.files):
             before = len(columns[0])
@@ -75,6 +76,7 @@ class _Records(Source):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         start, stop = int(self.start[index]), int(self.stop[index])
+        # Opened for each read: sources are pickled for workers, and threads must not share a position.
         with open(self.files[self.file[index]], "rb", buffering=0) as stream:
             stream.seek(start)
             raw = stream.read(stop - start)
@@ -84,6 +86,7 @@ class _Records(Source):
 
     def _text(self, raw: bytes, index: int) -> str:
         try:
+            # A byte order mark can be at the start of a file only.
             return raw.decode("utf-8-sig" if self.start[index] == 0 else "utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{self.where(index)}: not UTF-8 text ({error.reason}); convert the file") from None
@@ -137,10 +140,11 @@ class Csv(_Records):
         first = next(rows, None)
         if first is None:
             return
-        here = stream.tell()
+        position = stream.tell()
         stream.seek(first[0])
         header = self._split(stream.read(first[1] - first[0]).decode("utf-8-sig"))
-        stream.seek(here)
+        # ``_rows`` is in the middle of the stream.
+        stream.seek(position)
         if len(set(header)) != len(header):
             raise DataError(f"{self.files[number]}:{first[2]}: a column name stands twice in the header {header}")
         if self.header and header != self.header:
@@ -160,6 +164,7 @@ class Csv(_Records):
             quotes += raw.count(b'"')
             if quotes % 2:
                 continue
+            # A blank line is no row, unless it ends a quoted field.
             if raw.strip() or position - start > len(raw):
                 yield start, position, first_line
             start, first_line, quotes = position, line + 1, 0
@@ -167,6 +172,7 @@ class Csv(_Records):
             raise DataError(f"{file}:{first_line}: a quote opened in this row is never closed")
 
     def _split(self, text: str) -> list[str]:
+        # newline="": the csv module reads line breaks inside quotes itself.
         return next(csv.reader(io.StringIO(text, newline=""), delimiter=self.separator))
 
     def _parse(self, raw: bytes, index: int) -> dict[str, Any]:

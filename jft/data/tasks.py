@@ -1,4 +1,4 @@
-"""Tasks over labels: what a record of a source becomes for classification and for image-text contrast.
+"""Tasks over labels: examples for classification and for image-text contrast from the records of a source.
 
 A task is made for one source and turns record ``index`` into a fixed-shape example, or None where it is left out.
 """
@@ -35,6 +35,7 @@ class Task:
             return self.encode(index, self.source[index], rng)
         except DataError as error:
             where = self.source.where(index)
+            # The source may have named the place already.
             if str(error).startswith(where):
                 raise
             raise DataError(f"{where}: {error}") from error.__cause__
@@ -52,6 +53,7 @@ class Task:
         try:
             return spec.format_map(record)
         except KeyError as error:
+            # Raises, naming the nearest field.
             field_of(self.source, index, error.args[0], record)
             raise
         except (ValueError, IndexError, AttributeError) as error:
@@ -70,7 +72,7 @@ def fit(ids: np.ndarray, max_length: int, too_long: str, way_out: str = "raise m
 
 
 def check_length(max_length: Any, too_long: str, name: str = "max_length") -> None:
-    """Raises :class:`DataError` for a length below 2 (no target) and an unknown policy."""
+    """:class:`DataError` for a length below 2 (no target) and an unknown policy."""
     if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 2:
         raise DataError(f"{name} must be a whole number of tokens, at least 2, got {max_length!r}")
     choose(too_long, TOO_LONG, "too_long")
@@ -88,18 +90,19 @@ class Labels:
 
     The names come from the source (TFDS, HF features, folders, digits), or from ``classes``: a list of names, or a
     number of classes. JSONL and CSV know none, and a name list made from the rows of one split could differ from
-    another's, so there ``classes`` must be given: the error lists the values found.
+    another's, so there ``classes`` must be set: the error lists the values of the first rows.
     """
 
     def __init__(self, source: Source, field: str, classes: Sequence | int | None):
         self.field = field
         known = source.class_names(field)
         if classes is None and known is None:
-            seen = sorted({str(field_of(source, i, field)) for i in range(min(len(source), 1000))})
-            found = shorten(seen, 200)
+            # A hint needs no more, and a large set is slow to read.
+            values = sorted({str(field_of(source, i, field)) for i in range(min(len(source), 1000))})
+            sample = shorten(values, 200)
             raise DataError(
                 f"{source.name}: the source names no classes for {field!r}; set classes: a list of names, or their number."
-                f" Values among the first rows: {found}"
+                f" Values among the first rows: {sample}"
             )
         if classes is None:
             names: Sequence = known or ()
@@ -117,6 +120,7 @@ class Labels:
         if isinstance(value, str) and value in self._index:
             return np.int32(self._index[value])
         try:
+            # 3.0 is an index, 3.5 is none.
             index = int(value) if not isinstance(value, float) or value == int(value) else -1
         except (TypeError, ValueError, OverflowError):
             index = -1
@@ -187,6 +191,7 @@ class _Sentences:
     def __init__(self, tokenizer: Tokenizer, max_length: int, too_long: str):
         check_length(max_length, too_long)
         self.tokenizer, self.max_length, self.too_long = tokenizer, max_length, too_long
+        # By the tokenizer, which keeps the special tokens and shortens the longer text of a pair.
         if too_long == "truncate":
             from dataclasses import replace
 
@@ -197,8 +202,8 @@ class _Sentences:
             self.tokenizer = replace(tokenizer, core=core)
 
     def __call__(self, text: str, pair: str | None = None) -> Example | None:
-        coded: Encoded = self.tokenizer.encode(text, pair, special=True)
-        ids = coded.ids
+        encoding: Encoded = self.tokenizer.encode(text, pair, special=True)
+        ids = encoding.ids
         if not len(ids):
             raise DataError("the text has no tokens")
         if not fit(ids, self.max_length, self.too_long):
@@ -208,7 +213,7 @@ class _Sentences:
             "segments": padded(np.ones(len(ids), np.int32), self.max_length),
         }
         if pair is not None:
-            row["token_types"] = padded(coded.types, self.max_length)
+            row["token_types"] = padded(encoding.types, self.max_length)
         return row
 
 
@@ -253,6 +258,7 @@ class Contrastive(Task):
     def encode(self, index: int, record: Mapping[str, Any], rng: np.random.Generator | None) -> Example | None:
         if self.labels is not None:
             label = self.labels(field_of(self.source, index, self.field, record))
+            # Class names are often identifiers; a caption has words.
             caption = self.labels.names[int(label)].replace("_", " ")
         else:
             caption = self.text(index, record, self.field)

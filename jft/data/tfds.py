@@ -69,6 +69,7 @@ class Tfds(Source):
                 raise DataError(
                     f"tfds: {name!r} is not prepared in {builder.data_dir}; set download: true, or data_dir"
                 )
+            # TFRecord, the default, has no random access.
             builder.download_and_prepare(file_format="array_record")
         file_format = getattr(builder.info.file_format, "value", str(builder.info.file_format))
         if file_format != "array_record":
@@ -93,6 +94,7 @@ class Tfds(Source):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.data[index]
+        # TFDS has text as bytes; a broken character must not end a run.
         return {k: v.decode("utf-8", "replace") if isinstance(v, bytes) else v for k, v in record.items()}
 
     def class_names(self, field: str) -> tuple[str, ...] | None:

@@ -60,9 +60,9 @@ class Tokenizer:
 
     def encode(self, text: str, pair: str | None = None, special: bool = False) -> Encoded:
         """Ids of a text (of a pair of texts); ``special``: with the tokens its post-processor adds ([CLS], bos ...)."""
-        coded = self.core.encode(text, pair, add_special_tokens=special)
-        offsets = np.asarray(coded.offsets, np.int64).reshape(-1, 2)
-        return Encoded(np.asarray(coded.ids, np.int32), offsets, np.asarray(coded.type_ids, np.int32))
+        encoding = self.core.encode(text, pair, add_special_tokens=special)
+        offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+        return Encoded(np.asarray(encoding.ids, np.int32), offsets, np.asarray(encoding.type_ids, np.int32))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids, special tokens included."""
@@ -89,26 +89,28 @@ def _json(file: Path) -> dict:
     if not file.is_file():
         return {}
     try:
-        loaded = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{file}: bad JSON: {error}") from None
-    if not isinstance(loaded, dict):
-        raise DataError(f"{file}: must hold a JSON object, got {type(loaded).__name__}")
-    return loaded
+    if not isinstance(value, dict):
+        raise DataError(f"{file}: must hold a JSON object, got {type(value).__name__}")
+    return value
 
 
 def _template(directory: Path, config: dict) -> str | None:
-    beside = directory / "chat_template.jinja"
-    if beside.is_file():
-        return beside.read_text(encoding="utf-8")
+    # The newer form, which prevails in transformers as well.
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates
-        named = {t["name"]: t["template"] for t in template}
-        return named.get("default")
+        by_name = {t["name"]: t["template"] for t in template}
+        return by_name.get("default")
     return template
 
 
 def _first(value: Any) -> Any:
+    # Some models list several end tokens, of which the first ends a text.
     return value[0] if isinstance(value, list) and value else value
 
 
@@ -119,12 +121,12 @@ def load(path: str | os.PathLike) -> Tokenizer:
     """
     import tokenizers
 
-    given = Path(path)
-    file = given / "tokenizer.json" if given.is_dir() else given
+    root = Path(path)
+    file = root / "tokenizer.json" if root.is_dir() else root
     if not file.is_file():
-        if given.is_dir():
+        if root.is_dir():
             raise DataError(
-                f"{str(given)!r} holds no tokenizer.json; write one with transformers:"
+                f"{str(root)!r} holds no tokenizer.json; write one with transformers:"
                 " AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
             )
         raise DataError(f"tokenizer {str(path)!r}: no such file or directory (built in: 'bytes', 'bpe:VOCAB')")
@@ -132,22 +134,24 @@ def load(path: str | os.PathLike) -> Tokenizer:
         core = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"{file}: not a tokenizer.json: {error}") from None
+    # A saved tokenizer may cut or pad by itself; lengths are the tasks' business.
     core.no_truncation()
     core.no_padding()
     config = _json(file.parent / "tokenizer_config.json")
     model = _json(file.parent / "config.json")
-    named = {**_json(file.parent / "special_tokens_map.json"), **config}
+    entries = {**_json(file.parent / "special_tokens_map.json"), **config}
     specials = {}
     for key in ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"):
-        value = named.get(key)
+        value = entries.get(key)
+        # An added token is written as an object that holds its text.
         value = value.get("content") if isinstance(value, dict) else value
         if isinstance(value, str):
             specials[key] = value
 
     def id_of(kind: str) -> int | None:
         token = specials.get(f"{kind}_token")
-        found = core.token_to_id(token) if token is not None else None
-        return found if found is not None else _first(model.get(f"{kind}_token_id"))
+        token_id = core.token_to_id(token) if token is not None else None
+        return token_id if token_id is not None else _first(model.get(f"{kind}_token_id"))
 
     return Tokenizer(
         core=core,
@@ -197,6 +201,7 @@ def byte_tokenizer() -> Tokenizer:
     """UTF-8 bytes as ids 0-255, then :data:`SPECIALS` as 256-263; needs no files and no training."""
     from tokenizers import models
 
+    # Without merges every byte stays a token.
     core = _byte_level(models.BPE(vocab={letter: i for i, letter in enumerate(_byte_letters())}, merges=[]))
     core.add_special_tokens(list(SPECIALS))
     return _built_in(core, "bytes")
@@ -212,6 +217,7 @@ def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
             f"bpe:{vocab}: the vocabulary must hold the 256 bytes and {len(SPECIALS)} specials: at least {smallest}"
         )
     core = _byte_level(models.BPE())
+    # All bytes, also those that the texts lack, so that any text can be encoded.
     trainer = trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=list(SPECIALS), initial_alphabet=_byte_letters(), show_progress=False
     )
@@ -232,17 +238,17 @@ def resolve(spec: Any, texts: Iterable[str], directory: str | os.PathLike | None
         return byte_tokenizer()
     if not (isinstance(spec, str) and spec.startswith("bpe:")):
         return load(spec)
-    kept = Path(directory) / "tokenizer.json" if directory is not None else None
-    if kept is not None and kept.is_file():
-        was = _json(kept.parent / "tokenizer_config.json").get("built_as")
-        if was != spec:
+    file = Path(directory) / "tokenizer.json" if directory is not None else None
+    if file is not None and file.is_file():
+        built_as = _json(file.parent / "tokenizer_config.json").get("built_as")
+        if built_as != spec:
             raise DataError(
-                f"{kept} was built as {was!r}, the settings say {spec!r}; remove it, or use another directory"
+                f"{file} was built as {built_as!r}, the settings say {spec!r}; remove it, or use another directory"
             )
-        return load(kept.parent)
+        return load(file.parent)
     if not spec[4:].isdigit():
         raise DataError(f"tokenizer {spec!r}: write 'bpe:VOCAB' with a number, as 'bpe:1024'")
-    trained = train_bpe(texts, int(spec[4:]))
-    if kept is not None:
-        trained.save(kept.parent)
-    return trained
+    tokenizer = train_bpe(texts, int(spec[4:]))
+    if file is not None:
+        tokenizer.save(file.parent)
+    return tokenizer

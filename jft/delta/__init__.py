@@ -1,6 +1,8 @@
 """What fine-tuning changed, as values to do arithmetic with: encodings, task vectors, the file format."""
 
 from jft.delta import file
+
+# Importing an encoding registers it: only those that are imported here can be read from files.
 from jft.delta.bit_mask import BitMask
 from jft.delta.blocks import BlockLayout, Blocks
 from jft.delta.changed import Change, Changed, Leaf, Matrices

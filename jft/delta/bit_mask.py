@@ -31,11 +31,13 @@ class BitMask(Relative):
     shape: tuple[int, ...]  # type: ignore[misc]  # a field in place of the property
 
     def __post_init__(self) -> None:
+        # A file gives the shape as a list; static fields must hash.
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
-        want = (*self.shape[:-1], -(-self.shape[-1] // 8)) if self.shape else None
-        if tuple(self.bits.shape) != want or self.bits.dtype != jnp.uint8 or jnp.shape(self.scale):
+        # A scalar has no last axis to pack; None equals no shape, so the check refuses it.
+        expected = (*self.shape[:-1], -(-self.shape[-1] // 8)) if self.shape else None
+        if tuple(self.bits.shape) != expected or self.bits.dtype != jnp.uint8 or jnp.shape(self.scale):
             raise ValueError(
-                f"the mask of a weight of shape {self.shape} is uint8 {want} (BitMask.of packs one) with a scalar scale, "
+                f"the mask of a weight of shape {self.shape} is uint8 {expected} (BitMask.of packs one) with a scalar scale, "
                 f"not {self.bits.dtype} {tuple(self.bits.shape)} and scale {jnp.shape(self.scale)}"
             )
 
@@ -49,6 +51,7 @@ class BitMask(Relative):
 
     @property
     def dtype(self) -> Any:
+        # That of what grows with the weight; the scale is one number.
         return self.bits.dtype
 
     @property
@@ -61,10 +64,13 @@ class BitMask(Relative):
         return jnp.where(self.mask, w, jnp.where(self.scale == 1, 0, (1 - self.scale) * w))
 
     def change(self, w: Array) -> Array:
+        # Zero where the mask is set even if the weight is not finite.
         return jnp.where(self.mask, 0, -self.scale * w)
 
     @property
     def nnz(self) -> int:
         """Masked weights."""
-        kept = jnp.sum(jax.lax.population_count(jnp.asarray(self.bits)), axis=-1, dtype=jnp.int32)
-        return tree.size(self) - int(host(kept).sum(dtype=np.int64))
+        # `packbits` fills the last byte with zeros, which do not count. Rows are summed in int32, the total on the host: it may
+        # be beyond 2**31.
+        counts = jnp.sum(jax.lax.population_count(jnp.asarray(self.bits)), axis=-1, dtype=jnp.int32)
+        return tree.size(self) - int(host(counts).sum(dtype=np.int64))

@@ -52,6 +52,7 @@ class Blocks(Sparse):
     shape: tuple[int, ...]  # type: ignore[misc]  # a field in place of the property
 
     def __post_init__(self) -> None:
+        # A file gives the shape as a list; static fields must hash.
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
         n, values = tuple(self.indices.shape), tuple(self.values.shape)
         if not self.shape or len(values) != 3 or n != (values[0], 3):
@@ -64,11 +65,13 @@ class Blocks(Sparse):
             raise ValueError(f"blocks of {b} x {c} do not divide matrices of {i} x {o}")
         if self.indices.dtype != jnp.int32:
             object.__setattr__(self, "indices", jnp.asarray(self.indices, jnp.int32))
+        # Before the grid below, in which a block row past the end of its matrix would be one of the next matrix.
         if visible(self.indices) and n[0]:
             m, row = (np.asarray(self.indices)[:, axis] for axis in (0, 1))
             for what, x, extent in (("matrices", m, math.prod(lead)), ("rows", row, i // b)):
                 if x.min() < 0 or x.max() >= extent:
                     raise ValueError(f"block {what} {x.min()}..{x.max()} leave the {extent} there are")
+            # `find` and the sums of two rely on the order.
             order = row_major("block", *self.grid(np.asarray(self.indices)), (math.prod(lead) * (i // b), o // c))
             if order is not None:
                 object.__setattr__(self, "indices", self.indices[order])
@@ -83,12 +86,14 @@ class Blocks(Sparse):
         if min(b, c) < 1 or i % b or o % c:
             raise ValueError(f"blocks of {b} x {c} do not divide matrices of {i} x {o}")
         r, k = np.asarray(rows), np.asarray(columns)
-        wide_keys = (r // b).astype(np.int64) * (o // c) + k // c
-        keys, place = np.unique(wide_keys, return_inverse=True)
+        # int64: a weight may have more than 2**31 blocks.
+        entry_keys = (r // b).astype(np.int64) * (o // c) + k // c
+        keys, position = np.unique(entry_keys, return_inverse=True)
         row, column = np.divmod(keys, o // c)
-        stored = jnp.zeros((len(keys), b, c), values.dtype).at[place, r % b, k % c].set(values, unique_indices=True)
+        # Entries are distinct, so no two are at one position of a block.
+        blocks = jnp.zeros((len(keys), b, c), values.dtype).at[position, r % b, k % c].set(values, unique_indices=True)
         indices = np.stack([row // (i // b), row % (i // b), column], axis=-1).astype(np.int32)
-        return cls(jnp.asarray(indices), stored, delta.shape)
+        return cls(jnp.asarray(indices), blocks, delta.shape)
 
     @property
     def block(self) -> tuple[int, int]:
@@ -100,11 +105,13 @@ class Blocks(Sparse):
     def view(self) -> tuple[int, ...]:
         *lead, i, o = _matrices(self.shape)
         b, c = self.block
+        # Blocks as axes of their own: one index names a whole block, and no entry needs coordinates.
         return (*lead, i // b, b, o // c, c)
 
     @property
     def at(self) -> tuple:
         every = slice(None)
+        # With slices between the indices NumPy's rule puts the indexed axis first: [n, b, c], as the values have it.
         return (*unravel(self.indices[:, 0], self.view[:-4]), self.indices[:, 1], every, self.indices[:, 2], every)
 
     def grid(self, indices: Any) -> tuple[Any, Any]:
@@ -114,11 +121,12 @@ class Blocks(Sparse):
     def coordinates(self) -> tuple[Array, Array, Array]:
         b, c = self.block
         row, column = (x[:, None, None] for x in self.grid(jnp.asarray(self.indices)))
-        spread = lambda x: jnp.broadcast_to(x, self.values.shape).reshape(-1)
+        flat = lambda x: jnp.broadcast_to(x, self.values.shape).reshape(-1)
         rows, columns = row * b + jnp.arange(b, dtype=jnp.int32)[:, None], column * c + jnp.arange(c, dtype=jnp.int32)
-        return spread(rows), spread(columns), jnp.asarray(self.values).reshape(-1)
+        return flat(rows), flat(columns), jnp.asarray(self.values).reshape(-1)
 
     def stacked(self) -> Change:
+        # Layouts in programs are of matrices; a vector is held whole.
         if len(self.shape) < 2 or not visible(self.indices, self.values):
             return super().stacked()
         indices, (b, c) = host(self.indices), self.block
@@ -127,8 +135,8 @@ class Blocks(Sparse):
 
     def take(self, rows: Array, columns: Array) -> Array:
         b, c = self.block
-        place = find(rows // b, columns // c, *self.grid(jnp.asarray(self.indices)))
-        return pick(jnp.asarray(self.values), place, rows % b, columns % c)
+        position = find(rows // b, columns // c, *self.grid(jnp.asarray(self.indices)))
+        return pick(jnp.asarray(self.values), position, rows % b, columns % c)
 
 
 def _matrices(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -137,6 +145,7 @@ def _matrices(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @rule("+", Blocks, Blocks)
 def _union(x: Blocks, y: Blocks) -> Blocks | None:
+    # Blocks of another size would have to be cut; without values their union has no known size.
     if x.block != y.block or not visible(x.indices, y.indices):
         return None
     height, width = x.view[-4], x.view[-2]
@@ -146,17 +155,19 @@ def _union(x: Blocks, y: Blocks) -> Blocks | None:
         return row.astype(np.int64) * width + column
 
     union, values = united(keys(x), keys(y), x.values, y.values)
+    # The keys count through the weight as one matrix; indices have the matrix apart.
     row, column = np.divmod(union, width)
     indices = np.stack([row // height, row % height, column], axis=-1)
     return x._with(indices=jnp.asarray(indices, jnp.int32), values=values)
 
 
 @rule("dot", Blocks, Blocks)
-def _matched(x: Blocks, y: Blocks) -> Array | None:
+def _dot(x: Blocks, y: Blocks) -> Array | None:
     if x.block != y.block:
         return None
-    place = find(*x.grid(jnp.asarray(x.indices)), *y.grid(jnp.asarray(y.indices)))
-    return inner(x.values, pick(jnp.asarray(y.values), place))
+    # Sizes are static, so this works under `jit` too; a block that y lacks picks zeros.
+    position = find(*x.grid(jnp.asarray(x.indices)), *y.grid(jnp.asarray(y.indices)))
+    return inner(x.values, pick(jnp.asarray(y.values), position))
 
 
 @rule("dot", Blocks, LowRank)
@@ -166,6 +177,7 @@ def _blocks_of_product(x: Blocks, y: LowRank) -> Array:
     matrix = unravel(m, tuple(lead))
     left = jnp.asarray(y.a).reshape(*lead, height, b, rank)[(*matrix, i)]
     right = jnp.swapaxes(jnp.asarray(y.b).reshape(*lead, rank, width, c), -3, -2)[(*matrix, j)]
+    # sum(V * (L R)) = sum((V R^T) * L): no block of the product is formed.
     return inner(matmul(x.values, jnp.swapaxes(right, -1, -2)), left)
 
 
@@ -186,10 +198,12 @@ class BlockLayout(Layout):
 
     def gather(self, w: Array, at: Array) -> Array:
         block = self.height, self.width
+        # Windows by `lax.gather`: plain indexing would make an index for every entry of a block.
         numbers = jax.lax.GatherDimensionNumbers(offset_dims=(1, 2), collapsed_slice_dims=(), start_index_map=(0, 1))
 
         def one(cell: Array, at: Array) -> Array:
             starts = at * jnp.asarray(block, at.dtype)
+            # Unique with the padding too, whose coordinates are distinct (`padded_coordinates`).
             return jax.lax.gather(cell, starts, numbers, block, mode="fill", fill_value=0, unique_indices=True)
 
         return over_leading(one, at.ndim - 2)(cells(w, at.shape[-4:-2]), at)
@@ -202,15 +216,17 @@ class BlockLayout(Layout):
 
         def one(cell: Array, at: Array, values: Array) -> Array:
             starts = at * jnp.asarray(block, at.dtype)
+            # `drop`: padding lies past the end of the cell.
             return jax.lax.scatter(cell, starts, values, numbers, mode="drop", unique_indices=True)
 
-        done = over_leading(one, at.ndim - 2)(cells(w, at.shape[-4:-2]), at, values.astype(w.dtype))
-        return joined(done, 2)
+        result = over_leading(one, at.ndim - 2)(cells(w, at.shape[-4:-2]), at, values.astype(w.dtype))
+        return joined(result, 2)
 
     def product(self, x: Array, at: Array, values: Array, shape: tuple[int, ...]) -> Array:
         return kernel.block_product(x, at, values, shape)  # type: ignore[arg-type]  # a matrix has two axes
 
     def transposed(self, at: Array, values: Array) -> tuple[Layout, Array, Array]:
+        # No longer row-major, and padding is beyond the cell in the second coordinate: the product takes both.
         values = jnp.swapaxes(jnp.swapaxes(values, -5, -4), -2, -1)
         return BlockLayout(self.width, self.height), jnp.swapaxes(at, -4, -3)[..., ::-1], values
 
@@ -219,12 +235,13 @@ class BlockLayout(Layout):
 
     def encode(self, at: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> Blocks:
         lead, grid = shape[:-2], at.shape[-4:-2]
-        counts = [shape[-2] // self.height // grid[0], shape[-1] // self.width // grid[1]]
-        index, valid = whole_coordinates(at, grid, counts)
+        blocks_per_cell = [shape[-2] // self.height // grid[0], shape[-1] // self.width // grid[1]]
+        index, valid = whole_coordinates(at, grid, blocks_per_cell)
         matrix = flat_index(lead, index[: len(lead)], valid.sum())
-        where = np.stack([matrix, *index[-2:]], axis=-1)
-        order = np.lexsort((where[:, 2], where[:, 1], where[:, 0]))
-        return Blocks(jnp.asarray(where[order], jnp.int32), jnp.asarray(values[valid][order]), shape)
+        indices = np.stack([matrix, *index[-2:]], axis=-1)
+        # Cells follow one another; blocks in files are row-major over the whole weight.
+        order = np.lexsort((indices[:, 2], indices[:, 1], indices[:, 0]))
+        return Blocks(jnp.asarray(indices[order], jnp.int32), jnp.asarray(values[valid][order]), shape)
 
     def first(self, at: Array) -> Array:
         return at[..., 0]

@@ -29,6 +29,7 @@ from jft.delta.numeric import wide
 from jft.dot import dot, expert_dot, grouped_dot, take, transpose
 
 Array = jax.Array
+# From the end, so that they mean the same whatever leading axes there are.
 ROWS, COLUMNS = -2, -1
 
 
@@ -42,7 +43,7 @@ class Matrices:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """What one array is that is trained or kept for a weight ``[*lead, I, O]``: its logical axes, and how it trains.
+    """The description of one array that is trained or kept for a weight ``[*lead, I, O]``: its logical axes, and how it trains.
 
     axes: for each of its axes the axis of the weight that it runs along (``ROWS``, ``COLUMNS``), None for none, and ``...``
     for the leading axes, as many as are left; sharding follows. decays: whether weight decay is for it. matrices: those
@@ -60,16 +61,19 @@ class Leaf:
 
     def sharding(self, spec: PartitionSpec, weight: Any, ndim: int) -> PartitionSpec:
         """That of an array of ``ndim`` axes, for a ``weight`` (an array or shape) sharded as ``spec``."""
+        # Laid out like the weight, so what holds for the weight holds as it is.
         if self.axes == (...,) and ndim == len(weight.shape):
             return spec
         whole = (*spec, *(None,) * (len(weight.shape) - len(spec)))
-        named = [axis for axis in self.axes if axis is not ...]
-        leading = whole[: ndim - len(named)] if len(named) < len(self.axes) else ()
-        return PartitionSpec(*leading, *(None if axis is None else whole[axis] for axis in named))
+        axes = [axis for axis in self.axes if axis is not ...]
+        # Without `...` the array has none of the weight's leading axes.
+        leading = whole[: ndim - len(axes)] if len(axes) < len(self.axes) else ()
+        return PartitionSpec(*leading, *(None if axis is None else whole[axis] for axis in axes))
 
     def stacked_matrices(self, ndim: int) -> Matrices | None:
         """:attr:`matrices` of an array of ``ndim`` axes."""
         if self.matrices is ...:
+            # A vector has nothing to orthogonalise or to precondition from two sides.
             return Matrices() if ndim > 1 else None
         return self.matrices
 
@@ -79,6 +83,7 @@ class Leaf:
             return jnp.zeros_like(value)
         if callable(self.origin):
             return value - self.origin(kept).astype(value.dtype)
+        # The common origin of 0 costs no subtraction.
         return value - self.origin if self.origin else value
 
     def inside(self, part: Callable[[Any], Any]) -> Leaf:
@@ -118,6 +123,7 @@ class Change:
 
     def expert_product(self, x: Array) -> Array | None:
         """``[E, N, O]`` of every matrix of ``d[E, I, O]``: x ``[N, I]``, the same rows for all, or ``[E, N, I]``."""
+        # A change is a pytree, so that vmap takes the matrices of all its arrays in step.
         return jax.vmap(lambda x, d: d.product(x), in_axes=(0 if x.ndim == 3 else None, 0))(x, self)
 
     def rows(self, ids: Array) -> Array | None:
@@ -130,6 +136,7 @@ class Change:
 
     def apply_to(self, w: Array) -> Array:
         """``w + d``, added in float32 and rounded once, to the dtype of ``w``."""
+        # A change made in bfloat16 would be rounded before it is added, and again after.
         precise = wide(w)
         return (precise + self.whole(precise.dtype)).astype(w.dtype)
 
@@ -144,6 +151,7 @@ class Change:
 
     def replace(self, **arrays: Any) -> Any:
         """The same with other arrays, or with what stands for them in a tree; nothing is checked."""
+        # `dataclasses.replace` would run the checks, which refuse tangents and placeholders.
         new = copy.copy(self)
         for name, value in arrays.items():
             object.__setattr__(new, name, value)
@@ -173,7 +181,7 @@ class Changed:
     def plain(self) -> Array:
         """The weight as an array, for functions that take no structured weights."""
         w = plain(self.w)
-        return _held(_WHOLE, w, self.delta) if self.held else self.delta.apply_to(w)
+        return _gradient_tap(_WHOLE, w, self.delta) if self.held else self.delta.apply_to(w)
 
     def __jft_dot__(self, x: Array) -> Array:
         return self._used(_DOT, x)
@@ -189,23 +197,25 @@ class Changed:
 
     def __jft_transpose__(self) -> Any:
         delta = self.delta.transposed()
+        # Only the form of the change is lost: `plain` keeps the derivative of a held one.
         return jnp.swapaxes(self.plain(), -1, -2) if delta is None else Changed(transpose(self.w), delta, self.held)
 
     def _used(self, use: _Use, *arguments: Array) -> Array:
         if self.held:
-            return _held(use, self.w, self.delta, *arguments)
-        moved = use.of_change(self.delta, *arguments)
+            return _gradient_tap(use, self.w, self.delta, *arguments)
+        change = use.of_change(self.delta, *arguments)
         # One product with the sum is cheaper than two with arrays.
-        return use.of_weight(self.plain(), *arguments) if moved is None else use.of_weight(self.w, *arguments) + moved
+        return use.of_weight(self.plain(), *arguments) if change is None else use.of_weight(self.w, *arguments) + change
 
 
 class _Use(NamedTuple):
-    """What is done with a weight, and with a change of it in its own form: None where that would be formed."""
+    """An operation on a weight, and the same on the form of a change: None where the form would have to become an array."""
 
     of_weight: Callable[..., Array]
     of_change: Callable[..., Array | None]
 
 
+# Made once: JAX tells static arguments apart by identity, and a lambda made at each use would be new each time.
 _WHOLE = _Use(lambda w: w, lambda d: None)
 _DOT = _Use(lambda w, x: dot(x, w), lambda d, x: d.product(x))
 _GROUPED_DOT = _Use(lambda w, x, sizes: grouped_dot(x, w, sizes), lambda d, x, sizes: d.grouped_product(x, sizes))
@@ -214,41 +224,46 @@ _TAKE = _Use(lambda w, ids: take(w, ids, w.dtype), lambda d, ids: d.rows(ids))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _held(use: _Use, w: Any, delta: Change, *arguments: Array) -> Array:
-    """``use`` of ``w``, with the derivative of that of ``w + delta``."""
+def _gradient_tap(use: _Use, w: Any, delta: Change, *arguments: Array) -> Array:
+    """``use`` of ``w``, with the derivative that ``use`` of ``w + delta`` has."""
     return use.of_weight(w, *arguments)
 
 
-@functools.partial(_held.defjvp, symbolic_zeros=True)
-def _held_jvp(use: _Use, primals: tuple, tangents: tuple) -> tuple[Array, Any]:
+# With symbolic zeros the rule sees which inputs do not move, and computes nothing for frozen ones.
+@functools.partial(_gradient_tap.defjvp, symbolic_zeros=True)
+def _gradient_tap_jvp(use: _Use, primals: tuple, tangents: tuple) -> tuple[Array, Any]:
     w, delta, *arguments = primals
-    dw, ddelta, *dothers = tangents
-    y, *parts = _along(use.of_weight, (w, *arguments), (dw, *dothers))
+    dw, ddelta, *darguments = tangents
+    y, *parts = _value_and_tangent(use.of_weight, (w, *arguments), (dw, *darguments))
+    # Linear in each factor by itself, so the derivative is one term for each, the others where they are.
     for name in delta.factors:
-        if not _still(getattr(ddelta, name)):
-            moving = delta.replace(**{name: getattr(ddelta, name)})
-            moved = use.of_change(moving, *arguments)
-            moved = use.of_weight(moving.whole(y.dtype), *arguments) if moved is None else moved
-            parts.append(moved.astype(y.dtype))
+        if not _is_zero(getattr(ddelta, name)):
+            change = delta.replace(**{name: getattr(ddelta, name)})
+            tangent = use.of_change(change, *arguments)
+            tangent = use.of_weight(change.whole(y.dtype), *arguments) if tangent is None else tangent
+            # JAX requires tangents in the dtype of the value.
+            parts.append(tangent.astype(y.dtype))
     return y, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(y)
 
 
-def _along(function: Callable[..., Array], primals: tuple, tangents: tuple) -> list[Array]:
-    """``[function(*primals)]``, and after it its derivative along ``tangents`` where any of them is not zero."""
+def _value_and_tangent(function: Callable[..., Array], primals: tuple, tangents: tuple) -> list[Array]:
+    """``[value]`` of ``function(*primals)``; ``[value, tangent]`` where any of ``tangents`` is not zero."""
     leaves, structure = jax.tree.flatten(primals)
-    moves = structure.flatten_up_to(tangents)  # type: ignore[attr-defined]
-    which = [i for i, t in enumerate(moves) if not _still(t)]
-    if not which:
+    flat_tangents = structure.flatten_up_to(tangents)  # type: ignore[attr-defined]
+    # `jax.jvp` of all inputs would make arrays of the symbolic zeros and multiply with them.
+    indices = [i for i, t in enumerate(flat_tangents) if not _is_zero(t)]
+    if not indices:
         return [function(*primals)]
 
-    def of(moving: list[Array]) -> Array:
-        at = dict(zip(which, moving, strict=True))
-        return function(*jax.tree.unflatten(structure, [at.get(i, x) for i, x in enumerate(leaves)]))
+    def of(arrays: list[Array]) -> Array:
+        replaced = dict(zip(indices, arrays, strict=True))
+        return function(*jax.tree.unflatten(structure, [replaced.get(i, x) for i, x in enumerate(leaves)]))
 
-    return list(jax.jvp(of, ([leaves[i] for i in which],), ([moves[i] for i in which],)))
+    return list(jax.jvp(of, ([leaves[i] for i in indices],), ([flat_tangents[i] for i in indices],)))
 
 
-def _still(tangent: Any) -> bool:
+def _is_zero(tangent: Any) -> bool:
+    # float0 is the tangent of integers, such as ids and sizes.
     return isinstance(tangent, jax.custom_derivatives.SymbolicZero) or tangent.dtype == jax.dtypes.float0
 
 
@@ -271,6 +286,7 @@ def as_seen(weight: Any, structured: bool) -> Any:
 
 def base(w: Any) -> Array:
     """The weight without its changes."""
+    # A change may be of a weight that is changed already.
     return base(w.w) if isinstance(w, Changed) else w
 
 
@@ -286,21 +302,23 @@ def directions(weights: Any) -> tuple[list[Array], list[Array], Callable[[list[A
     and direction are the last factor of every change, in order: zeros, and what it is.
     """
     leaves, structure = jax.tree.flatten(weights)
-    moving = jax.tree.leaves(jax.tree.map(_moving, weights, is_leaf=is_changed))
-    which = [i for i, moves in enumerate(moving) if moves]
-    direction = [leaves[i] for i in which]
+    # Of the same structure as the weights, so that both flatten in one order.
+    is_direction = jax.tree.leaves(jax.tree.map(_is_direction, weights, is_leaf=is_changed))
+    indices = [i for i, is_one in enumerate(is_direction) if is_one]
+    direction = [leaves[i] for i in indices]
 
     def build(point: list[Array]) -> Any:
-        at = dict(zip(which, point, strict=True))
-        return jax.tree.unflatten(structure, [at.get(i, x) for i, x in enumerate(leaves)])
+        replaced = dict(zip(indices, point, strict=True))
+        return jax.tree.unflatten(structure, [replaced.get(i, x) for i, x in enumerate(leaves)])
 
     return [jnp.zeros_like(x) for x in direction], direction, build
 
 
-def _moving(weight: Any) -> Any:
-    """A tree like ``weight``: True at the last factor of every change of it, False elsewhere."""
+def _is_direction(weight: Any) -> Any:
+    """A tree of bools like ``weight``: True at the last factor of every change of it, False elsewhere."""
     if not isinstance(weight, Changed):
         return False
-    inner = jax.tree.map(_moving, weight.w, is_leaf=is_changed)
+    inner = jax.tree.map(_is_direction, weight.w, is_leaf=is_changed)
+    # Only the last factor moves: along several at once the change would not be linear.
     delta = jax.tree.map(lambda _: False, weight.delta)
     return Changed(inner, delta.along(True), weight.held)

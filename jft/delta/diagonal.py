@@ -24,6 +24,7 @@ class DiagonalBlocks(Encoding, Change):
 
     blocks: Array
     factors = ("blocks",)
+    # A block spans part of both axes, so none of its axes can be sharded as the weight's are.
     leaves = Leaf((..., None, None, None))
 
     def __post_init__(self) -> None:
@@ -41,12 +42,14 @@ class DiagonalBlocks(Encoding, Change):
 
     def whole(self, dtype: Any) -> Array:
         n = self.blocks.shape[-3]
-        spread = self.blocks.astype(dtype)[..., None, :] * jnp.eye(n, dtype=dtype)[:, None, :, None]
-        return spread.reshape(self.shape)
+        # An outer product with the identity: `block_diag` takes no leading axes.
+        blocks = self.blocks.astype(dtype)[..., None, :] * jnp.eye(n, dtype=dtype)[:, None, :, None]
+        return blocks.reshape(self.shape)
 
     def product(self, x: Array) -> Array:
         n, height, _ = self.blocks.shape
         parts = x.reshape(*x.shape[:-1], n, height)
+        # As `dot` does: sums in float32, the result in the dtype of x.
         precise = accumulator(x.dtype)
         y = jnp.einsum("...ni,nio->...no", parts, self.blocks.astype(x.dtype), preferred_element_type=precise)
         return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
@@ -54,13 +57,15 @@ class DiagonalBlocks(Encoding, Change):
     def grouped_product(self, x: Array, sizes: Array) -> Array:
         n, height = self.blocks.shape[1:3]
         parts = x.reshape(x.shape[0], n, height)
+        # One product for each block: `ragged_dot` takes one matrix per group, and no batch of them.
         return jnp.concatenate([grouped_dot(parts[:, i], self.blocks[:, i], sizes) for i in range(n)], axis=-1)
 
     def rows(self, ids: Array) -> Array:
         n, height, _ = self.blocks.shape
         block, row = ids // height, ids % height
-        here = block[..., None] == jnp.arange(n)
-        values = jnp.where(here[..., None], self.blocks[block, row][..., None, :], 0)
+        # A comparison in place of a scatter: XLA fuses it into the select.
+        is_block = block[..., None] == jnp.arange(n)
+        values = jnp.where(is_block[..., None], self.blocks[block, row][..., None, :], 0)
         return values.reshape(*ids.shape, -1)
 
     def transposed(self) -> DiagonalBlocks:
@@ -74,8 +79,9 @@ class DiagonalBlocks(Encoding, Change):
 
     def dot_dense(self, value: Array) -> Array:
         *lead, n, height, width = self.blocks.shape
-        cut = jnp.asarray(value).reshape(*lead, n, height, n, width)
-        return inner(self.blocks, jnp.moveaxis(jnp.diagonal(cut, axis1=-4, axis2=-2), -1, -3))
+        blocks = jnp.asarray(value).reshape(*lead, n, height, n, width)
+        # `jnp.diagonal` puts the axis of blocks last.
+        return inner(self.blocks, jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3))
 
     @property
     def nnz(self) -> int:
@@ -83,10 +89,10 @@ class DiagonalBlocks(Encoding, Change):
 
 
 @rule("+", DiagonalBlocks, DiagonalBlocks)
-def _added(x: DiagonalBlocks, y: DiagonalBlocks) -> DiagonalBlocks | None:
+def _sum(x: DiagonalBlocks, y: DiagonalBlocks) -> DiagonalBlocks | None:
     return x._with(blocks=wide(x.blocks) + wide(y.blocks)) if x.blocks.shape == y.blocks.shape else None
 
 
 @rule("dot", DiagonalBlocks, DiagonalBlocks)
-def _matched(x: DiagonalBlocks, y: DiagonalBlocks) -> Array | None:
+def _dot(x: DiagonalBlocks, y: DiagonalBlocks) -> Array | None:
     return inner(x.blocks, y.blocks) if x.blocks.shape == y.blocks.shape else None

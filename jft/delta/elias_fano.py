@@ -1,4 +1,4 @@
-"""Elias-Fano coding of a set of integers: how the coordinates of entries are written.
+"""Elias-Fano coding of a set of integers, in which the coordinates of entries are written.
 
 ``n`` increasing keys below ``u`` are split after their ``l = max(0, floor(log2(u / n)))`` low bits. Two uint8 arrays, bits
 in ``numpy.packbits`` order:
@@ -24,10 +24,12 @@ NAME = "elias_fano"
 def encode(keys: np.ndarray, universe: int) -> tuple[np.ndarray, np.ndarray]:
     """``(low, high)`` of increasing int64 ``keys`` in ``[0, universe)``."""
     bits, low_bytes, high_bits = _layout(len(keys), universe)
+    # A row for each bit rather than a field for each key: l need not divide 8.
     low = np.empty((bits, low_bytes), np.uint8)
     for j in range(bits):
         low[j] = np.packbits((keys >> j & 1).astype(np.uint8))
     marks = np.zeros(high_bits, np.bool_)
+    # The i keys before it have a mark each, so equal high parts do not collide.
     marks[(keys >> bits) + np.arange(len(keys))] = True
     return low, np.packbits(marks)
 
@@ -39,9 +41,11 @@ def decode(low: np.ndarray, high: np.ndarray, count: int, universe: int) -> np.n
         raise ValueError(f"its coded indices have low bits of shape {low.shape}, {count} need {(bits, low_bytes)}")
     if high.shape != (-(-high_bits // 8),):
         raise ValueError(f"its coded indices have {high.size} bytes of high bits, {count} need {-(-high_bits // 8)}")
+    # `count` cuts off what fills the last byte.
     marks = np.flatnonzero(np.unpackbits(high, count=high_bits))
     if len(marks) != count:
         raise ValueError(f"its coded indices hold {len(marks)} entries, its values {count}")
+    # Marks are in the order of the keys, so the i-th has i others before it.
     keys = (marks - np.arange(count)) << bits
     for j in range(bits):
         keys |= np.unpackbits(low[j], count=count).astype(np.int64) << j
@@ -55,7 +59,9 @@ def checksum(low: np.ndarray, high: np.ndarray) -> int:
 
 def _layout(count: int, universe: int) -> tuple[int, int, int]:
     """Low bits of a key; bytes of one such bit of all; bits of the high part."""
+    # Without keys there is no mean gap to take the logarithm of.
     if not count:
         return 0, 0, 0
+    # `bit_length` is exact: a float logarithm may round up near a power of two, and reader and writer must agree.
     bits = max(0, (universe // count).bit_length() - 1)
     return bits, -(-count // 8), count + (universe - 1 >> bits) + 1

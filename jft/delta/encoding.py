@@ -71,6 +71,7 @@ class Encoding(abc.ABC):
 
     def stacked(self) -> Change:
         """The same in the form in which programs hold it; whole where there is none, or indices cannot be looked at."""
+        # Some encodings are forms of change already: what files and programs hold is the same.
         return self if isinstance(self, Change) else Dense(self.dense())
 
     def add_to(self, w: Array) -> Array:
@@ -88,6 +89,7 @@ class Encoding(abc.ABC):
     def _fits(self, w: Array) -> None:
         if tuple(w.shape) != self.shape:
             raise ValueError(f"a delta of shape {self.shape} cannot be applied to a weight of shape {tuple(w.shape)}")
+        # An integer would round the change away without a word.
         if not jnp.issubdtype(w.dtype, jnp.inexact):
             raise ValueError(f"a delta cannot be applied to a weight of dtype {w.dtype}; floating-point weights only")
 
@@ -126,15 +128,17 @@ class Encoding(abc.ABC):
 
     def norm(self) -> Array:
         """``sqrt(sum(delta**2))``, float32 scalar."""
+        # Where parts cancel, rounding may leave the sum of squares below zero.
         return jnp.sqrt(jnp.maximum(self.dot(self), 0))
 
     def dot(self, other: Encoding) -> Array:
         """``sum(delta * other)``, float32 scalar, without forming either densely unless both have no closer form."""
         _same_shape("dot", self, other)
         standing_alone("the inner product or norm", self, other)
-        done = by_rule("dot", self, other)
-        if done is not None:
-            return done
+        # From the closest form to the widest: a rule for the pair, parts of a sum, one dense side, entries, both dense.
+        product = by_rule("dot", self, other)
+        if product is not None:
+            return product
         for a, b in ((self, other), (other, self)):
             if isinstance(a, Sum):
                 return sum((part.dot(b) for part in a.parts), jnp.float32(0))
@@ -142,6 +146,7 @@ class Encoding(abc.ABC):
             return other.dot_dense(self.value)
         if isinstance(other, Dense):
             return self.dot_dense(other.value)
+        # Entries of the smaller one are looked up in the other.
         for a, b in sorted(((self, other), (other, self)), key=lambda pair: pair[0].nbytes):
             entries = a.coordinates()
             if entries is not None:
@@ -168,7 +173,7 @@ class Encoding(abc.ABC):
         if not isinstance(other, Encoding):
             return NotImplemented
         _same_shape("+", self, other)
-        return _compact(_merged(_parts(self), _parts(other)))
+        return _compact(_merge(_parts(self), _parts(other)))
 
     def __neg__(self: E) -> E:
         return self.scaled(-1.0)
@@ -194,6 +199,7 @@ class Encoding(abc.ABC):
 
     def _with(self: E, **changes: Any) -> E:
         """A copy with some fields changed, not checked again."""
+        # The checks hold for the fields it is made of, and could not look at values that are traced.
         new = object.__new__(type(self))
         for name in (*self._data, *self._static):
             object.__setattr__(new, name, changes.get(name, getattr(self, name)))
@@ -212,6 +218,7 @@ def entry_index(shape: tuple[int, ...], rows: Array, columns: Array) -> tuple[Ar
 def unravel(flat: Array, extents: tuple[int, ...]) -> tuple[Array, ...]:
     """``flat`` as one index per axis; the first is not wrapped. None for no extents."""
     index = []
+    # The last axis varies fastest. The first takes what remains, so that ids past the end stay past it.
     for extent in reversed(extents[1:]):
         index.append(flat % extent)
         flat = flat // extent
@@ -237,39 +244,42 @@ def _parts(x: Encoding) -> tuple[Encoding, ...]:
     return x.parts if isinstance(x, Sum) else (x,)
 
 
-def _merged(parts: tuple[Encoding, ...], others: tuple[Encoding, ...]) -> list[Encoding]:
-    """All parts, each of ``others`` merged into the first it goes together with."""
+def _merge(parts: tuple[Encoding, ...], others: tuple[Encoding, ...]) -> list[Encoding]:
+    """All parts, each of ``others`` merged into the first that has a rule for the two."""
     result = list(parts)
     for new in others:
         for i, old in enumerate(result):
-            merged = _joined(old, new)
-            if merged is not None:
-                result[i] = merged
+            total = _merge_pair(old, new)
+            if total is not None:
+                result[i] = total
                 break
         else:
             result.append(new)
     return result
 
 
-def _joined(a: Encoding, b: Encoding) -> Encoding | None:
+def _merge_pair(a: Encoding, b: Encoding) -> Encoding | None:
     for x, y in ((a, b), (b, a)):
+        # A mask or gate changes the base, not the part it would be added to.
         if isinstance(x, Dense) and not y.relative:
             return Dense(y.add_to(wide(x.value)))
     return by_rule("+", a, b)
 
 
 def _compact(parts: list[Encoding]) -> Encoding:
-    """The sum of ``parts``; those that stand alone as one dense array, once that takes no more memory."""
-    alone = [part for part in parts if not part.relative]
-    if alone:
-        whole = _whole(alone)
-        itemsize = np.dtype(jnp.promote_types(whole.dtype, jnp.float32)).itemsize
-        if whole.nbytes >= tree.size(whole) * itemsize:
-            alone = [Dense(whole.dense())]
-    return _whole([*alone, *(part for part in parts if part.relative)])
+    """The sum of ``parts``; those that need no base as one dense array, once that takes no more memory."""
+    # Masks and gates have no dense value without the base.
+    absolute = [part for part in parts if not part.relative]
+    if absolute:
+        total = _sum_of(absolute)
+        # That of the dense result, whatever the parts are stored in.
+        itemsize = np.dtype(jnp.promote_types(total.dtype, jnp.float32)).itemsize
+        if total.nbytes >= tree.size(total) * itemsize:
+            absolute = [Dense(total.dense())]
+    return _sum_of([*absolute, *(part for part in parts if part.relative)])
 
 
-def _whole(parts: list[Encoding]) -> Encoding:
+def _sum_of(parts: list[Encoding]) -> Encoding:
     return parts[0] if len(parts) == 1 else Sum(tuple(parts))
 
 
@@ -347,11 +357,12 @@ class Sum(Encoding):
         return any(part.relative for part in self.parts)
 
     def resolve(self, base: Array) -> Encoding:
+        # By `+`, not as a Sum again: parts that had to stay apart may merge once they need no base.
         first, *rest = (part.resolve(base) for part in self.parts)
         return sum(rest, first)
 
     def add_to(self, w: Array) -> Array:
-        # Every part is one of w, not of what the parts before it made of w; alone, a mask or gate is exact.
+        # Every part is one of w, not of what the parts before it made of w; the first, a mask or gate, is exact.
         total = w
         for i, part in enumerate(sorted(self.parts, key=lambda part: not part.relative)):
             total = (part.resolve(w) if i else part).add_to(total)
@@ -365,6 +376,7 @@ class Sum(Encoding):
 
     @property
     def nnz(self) -> int:
+        # Parts may overlap: an upper bound.
         return min(tree.size(self), sum(part.nnz for part in self.parts))
 
     def pack(self) -> tuple[dict[str, Array], dict[str, Any]]:
@@ -373,6 +385,7 @@ class Sum(Encoding):
         for i, part in enumerate(self.parts):
             arrays, static = part.pack()
             tensors |= {f"{i}.{name}": array for name, array in arrays.items()}
+            # A file names the kind of the sum, not of its parts.
             constants.append({"kind": part.kind, **static})
         return tensors, {"parts": constants}
 
@@ -380,6 +393,7 @@ class Sum(Encoding):
     def unpack(cls, tensors: Mapping[str, Any], static: Mapping[str, Any]) -> Sum:
         parts = []
         for i, constants in enumerate(static.get("parts", ())):
-            own = {name.removeprefix(f"{i}."): x for name, x in tensors.items() if name.startswith(f"{i}.")}
-            parts.append(kinds()[constants["kind"]].unpack(own, {k: v for k, v in constants.items() if k != "kind"}))
+            # With the point, or part 1 would take the fields of part 10.
+            arrays = {name.removeprefix(f"{i}."): x for name, x in tensors.items() if name.startswith(f"{i}.")}
+            parts.append(kinds()[constants["kind"]].unpack(arrays, {k: v for k, v in constants.items() if k != "kind"}))
         return cls(tuple(parts))

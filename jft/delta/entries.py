@@ -62,15 +62,18 @@ class Entries(Sparse):
 
     def __post_init__(self) -> None:
         shape = tuple(int(n) for n in self.shape)
+        # Equal shapes leave one member, whose length must be 1.
         lengths = {tuple(x.shape) for x in (self.rows, self.columns, self.values)}
         if not shape or len(lengths) != 1 or len(min(lengths)) != 1:
             raise ValueError(
                 f"entries of a weight of shape {shape} need rows [n], columns [n] and values [n], not "
                 f"{tuple(self.rows.shape)}, {tuple(self.columns.shape)} and {tuple(self.values.shape)}"
             )
+        # Only rows and columns need fit int32; no program computes their product in one integer.
         if max(matrix(shape)) >= 2**31:
             raise ValueError(f"a weight of shape {shape} has {matrix(shape)} rows and columns; int32 counts to 2**31")
         rows, columns, values = self.rows, self.columns, self.values
+        # `find`, unions and Elias-Fano coding rely on the order.
         order = row_major("entries", rows, columns, matrix(shape))
         if order is not None:
             rows, columns, values = (x[order] for x in (rows, columns, values))
@@ -89,8 +92,8 @@ class Entries(Sparse):
             raise ValueError(f"a support of shape {tuple(support.shape)} is none of a delta of shape {delta.shape}")
         if not visible(support):
             raise ValueError("the entries of a dense delta cannot be counted under jit; find them outside of it")
-        found = np.nonzero(np.asarray(support).reshape(matrix(delta.shape)))
-        rows, columns = (jnp.asarray(x, jnp.int32) for x in found)
+        index = np.nonzero(np.asarray(support).reshape(matrix(delta.shape)))
+        rows, columns = (jnp.asarray(x, jnp.int32) for x in index)
         return cls(rows, columns, delta[entry_index(delta.shape, rows, columns)], delta.shape)
 
     @classmethod
@@ -99,11 +102,13 @@ class Entries(Sparse):
         if isinstance(delta, cls):
             return delta
         if isinstance(delta, Sum):
+            # Part by part: the dense sum could lose entries that parts store and that cancel.
             return functools.reduce(operator.add, map(cls.of, delta.parts))
-        stored = delta.coordinates()
-        if stored is None:
+        coordinates = delta.coordinates()
+        if coordinates is None:
             return cls.from_dense(delta.dense())
-        rows, columns, values = stored if visible(*stored) else jax.lax.sort(stored, num_keys=2)
+        # The constructor sorts what it can look at; under `jit` it relies on the order.
+        rows, columns, values = coordinates if visible(*coordinates) else jax.lax.sort(coordinates, num_keys=2)
         return cls(rows, columns, values, delta.shape)
 
     @property
@@ -117,6 +122,7 @@ class Entries(Sparse):
         return pick(jnp.asarray(self.values), find(rows, columns, self.rows, self.columns))
 
     def under(self, above: Encoding) -> Encoding:
+        # A dense one stores a value everywhere, so nothing of this one remains.
         if isinstance(above, Dense):
             return above
         above = Entries.of(above)
@@ -137,9 +143,10 @@ class Entries(Sparse):
         return host(self.rows).astype(np.int64) * self.shape[-1] + host(self.columns)
 
     def pack(self) -> tuple[dict[str, Array], dict[str, Any]]:
-        coded = elias_fano.encode(self.keys(), math.prod(self.shape))
-        static = {"shape": self.shape, "coding": elias_fano.NAME, "crc32": elias_fano.checksum(*coded)}
-        return {"low": coded[0], "high": coded[1], "values": self.values}, static  # type: ignore[dict-item]
+        # Arrays spread over processes are gathered for it: all processes must call.
+        code = elias_fano.encode(self.keys(), math.prod(self.shape))
+        static = {"shape": self.shape, "coding": elias_fano.NAME, "crc32": elias_fano.checksum(*code)}
+        return {"low": code[0], "high": code[1], "values": self.values}, static  # type: ignore[dict-item]
 
     @classmethod
     def unpack(cls, tensors: Mapping[str, Any], static: Mapping[str, Any]) -> Entries:
@@ -147,6 +154,7 @@ class Entries(Sparse):
             raise ValueError(
                 f"an entries delta has fields low, high, values, shape, coding, crc32, not {[*tensors, *static]}"
             )
+        # Named in the file, so that another coding is refused rather than misread.
         if static["coding"] != elias_fano.NAME:
             raise ValueError(f"its indices are coded as {static['coding']!r}; this jft knows {elias_fano.NAME!r}")
         low, high, shape = np.asarray(tensors["low"]), np.asarray(tensors["high"]), tuple(static["shape"])
@@ -157,6 +165,7 @@ class Entries(Sparse):
 
 
 def _int32(x: Any) -> Array:
+    # Untouched where nothing is to be done: NumPy arrays stay on the host.
     return x if x.dtype == jnp.int32 else jnp.asarray(x, jnp.int32)
 
 
@@ -176,16 +185,18 @@ def _union(x: Entries, y: Entries) -> Entries | None:
 
 
 @rule("dot", Entries, Entries)
-def _matched(x: Entries, y: Entries) -> Array | None:
+def _dot(x: Entries, y: Entries) -> Array | None:
     if not visible(x.rows, x.columns, y.rows, y.columns):
         return None
+    # Below, an index into no keys would fail.
     if not y.values.shape[0]:
         return jnp.float32(0)
     # A search for one int64 key takes a fifth of the time of `find`.
-    own, other = x.keys(), y.keys()
-    place = np.searchsorted(other[:-1], own)
-    hit = np.flatnonzero(other[place] == own)
-    return inner(x.values[hit], y.values[place[hit]])
+    keys, other_keys = x.keys(), y.keys()
+    # Without the last key the search ends at it at the latest, so every position is one of `other_keys`.
+    position = np.searchsorted(other_keys[:-1], keys)
+    hit = np.flatnonzero(other_keys[position] == keys)
+    return inner(x.values[hit], y.values[position[hit]])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +208,7 @@ class EntryLayout(Layout):
     """
 
     def axes(self, at: Any) -> tuple[tuple, tuple]:
+        # Where nothing is selected yet, the weight is taken for a matrix.
         cell = (ROWS, COLUMNS) if at is None or at.shape[-1] == 2 else (COLUMNS,)
         return (..., *cell, None, None), (..., *cell, None)
 
@@ -209,12 +221,14 @@ class EntryLayout(Layout):
     def gather(self, w: Array, at: Array) -> Array:
         def one(cell: Array, at: Array) -> Array:
             index = tuple(at[:, i] for i in range(at.shape[-1]))
+            # Both promises hold with the padding: it comes last, at increasing coordinates past the end.
             return cell.at[index].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
 
         return over_leading(one, at.ndim - 2)(cells(w, self._grid(at)), at)
 
     def put(self, w: Array, at: Array, values: Array) -> Array:
         values = values.astype(w.dtype)
+        # With one layer the loop would save nothing.
         if self.lead(at) and w.shape[0] > 1:
             return jax.lax.platform_dependent(w, at, values, tpu=self._put_in_turn, default=self._put)
         return self._put(w, at, values)
@@ -245,6 +259,7 @@ class EntryLayout(Layout):
         index, valid = whole_coordinates(at, grid, [size // g for size, g in zip(extent, grid, strict=True)])
         *leading, columns = [*index[: len(lead)], *index[-n:]]
         rows = flat_index(shape[:-1], leading, valid.sum())
+        # Cells follow one another; entries in files are row-major over the whole weight.
         order = np.lexsort((columns, rows))
         return Entries(
             jnp.asarray(rows[order], jnp.int32),

@@ -48,8 +48,10 @@ class ExpertLayout(Layout):
 
     def expert_product(self, x: Array, at: Array, values: Array, shape: tuple[int, ...]) -> Array:
         """``[E, N, O]``, zero for experts that ``at`` does not name."""
-        part = expert_dot(x if x.ndim == 2 else self.gather(x, at), values)
-        return jnp.zeros((shape[0], *part.shape[1:]), part.dtype).at[at].add(part, mode="drop", unique_indices=True)
+        # Inputs of experts begin with the axis E, as weights do.
+        y = expert_dot(x if x.ndim == 2 else self.gather(x, at), values)
+        # `drop`: results of padding are not written.
+        return jnp.zeros((shape[0], *y.shape[1:]), y.dtype).at[at].add(y, mode="drop", unique_indices=True)
 
     def grouped_product(self, x: Array, at: Array, values: Array, sizes: Array) -> Array:
         """Rows of the experts that ``at`` names are brought to the front.
@@ -57,25 +59,27 @@ class ExpertLayout(Layout):
         So the cost is theirs where ``jax.lax.ragged_dot`` skips rows outside its groups, as on TPUs and GPUs; on CPUs it
         is e / E of the product with all experts.
         """
-        order, chosen = _chosen_first(at, sizes, len(x))
-        part = grouped_dot(jnp.take(x, order, axis=0), values, chosen)
-        inside = jnp.arange(len(x)) < jnp.sum(chosen)
-        return jnp.zeros_like(part).at[order].set(jnp.where(inside[:, None], part, 0), unique_indices=True)
+        order, group_sizes = _sort_by_expert(at, sizes, len(x))
+        y = grouped_dot(jnp.take(x, order, axis=0), values, group_sizes)
+        # `ragged_dot` does not say what rows past its groups hold.
+        inside = jnp.arange(len(x)) < jnp.sum(group_sizes)
+        return jnp.zeros_like(y).at[order].set(jnp.where(inside[:, None], y, 0), unique_indices=True)
 
     def count(self, at: Array, shape: tuple[int, ...]) -> Array:
         return below(at, shape[-3]) * (shape[-2] * shape[-1])
 
     def encode(self, at: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> Slices:
         *lead, count, rows, columns = shape
-        real = at < count
-        experts = flat_index((*lead, count), [*np.nonzero(real)[:-1], at[real]], real.sum())
+        valid = at < count
+        experts = flat_index((*lead, count), [*np.nonzero(valid)[:-1], at[valid]], valid.sum())
         index = (experts[:, None] * rows + np.arange(rows)).reshape(-1)
-        return Slices(jnp.asarray(index, jnp.int32), jnp.asarray(values[real].reshape(-1, columns)), shape, ROWS)
+        return Slices(jnp.asarray(index, jnp.int32), jnp.asarray(values[valid].reshape(-1, columns)), shape, ROWS)
 
     def pad(self, at: Array, most: int, shape: tuple[int, ...]) -> Array:
-        have = at.shape[-1]
-        new = jnp.broadcast_to(shape[0] + jnp.arange(have, most, dtype=at.dtype), (*at.shape[:-1], most - have))
-        return jnp.concatenate([at, new], axis=-1)
+        slots = at.shape[-1]
+        # Distinct ids past the end: `put` and `expert_product` promise unique indices.
+        padding = jnp.broadcast_to(shape[0] + jnp.arange(slots, most, dtype=at.dtype), (*at.shape[:-1], most - slots))
+        return jnp.concatenate([at, padding], axis=-1)
 
 
 def locate(mask: Any) -> Array:
@@ -89,13 +93,16 @@ def locate(mask: Any) -> Array:
         raise ValueError("no expert of any layer is chosen; nothing would train")
     # A stable sort puts the chosen ones first, in order; of the others as many as needed become padding.
     order = np.argsort(~mask, axis=-1, kind="stable")[..., :width]
-    place = np.arange(width)
-    return jnp.asarray(np.where(place < mask.sum(-1, keepdims=True), order, mask.shape[-1] + place), jnp.int32)
+    position = np.arange(width)
+    return jnp.asarray(np.where(position < mask.sum(-1, keepdims=True), order, mask.shape[-1] + position), jnp.int32)
 
 
-def _chosen_first(at: Array, sizes: Array, rows: int) -> tuple[Array, Array]:
+def _sort_by_expert(at: Array, sizes: Array, rows: int) -> tuple[Array, Array]:
     """The order of rows that puts those of ``at``'s experts first, in the order of ``at``, and the sizes of their groups."""
     experts = sizes.shape[0]
-    place = jnp.full((experts,), len(at), jnp.int32).at[at].set(jnp.arange(len(at), dtype=jnp.int32), mode="drop")
+    # Other experts get a position past all of these, so that sorting puts their rows last.
+    position = jnp.full((experts,), len(at), jnp.int32).at[at].set(jnp.arange(len(at), dtype=jnp.int32), mode="drop")
+    # The total is known from x, and `jit` needs it to be static.
     expert = jnp.repeat(jnp.arange(experts), sizes, total_repeat_length=rows)
-    return jnp.argsort(place[expert], stable=True), jnp.take(sizes, at, mode="fill", fill_value=0)
+    # Stable, so that rows of one expert keep their order. Padding reads a group of no rows.
+    return jnp.argsort(position[expert], stable=True), jnp.take(sizes, at, mode="fill", fill_value=0)

@@ -37,6 +37,7 @@ from jft.tree import host
 
 FORMAT = "jft.task_vector"
 VERSION = 1
+# Paths are full of '/' and '.', and parts of sums use '.' in their fields.
 FIELD = "|"
 
 
@@ -63,7 +64,7 @@ class Header:
 
 
 def save(deltas: Mapping[str, Encoding], manifest: Manifest, path: str | os.PathLike, dtype: Any = None) -> None:
-    """Write ``{path: delta}`` and a manifest to ``path``: beside it first and then renamed, so that it is never half a file.
+    """Write ``{path: delta}`` and a manifest to ``path``, by way of a temporary file: it is never half a file.
 
     dtype: store floating-point values in this dtype ("bfloat16" halves the file; the norm changes by about 2**-9). None:
     as they are. Arrays spread over several processes are gathered, and process 0 writes; all must call.
@@ -72,13 +73,14 @@ def save(deltas: Mapping[str, Encoding], manifest: Manifest, path: str | os.Path
     for name in deltas:
         if FIELD in name:
             raise ValueError(f"path {name!r} cannot be written: {FIELD!r} separates path and field in the file")
+    # By all processes, also those that do not write: `host` is a collective operation.
     tensors: dict[str, np.ndarray] = {}
-    described = {}
+    entries = {}
     for name, delta in deltas.items():
         arrays, static = (delta if dtype is None else delta.astype(dtype)).pack()
         tensors |= {f"{name}{FIELD}{field}": host(array) for field, array in arrays.items()}
-        described[name] = {"kind": delta.kind, "shape": list(delta.shape), "static": static}
-    header = {"format": FORMAT, "version": VERSION, "manifest": manifest, "deltas": described}
+        entries[name] = {"kind": delta.kind, "shape": list(delta.shape), "static": static}
+    header = {"format": FORMAT, "version": VERSION, "manifest": manifest, "deltas": entries}
     if jax.process_index() == 0:
         _write(Path(path), tensors, {"jft": json.dumps(header)})
 
@@ -88,27 +90,30 @@ def read(path: str | os.PathLike, paths: Iterable[str] | None = None) -> tuple[d
 
     Raises :class:`FileError` naming what is wrong with the file.
     """
-    with _opened(path) as (handle, header):
-        chosen = header["deltas"] if paths is None else list(paths)
-        unknown = [name for name in chosen if name not in header["deltas"]]
-        if unknown:
-            raise ValueError(f"{path} has no delta for {unknown[0]!r}; it has: {', '.join(header['deltas'])}")
+    with _open(path) as (handle, header):
+        names = header["deltas"] if paths is None else list(paths)
+        # The caller's mistake, not the file's: no FileError.
+        missing = [name for name in names if name not in header["deltas"]]
+        if missing:
+            raise ValueError(f"{path} has no delta for {missing[0]!r}; it has: {', '.join(header['deltas'])}")
         fields = _fields(handle.keys())
-        deltas = {name: _delta(path, handle, name, header["deltas"][name], fields) for name in chosen}
+        deltas = {name: _delta(path, handle, name, header["deltas"][name], fields) for name in names}
     return deltas, header["manifest"]
 
 
 def inspect(path: str | os.PathLike) -> Header:
     """The manifest, and encoding, shape, dtype and bytes of every delta, reading no values."""
-    with _opened(path) as (handle, header):
+    with _open(path) as (handle, header):
         fields = _fields(handle.keys())
         entries = {}
-        for name, described in header["deltas"].items():
+        for name, entry in header["deltas"].items():
             slices = [handle.get_slice(f"{name}{FIELD}{field}") for field in fields.get(name, ())]
+            # A scalar, such as the scale of a mask, does not tell the dtype of the values.
             types = [s.get_dtype() for s in slices if s.get_shape()] or [s.get_dtype() for s in slices]
             entries[name] = Entry(
-                kind=described["kind"],
-                shape=tuple(described["shape"]),
+                kind=entry["kind"],
+                shape=tuple(entry["shape"]),
+                # Floats are F32, BF16, F8_E4M3 and so on: the values, where there are indices as well.
                 dtype=next((t for t in types if "F" in t), types[0] if types else "-"),
                 nbytes=sum(_slice_bytes(s) for s in slices),
             )
@@ -116,11 +121,13 @@ def inspect(path: str | os.PathLike) -> Header:
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, dict[str, Any]]]:
+def _open(path: str | os.PathLike) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The open file and its checked header."""
+    # Before it is opened, since a missing file would be called damaged below.
     if not os.path.isfile(path):
         raise FileError(f"{os.fspath(path)}: no such file")
     try:
+        # JAX's arrays, because NumPy has no bfloat16 of its own.
         handle = safetensors.safe_open(path, framework="flax")
     except (safetensors.SafetensorError, OSError) as error:
         raise FileError(f"{os.fspath(path)} is truncated, damaged or no safetensors file: {error}") from None
@@ -138,6 +145,7 @@ def _header(path: str | os.PathLike, metadata: dict[str, str]) -> dict[str, Any]
         raise FileError(f"{name} has a damaged header: {error}") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise FileError(f"{name} is no task vector")
+    # Older versions are read for good.
     if not isinstance(header.get("version"), int) or header["version"] > VERSION:
         raise FileError(f"{name} has format version {header.get('version')}, this jft reads {VERSION}; upgrade jft")
     if not isinstance(header.get("manifest"), dict) or not isinstance(header.get("deltas"), dict):
@@ -145,19 +153,18 @@ def _header(path: str | os.PathLike, metadata: dict[str, str]) -> dict[str, Any]
     return header
 
 
-def _delta(path: Any, handle: Any, name: str, described: dict[str, Any], fields: dict[str, list[str]]) -> Encoding:
-    kind = described.get("kind")
+def _delta(path: Any, handle: Any, name: str, entry: dict[str, Any], fields: dict[str, list[str]]) -> Encoding:
+    kind = entry.get("kind")
     if kind not in kinds():
         raise FileError(f"{os.fspath(path)}: {name!r} has encoding {kind!r}, this jft knows {', '.join(kinds())}")
     tensors = {field: handle.get_tensor(f"{name}{FIELD}{field}") for field in fields.get(name, ())}
     try:
-        delta = kinds()[kind].unpack(tensors, described["static"])
+        delta = kinds()[kind].unpack(tensors, entry["static"])
+    # `unpack` gets what the file says, so whatever it stumbles over is the file's fault.
     except (ValueError, KeyError, TypeError) as error:
         raise FileError(f"{os.fspath(path)}: the delta of {name!r} is damaged: {error}") from None
-    if list(delta.shape) != described.get("shape"):
-        raise FileError(
-            f"{os.fspath(path)}: {name!r} has shape {delta.shape}, its header says {described.get('shape')}"
-        )
+    if list(delta.shape) != entry.get("shape"):
+        raise FileError(f"{os.fspath(path)}: {name!r} has shape {delta.shape}, its header says {entry.get('shape')}")
     return delta
 
 
@@ -170,10 +177,11 @@ def _fields(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _slice_bytes(piece: Any) -> int:
+    # F8_E4M3 has digits of which only the first name its bits; BOOL has none and takes a byte.
     bits = int("".join(c for c in piece.get_dtype().split("_")[0] if c.isdigit()) or 8)
     return int(np.prod(piece.get_shape(), dtype=np.int64)) * bits // 8
 
 
 def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    with files.whole(path) as beside:
-        safetensors.numpy.save_file(tensors, beside, metadata)
+    with files.whole(path) as temporary:
+        safetensors.numpy.save_file(tensors, temporary, metadata)

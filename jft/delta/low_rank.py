@@ -45,6 +45,7 @@ class LowRank(Encoding, Change):
 
     @property
     def dtype(self) -> Any:
+        # The wider of the two: scaling widens this factor alone.
         return self.b.dtype
 
     @property
@@ -56,6 +57,7 @@ class LowRank(Encoding, Change):
         return matmul(self.a, self.b)
 
     def whole(self, dtype: Any) -> Array:
+        # For programs, in the precision of their other products; `dense`, which is stored and compared, is exact to float32.
         return jnp.matmul(self.a, self.b, preferred_element_type=accumulator(self.b.dtype)).astype(dtype)
 
     # Never formed: two products more than ``x @ w``, by way of r numbers.
@@ -73,9 +75,11 @@ class LowRank(Encoding, Change):
         return self._with(a=jnp.swapaxes(self.b, -1, -2), b=jnp.swapaxes(self.a, -1, -2))
 
     def scaled(self, c: Any) -> LowRank:
+        # One factor alone, or the scale would enter twice.
         return self._with(b=wide(self.b) * c)
 
     def dot_dense(self, value: Array) -> Array:
+        # sum((a b) * v) = sum(a * (v b^T)): the product is never formed.
         return inner(self.a, matmul(value, jnp.swapaxes(self.b, -1, -2)))
 
     def take(self, rows: Array, columns: Array) -> Array:
@@ -92,7 +96,7 @@ def _products(a: Array, b: Array, rows: Array, columns: Array) -> Array:
 
 
 @rule("+", LowRank, LowRank)
-def _concatenated(x: LowRank, y: LowRank) -> LowRank:
+def _concatenate(x: LowRank, y: LowRank) -> LowRank:
     return LowRank(
         jnp.concatenate([wide(x.a), wide(y.a)], axis=-1),
         jnp.concatenate([wide(x.b), wide(y.b)], axis=-2),

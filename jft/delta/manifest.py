@@ -41,6 +41,7 @@ def describe(base: Any = None, *, operation: str = "finetune", **facts: Any) -> 
     every weight once, where it is.
     """
     manifest = {} if base is None else {"base": describe_base(base)}
+    # Time and versions last: no fact can replace them.
     return manifest | {"operation": operation} | check(facts) | {"created": _now(), "versions": versions()}
 
 
@@ -55,6 +56,7 @@ def check(manifest: Mapping[str, Any]) -> Manifest:
     """``manifest`` as a dict, refused with ``ValueError`` where a value is not JSON or ``base`` is no description."""
     for key, value in manifest.items():
         try:
+            # One entry at a time, so that the error can name it.
             json.dumps(value)
         except (TypeError, ValueError) as error:
             raise ValueError(f"manifest entry {key!r} cannot be written as JSON: {error}") from None
@@ -70,33 +72,35 @@ def versions() -> dict[str, str]:
 
 
 def narrow(manifest: Manifest, keep: Callable[[str], bool], note: str) -> Manifest:
-    """The manifest of a vector that now speaks only of the paths that ``keep`` keeps; so does its description of the base."""
-    narrowed = dict(manifest) | {"narrowed": [*manifest.get("narrowed", ()), note]}
+    """The manifest of a vector and its base restricted to the paths that ``keep`` keeps."""
+    result = dict(manifest) | {"narrowed": [*manifest.get("narrowed", ()), note]}
     if "base" in manifest:
-        narrowed["base"] = _base({p: leaf for p, leaf in manifest["base"]["leaves"].items() if keep(p)})
-    return narrowed
+        result["base"] = _base({p: leaf for p, leaf in manifest["base"]["leaves"].items() if keep(p)})
+    return result
 
 
 def linear(terms: Iterable[tuple[Any, Manifest]], check_base: bool = True) -> Manifest:
     """The manifest of ``sum(coefficient * vector)``; raises :class:`BaseMismatch` unless all have the same base."""
     parents: list[dict[str, Any]] = []
+    # It is read twice, and may be a generator.
     terms = list(terms)
     for coefficient, manifest in terms:
+        # A narrowed sum stays a parent: its parents still describe all paths.
         if manifest.get("operation") == "linear" and "narrowed" not in manifest:
-            scaled = [p | {"coefficient": _number(coefficient, p["coefficient"])} for p in manifest["parents"]]
-            parents += scaled
+            flattened = [p | {"coefficient": _number(coefficient, p["coefficient"])} for p in manifest["parents"]]
+            parents += flattened
         else:
             parents.append({"coefficient": _number(coefficient), "manifest": _parent(manifest)})
     return derive([m for _, m in terms], "linear", check_base=check_base) | {"parents": parents}
 
 
 def derive(manifests: Iterable[Manifest], operation: str, check_base: bool = True, **options: Any) -> Manifest:
-    """The manifest of a result of ``operation`` on vectors with these manifests; ``options`` are kept beside them."""
+    """The manifest of a result of ``operation`` on vectors with these manifests; ``options`` are entries of it."""
     manifests = list(manifests)
     base = common_base(manifests, check_base)
-    own = {"base": base} if base else {}
+    result = {"base": base} if base else {}
     parents = [{"manifest": _parent(m)} for m in manifests]
-    return own | {"operation": operation} | check(options) | {"parents": parents}
+    return result | {"operation": operation} | check(options) | {"parents": parents}
 
 
 def common_base(manifests: Iterable[Manifest], check_base: bool = True) -> dict[str, Any] | None:
@@ -107,19 +111,21 @@ def common_base(manifests: Iterable[Manifest], check_base: bool = True) -> dict[
     """
     bases = [m["base"] for m in manifests if m.get("base")]
     leaves: dict[str, list] = {}
-    disputed = set()
+    conflicts = set()
     for base in bases:
         for path, leaf in base["leaves"].items():
+            # Checksums cover shape and dtype: equal values in another dtype are another base.
             if leaves.setdefault(path, leaf) != leaf:
-                disputed.add(path)
-    if disputed and check_base:
+                conflicts.add(path)
+    if conflicts and check_base:
+        # Each once, in the order of the vectors.
         fingerprints = list(dict.fromkeys(base["fingerprint"] for base in bases))
         raise BaseMismatch(
-            f"task vectors of different bases: fingerprints {' and '.join(fingerprints)} differ in {_some(disputed)}; "
+            f"task vectors of different bases: fingerprints {' and '.join(fingerprints)} differ in {_some(conflicts)}; "
             "leave out what is not shared with .exclude(pattern), or use TaskVector.combine(..., check=False)"
         )
-    kept = {path: leaf for path, leaf in leaves.items() if path not in disputed}
-    return _base(kept) if kept else None
+    shared = {path: leaf for path, leaf in leaves.items() if path not in conflicts}
+    return _base(shared) if shared else None
 
 
 def verify(manifest: Manifest, params: Any, what: str = "these parameters") -> None:
@@ -132,17 +138,19 @@ def verify(manifest: Manifest, params: Any, what: str = "these parameters") -> N
         return
     flat = tree.flatten(params)
     missing = [path for path in base["leaves"] if path not in flat]
+    # Only leaves of the base: a checksum reads every weight of a leaf.
     sums = tree.checksums({path: flat[path] for path in base["leaves"] if path in flat})
-    wrong = [path for path, total in sums.items() if total != base["leaves"][path][0]]
-    if missing or wrong:
-        which = f"differ in {_some(wrong)}" if wrong else f"lack {_some(missing)}"
-        retyped = [p for p in wrong if np.dtype(flat[p].dtype).name != base["leaves"][p][2]]
-        if retyped:
-            here, there = np.dtype(flat[retyped[0]].dtype).name, base["leaves"][retyped[0]][2]
-            which += f" ({retyped[0]} is {here} here, {there} there)"
+    different = [path for path, total in sums.items() if total != base["leaves"][path][0]]
+    if missing or different:
+        difference = f"differ in {_some(different)}" if different else f"lack {_some(missing)}"
+        # The usual reason, and easier to mend than another base.
+        other_dtypes = [p for p in different if np.dtype(flat[p].dtype).name != base["leaves"][p][2]]
+        if other_dtypes:
+            dtype, expected = np.dtype(flat[other_dtypes[0]].dtype).name, base["leaves"][other_dtypes[0]][2]
+            difference += f" ({other_dtypes[0]} is {dtype} here, {expected} there)"
         raise BaseMismatch(
             f"{what} have fingerprint {tree.fingerprint_of(sums)}, the task vector's base has {base['fingerprint']}; "
-            f"they {which}. Load the base it was made from, in the same dtype, or pass check=False (--no-check) to go on"
+            f"they {difference}. Load the base it was made from, in the same dtype, or pass check=False (--no-check) to go on"
         )
 
 
@@ -169,10 +177,12 @@ def _number(*factors: Any) -> float | None:
 
 
 def _some(paths: Iterable[str], limit: int = 3) -> str:
+    # Sets come in no order, and errors should read the same each time.
     paths = sorted(paths)
     more = f" and {len(paths) - limit} more" if len(paths) > limit else ""
     return ", ".join(paths[:limit]) + more
 
 
 def _now() -> str:
+    # UTC, so that times of several machines compare.
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

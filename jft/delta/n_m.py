@@ -36,23 +36,30 @@ class NM(Sparse):
     axis: int = ROWS
 
     def __post_init__(self) -> None:
+        # A file gives the shape as a list; static fields must hash.
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
         if len(self.shape) < 2 or self.axis not in (ROWS, COLUMNS) or self.m < 1 or self.shape[self.axis] % self.m:
             raise ValueError(
                 f"a weight of shape {self.shape} has no groups of {self.m} along axis {self.axis}; they run along the rows "
                 "(-2) or columns (-1) of matrices, whose extent they divide"
             )
+        # An array with too few axes gets the error below, not an IndexError.
         n = self.offsets.shape[_slot(self.axis)] if self.offsets.ndim > 2 else 0
-        want = stored_shape(self.shape, n, self.m, self.axis)
-        if tuple(self.offsets.shape) != want or tuple(self.values.shape) != want:
+        expected = stored_shape(self.shape, n, self.m, self.axis)
+        if tuple(self.offsets.shape) != expected or tuple(self.values.shape) != expected:
             raise ValueError(
-                f"{n} of {self.m} entries of a weight of shape {self.shape} need offsets and values {want}, not "
+                f"{n} of {self.m} entries of a weight of shape {self.shape} need offsets and values {expected}, not "
                 f"{tuple(self.offsets.shape)} and {tuple(self.values.shape)}"
             )
         if visible(self.offsets) and self.offsets.size:
             offsets = np.asarray(self.offsets)
-            ordered = np.sort(offsets, axis=_slot(self.axis))
-            if offsets.min() < 0 or offsets.max() >= self.m or (np.diff(ordered, axis=_slot(self.axis)) == 0).any():
+            # Sorted, equal offsets are neighbours.
+            sorted_offsets = np.sort(offsets, axis=_slot(self.axis))
+            if (
+                offsets.min() < 0
+                or offsets.max() >= self.m
+                or (np.diff(sorted_offsets, axis=_slot(self.axis)) == 0).any()
+            ):
                 raise ValueError(f"offsets must be distinct in each group and from 0 to {self.m - 1}")
 
     @property
@@ -61,6 +68,7 @@ class NM(Sparse):
 
     @property
     def at(self) -> tuple:
+        # Sparse: they broadcast where they index, and take no memory like the values'.
         index = list(jnp.meshgrid(*(jnp.arange(n) for n in self.offsets.shape), indexing="ij", sparse=True))
         index[_slot(self.axis)] = self.offsets
         return tuple(index)
@@ -72,6 +80,7 @@ class NM(Sparse):
         along = index[group] * self.m + index[offset]
         row, column = (along, index[-1]) if self.axis == ROWS else (index[-3], along)
         matrix = jnp.zeros((), jnp.int32)
+        # After the leading axes the index has three more, those of the groups.
         for size, axis in zip(lead, index, strict=False):
             matrix = matrix * size + axis
         flat = lambda x: jnp.broadcast_to(x, self.values.shape).reshape(-1).astype(jnp.int32)
@@ -79,7 +88,7 @@ class NM(Sparse):
 
 
 def _slot(axis: int) -> int:
-    """The axis of the n that are stored of a group."""
+    """The axis that counts the n stored entries of a group."""
     return -2 if axis == ROWS else -1
 
 
@@ -90,7 +99,7 @@ def grouped_shape(shape: tuple[int, ...], m: int, axis: int) -> tuple[int, ...]:
 
 
 def stored_shape(shape: tuple[int, ...], n: int, m: int, axis: int) -> tuple[int, ...]:
-    """That of the n entries that are stored of each group."""
+    """The shape of the n stored entries of each group."""
     grouped = list(grouped_shape(shape, m, axis))
     grouped[_slot(axis)] = n
     return tuple(grouped)
@@ -105,8 +114,9 @@ class NMLayout(Layout):
     axis: int = ROWS
 
     def axes(self, at: Any) -> tuple[tuple, tuple]:
-        both = (..., ROWS, None, COLUMNS) if self.axis == ROWS else (..., ROWS, COLUMNS, None)
-        return both, both
+        axes = (..., ROWS, None, COLUMNS) if self.axis == ROWS else (..., ROWS, COLUMNS, None)
+        # The axis of groups is sharded as the axis that it divides; the n of a group stay together.
+        return axes, axes
 
     def lead(self, at: Any) -> int:
         return len(at.shape) - 3
@@ -119,14 +129,15 @@ class NMLayout(Layout):
         # Comparisons in place of a scatter: n selects over the weight, which XLA fuses.
         groups = w.reshape(grouped_shape(w.shape, self.m, self.axis))
         slot = _slot(self.axis)
-        place = jnp.arange(self.m).reshape((-1, 1) if self.axis == ROWS else (-1,))
+        offset = jnp.arange(self.m).reshape((-1, 1) if self.axis == ROWS else (-1,))
         for j in range(self.n):
-            one = jax.lax.slice_in_dim(at, j, j + 1, axis=at.ndim + slot)
+            stored_offset = jax.lax.slice_in_dim(at, j, j + 1, axis=at.ndim + slot)
             value = jax.lax.slice_in_dim(values, j, j + 1, axis=at.ndim + slot)
-            groups = jnp.where(one == place, value.astype(w.dtype), groups)
+            groups = jnp.where(stored_offset == offset, value.astype(w.dtype), groups)
         return groups.reshape(w.shape)
 
     def count(self, at: Array, shape: tuple[int, ...]) -> Array:
+        # No padding: every group holds n.
         return jnp.asarray(math.prod(at.shape), jnp.int32)
 
     def encode(self, at: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> NM:

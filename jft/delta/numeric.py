@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
+# JAX counts in int32; this is half of what it holds.
 _COUNTED_AT_ONCE = 2**30
 
 
@@ -18,6 +19,7 @@ def wide(x: Any) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+# Compiled, so that the product is fused into the sum.
 @jax.jit
 def inner(a: Array, b: Array) -> Array:
     """``sum(a * b)`` in float32, the product never stored."""
@@ -33,6 +35,7 @@ def count_nonzero(x: Array) -> int:
     """Non-zero elements, exactly, also beyond 2**31 of them."""
     if x.ndim == 0 or x.size <= _COUNTED_AT_ONCE:
         return int(jnp.count_nonzero(x))
+    # An axis of one cannot be split; the next may.
     if x.shape[0] == 1:
         return count_nonzero(x[0])
     pieces = min(x.shape[0], x.size // _COUNTED_AT_ONCE + 1)

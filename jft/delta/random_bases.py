@@ -41,14 +41,15 @@ class RandomBases(Encoding, Change):
     factors = ("gamma", "lam")
     leaves: ClassVar[dict[str, Leaf]] = {
         "key": Leaf((..., None)),
+        # Diagonals, not matrices: optimizers of matrices leave them to another. They are small: only leading axes are sharded.
         "gamma": Leaf((..., None, None), matrices=None),
         "lam": Leaf((..., None, None), matrices=None),
     }
 
     def __post_init__(self) -> None:
         key, gamma, lam = (tuple(x.shape) for x in (self.key, self.gamma, self.lam))
-        alike = len(gamma) > 1 and len(lam) > 1 and gamma[:-1] == lam[:-1] and key == (*gamma[:-2], 2)
-        if not alike or self.key.dtype != jnp.uint32 or self.axis not in (ROWS, COLUMNS) or self.across < 1:
+        consistent = len(gamma) > 1 and len(lam) > 1 and gamma[:-1] == lam[:-1] and key == (*gamma[:-2], 2)
+        if not consistent or self.key.dtype != jnp.uint32 or self.axis not in (ROWS, COLUMNS) or self.across < 1:
             raise ValueError(
                 f"random bases need a key [..., 2] of uint32, gamma [..., N, d] and lam [..., N, r] with equal leading axes, "
                 f"an axis of -2 or -1 and an extent across it, not {self.key.dtype} {key}, {gamma}, {lam}, {self.axis} and "
@@ -69,6 +70,7 @@ class RandomBases(Encoding, Change):
         """A ``[*lead, r, d]`` and B ``[*lead, across, N, r]``, float32."""
         n, rank = self.lam.shape[-2:]
         draw = lambda key: (uniform(key, 0, (rank, self.gamma.shape[-1])), uniform(key, 1, (self.across, n, rank)))
+        # Each matrix has a key, and its draw must not depend on the others.
         for _ in self.key.shape[:-1]:
             draw = jax.vmap(draw)
         return draw(self.key)
@@ -77,18 +79,20 @@ class RandomBases(Encoding, Change):
         """The same as a product of two matrices of N r columns and rows."""
         dtype = wide(self.lam).dtype
         a, b = (x.astype(dtype) for x in self.bases)
-        scaled = self.lam[..., :, None].astype(dtype) * a[..., None, :, :] * self.gamma[..., :, None, :].astype(dtype)
-        factors = LowRank(b.reshape(*b.shape[:-2], -1), scaled.reshape(*scaled.shape[:-3], -1, scaled.shape[-1]))
+        right = self.lam[..., :, None].astype(dtype) * a[..., None, :, :] * self.gamma[..., :, None, :].astype(dtype)
+        factors = LowRank(b.reshape(*b.shape[:-2], -1), right.reshape(*right.shape[:-3], -1, right.shape[-1]))
         return factors if self.axis == COLUMNS else factors.transposed()
 
     def _by(self, use: Callable[..., Array], *arguments: Array) -> Array:
         """``use`` of :meth:`low_rank`, whose matrices are drawn again on the way back rather than kept until then."""
-        again = jax.checkpoint(
+        # Products are kept, the draws are not. Barriers against merging the two draws are not needed under a scan over layers,
+        # where models use these.
+        rematerialized = jax.checkpoint(
             lambda change, *arguments: use(change.low_rank(), *arguments),
             prevent_cse=False,
             policy=jax.checkpoint_policies.dots_saveable,
         )
-        return again(self, *arguments)
+        return rematerialized(self, *arguments)
 
     def dense(self) -> Array:
         return self._by(LowRank.dense)
@@ -109,9 +113,11 @@ class RandomBases(Encoding, Change):
         return self._with(axis=ROWS if self.axis == COLUMNS else COLUMNS)
 
     def scaled(self, c: Any) -> RandomBases:
+        # One factor alone, or the scale would enter twice.
         return self._with(lam=wide(self.lam) * c)
 
     def dot_dense(self, value: Array) -> Array:
+        # Outside of training: there is no way back for which to draw again.
         return self.low_rank().dot_dense(value)
 
     def take(self, rows: Array, columns: Array) -> Array:
@@ -124,7 +130,9 @@ def uniform(key: Array, stream: int, shape: tuple[int, ...]) -> Array:
     The bits are the upper ones of the two words of Threefry-2x32 at each index, one xor the other, under the key that it
     makes of ``key`` (uint32 ``[2]``) and ``stream``: files depend on it, and it depends on no setting of JAX.
     """
+    # The flag changes the bits, and users may set it either way.
     with jax.threefry_partitionable(True):
-        folded = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), stream)
-        bits = jax.random.bits(folded, shape, jnp.uint32)
+        stream_key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), stream)
+        bits = jax.random.bits(stream_key, shape, jnp.uint32)
+    # 23 bits and a half are exact in float32, and symmetric about zero.
     return (((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-22 - 1) * jnp.float32(math.sqrt(3))

@@ -1,4 +1,4 @@
-"""Which encodings there are, and what two of them can do together."""
+"""The registry of encodings, and the rules for pairs of them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def register(kind: str, *, data: tuple[str, ...], static: tuple[str, ...] = ()) 
     """
 
     def add(cls: type[E]) -> type[E]:
+        # A second class of this name would silently read the first one's files.
         if kind in _KINDS:
             raise ValueError(f"encoding {kind!r} is registered already")
         cls.kind, cls._data, cls._static = kind, data, static
@@ -41,6 +42,7 @@ def register(kind: str, *, data: tuple[str, ...], static: tuple[str, ...] = ()) 
                 object.__setattr__(new, name, value)
             return new
 
+        # With keys, errors and paths name the fields.
         jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
         _KINDS[kind] = cls
         return cls
@@ -50,16 +52,18 @@ def register(kind: str, *, data: tuple[str, ...], static: tuple[str, ...] = ()) 
 
 def kinds() -> dict[str, type[Encoding]]:
     """Every registered encoding, by its name in files."""
+    # A copy: only `register` adds.
     return dict(_KINDS)
 
 
 def rule(operation: str, first: type, second: type) -> Callable[[Callable], Callable]:
-    """Decorator: how ``operation`` ("+" or "dot") goes for this pair of encodings, in either order.
+    """Decorator: the implementation of ``operation`` ("+" or "dot") for this pair of encodings, in either order.
 
     The function may return None where it cannot (say, values not known under ``jit``); the default then applies.
     """
 
     def add(fn: Callable) -> Callable:
+        # By exact types: a subclass may break what a rule relies on.
         _RULES[operation, first, second] = fn
         return fn
 
@@ -68,6 +72,7 @@ def rule(operation: str, first: type, second: type) -> Callable[[Callable], Call
 
 def by_rule(operation: str, a: Encoding, b: Encoding) -> Any:
     """The result of the rule for this pair; None where there is none, or it cannot."""
+    # Both operations commute.
     for x, y in ((a, b), (b, a)):
         fn = _RULES.get((operation, type(x), type(y)))
         if fn is not None:

@@ -50,16 +50,18 @@ class Rows(Slicing):
 
     def coordinates(self) -> tuple[Array, Array, Array]:
         indices, values = jnp.asarray(self.indices), jnp.asarray(self.values)
+        # A vector is one row, so that what this calls rows are its columns.
         if len(self.shape) == 1:
             return jnp.zeros_like(indices), indices, values
         height, width = math.prod(self.shape[1:-1]), self.shape[-1]
         rows = indices[:, None, None] * height + jnp.arange(height, dtype=jnp.int32)[:, None]
-        spread = lambda x: jnp.broadcast_to(x, (len(indices), height, width)).reshape(-1)
-        return spread(rows), spread(jnp.arange(width, dtype=jnp.int32)), values.reshape(-1)
+        flat = lambda x: jnp.broadcast_to(x, (len(indices), height, width)).reshape(-1)
+        return flat(rows), flat(jnp.arange(width, dtype=jnp.int32)), values.reshape(-1)
 
     def under(self, above: Encoding) -> Encoding:
         if not isinstance(above, Rows):
             return super().under(above)
+        # By whole rows: as entries each value would need coordinates.
         indices, values = overlaid(host(self.indices), host(above.indices), self.values, above.values)
         return self._with(indices=jnp.asarray(indices), values=values)
 
@@ -73,5 +75,6 @@ rule("dot", Rows, Rows)(matched)
 
 @rule("dot", Rows, LowRank)
 def _rows_of_product(x: Rows, y: LowRank) -> Array:
+    # In a stack the indices are layers, of both factors; in one matrix they are rows, of `a` only.
     b = jnp.asarray(y.b)[x.indices] if len(y.shape) > 2 else y.b
     return inner(matmul(x.values, jnp.swapaxes(b, -1, -2)), jnp.asarray(y.a)[x.indices])

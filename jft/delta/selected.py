@@ -5,8 +5,8 @@ A weight is ``[*lead, I, O]``; leading axes (layers, experts) are batch. The las
 int32 coordinates *inside the cell*, sorted, distinct, and padded at the end with coordinates beyond the cell, which gather
 zero and are never written: layers and cells that select fewer parts than the fullest are padded up to it.
 
-A :class:`Layout` says how ``at`` and the values lie for one kind of part. Entries, blocks, slices and experts each have theirs
-beside the encoding that task vectors store them in, which has no padding and no cells.
+A :class:`Layout` says how ``at`` and the values lie for one kind of part. The layouts of entries, blocks, slices and
+experts are in the files of the encoding that task vectors store them in, which has no padding and no cells.
 
 :func:`locate` goes from a mask to coordinates in memory that grows with what is selected: the mask is packed into words of 32
 bits, the words' counts are added up, and each selected entry finds its word and its bit. No cell looks at another.
@@ -32,6 +32,7 @@ from jft.tree import visible
 
 Array = jax.Array
 
+# Bits of the widest integer that JAX has by default.
 _WORD = 32
 
 
@@ -64,7 +65,8 @@ class Layout:
         """Values on the host as the encoding that stores them, of a weight of ``shape``."""
         raise NotImplementedError
 
-    slot: int = -1  # the axis of values along which parts stand
+    # Last but for layouts whose values have axes inside a part.
+    slot: int = -1  # the axis of values that counts parts
 
     def pad(self, at: Array, most: int, shape: tuple[int, ...]) -> Array:
         """``at`` with ``most`` parts for each matrix; the new ones lie past the end of a weight of ``shape``."""
@@ -113,11 +115,13 @@ class Selected(Change):
 
     def whole(self, dtype: Any) -> Array:
         lead = self.at.shape[: self.layout.lead(self.at)]
+        # Padding is dropped, so zeros are all that it leaves.
         return self.layout.put(jnp.zeros((*lead, *self.shape), dtype), self.at, self.values)
 
     def product(self, x: Array) -> Array | None:
-        moved = self.layout.product(x.reshape(-1, x.shape[-1]), self.at, self.values, self.shape)
-        return None if moved is None else moved.astype(x.dtype).reshape(*x.shape[:-1], -1)
+        # Layouts take rows in one axis, whatever leading axes x has.
+        product = self.layout.product(x.reshape(-1, x.shape[-1]), self.at, self.values, self.shape)
+        return None if product is None else product.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
     def grouped_product(self, x: Array, sizes: Array) -> Array | None:
         return self.layout.grouped_product(x, self.at, self.values, sizes)
@@ -131,18 +135,20 @@ class Selected(Change):
         return self.layout.rows(ids, self.at, self.values, self.shape)
 
     def transposed(self) -> Selected | None:
-        found = self.layout.transposed(self.at, self.values)
-        if found is None:
+        transpose = self.layout.transposed(self.at, self.values)
+        if transpose is None:
             return None
-        layout, at, values = found
+        layout, at, values = transpose
         return Selected(at, values, layout, self.shape[::-1])
 
     def apply_to(self, w: Array) -> Array:
+        # A float32 copy of the selected values, not of the weight.
         values = wide(self.layout.gather(w, self.at)) + self.values
         return self.layout.put(w, self.at, values)
 
     def padded(self, most: int) -> Selected:
         """The same with ``most`` parts for each matrix."""
+        # Without padding to add, nothing is traced.
         if most == self.slots:
             return self
         at = self.layout.pad(self.at, most, self.shape)
@@ -161,12 +167,16 @@ def stacked(layout: Layout, matrix: Any, part: Any, values: Any, shape: tuple[in
     :meth:`Layout.encode`, up to the order of axes that a layout may give its values.
     """
     *lead, rows, columns = shape
+    # Stable: parts of one matrix stay sorted.
     order = np.argsort(matrix, kind="stable")
     matrix, part, values = matrix[order], part[order], values[order]
     counts = np.bincount(matrix, minlength=math.prod(lead))
+    # At least one slot: arrays of no size cannot be saved.
     most = max(int(counts.max(initial=0)), 1)
+    # The place of a part among those of its matrix.
     slot = np.arange(len(matrix)) - np.repeat(np.cumsum(counts) - counts, counts)
     at = np.zeros((len(counts), most, part.shape[1]), np.int32)
+    # Every slot is padding first, at a coordinate of its own: scatters are promised unique indices.
     at[..., 0] = extent + np.arange(most)
     at[matrix, slot] = part
     full = np.zeros((len(counts), most, *values.shape[1:]), values.dtype)
@@ -178,9 +188,10 @@ def stacked(layout: Layout, matrix: Any, part: Any, values: Any, shape: tuple[in
 
 def padded_coordinates(at: Array, most: int, extent: int) -> Array:
     """``at[..., n, axes]`` with ``most`` slots, the new ones at first coordinates of ``extent`` and more."""
-    have = at.shape[-2]
-    widths = [(0, 0)] * (at.ndim - 2) + [(0, most - have), (0, 0)]
-    first = jnp.where(jnp.arange(most) < have, 0, extent + jnp.arange(most, dtype=at.dtype))
+    slots = at.shape[-2]
+    widths = [(0, 0)] * (at.ndim - 2) + [(0, most - slots), (0, 0)]
+    # Distinct and increasing, as gathers and scatters are promised.
+    first = jnp.where(jnp.arange(most) < slots, 0, extent + jnp.arange(most, dtype=at.dtype))
     return jnp.pad(at, widths).at[..., 0].add(first.astype(at.dtype))
 
 
@@ -197,7 +208,7 @@ def below(at: Array, extent: int) -> Array:
 
 
 def whole_coordinates(at: np.ndarray, grid: tuple[int, ...], extent: list[int]) -> tuple[list[np.ndarray], np.ndarray]:
-    """Leading and whole coordinates of all that is not padding, and where that stands in the values.
+    """Leading and whole coordinates of all that is not padding, and the mask of it in the values.
 
     at ``[*lead, *grid, n, axes]``; extent: that of a cell in parts, along each axis.
     """
@@ -211,6 +222,7 @@ def whole_coordinates(at: np.ndarray, grid: tuple[int, ...], extent: list[int]) 
 
 def flat_index(extents: tuple[int, ...], index: list[np.ndarray], count: int) -> np.ndarray:
     """Indices along several axes as one along all of them, int64 ``[count]``."""
+    # int64, since a weight may have more than 2**31 parts; `count` where there are no axes to tell it.
     flat = np.zeros(count, np.int64)
     for size, axis in zip(extents, index, strict=True):
         flat = flat * size + axis
@@ -226,6 +238,7 @@ def cells(w: Array, grid: tuple[int, ...]) -> Array:
     lead, last = w.shape[: w.ndim - n], w.shape[w.ndim - n :]
     if any(size % g for size, g in zip(last, grid, strict=True)):
         raise ValueError(f"a weight of shape {w.shape} does not divide into a grid of {grid} cells")
+    # A reshape alone: the transpose would only move axes of one.
     if all(g == 1 for g in grid):
         return w.reshape(*lead, *grid, *last)
     shape = [part for size, g in zip(last, grid, strict=True) for part in (g, size // g)]
@@ -259,17 +272,18 @@ def locate(mask: Array, grid: tuple[int, ...], capacity: int | None) -> Array:
     capacity it is the largest count of all cells, which needs a mask that can be looked at.
     """
     _check(mask, grid)
-    traced = isinstance(mask, jax.core.Tracer)
-    if traced:
+    is_traced = isinstance(mask, jax.core.Tracer)
+    if is_traced:
         if capacity is None:
             raise ValueError("under jit how many parts a cell selects is not known; give locate a capacity")
+        # Inside the caller's program, which decides on the sharding.
         return _locate(mask, grid, capacity)
     most = int(_most(mask, grid))
     if capacity is not None and most > capacity:
         raise ValueError(f"a cell selects {most} parts, more than the capacity of {capacity}")
     # At least one slot, if of padding: arrays of no size cannot be saved.
     at = _locate_jit(mask, grid, max(most, 1) if capacity is None else capacity)
-    return _placed(at, mask, grid)
+    return _with_sharding(at, mask, grid)
 
 
 def mask_at(at: Array, extents: tuple[int, ...], lead: int) -> Array:
@@ -280,6 +294,7 @@ def mask_at(at: Array, extents: tuple[int, ...], lead: int) -> Array:
 
     def one(at: Array) -> Array:
         index = tuple(at[:, i] for i in range(n))
+        # One cell at a time, as `locate` does: no cell writes into another.
         empty = jnp.zeros(inside, bool)
         return empty.at[index].set(True, mode="drop", unique_indices=True, indices_are_sorted=True)
 
@@ -291,6 +306,7 @@ def _check(mask: Array, grid: tuple[int, ...]) -> None:
     if any(g < 1 or size % g for size, g in zip(extents, grid, strict=True)):
         raise ValueError(f"{' x '.join(map(str, extents))} parts do not divide into a grid of {grid} cells")
     inside = [size // g for size, g in zip(extents, grid, strict=True)]
+    # Words of a cell are indexed in int32; entries need not be.
     if functools.reduce(int.__mul__, inside[:-1], -(-inside[-1] // _WORD)) >= 2**31:
         raise ValueError(f"a cell of {' x '.join(map(str, inside))} parts is too large; cut the weight in more cells")
 
@@ -300,14 +316,15 @@ def _most(mask: Array, grid: tuple[int, ...]) -> Array:
     n = len(grid)
     words = _words(cells(mask, grid))
     counts = jax.lax.population_count(words)
+    # `initial`, for weights of no layers.
     return jnp.max(jnp.sum(counts, axis=tuple(range(counts.ndim - n, counts.ndim)), dtype=jnp.uint32), initial=0)
 
 
 def _words(mask: Array) -> Array:
     """Bool ``[..., n]`` as uint32 ``[..., ceil(n / 32)]``, the first entry in the lowest bit."""
-    short = -mask.shape[-1] % _WORD
-    if short:
-        mask = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, short)])
+    padding = -mask.shape[-1] % _WORD
+    if padding:
+        mask = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, padding)])
     mask = mask.reshape(*mask.shape[:-1], -1, _WORD)
     # Bit by bit rather than a sum over the axis, whose 4-byte operand XLA's CPU backend would write out.
     return functools.reduce(jnp.bitwise_or, [mask[..., i].astype(jnp.uint32) << i for i in range(_WORD)])
@@ -316,44 +333,45 @@ def _words(mask: Array) -> Array:
 def _locate(mask: Array, grid: tuple[int, ...], capacity: int) -> Array:
     n = len(grid)
     parts = cells(mask, grid)
-    return over_leading(functools.partial(_places, capacity=capacity), parts.ndim - n)(parts)
+    return over_leading(functools.partial(_coordinates, capacity=capacity), parts.ndim - n)(parts)
 
 
 _locate_jit = jax.jit(_locate, static_argnums=(1, 2))
 
 
-def _places(mask: Array, capacity: int) -> Array:
+def _coordinates(mask: Array, capacity: int) -> Array:
     """Coordinates ``[capacity, ndim]`` of the True entries of one cell."""
     words = _words(mask)
-    wide = words.shape[-1]
+    words_per_row = words.shape[-1]
     words = words.reshape(-1)
     counts = jax.lax.population_count(words).astype(jnp.int32)
     ends = jnp.cumsum(counts)
     slot = jnp.arange(capacity, dtype=jnp.int32)
-    # The word of slot j is the number of words that end at j or before.
-    ended = jnp.zeros(capacity + 1, jnp.int32).at[jnp.minimum(ends, capacity)].add(1, indices_are_sorted=True)
-    word = jnp.minimum(jnp.cumsum(ended[:capacity]), words.size - 1)
+    # The word of slot j is the number of words that end at j or before; one bin more is for those past the last slot.
+    word_ends = jnp.zeros(capacity + 1, jnp.int32).at[jnp.minimum(ends, capacity)].add(1, indices_are_sorted=True)
+    # Slots of padding have no word; they read the last one and are replaced below.
+    word = jnp.minimum(jnp.cumsum(word_ends[:capacity]), words.size - 1)
     rank = slot - (ends[word] - counts[word])
-    column = word % wide * _WORD + _bit(words[word], rank)
+    column = word % words_per_row * _WORD + _bit(words[word], rank)
     valid = slot < ends[-1]
-    coordinates = [word // wide, column] if mask.ndim == 2 else [column]
+    coordinates = [word // words_per_row, column] if mask.ndim == 2 else [column]
     first = jnp.where(valid, coordinates[0], mask.shape[0] + slot)
     return jnp.stack([first, *(jnp.where(valid, c, 0) for c in coordinates[1:])], axis=-1)
 
 
 def _bit(word: Array, rank: Array) -> Array:
     """The position of the set bit of ``word`` that has ``rank`` set bits below it."""
-    place = jnp.zeros_like(rank)
+    position = jnp.zeros_like(rank)
     for half in (16, 8, 4, 2, 1):
         low = jax.lax.population_count(word & jnp.uint32((1 << half) - 1)).astype(jnp.int32)
         above = rank >= low
         rank = jnp.where(above, rank - low, rank)
-        place = jnp.where(above, place + half, place)
+        position = jnp.where(above, position + half, position)
         word = jnp.where(above, word >> half, word)
-    return place
+    return position
 
 
-def _placed(at: Array, mask: Array, grid: tuple[int, ...]) -> Array:
+def _with_sharding(at: Array, mask: Array, grid: tuple[int, ...]) -> Array:
     """``at`` with the sharding of its mask, as far as the grid follows it."""
     sharding: Any = mask.sharding
     if not isinstance(sharding, NamedSharding):
@@ -363,15 +381,16 @@ def _placed(at: Array, mask: Array, grid: tuple[int, ...]) -> Array:
     for i, g in enumerate(grid, start=lead):
         names = (spec[i],) if isinstance(spec[i], str) else spec[i] or ()
         shards = functools.reduce(int.__mul__, [sharding.mesh.shape[name] for name in names], 1)
+        # A grid coarser than the mesh leaves cells that span devices, which cannot be sharded along it.
         spec[i] = spec[i] if g % shards == 0 else None
-    wanted = NamedSharding(sharding.mesh, PartitionSpec(*spec, None, None))
-    return at if at.sharding.is_equivalent_to(wanted, at.ndim) else jax.device_put(at, wanted)
+    target = NamedSharding(sharding.mesh, PartitionSpec(*spec, None, None))
+    return at if at.sharding.is_equivalent_to(target, at.ndim) else jax.device_put(at, target)
 
 
 def row_major(what: str, rows: Array, columns: Array, extents: tuple[int, int]) -> np.ndarray | None:
     """The permutation that puts coordinates in row-major order; None where they are, or cannot be looked at.
 
-    Raises ``ValueError`` where one lies outside ``extents`` or stands twice.
+    Raises ``ValueError`` where one is outside ``extents`` or occurs twice.
     """
     if not visible(rows, columns) or not rows.size:
         return None
@@ -379,8 +398,10 @@ def row_major(what: str, rows: Array, columns: Array, extents: tuple[int, int]) 
     for axis, x, extent in (("row", r, extents[0]), ("column", c, extents[1])):
         if x.min() < 0 or x.max() >= extent:
             raise ValueError(f"{what} {axis}s {x.min()}..{x.max()} leave the {extent} {axis}s there are")
+    # Most come in order, and to see that takes less than to sort.
     if _increasing(r, c):
         return None
+    # `lexsort` sorts by its last key first.
     order = np.lexsort((c, r))
     if not _increasing(r[order], c[order]):
         raise ValueError(f"the coordinates of {what} must be distinct; add the values that belong together first")

@@ -36,13 +36,14 @@ Array = jax.Array
 class Slicing(Sparse):
     """Slices of one extent, each stored whole: slice ``indices[k]`` of :attr:`extent` is ``values[k]``.
 
-    The indices, int32 ``[k]``, are distinct, in any order; what can be looked at is checked. The sum of two that slice
-    alike is the union of their slices; under ``jit``, where that has no static size, a :class:`jft.delta.Sum`.
+    The indices, int32 ``[k]``, are distinct, in any order; what can be looked at is checked. The sum of two with equal
+    shape and axis is the union of their slices; under ``jit``, where that has no static size, a :class:`jft.delta.Sum`.
     """
 
     indices: Array
 
     def __post_init__(self) -> None:
+        # A file gives the shape as a list; static fields must hash.
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
         self._check_shape()
         k = tuple(self.indices.shape)
@@ -77,15 +78,16 @@ class Slicing(Sparse):
 
     @abc.abstractmethod
     def locate(self, rows: Array, columns: Array) -> tuple[Array, ...]:
-        """The slice, and the place in it, of entries of the weight as one matrix."""
+        """The slice, and the index in it, of entries of the weight as one matrix."""
 
     def take(self, rows: Array, columns: Array) -> Array:
         index, *within = self.locate(rows, columns)
         return pick(jnp.asarray(self.values), self._place(index), *within)
 
     def _place(self, indices: Array) -> Array:
-        """Where each of ``indices`` stands among this one's; their number where it does not."""
+        """The position of each of ``indices`` in :attr:`indices`; their number where it is not there."""
         count = self.indices.shape[0]
+        # A table rather than a search, since the indices come in any order; it is as long as there are slices.
         table = jnp.full(self.extent, count, jnp.int32)
         return table.at[self.indices].set(jnp.arange(count, dtype=jnp.int32), unique_indices=True)[indices]
 
@@ -96,7 +98,7 @@ class Slices(Slicing):
     """Row (``axis=-2``) or column (``axis=-1``) ``indices[k]`` is ``values[k]``, all others are zero.
 
     The rows, or columns, of all matrices ``[..., I, O]`` are counted together: row i of matrix m is ``m * I + i``, column
-    o of it ``m * O + o``, so that every layer has its own, and as many as it has. indices int32 ``[k]``, distinct, in any
+    o of it ``m * O + o``, so that every layer has its slices, as many as it needs. indices int32 ``[k]``, distinct, in any
     order; values ``[k, O]`` of rows, ``[k, I]`` of columns.
     """
 
@@ -127,6 +129,7 @@ class Slices(Slicing):
 
     @property
     def at(self) -> tuple:
+        # Slices of all matrices are counted together, so the matrix is in the index.
         *matrix, index = unravel(self.indices, (*self.view[:-2], self.shape[self.axis]))
         return (*matrix, index) if self.axis == -2 else (*matrix, slice(None), index)
 
@@ -138,10 +141,11 @@ class Slices(Slicing):
         else:
             inputs, outputs = self.shape[-2:]
             rows, columns = indices // outputs * inputs + along, indices % outputs
-        spread = lambda x: jnp.broadcast_to(x, self.values.shape).reshape(-1)
-        return spread(rows), spread(columns), jnp.asarray(self.values).reshape(-1)
+        flat = lambda x: jnp.broadcast_to(x, self.values.shape).reshape(-1)
+        return flat(rows), flat(columns), jnp.asarray(self.values).reshape(-1)
 
     def locate(self, rows: Array, columns: Array) -> tuple[Array, ...]:
+        # Rows of all matrices, counted together, are rows of the weight as one matrix.
         if self.axis == -2:
             return rows, columns
         inputs, outputs = self.shape[-2:]
@@ -151,39 +155,44 @@ class Slices(Slicing):
         if not visible(self.indices, self.values):
             return super().stacked()
         extent, lead = self.shape[self.axis], len(self.shape) - 2
+        # Layouts count slices within their matrix.
         matrix, part = np.divmod(host(self.indices).astype(np.int64), extent)
-        found = stacked(SliceLayout(self.axis), matrix, part[:, None], host(self.values), self.shape, extent)
-        values = found.values if self.axis == ROWS else jnp.moveaxis(found.values, -1, lead)
-        return found.replace(at=found.at[..., 0], values=values)
+        selection = stacked(SliceLayout(self.axis), matrix, part[:, None], host(self.values), self.shape, extent)
+        # Programs hold columns as columns, files as rows of values.
+        values = selection.values if self.axis == ROWS else jnp.moveaxis(selection.values, -1, lead)
+        return selection.replace(at=selection.at[..., 0], values=values)
 
     @classmethod
     def of(cls, delta: Encoding, axis: int = -2) -> Slices:
         """``delta`` as slices: all that hold an entry it stores (:meth:`jft.delta.Entries.of`)."""
+        # Of no slices: it only says where entries belong.
         empty = cls(jnp.zeros(0, jnp.int32), jnp.zeros((0, delta.shape[-1 if axis == -2 else -2])), delta.shape, axis)
         rows, columns, values = Entries.of(delta).coordinates()
         index, within = empty.locate(rows, columns)
-        indices, place = np.unique(np.asarray(index), return_inverse=True)
-        stored = jnp.zeros((len(indices), *empty.slice_shape), values.dtype)
-        stored = stored.at[place, within].set(values, unique_indices=True)
-        return empty._with(indices=jnp.asarray(indices, jnp.int32), values=stored)
+        indices, position = np.unique(np.asarray(index), return_inverse=True)
+        slices = jnp.zeros((len(indices), *empty.slice_shape), values.dtype)
+        slices = slices.at[position, within].set(values, unique_indices=True)
+        return empty._with(indices=jnp.asarray(indices, jnp.int32), values=slices)
 
 
 def union(x: Any, y: Any) -> Any:
-    """``x + y`` of two that slice alike; None where their indices cannot be looked at."""
-    if not _alike(x, y) or not visible(x.indices, y.indices):
+    """``x + y`` of two with equal shape and axis; None where their indices cannot be looked at."""
+    if not _same_slicing(x, y) or not visible(x.indices, y.indices):
         return None
     indices, values = united(np.asarray(x.indices), np.asarray(y.indices), x.values, y.values)
     return x._with(indices=jnp.asarray(indices, jnp.int32), values=values)
 
 
 def matched(x: Any, y: Any) -> Array | None:
-    """``x.dot(y)`` of two that slice alike."""
-    if not _alike(x, y):
+    """``x.dot(y)`` of two with equal shape and axis."""
+    if not _same_slicing(x, y):
         return None
+    # Slices that only one has meet zeros.
     return inner(x.values, pick(jnp.asarray(y.values), y._place(x.indices)))
 
 
-def _alike(x: Any, y: Any) -> bool:
+def _same_slicing(x: Any, y: Any) -> bool:
+    # Slices have an axis besides the shape, Rows have none.
     return all(getattr(x, field) == getattr(y, field) for field in x._static)
 
 
@@ -197,6 +206,7 @@ def _slices_of_product(x: Slices, y: LowRank) -> Array:
     across, along = (wide(y.a), wide(y.b).swapaxes(-1, -2)) if x.axis == -2 else (wide(y.b).swapaxes(-1, -2), wide(y.a))
     across, along = across.reshape(-1, y.rank), along.reshape(-1, *along.shape[-2:])
     m, values = x.indices // x.shape[x.axis], wide(x.values)
+    # `across` is indexed through all matrices, `along` by the matrix of each slice.
     add = lambda k, total: total + jnp.sum(values * across[x.indices, k][:, None] * along[m, :, k])
     return jax.lax.fori_loop(0, y.rank, add, jnp.zeros((), values.dtype))
 
@@ -228,12 +238,14 @@ class SliceLayout(Layout):
         return len(at.shape) - 2
 
     def _each_cell(self, fn: Callable[..., Array], w: Array, at: Array, *values: Array) -> Array:
-        """``fn(cell, at, *values)`` over the leading axes and the cells, at the place where these stand in ``w``."""
+        """``fn(cell, at, *values)`` over the leading axes and the cells, whose axis stays where it is in ``w``."""
         g, size = at.shape[-2], w.shape[self.axis] // at.shape[-2]
-        place = at.ndim - 2 if self.axis == ROWS else at.ndim - 1
-        w = w.reshape(*w.shape[:place], g, size, *w.shape[place + 1 :])
-        place -= at.ndim - 2
-        over_cells = jax.vmap(fn, in_axes=(place, 0, *(place for _ in values)), out_axes=place)
+        axis = at.ndim - 2 if self.axis == ROWS else at.ndim - 1
+        w = w.reshape(*w.shape[:axis], g, size, *w.shape[axis + 1 :])
+        # Inside the vmaps below the leading axes are gone.
+        axis -= at.ndim - 2
+        # The axis of cells stays where it is: moving it would copy the weight.
+        over_cells = jax.vmap(fn, in_axes=(axis, 0, *(axis for _ in values)), out_axes=axis)
         return over_leading(over_cells, at.ndim - 2)(w, at, *values)
 
     def gather(self, w: Array, at: Array) -> Array:
@@ -252,9 +264,10 @@ class SliceLayout(Layout):
     def product(self, x: Array, at: Array, values: Array, shape: tuple[int, ...]) -> Array:
         index = _whole_index(at, shape[self.axis])
         if self.axis == ROWS:
-            taken = jnp.take(x, index, axis=-1, mode="fill", fill_value=0)
-            return taken @ values.reshape(-1, shape[1]).astype(x.dtype)
+            inputs = jnp.take(x, index, axis=-1, mode="fill", fill_value=0)
+            return inputs @ values.reshape(-1, shape[1]).astype(x.dtype)
         part = x @ values.reshape(shape[0], -1).astype(x.dtype)
+        # No promise of unique indices: all padding has the same one, past the end.
         return jnp.zeros((*x.shape[:-1], shape[1]), x.dtype).at[..., index].add(part, mode="drop")
 
     def rows(self, ids: Array, at: Array, values: Array, shape: tuple[int, ...]) -> Array | None:

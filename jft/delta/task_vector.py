@@ -53,6 +53,7 @@ class TaskVector:
         for path, old in before.items():
             delta = _difference(path, old, after[path])
             if delta is not None:
+                # Subtracted in float32 first: in bfloat16 most of a small difference would be rounding.
                 deltas[path] = Dense(delta.astype(dtype))
         return cls(deltas, manifests.describe(base, operation="difference", **(manifest or {})))
 
@@ -64,8 +65,10 @@ class TaskVector:
         total: dict[str, Encoding] = {}
         for scalar, vector in zip(scalars, vectors, strict=True):
             for path, delta in vector.deltas.items():
+                # As it is stored where nothing is scaled: `scaled` makes it float32.
                 term = delta if isinstance(scalar, float) and scalar == 1.0 else delta.scaled(scalar)
-                total[path] = _named(path, total[path].__add__, term) if path in total else term
+                # By its name rather than `+`, so that an error names the path.
+                total[path] = _with_path(path, total[path].__add__, term) if path in total else term
         return cls(total, manifest)
 
     def __add__(self, other: TaskVector) -> TaskVector:
@@ -97,16 +100,17 @@ class TaskVector:
 
     def dot(self, other: TaskVector) -> Array:
         """The inner product over all paths, float32 scalar; paths absent from either count zero."""
-        shared = [p for p in self.deltas if p in other.deltas]
-        terms = [_named(p, self.deltas[p].dot, other.deltas[p]) for p in shared]
+        paths = [p for p in self.deltas if p in other.deltas]
+        terms = [_with_path(p, self.deltas[p].dot, other.deltas[p]) for p in paths]
         return sum(terms, jnp.float32(0))
 
     def norm(self) -> Array:
         """The Euclidean norm over all paths, float32 scalar."""
-        return jnp.sqrt(sum((_named(p, delta.norm) ** 2 for p, delta in self.items()), jnp.float32(0)))
+        return jnp.sqrt(sum((_with_path(p, delta.norm) ** 2 for p, delta in self.items()), jnp.float32(0)))
 
     def cosine(self, other: TaskVector) -> Array:
         """``dot / (norm * norm)``, float32 scalar; 0 where either is zero."""
+        # A safe denominator on both branches: NaN of the one not taken would reach gradients.
         lengths = self.norm() * other.norm()
         return jnp.where(lengths > 0, self.dot(other) / jnp.where(lengths > 0, lengths, 1), 0)
 
@@ -123,8 +127,9 @@ class TaskVector:
     @property
     def parameters(self) -> int:
         """Parameters of the base; of the paths that changed, where the base is not known."""
-        own = sum(tree.size(delta) for delta in self.deltas.values())
-        return max(self.manifest["base"]["parameters"], own) if self.manifest.get("base") else own
+        size = sum(tree.size(delta) for delta in self.deltas.values())
+        # A head that the base lacks may be part of the vector.
+        return max(self.manifest["base"]["parameters"], size) if self.manifest.get("base") else size
 
     @property
     def density(self) -> float:
@@ -156,16 +161,16 @@ class TaskVector:
 
     def __repr__(self) -> str:
         base = self.manifest.get("base", {}).get("fingerprint", "unknown")
-        shown = {
+        counts = {
             kind: sum(d.kind == kind for d in self.deltas.values())
             for kind in sorted({d.kind for d in self.deltas.values()})
         }
-        return f"TaskVector({len(self)} paths, {self.nbytes} bytes, encodings {shown}, base {base})"
+        return f"TaskVector({len(self)} paths, {self.nbytes} bytes, encodings {counts}, base {base})"
 
     def select(self, patterns: str | Iterable[str]) -> TaskVector:
         """Only the paths that match any of the regular expressions (``re.search``).
 
-        The result speaks of those paths alone: it fits any base that agrees there. A pattern that matches nothing is
+        The result describes those paths only: it fits any base that agrees there. A pattern that matches nothing is
         refused with the nearest paths.
         """
         return self._narrowed(patterns, keep=True)
@@ -176,17 +181,18 @@ class TaskVector:
 
     def _narrowed(self, patterns: str | Iterable[str], keep: bool) -> TaskVector:
         patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-        known = dict.fromkeys([*self.deltas, *self.manifest.get("base", {}).get("leaves", ())])
-        chosen = set(tree.matching(known, patterns, "select" if keep else "exclude"))
-        kept = {p: d for p, d in self.deltas.items() if (p in chosen) == keep}
+        # Patterns may also name leaves that did not change: the description of the base is narrowed by them.
+        paths = dict.fromkeys([*self.deltas, *self.manifest.get("base", {}).get("leaves", ())])
+        matches = set(tree.matching(paths, patterns, "select" if keep else "exclude"))
+        deltas = {p: d for p, d in self.deltas.items() if (p in matches) == keep}
         note = f"{'select' if keep else 'exclude'} {' | '.join(patterns)}"
-        return TaskVector(kept, manifests.narrow(self.manifest, lambda p: (p in chosen) == keep, note))
+        return TaskVector(deltas, manifests.narrow(self.manifest, lambda p: (p in matches) == keep, note))
 
     def map(self, fn: Callable[[str, Encoding], Encoding | None], operation: str, **options: Any) -> TaskVector:
         """``fn(path, delta)`` for every path, None dropping it; the manifest notes ``operation`` and ``options``."""
-        mapped = {path: fn(path, delta) for path, delta in self.deltas.items()}
-        kept = {path: delta for path, delta in mapped.items() if delta is not None}
-        return TaskVector(kept, manifests.derive([self.manifest], operation, **options))
+        results = {path: fn(path, delta) for path, delta in self.deltas.items()}
+        deltas = {path: delta for path, delta in results.items() if delta is not None}
+        return TaskVector(deltas, manifests.derive([self.manifest], operation, **options))
 
     @property
     def relative(self) -> bool:
@@ -194,12 +200,12 @@ class TaskVector:
         return any(delta.relative for delta in self.deltas.values())
 
     def resolve(self, base: Any, check: bool = True) -> TaskVector:
-        """The same change of ``base``, in deltas that stand alone: masks and gates become entries or dense.
+        """The same change of ``base``, in deltas that need no base: masks and gates become entries or dense.
 
         Inner products, norms and :func:`revert` need that. check, and what is raised, as in :func:`apply`.
         """
         flat = _base_of(self, base, check)
-        return TaskVector({p: _named(p, d.resolve, flat[p]) for p, d in self.items()}, self.manifest)
+        return TaskVector({p: _with_path(p, d.resolve, flat[p]) for p, d in self.items()}, self.manifest)
 
     def astype(self, dtype: Any) -> TaskVector:
         """The same with its values stored in ``dtype``; arithmetic still goes through float32."""
@@ -214,6 +220,7 @@ class TaskVector:
         """Read what :meth:`save` wrote, or only the deltas of ``paths``: see :mod:`jft.delta.file`."""
         return cls(*file.read(path, paths))
 
+    # The manifest is static, and static parts must hash and compare: JSON does, a dict does not.
     def tree_flatten_with_keys(self) -> tuple[tuple, tuple]:
         children = tuple((jax.tree_util.DictKey(p), d) for p, d in self.deltas.items())
         return children, (tuple(self.deltas), json.dumps(self.manifest, sort_keys=True))
@@ -224,6 +231,7 @@ class TaskVector:
     @classmethod
     def tree_unflatten(cls, aux: tuple, children: Iterable[Any]) -> TaskVector:
         paths, manifest = aux
+        # Past __init__: JAX puts placeholders in the place of encodings.
         new = object.__new__(cls)
         new.deltas = dict(zip(paths, children, strict=True))
         new.manifest = json.loads(manifest)
@@ -241,18 +249,19 @@ def apply(base: Any, tau: TaskVector, scale: Any = 1.0, check: bool = True, dona
     """
     flat = _base_of(tau, base, check)
     scalar = _scalar(scale)
-    changed = {path: _named(path, _applied, delta, flat[path], scalar, donate) for path, delta in tau.items()}
-    return tree.like(base, flat | changed)
+    updates = {path: _with_path(path, _apply_delta, delta, flat[path], scalar, donate) for path, delta in tau.items()}
+    return tree.like(base, flat | updates)
 
 
 def _base_of(tau: TaskVector, base: Any, check: bool) -> dict[str, Any]:
-    """``base`` by path, with every path of ``tau``, and verified where that is asked for and can be."""
+    """``base`` by path, with every path of ``tau``; with ``check`` verified, where its values are known."""
     flat = tree.flatten(base)
-    absent = [path for path in tau.deltas if path not in flat]
-    if absent:
+    missing = [path for path in tau.deltas if path not in flat]
+    if missing:
         raise ValueError(
-            f"the task vector changes {absent[0]!r}, which these parameters do not have; tau.exclude(pattern) leaves it out"
+            f"the task vector changes {missing[0]!r}, which these parameters do not have; tau.exclude(pattern) leaves it out"
         )
+    # Checksums come to the host, which values under `jit` cannot.
     if check and all(concrete(x) for x in flat.values()):
         manifests.verify(tau.manifest, flat)
     return flat
@@ -269,7 +278,9 @@ def revert(params: Any, tau: TaskVector, scale: Any = 1.0, exact: bool = False, 
     how to undo: revert ``tau.resolve(base)``, or keep the base.
     """
     for path, delta in tau.items():
-        _named(path, standing_alone, "reverting", delta)
+        # Before anything is computed: with `donate` there is no way back.
+        _with_path(path, standing_alone, "reverting", delta)
+    # Unchecked: these are not the base, but what became of it.
     base = apply(params, tau, -scale, check=False, donate=donate)
     if exact:
         if not tau.manifest.get("base"):
@@ -278,14 +289,15 @@ def revert(params: Any, tau: TaskVector, scale: Any = 1.0, exact: bool = False, 
     return base
 
 
-def _applied(delta: Encoding, w: Any, scale: Any, donate: bool) -> Array:
+def _apply_delta(delta: Encoding, w: Any, scale: Any, donate: bool) -> Array:
+    # Tracers and NumPy arrays have no sharding to keep; under `jit` the caller's program fuses it.
     if concrete(w) and isinstance(w, jax.Array):
-        return _apply_as(w.sharding, donate)(w, delta, scale)
+        return _apply_program(w.sharding, donate)(w, delta, scale)
     return delta.apply_to(jnp.asarray(w), scale)
 
 
 @program_cache(maxsize=256)
-def _apply_as(sharding: Any, donate: bool) -> Callable[[Array, Encoding, Any], Array]:
+def _apply_program(sharding: Any, donate: bool) -> Callable[[Array, Encoding, Any], Array]:
     """One fused program, its result where the weight is: float32 copies live only inside it."""
     program = lambda w, delta, scale: delta.apply_to(w, scale)
     return jax.jit(program, out_shardings=sharding, donate_argnums=0 if donate else ())
@@ -300,6 +312,7 @@ def _subtract(old: Array, new: Array) -> tuple[Array, Array, Array]:
 
 @jax.jit
 def _bits_differ(old: Array, new: Array) -> Array:
+    # As bits: 0.0 and -0.0 differ, and a NaN is equal to itself.
     if jnp.issubdtype(old.dtype, jnp.floating) and old.dtype == new.dtype:
         bits = np.dtype(f"uint{np.dtype(old.dtype).itemsize * 8}")
         old, new = (jax.lax.bitcast_convert_type(x, bits) for x in (old, new))
@@ -309,23 +322,26 @@ def _bits_differ(old: Array, new: Array) -> Array:
 def _difference(path: str, old: Any, new: Any) -> Array | None:
     old, new = jnp.asarray(old), jnp.asarray(new)
     if not (jnp.issubdtype(old.dtype, jnp.inexact) and jnp.issubdtype(new.dtype, jnp.inexact)):
+        # Step counters and tables of integers may be among the parameters, as long as they do not change.
         if bool(_bits_differ(old, new)):
             raise ValueError(f"{path!r} is {old.dtype} and changed; a task vector holds floating-point weights only")
         return None
     delta, differs, finite = _subtract(old, new)
     if not bool(differs):
         return None
+    # Where nothing differs the base may hold infinities; a difference may not.
     if not bool(finite):
         raise ValueError(f"tuned - base is not finite at {path!r}; did the run diverge?")
     return delta
 
 
 def _same_structure(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> None:
-    for mine, theirs, here, there in ((base, tuned, "base", "tuned"), (tuned, base, "tuned", "base")):
-        absent = [path for path in mine if path not in theirs]
-        if absent:
-            more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
-            raise ValueError(f"{absent[0]!r}{more} is in {here} but not in {there}; a task vector needs equal trees")
+    # Both ways: neither tree may have a leaf more.
+    for first, second, name, other in ((base, tuned, "base", "tuned"), (tuned, base, "tuned", "base")):
+        missing = [path for path in first if path not in second]
+        if missing:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise ValueError(f"{missing[0]!r}{more} is in {name} but not in {other}; a task vector needs equal trees")
     for path, old in base.items():
         if tuple(old.shape) != tuple(tuned[path].shape):
             raise ValueError(f"{path!r} has shape {tuple(old.shape)} in base but {tuple(tuned[path].shape)} in tuned")
@@ -337,14 +353,15 @@ def _scalar(c: Any) -> Any:
         if c.shape != ():
             raise ValueError(f"a task vector is multiplied by one number, not by an array of shape {c.shape}")
         return c
-    kind = getattr(c, "dtype", None) or np.asarray(c).dtype
-    real = jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)
-    if np.ndim(c) != 0 or not real or not np.isfinite(float(c)):
+    # A bool is neither, so `True * tau` is refused.
+    dtype = getattr(c, "dtype", None) or np.asarray(c).dtype
+    is_real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    if np.ndim(c) != 0 or not is_real or not np.isfinite(float(c)):
         raise ValueError(f"a task vector is multiplied by one finite number, not {c!r}")
     return float(c)
 
 
-def _named(path: str, fn: Callable, *args: Any) -> Any:
+def _with_path(path: str, fn: Callable, *args: Any) -> Any:
     """``fn(*args)``, its ``ValueError`` naming the path."""
     try:
         return fn(*args)

@@ -10,7 +10,7 @@ block by block, and JAX transposes it. For that it keeps the arguments, ``o`` an
 ``jax.checkpoint``, so p is computed again from them. The transpose costs what flash attention's backward pass does, five
 products a block. Second derivatives are right too.
 
-Blocks whose places cannot see each other (the future, what is out of a window) are skipped by ``lax.cond``: half the work of
+Blocks whose positions cannot see each other (the future, what is out of a window) are skipped by ``lax.cond``: half the work of
 a causal mask. Under a ``vmap`` over windows both branches run, and nothing is skipped.
 """
 
@@ -31,10 +31,10 @@ Array = jax.Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """Query t sees key s if both are of one segment, and, where the mask is causal or has a window, by their places.
+    """The rule by which query t sees key s: both of one segment, and, if causal or with a window, by their positions.
 
-    q_segments int ``[B, T]``, k_segments int ``[B, S]``, B possibly 1 for rows that are alike; segment 0 is padding, and is
-    seen by nobody. Places count tokens of the row, from 0. causal: ``s <= t``. window: ``|t - s| < window``, an int or a
+    q_segments int ``[B, T]``, k_segments int ``[B, S]``, B possibly 1 for equal rows; segment 0 is padding, and is
+    seen by nobody. Positions count tokens of the row, from 0. causal: ``s <= t``. window: ``|t - s| < window``, an int or a
     traced scalar, so that layers of a scan may differ.
     """
 
@@ -45,7 +45,7 @@ class Mask:
 
     @classmethod
     def within(cls, segments: Array, **rules: Any) -> Mask:
-        """Of tokens ``segments[B, T]`` that look at each other."""
+        """The mask of tokens ``segments[B, T]`` that see each other."""
         return cls(segments, segments, **rules)
 
     def dense(self) -> Array:
@@ -65,7 +65,7 @@ class Mask:
         return visible
 
     def padded(self, rows: int, columns: int) -> Mask:
-        """The same for ``rows`` queries and ``columns`` keys, those that are new being padding."""
+        """The same for ``rows`` queries and ``columns`` keys, the new ones being padding."""
 
         def pad(segments: Array, size: int) -> Array:
             return jnp.pad(segments, ((0, 0), (0, size - segments.shape[-1])))
@@ -75,7 +75,7 @@ class Mask:
         )
 
     def reaches(self, row: Array | int, column: Array | int, rows: int, columns: int) -> Array | bool:
-        """Whether a pair of this block is of places that see each other; segments aside."""
+        """Whether a pair of this block has positions that see each other; segments aside."""
         reached: Array | bool = True
         if self.causal:
             reached = column < row + rows
@@ -114,8 +114,10 @@ def attention(
     if bias is not None:
         scores = scores + bias.astype(precise).reshape(1, G, H // G, *bias.shape[1:])
     if mask is not None:
+        # Finite: rows that see nothing, as padding, would be NaN with -inf.
         scores = jnp.where(mask.dense()[:, None, None], scores, jnp.finfo(precise).min)
     weights = softmax(scores)
+    # Rounded to the dtype of v before the product, as transformers does.
     out = jnp.einsum("bghts,bsgk->btghk", weights.astype(v.dtype), v, preferred_element_type=precise)
     return out.reshape(B, T, H, K).astype(v.dtype)
 
@@ -130,12 +132,12 @@ def softmax(s: Array) -> Array:
 @softmax.defjvp
 def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     p = softmax(*primals)
-    moved = p * tangents[0]
-    return p, moved - p * jnp.sum(moved, axis=-1, keepdims=True)
+    weighted = p * tangents[0]
+    return p, weighted - p * jnp.sum(weighted, axis=-1, keepdims=True)
 
 
 class Terms(NamedTuple):
-    """What scores are made of besides q and k: ``scale []``, and ``bias [H, T, S]`` or None."""
+    """Terms of the scores besides q and k: ``scale []``, and ``bias [H, T, S]`` or None."""
 
     scale: Array
     bias: Array | None
@@ -152,7 +154,7 @@ def blockwise_attention(
     bias: Array | None = None,
     block: int,
 ) -> Array:
-    """``softmax(scale * q k^T + bias) v`` with grouped queries; no array of T x S elements is formed.
+    """``softmax(scale * q k^T + bias) v`` with grouped queries; no array of T x S elements exists.
 
     q ``[B, T, H, K]``, k and v ``[B, S, G, K]`` with H a multiple of G; ``bias [H, T, S]`` or None is what its name says and
     as large. block: queries and keys of one block, at most; T and S need not divide by it. Scores and sums are float32 or
@@ -162,8 +164,9 @@ def blockwise_attention(
     terms = Terms(jnp.asarray(scale, jnp.promote_types(q.dtype, jnp.float32)), bias)
     o, lse = sums(softcap, block, q, k, v, terms, mask)
     if mask is not None:
+        # As plain attention, where equal scores give equal weights.
         mean = jnp.mean(v, axis=1, keepdims=True, dtype=lse.dtype)
-        o = jnp.where(_sees(lse)[..., None], o, jnp.repeat(mean, q.shape[2] // k.shape[2], axis=2))
+        o = jnp.where(_has_keys(lse)[..., None], o, jnp.repeat(mean, q.shape[2] // k.shape[2], axis=2))
     return o.astype(v.dtype)
 
 
@@ -181,38 +184,40 @@ def sums(
     precise = terms.scale.dtype
     lowest = jnp.finfo(precise).min
 
-    def row(q: Array, place: Array, biases: Array | None, keys: Any) -> tuple[Array, Array]:
+    def row(q: Array, row_start: Array, biases: Array | None, keys: Any) -> tuple[Array, Array]:
         def add(carry: Any, column: Any) -> Any:
-            top, total, acc = carry
-            (k, v), at, bias = column
-            s = score(q, k, terms.scale, bias, place, at)
-            new = jnp.maximum(top, jnp.max(s, axis=-1))
-            p, fade = jnp.exp(s - new[..., None]), jnp.exp(top - new)
-            return new, total * fade + jnp.sum(p, axis=-1), acc * fade[..., None] + _weigh(p, v)
+            maximum, total, acc = carry
+            (k, v), column_start, bias = column
+            s = score(q, k, terms.scale, bias, row_start, column_start)
+            # A running maximum, to which the earlier sums are rescaled: no exponential overflows.
+            new = jnp.maximum(maximum, jnp.max(s, axis=-1))
+            p, rescale = jnp.exp(s - new[..., None]), jnp.exp(maximum - new)
+            return new, total * rescale + jnp.sum(p, axis=-1), acc * rescale[..., None] + _weigh(p, v)
 
         shape = q.shape[:-1]
         start = jnp.full(shape, lowest), jnp.zeros(shape, precise), jnp.zeros((*shape, v.shape[-1]), precise)
-        top, total, acc = grid.over_keys(add, start, keys, place, biases)
-        sees = top > lowest
-        o = jnp.where(sees[..., None], acc / total[..., None], 0)
-        return o, jnp.where(sees, top + jnp.log(total), lowest)
+        maximum, total, acc = grid.over_keys(add, start, keys, row_start, biases)
+        has_keys = maximum > lowest
+        o = jnp.where(has_keys[..., None], acc / total[..., None], 0)
+        return o, jnp.where(has_keys, maximum + jnp.log(total), lowest)
 
     o, lse = grid.over_queries(row, grid.rows(q), (grid.columns(k), grid.columns(v)), grid.pairs(terms.bias))
     return grid.whole(o), grid.whole(lse[..., None])[..., 0]
 
 
+# symbolic_zeros: an argument that does not move costs no product.
 @functools.partial(sums.defjvp, symbolic_zeros=True)
 def _sums_jvp(softcap: float | None, block: int, primals: Any, tangents: Any) -> Any:
     o, lse = sums(softcap, block, *primals)
-    moves = jax.tree.map(
+    nonzero = jax.tree.map(
         lambda t: None if isinstance(t, SymbolicZero) else t,
         (*tangents[:3], *tangents[3]),
         is_leaf=lambda t: t is None or isinstance(t, SymbolicZero),
     )
-    return (o, lse), jax.checkpoint(functools.partial(_moved, softcap, block))(*primals, o, lse, moves)
+    return (o, lse), jax.checkpoint(functools.partial(_sums_tangent, softcap, block))(*primals, o, lse, nonzero)
 
 
-def _moved(
+def _sums_tangent(
     softcap: float | None,
     block: int,
     q: Array,
@@ -222,40 +227,45 @@ def _moved(
     mask: Mask | None,
     o: Array,
     lse: Array,
-    moves: tuple[Array | None, ...],
+    tangents: tuple[Array | None, ...],
 ) -> tuple[Array, Array]:
-    """``(do, dlse)``, linear in ``moves`` (dq, dk, dv, dscale, dbias), each of which is None where it is zero."""
+    """``(do, dlse)``, linear in ``tangents`` (dq, dk, dv, dscale, dbias), each of which is None where it is zero."""
     grid = _Grid.of(block, q, k, mask)
     score = grid.score(softcap)
-    dq, dk, dv, dscale, dbias = moves
-    # exp(s - 0) is 0 at the lowest s, so that what sees nothing has weights of zero.
-    lse = jnp.where(_sees(lse), lse, 0)
+    dq, dk, dv, dscale, dbias = tangents
+    # exp(s - 0) is 0 at the lowest s, so that a query without keys has weights of zero.
+    lse = jnp.where(_has_keys(lse), lse, 0)
 
-    def row(queries: Any, place: Array, biases: Any, keys: Any) -> tuple[Array, Array]:
+    def row(queries: Any, row_start: Array, biases: Any, keys: Any) -> tuple[Array, Array]:
         q, dq, o, lse = queries
 
         def add(carry: Any, column: Any) -> Any:
             do, dlse = carry
-            (k, v, dk, dv), at, (bias, dbias) = column
-            point = {"q": q, "k": k, "scale": terms.scale, "bias": bias}
-            moving = {name: move for name, move in zip(point, (dq, dk, dscale, dbias), strict=True) if move is not None}
+            (k, v, dk, dv), column_start, (bias, dbias) = column
+            score_primals = {"q": q, "k": k, "scale": terms.scale, "bias": bias}
+            score_tangents = {
+                name: move
+                for name, move in zip(score_primals, (dq, dk, dscale, dbias), strict=True)
+                if move is not None
+            }
 
-            def scores(moved: dict[str, Array]) -> Array:
-                return score(**{**point, **moved}, place=place, at=at)
+            def scores(values: dict[str, Array]) -> Array:
+                return score(**{**score_primals, **values}, row_start=row_start, column_start=column_start)
 
-            s, ds = jax.jvp(scores, ({name: point[name] for name in moving},), (moving,))
+            s, ds = jax.jvp(scores, ({name: score_primals[name] for name in score_tangents},), (score_tangents,))
             p = jnp.exp(s - lse)
             if dv is not None:
                 do = do + _weigh(p, dv)
-            if moving:
+            if score_tangents:
                 do, dlse = do + _weigh(p * ds, v), dlse + jnp.sum(p * ds, axis=-1)
             return do, dlse
 
         shape = lse.shape[:-1]
         start = jnp.zeros((*shape, v.shape[-1]), lse.dtype), jnp.zeros(shape, lse.dtype)
-        do, dlse = grid.over_keys(add, start, keys, place, biases)
+        do, dlse = grid.over_keys(add, start, keys, row_start, biases)
         return do - dlse[..., None] * o, dlse
 
+    # lse with one axis more: ``rows`` takes [B, T, H, K].
     queries = grid.rows(q), grid.rows(dq), grid.rows(o), grid.rows(lse[..., None])
     keys = grid.columns(k), grid.columns(v), grid.columns(dk), grid.columns(dv)
     biases = grid.pairs(terms.bias), grid.pairs(dbias)
@@ -263,7 +273,7 @@ def _moved(
     return grid.whole(do).astype(o.dtype), grid.whole(dlse[..., None])[..., 0]
 
 
-def _sees(lse: Array) -> Array:
+def _has_keys(lse: Array) -> Array:
     return lse > jnp.finfo(lse.dtype).min
 
 
@@ -295,7 +305,9 @@ class _Grid:
     @classmethod
     def of(cls, block: int, q: Array, k: Array, mask: Mask | None) -> _Grid:
         T, S = q.shape[1], k.shape[1]
+        # As many blocks as there must be, of even size: less padding than full blocks and a rest.
         t, s = (-(-n // -(-n // block)) for n in (T, S))
+        # Without a mask the keys of the padding would count.
         if mask is None and S % s:
             mask = Mask(jnp.ones((1, T), jnp.int32), jnp.ones((1, S), jnp.int32))
         return cls(k.shape[2], T, S, t, s, mask and mask.padded(-(-T // t) * t, -(-S // s) * s))
@@ -331,9 +343,9 @@ class _Grid:
         return x.transpose(1, 0, 4, 2, 3, 5).reshape(B, n * t, G * R, K)[:, : self.queries]
 
     def score(self, softcap: float | None) -> Callable[..., Array]:
-        """``(q, k, scale, bias, place, at) -> s[B, G, R, t, s]``; what is not visible has the lowest finite score."""
+        """``(q, k, scale, bias, row_start, column_start) -> s[B, G, R, t, s]``; a hidden key has the lowest finite score."""
 
-        def score(q: Array, k: Array, scale: Array, bias: Array | None, place: Array, at: Array) -> Array:
+        def score(q: Array, k: Array, scale: Array, bias: Array | None, row_start: Array, column_start: Array) -> Array:
             s = jnp.einsum("bgrtk,bgsk->bgrts", q, k, preferred_element_type=scale.dtype) * scale
             if softcap is not None:
                 s = softcap * jnp.tanh(s / softcap)
@@ -341,25 +353,26 @@ class _Grid:
                 s = s + bias.astype(s.dtype)
             if self.mask is None:
                 return s
-            visible = self.mask.block(place, at, self.t, self.s)
+            visible = self.mask.block(row_start, column_start, self.t, self.s)
             return jnp.where(visible[:, None, None], s, jnp.finfo(s.dtype).min)
 
         return score
 
-    def over_keys(self, add: Callable, start: Any, keys: Any, place: Array, biases: Any) -> Any:
-        """``add(carry, (keys, at, bias))`` over the blocks of keys that queries at ``place`` reach."""
-        places, keys = keys
+    def over_keys(self, add: Callable, start: Any, keys: Any, row_start: Array, biases: Any) -> Any:
+        """``add(carry, (keys, column_start, bias))`` over the blocks of keys that queries at ``row_start`` reach."""
+        column_starts, keys = keys
 
         def step(carry: Any, column: Any) -> tuple[Any, None]:
-            reached = True if self.mask is None else self.mask.reaches(place, column[1], self.t, self.s)
+            reached = True if self.mask is None else self.mask.reaches(row_start, column[1], self.t, self.s)
+            # Known while tracing: the program needs no branch.
             if reached is True:
                 return add(carry, column), None
             return jax.lax.cond(reached, add, lambda carry, _: carry, carry, column), None
 
-        return jax.lax.scan(_checkpointed(step), start, (keys, places, biases))[0]
+        return jax.lax.scan(_checkpointed(step), start, (keys, column_starts, biases))[0]
 
     def over_queries(self, row: Callable, queries: Any, keys: Any, biases: Any) -> Any:
-        """``row(queries, place, biases, keys)`` for every block of queries, stacked."""
+        """``row(queries, row_start, biases, keys)`` for every block of queries, stacked."""
         n, m = (jax.tree.leaves(x)[0].shape[0] for x in (queries, keys))
         keys = jnp.arange(m) * self.s, keys
         return jax.lax.map(_checkpointed(lambda xs: row(*xs, keys)), (queries, jnp.arange(n) * self.t, biases))

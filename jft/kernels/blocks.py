@@ -24,6 +24,7 @@ def block_product(x: Array, at: Array, values: Array, shape: tuple[int, int]) ->
     b, c = values.shape[-2:]
     rows, columns = shape[0] // b, shape[1] // c
     row, column = _panels(at, (rows // at.shape[0], columns // at.shape[1]))
+    # Padding points past the last block: it reads zeros here and is dropped below.
     panels = jnp.take(x.reshape(-1, rows, b), row, axis=1, mode="fill", fill_value=0)
     parts = jnp.einsum("tnb,nbc->tnc", panels, values.reshape(-1, b, c).astype(x.dtype))
     y = jnp.zeros((parts.shape[0], columns, c), x.dtype).at[:, column].add(parts, mode="drop")

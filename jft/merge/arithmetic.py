@@ -22,8 +22,8 @@ def task_arithmetic(vectors: Vectors, weights: Any = None, scale: Any = 1.0) -> 
 
     Raises ``ValueError`` for no vectors, for weights that do not fit, and for vectors of different bases.
     """
-    chosen = listed(vectors)
-    return TaskVector.combine(chosen, [scale * w for w in weights_of(weights, len(chosen))])
+    taus = listed(vectors)
+    return TaskVector.combine(taus, [scale * w for w in weights_of(weights, len(taus))])
 
 
 def average(vectors: Vectors, weights: Any = None) -> TaskVector:
@@ -32,27 +32,27 @@ def average(vectors: Vectors, weights: Any = None) -> TaskVector:
     A uniform model soup, where ``weights`` is None. Wortsman et al. 2022, arXiv:2203.05482. Raises ``ValueError`` as
     :func:`task_arithmetic` does, and where the weights sum to zero.
     """
-    chosen = listed(vectors)
-    given = weights_of(weights, len(chosen))
-    total = sum(given)
+    taus = listed(vectors)
+    coefficients = weights_of(weights, len(taus))
+    total = sum(coefficients)
     if total == 0:
-        raise ValueError(f"weights {given} sum to zero: there is no average")
-    return TaskVector.combine(chosen, [w / total for w in given])
+        raise ValueError(f"weights {coefficients} sum to zero: there is no average")
+    return TaskVector.combine(taus, [w / total for w in coefficients])
 
 
 def listed(vectors: Vectors) -> list[TaskVector]:
-    """The vectors as a list; refused where there are none, or something else is among them."""
+    """The vectors as a list; ``ValueError`` where there are none, or something else is among them."""
     if isinstance(vectors, TaskVector):
         raise ValueError("merging takes a list of task vectors, not one; [tau] is a list of one")
-    chosen = list(vectors.values() if isinstance(vectors, Mapping) else vectors)
-    if not chosen:
+    taus = list(vectors.values() if isinstance(vectors, Mapping) else vectors)
+    if not taus:
         raise ValueError("merging needs at least one task vector")
-    for i, vector in enumerate(chosen):
+    for i, vector in enumerate(taus):
         if not isinstance(vector, TaskVector):
             raise ValueError(
                 f"vectors[{i}] is a {type(vector).__name__}, not a TaskVector; load files with TaskVector.load"
             )
-    return chosen
+    return taus
 
 
 def weights_of(value: Any, count: int, name: str = "weights", default: float = 1.0) -> list[Any]:
@@ -62,6 +62,7 @@ def weights_of(value: Any, count: int, name: str = "weights", default: float = 1
     """
     if value is None:
         return [default] * count
+    # np.ndim and np.shape take traced scalars as well.
     if np.ndim(value) == 0:
         return [value] * count
     if np.ndim(value) != 1 or len(value) != count:

@@ -1,4 +1,4 @@
-"""Half of what a run changed, set back."""
+"""A task vector with half of its changes set back."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ def half_reset(tau: TaskVector, draw: int = 0) -> TaskVector:
     are refused: ``tau.resolve(base)`` first.
     """
     shapes = {p: tuple(x.shape) for p, x in tau.items()}
-    kept = halves(shapes, draw)
+    layers = halves(shapes, draw)
 
-    def one(path: str, change: delta.Encoding) -> delta.Encoding | None:
-        if path not in kept:
+    def reset(path: str, change: delta.Encoding) -> delta.Encoding | None:
+        if path not in layers:
             return change
-        return _in_layers(change, kept[path]) if kept[path] else None
+        # No layer of it stays: None takes the path out of the task vector.
+        return _in_layers(change, layers[path]) if layers[path] else None
 
-    return tau.map(one, "half_reset", draw=draw)
+    return tau.map(reset, "half_reset", draw=draw)
 
 
 def _in_layers(change: delta.Encoding, layers: tuple[int, ...]) -> delta.Encoding:
     """A change ``[L, ...]``, zero but in ``layers``."""
     if isinstance(change, delta.Rows):
-        inside = np.flatnonzero(np.isin(np.asarray(change.indices), layers))
-        return dataclasses.replace(change, indices=change.indices[inside], values=change.values[inside])
+        selected = np.flatnonzero(np.isin(np.asarray(change.indices), layers))
+        return dataclasses.replace(change, indices=change.indices[selected], values=change.values[selected])
     if isinstance(change, delta.Entries):
-        each = int(np.prod(change.shape[1:-1], dtype=np.int64))
-        inside = np.flatnonzero(np.isin(np.asarray(change.rows) // each, layers))
-        return delta.Entries(change.rows[inside], change.columns[inside], change.values[inside], change.shape)
+        # Rows of entries are counted through all layers.
+        rows_per_layer = int(np.prod(change.shape[1:-1], dtype=np.int64))
+        selected = np.flatnonzero(np.isin(np.asarray(change.rows) // rows_per_layer, layers))
+        return delta.Entries(change.rows[selected], change.columns[selected], change.values[selected], change.shape)
     index = jnp.asarray(layers, jnp.int32)
     return delta.Rows(index, change.dense()[index], tuple(change.shape))

@@ -13,6 +13,7 @@ from jft.delta import TaskVector, apply
 from jft.delta.manifest import verify
 from jft.merge.arithmetic import Vectors, task_arithmetic
 
+# Rounded, so that tables and command lines show 0.15 and not 0.15000000000000002.
 GRID = tuple(float(c) for c in np.linspace(0, 1, 21).round(2))
 Evaluate = Callable[[Any], float]
 Row = dict[str, Any]
@@ -20,7 +21,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """What a search found.
+    """The result of a search.
 
     best: the coefficient. table: one row per coefficient tried, in order: ``coefficient``, ``score``, ``feasible``, and what
     was measured. feasible: False where no coefficient met the constraint; ``best`` is then 0, the base itself.
@@ -43,12 +44,12 @@ def search(score: Callable[[float], float | Mapping[str, Any]], grid: Iterable[f
     else belongs in the table. A score that is not finite is never chosen. Where nothing is feasible, best is 0 and
     ``feasible`` False. Raises ``ValueError`` for an empty grid, or one with repeats or numbers that are not finite.
     """
-    coefficients = _checked(grid)
+    coefficients = _coefficients(grid)
     table = [_row(c, score(c)) for c in coefficients]
-    allowed = [row for row in table if row["feasible"] and math.isfinite(row["score"])]
-    if not allowed:
+    feasible = [row for row in table if row["feasible"] and math.isfinite(row["score"])]
+    if not feasible:
         return Search(0.0, table, feasible=False)
-    best = max(allowed, key=lambda row: (row["score"], -abs(row["coefficient"])))
+    best = max(feasible, key=lambda row: (row["score"], -abs(row["coefficient"])))
     return Search(best["coefficient"], table)
 
 
@@ -76,7 +77,7 @@ def addition_search(
     def measure(params: Any) -> Row:
         return addition_row({task: fn(params) for task, fn in evaluate.items()}, single)
 
-    return search(_along(base, tau, measure, check), grid)
+    return search(_at_coefficient(base, tau, measure, check), grid)
 
 
 def addition_row(accuracies: Mapping[str, float], single: Mapping[str, float]) -> Row:
@@ -105,43 +106,44 @@ def negation_search(
     constraint is ``control(params) >= threshold * control(base)``. Rows hold ``target``, ``control``, ``feasible`` and
     ``score`` (minus target). Papers as in :func:`addition_search`. Raises ``ValueError`` for a threshold outside (0, 1].
     """
-    _checked_threshold(threshold)
+    _check_threshold(threshold)
     before = control(base)
 
     def measure(params: Any) -> Row:
         return negation_row(target(params), control(params), before, threshold)
 
-    return search(_along(base, -tau, measure, check), grid)
+    return search(_at_coefficient(base, -tau, measure, check), grid)
 
 
 def negation_row(target: float, control: float, before: float, threshold: float = 0.95) -> Row:
     """A row of :func:`negation_search`, from the accuracies at one coefficient and that of the base on the control."""
-    _checked_threshold(threshold)
-    kept = float(control) >= threshold * float(before)
-    return {"target": float(target), "control": float(control), "score": -float(target), "feasible": kept}
+    _check_threshold(threshold)
+    feasible = float(control) >= threshold * float(before)
+    return {"target": float(target), "control": float(control), "score": -float(target), "feasible": feasible}
 
 
-def _checked_threshold(threshold: float) -> None:
+def _check_threshold(threshold: float) -> None:
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is the fraction of control accuracy to keep, in (0, 1], not {threshold}")
 
 
-def _along(base: Any, tau: TaskVector, measure: Callable[[Any], Row], check: bool) -> Callable[[float], Row]:
+def _at_coefficient(base: Any, tau: TaskVector, measure: Callable[[Any], Row], check: bool) -> Callable[[float], Row]:
     """``c -> measure(base + c * tau)``; the base is verified once, and the parameters are gone when it returns."""
     if check:
         verify(tau.manifest, base)
+    # 0 is the base itself: no second set of parameters.
     return lambda c: measure(base if c == 0 else apply(base, tau, c, check=False))
 
 
-def _row(coefficient: float, scored: float | Mapping[str, Any]) -> Row:
-    given = dict(scored) if isinstance(scored, Mapping) else {"score": scored}
-    if "score" not in given:
-        raise ValueError(f"the score function must return a number or a row with 'score'; it has {', '.join(given)}")
-    feasible = bool(given.pop("feasible", True))
-    return {"coefficient": coefficient, **given, "score": float(given["score"]), "feasible": feasible}
+def _row(coefficient: float, value: float | Mapping[str, Any]) -> Row:
+    row = dict(value) if isinstance(value, Mapping) else {"score": value}
+    if "score" not in row:
+        raise ValueError(f"the score function must return a number or a row with 'score'; it has {', '.join(row)}")
+    feasible = bool(row.pop("feasible", True))
+    return {"coefficient": coefficient, **row, "score": float(row["score"]), "feasible": feasible}
 
 
-def _checked(grid: Iterable[float]) -> list[float]:
+def _coefficients(grid: Iterable[float]) -> list[float]:
     coefficients = [float(c) for c in grid]
     if not coefficients:
         raise ValueError("the grid has no coefficients to try")
@@ -153,9 +155,9 @@ def _checked(grid: Iterable[float]) -> list[float]:
 def _same_tasks(evaluate: Mapping[str, Any], single: Mapping[str, float]) -> None:
     if not evaluate:
         raise ValueError("evaluate names no tasks")
-    odd = sorted(set(evaluate) ^ set(single))
-    if odd:
-        raise ValueError(f"evaluate and single must name the same tasks; {odd[0]!r} is in one alone")
+    unmatched = sorted(set(evaluate) ^ set(single))
+    if unmatched:
+        raise ValueError(f"evaluate and single must name the same tasks; {unmatched[0]!r} is in one alone")
     for task, accuracy in single.items():
         if not accuracy > 0:
             raise ValueError(f"the single-task accuracy of {task!r} must be positive to normalise by, not {accuracy}")

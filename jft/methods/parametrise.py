@@ -24,13 +24,16 @@ class Parametrisation:
 
     random: whether :meth:`bind` draws noise in training. live: whether ``kept["w"]`` always holds the current values, so that
     the loop owns, donates and updates it. selects: whether :meth:`init` needs ``at``, the parts of the weight that train.
-    exact: whether :meth:`bind` needs the float32 masters themselves, in whatever dtype the model runs.
+    exact: whether :meth:`bind` needs the float32 masters themselves, in whatever dtype the model runs. shares: names among
+    the trained values that all weights of a plan have in common: the first of them holds these, and is the others' ``lender``.
     """
 
     random: ClassVar[bool] = False
     live: Any = False
     selects: ClassVar[bool] = False
     exact: ClassVar[bool] = False
+    shares: ClassVar[tuple[str, ...]] = ()
+    lender: Any = None
 
     def fitted(
         self,
@@ -39,23 +42,29 @@ class Parametrisation:
         granularity: Granularity | None = None,
         anchored: bool = False,
         linearized: bool = False,
+        linear: bool | None = None,
+        lender: str | None = None,
     ) -> Any:
         """The parametrisation for one weight, with what is told of it; what is not told stays as it is.
 
         lead: how many of its first axes only stack matrices or vectors (layers, experts). granularity: as what the parts of it
         that train are selected. anchored: what :attr:`jft.delta.Leaf.origin` needs is kept. linearized: the weight stays the
-        base, and the model is linear in the change. Raises ``ValueError`` for what it cannot be.
+        base, and the model is linear in the change. linear: whether it is the weight of a linear layer, not a table or
+        convolution. lender: the path that holds what :attr:`shares` names, where this one does not. Raises ``ValueError`` for
+        what it cannot be.
         """
         if granularity is not None:
             raise ValueError(
                 f"{type(self).__name__} trains whole weights; a selection inside them goes with in-place training: "
                 "drop select.score, or train=InPlace()"
             )
+        # A subclass that keeps the base says so by overriding ``tangent``; there is no flag that could disagree with it.
         if linearized and type(self).tangent is Parametrisation.tangent:
             raise ValueError(
                 f"{type(self).__name__} keeps no base to linearize the model at; train it with forward='standard'"
             )
-        told = {"lead": lead, "anchor": anchored or None}
+        # Callers pass everything they know; a parametrisation takes what it has a field for. None leaves a field as it is.
+        told = {"lead": lead, "anchor": anchored or None, "linear": linear, "lender": lender}
         known = {f.name for f in dataclasses.fields(self)}  # type: ignore[arg-type]  # subclasses are dataclasses
         changes = {name: value for name, value in told.items() if value is not None and name in known}
         return dataclasses.replace(self, **changes) if changes else self  # type: ignore[type-var]
@@ -103,35 +112,47 @@ class Parametrisation:
 
 def master(w: Array) -> Array:
     """A copy of ``w`` in float32 (or wider): what an optimizer updates."""
+    # Always a copy: the step donates its masters, and must not free the caller's weights with them.
     return jnp.asarray(w, jnp.promote_types(w.dtype, jnp.float32), copy=True)
 
 
 def moved_from(base: Array, weight: Array) -> delta.Changed:
     """``base`` and the change to ``weight`` as a whole: :meth:`Parametrisation.tangent` of what has no form of its own."""
+    # float32 before the difference: in bfloat16 it would lose the small changes that it is about.
     return delta.Changed(base, delta.Dense(weight.astype(jnp.float32) - base.astype(jnp.float32)), held=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class InPlace(Parametrisation):
-    """The values themselves train, from ``w``, as a float32 master copy. anchor: keep ``w`` to measure the change from it."""
+    """The values themselves train, from ``w``, as a float32 master copy. anchor: keep ``w`` to measure the change from it.
+
+    rate: a multiplier of their learning rate.
+    """
 
     anchor: bool = False
+    rate: float = 1.0
 
     def fitted(
         self, *, granularity: Granularity | None = None, linearized: bool = False, **told: Any
     ) -> Parametrisation:
         if granularity is not None and granularity.layout is not None:
-            return InPlaceSelected(granularity.layout).fitted(linearized=linearized, **told)
-        return Shift() if linearized else super().fitted(**told)
+            return InPlaceSelected(granularity.layout, rate=self.rate).fitted(linearized=linearized, **told)
+        # A linearized model needs the base itself, so its change trains beside the weight.
+        return Shift(self.rate) if linearized else super().fitted(**told)
 
     def leaves(self, at: Any = None) -> tuple[Any, Any]:
-        return delta.Leaf() if self.anchor else None, delta.Leaf(origin=lambda kept: kept)
+        # Without an anchor nothing is kept, and the base's memory is free.
+        return delta.Leaf() if self.anchor else None, delta.Leaf(origin=lambda kept: kept, rate=self.rate)
 
     def init(self, key: Array, w: Array, at: Array | None = None, base: Array | None = None) -> tuple[Any, Any]:
         return (w if base is None else base) if self.anchor else None, master(w)
 
     def bind(self, kept: Any, trained: Array, structured: bool, key: Array | None = None) -> Array:
         return trained
+
+    def tangent(self, kept: Any, trained: Array, key: Array | None = None) -> delta.Changed:
+        # A linearized model has it as a Shift; this is for what compares with the base in a standard forward pass.
+        return moved_from(kept, trained) if self.anchor else super().tangent(kept, trained, key)
 
     def encode(self, base: Array | None, kept: Any, trained: Array) -> delta.Encoding:
         if base is None:
@@ -151,14 +172,17 @@ class InPlaceSelected(Parametrisation):
 
     live: the run owns the weight and writes every update into it, so no copy of it is ever made. Not live: the weight stays
     the base, shared (by the members of a fleet), and the product with the change is added to that with the base.
-    kept ``{"w", "at", "origin"}``: the weight, the selection, and the base's values there.
+    kept ``{"w", "at", "origin"}``: the weight, the selection, and the base's values there. rate: a multiplier of their
+    learning rate.
     """
 
     layout: delta.Layout
     live: bool = True
+    rate: float = 1.0
     selects = True
 
     def fitted(self, *, linearized: bool = False, **told: Any) -> InPlaceSelected:
+        # A live weight would move the point at which the model is linearized.
         return dataclasses.replace(self, live=False) if linearized else super().fitted(**told)
 
     def leaves(self, at: Any = None) -> tuple[Any, Any]:
@@ -166,6 +190,7 @@ class InPlaceSelected(Parametrisation):
         trained = delta.Leaf(
             values,
             matrices=self.layout.matrices,
+            rate=self.rate,
             origin=lambda kept: kept["origin"],
             count=lambda kept: self.layout.count(kept["at"], kept["w"].shape),
         )
@@ -187,6 +212,7 @@ class InPlaceSelected(Parametrisation):
 
     def bind(self, kept: Any, trained: Array, structured: bool, key: Array | None = None) -> Any:
         if not self.live and not structured:
+            # Exact: base plus difference would round a second time.
             return self.layout.put(kept["w"], kept["at"], trained)
         changed = self._changed(kept, trained if self.live else self._moved(kept, trained), held=self.live)
         return changed if structured else changed.plain()
@@ -195,6 +221,7 @@ class InPlaceSelected(Parametrisation):
         return self._changed(kept, self._moved(kept, trained), held=True)
 
     def encode(self, base: Array | None, kept: Any, trained: Array) -> delta.Encoding:
+        # Encodings sort and compress indices, which is the host's work.
         at, values = (host(x) for x in (kept["at"], trained if base is None else self._moved(kept, trained)))
         return self.layout.encode(at, values, tuple(kept["w"].shape))
 
@@ -227,6 +254,12 @@ class Composed(Parametrisation):
         return self.first.selects
 
     def fitted(self, **told: Any) -> Any:
+        # The lender's values would be cut into runs, or nested, where the other weights do not look for them.
+        if self.first.shares:
+            raise ValueError(
+                f"{type(self.first).__name__} shares {', '.join(self.first.shares)} among whole weights; it does not go into "
+                f"{type(self).__name__}: train all layers, and nothing beside it"
+            )
         return dataclasses.replace(self, first=self.first.fitted(**told))  # type: ignore[type-var]
 
 
@@ -254,9 +287,18 @@ class Additive(Parametrisation):
 
 @dataclasses.dataclass(frozen=True)
 class Shift(Additive):
-    """``w + trained``: the change itself trains, in float32 and from zero; ``w`` stays the base."""
+    """``w + trained``: the change itself trains, in float32 and from zero; ``w`` stays the base.
+
+    rate: a multiplier of its learning rate.
+    """
+
+    rate: float = 1.0
+
+    def leaves(self, at: Any = None) -> tuple[Any, Any]:
+        return delta.Leaf(), delta.Leaf(rate=self.rate)
 
     def init(self, key: Array, w: Array, at: Array | None = None, base: Array | None = None) -> tuple[Any, Any]:
+        # promote_types: float64 weights, as in tests, keep their precision.
         return w, jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32))
 
     def change(self, kept: Array, trained: Array) -> delta.Change:

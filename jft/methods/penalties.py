@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +28,13 @@ def _changes(plan: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> 
 
 
 def _sum(terms: Iterable[Array]) -> Array:
+    # float32(0): with nothing to add up the loss still gets an array.
     return sum(terms, jnp.float32(0))
 
 
 def absolute(x: Array) -> Array:
     """``sum |x|`` with derivative 0 at 0, where JAX's own is 1 and would push every weight off the base."""
+    # The sign is a constant to the derivative, which is then sign(x): 0 at 0.
     return jnp.sum(x * jnp.sign(jax.lax.stop_gradient(x)))
 
 
@@ -44,32 +46,51 @@ def _sized(total: Array, plan: Any, kept: Mapping[str, Any], trained: Mapping[st
 class L1ToBase:
     """``weight * sum |theta - theta_0|`` over all trained values, or with ``mean`` their mean.
 
-    ``mean=True`` is that of LT-SFT's code (``|theta - theta_0| / N``; Ansell et al. 2022, arXiv:2110.07560). Its derivative at
-    no change is 0.
+    of: what the mean is divided by, the number of ``trained`` values, or ``all`` parameters of the model, the frozen ones too:
+    LT-SFT's ``|theta - theta_0| / N`` (Ansell et al. 2022, arXiv:2110.07560; its code's N). The derivative at no change is 0.
     """
 
     weight: float
     mean: bool = False
+    of: Literal["trained", "all"] = "trained"
+
+    def __post_init__(self) -> None:
+        """Refuse a number of values that is not known, or that a sum is not divided by."""
+        if self.of not in ("trained", "all"):
+            raise ValueError(f"of {self.of!r} is unknown; choose trained or all")
+        if self.of == "all" and not self.mean:
+            raise ValueError("of='all' says what a mean is divided by, and mean is False; add mean=True")
 
     def __call__(self, plan: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> Array:
-        changes = _changes(plan, kept, trained)
-        return self.weight * _sized(_sum(map(absolute, changes)), plan, kept, trained, self.mean)
+        total = _sum(map(absolute, _changes(plan, kept, trained)))
+        if self.of == "all":
+            return self.weight / plan.size(kept, trained) * total
+        return self.weight * _sized(total, plan, kept, trained, self.mean)
 
 
 @dataclasses.dataclass(frozen=True)
 class L2SP:
     """``weight / 2 * sum (theta - theta_0)^2`` over all trained values, or with ``mean`` their mean: decay to the base.
 
-    Li, Grandvalet and Davoine 2018, arXiv:1802.01483 (their alpha is ``weight``). Where decay should not pass through an
-    adaptive optimizer, decouple it: the optimizer's decay toward the base.
+    Weights whose path ``new`` finds (a new head) have no pretrained value: their term is ``new_weight / 2 * sum theta^2``. Li,
+    Grandvalet and Davoine 2018, arXiv:1802.01483, whose alpha and beta are ``weight`` and ``new_weight``. Where decay should
+    not pass through an adaptive optimizer, decouple it: the optimizer's decay toward the base.
     """
 
     weight: float
     mean: bool = False
+    new: tuple[str, ...] = ()
+    new_weight: float = 0.0
 
     def __call__(self, plan: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> Array:
-        changes = _changes(plan, kept, trained)
-        return self.weight / 2 * _sized(_sum(jnp.sum(jnp.square(x)) for x in changes), plan, kept, trained, self.mean)
+        matches = tree.matcher(self.new)
+        is_new = {p: bool(self.new) and matches(p) for p in trained}
+        # The mean is over the old weights alone, as many as the first term sums.
+        old = {p: t for p, t in trained.items() if not is_new[p]}
+        away = _sum(jnp.sum(jnp.square(x)) for x in _changes(plan, kept, old))
+        values = [plan.leaves[p].bind(kept[p], t, False) for p, t in trained.items() if is_new[p]]
+        to_zero = self.new_weight / 2 * _sum(jnp.sum(jnp.square(x)) for x in values)
+        return self.weight / 2 * _sized(away, plan, kept, old, self.mean) + to_zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +110,7 @@ class Nuclear:
         total = jnp.float32(0)
         for path, change in plan.change(kept, trained).items():
             how = plan.leaves[path]
+            # Selected parts come as a list of values; singular values need the matrix they lie in.
             if how.selects and isinstance(change, jax.Array):
                 change = how.spread(kept[path], change, jnp.zeros(kept[path]["w"].shape, change.dtype))
             if not isinstance(change, jax.Array):
@@ -101,16 +123,10 @@ class Nuclear:
 
 
 def _nuclear(x: Array, eps: float) -> Array:
+    # The Gram matrix of the shorter side costs less and has no zeros that are only padding.
     if x.shape[-1] > x.shape[-2]:
         x = jnp.swapaxes(x, -1, -2)
+    # HIGHEST: squares lose half of the digits, and TPUs and GPUs multiply float32 in fewer bits by default.
     gram = jnp.einsum("...io,...ip->...op", x, x, precision=jax.lax.Precision.HIGHEST)
+    # Rounding makes eigenvalues slightly negative.
     return jnp.sum(jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram), 0) + eps), axis=-1)
-
-
-def soften(gradient: Any, importance: Any) -> Any:
-    """``(1 - importance) * gradient``, leaf by leaf: a soft mask, with importance in [0, 1] of the base's own knowledge.
-
-    Important weights move less and none is frozen for good (Ke et al. 2023, arXiv:2302.03241; Zhang et al. 2024,
-    arXiv:2404.10306). Leaves of ``importance`` broadcast against those of ``gradient``.
-    """
-    return jax.tree.map(lambda g, i: (1 - i) * g, gradient, importance)

@@ -37,6 +37,10 @@ class Rule:
         """The memory before the first step; None for a rule without."""
         return None
 
+    def start(self, memory: Any, steps: int) -> Any:
+        """The memory of a run of ``steps`` updates before the first of them, from that of :meth:`init`."""
+        return memory
+
     def measure(self, plan: Any, calibration: Calibration, memory: Any) -> Any:
         """The memory of a run that starts, from what the base and the first batches say; None for that of :meth:`init`."""
         return None

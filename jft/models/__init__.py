@@ -11,6 +11,7 @@ from jft.models.hf.checkpoint import LoadError
 from jft.models.loading import load
 from jft.models.saving import save
 
+# Loaded at first use: a run needs one family, and `import jft` none.
 _LATE = {
     "ClipConfig": "jft.models.clip",
     "DecoderConfig": "jft.models.decoder",

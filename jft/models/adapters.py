@@ -33,20 +33,23 @@ class _Nnx:
     inputs: Inputs
 
     def __call__(self, params: Any, batch: Any) -> Any:
+        # Imported on use: `import jft` must stay light.
         from flax import nnx
 
         state = nnx.State(params)
         return nnx.merge(self.graph, state, self.rest)(*self.inputs(batch))
 
     def __hash__(self) -> int:
+        # ``rest`` holds arrays, which do not hash.
         return hash((self.graph, self.inputs))
 
     def __eq__(self, other: object) -> bool:
+        # The arrays of ``rest`` are constants of a compiled step, so only the same adapter is surely the same program.
         return self is other
 
 
 def from_nnx(module: Any, inputs: Inputs = _whole) -> tuple[Apply, Any]:
-    """A ``flax.nnx`` module: its ``Param`` state is what trains; other state (statistics, RNG) is held as it is.
+    """A ``flax.nnx`` module: its ``Param`` state is what trains; other state (statistics, RNG) stays constant.
 
     Put the module in evaluation mode (``module.eval()``) first: dropout and running statistics do not advance.
     """
@@ -67,19 +70,28 @@ class _Linen:
         return self.module.apply({"params": params, **self.others}, *self.inputs(batch), **dict(self.options))
 
     def __hash__(self) -> int:
+        # Without the other collections, whose arrays do not hash; ``__eq__`` looks at them.
         return hash((self.module, self.inputs, self.options))
 
     def __eq__(self, other: object) -> bool:
         # The other collections are constants of a compiled step: one made for other statistics must not be reused.
         if not isinstance(other, _Linen):
             return False
-        (mine, here), (theirs, there) = jax.tree.flatten(self.others), jax.tree.flatten(other.others)
-        same = (self.module, self.inputs, self.options, here) == (other.module, other.inputs, other.options, there)
-        return same and all(a is b for a, b in zip(mine, theirs, strict=True))
+        (leaves, structure), (other_leaves, other_structure) = (
+            jax.tree.flatten(self.others),
+            jax.tree.flatten(other.others),
+        )
+        same = (self.module, self.inputs, self.options, structure) == (
+            other.module,
+            other.inputs,
+            other.options,
+            other_structure,
+        )
+        return same and all(a is b for a, b in zip(leaves, other_leaves, strict=True))
 
 
 def from_linen(module: Any, variables: Any, inputs: Inputs = _whole, **options: Any) -> tuple[Apply, Any]:
-    """A ``flax.linen`` module and its ``init`` variables: ``params`` train, other collections are held as they are.
+    """A ``flax.linen`` module and its ``init`` variables: ``params`` train, other collections stay constant.
 
     options are passed to every call (``deterministic=True``). Raises ``ValueError`` without a ``params`` collection.
     """
@@ -88,6 +100,7 @@ def from_linen(module: Any, variables: Any, inputs: Inputs = _whole, **options: 
             f"linen variables have no 'params' collection, only {sorted(variables)}; pass module.init(...)"
         )
     others = {k: v for k, v in variables.items() if k != "params"}
+    # A tuple, as a compiled step hashes its adapter.
     return _Linen(module, inputs, others, tuple(options.items())), variables["params"]
 
 
@@ -99,6 +112,7 @@ class _Equinox:
     batched: bool
 
     def __call__(self, params: Any, batch: Any) -> Any:
+        # Equinox is no dependency of jft: who passes such a module has it.
         import equinox
 
         module = equinox.combine(jax.tree.unflatten(self.structure, jax.tree.leaves(params)), self.static)

@@ -33,12 +33,13 @@ Leaves = Iterator[tuple[str, Leaf]]
 def draw(leaves: Mapping[str, Leaf], key: jax.Array, dtype: Any) -> dict:
     """Parameters in ``dtype``: each leaf drawn in float32 from a key of its own path, so in any order, on any mesh."""
 
-    def one(path: str, leaf: Leaf) -> Array:
+    def array(path: str, leaf: Leaf) -> Array:
         if leaf.std == 0.0:
             return jnp.full(leaf.shape, leaf.constant, dtype)
+        # Drawn in float32 whatever ``dtype`` is, so that bfloat16 parameters are the float32 ones rounded.
         return (leaf.std * jax.random.normal(tree.key_for(key, path), leaf.shape, jnp.float32)).astype(dtype)
 
-    return tree.unflatten({path: one(path, leaf) for path, leaf in leaves.items()})
+    return tree.unflatten({path: array(path, leaf) for path, leaf in leaves.items()})
 
 
 def linear(prefix: str, rows: int, columns: int, *, layers: int = 0, bias: bool = True, std: float = 0.0) -> Leaves:
@@ -65,6 +66,7 @@ def table(prefix: str, rows: int, width: int, std: float = 0.02) -> Leaves:
 def layer_leaves(prefix: str, layers: int, width: int, hidden: int, *, qkv_bias: bool = True) -> Leaves:
     """A stack of blocks: attention, an MLP without gate, two layer norms."""
     for name in ("q", "k", "v", "o"):
+        # ``qkv_bias`` of a ViT is about q, k and v: the output projection always has a bias.
         yield from linear(f"{prefix}/attn/{name}", width, width, layers=layers, bias=qkv_bias or name == "o")
     yield from linear(f"{prefix}/mlp/up", width, hidden, layers=layers)
     yield from linear(f"{prefix}/mlp/down", hidden, width, layers=layers)
@@ -104,6 +106,7 @@ def mlp(scope: Scope, name: str, x: Array, params: Params, activation: str) -> A
     """``down(act(up(x)))``; with a gate, ``down(act(gate(x)) * up(x))``."""
     act = core.ACTIVATIONS[activation]
     up = scope.dot(f"{name}/up", x, params["up"])
+    # By the parameters: the families that share this block differ in it, and their configs have no common field.
     gate = scope.dot(f"{name}/gate", x, params["gate"]) if "gate" in params else None
     inner = core.recomputed(act)(up) if gate is None else core.gated(act, gate, up)
     return scope.dot(f"{name}/down", inner, params["down"])
@@ -112,6 +115,7 @@ def mlp(scope: Scope, name: str, x: Array, params: Params, activation: str) -> A
 def add(scope: Scope, name: str, h: Array, block: Callable[[Array], Array], normed: Norm, scales: Params, post: bool):
     """The residual step: ``h + block(norm(h))``, or ``norm(h + block(h))`` where the norm comes after (``post``)."""
     if post:
+        # The site is what the block adds, before the norm of the sum, so that it means the same in both orders.
         return normed(h + scope.site(f"{name}/out", block(h)), scales)
     return h + scope.site(f"{name}/out", block(normed(h, scales)))
 
@@ -151,7 +155,7 @@ def stack(
 
 
 def check_sizes(config: Any, **positive: int) -> None:
-    """Refuse a width that the heads do not divide, an unknown activation, and sizes below one."""
+    """Check of a config: ``ValueError`` for a width that the heads do not divide, an unknown activation, a size below one."""
     for name, value in positive.items():
         if value < 1:
             raise ValueError(f"{type(config).__name__}: {name} is {value}; it must be at least 1")
@@ -163,11 +167,12 @@ def check_sizes(config: Any, **positive: int) -> None:
 
 
 def finish(scope: Scope, outputs: Any) -> Any:
-    """What ``forward`` returns: the outputs, with what hooks read where there are hooks."""
+    """The result of ``forward``: the outputs, with hooks also what they read."""
     return outputs if scope.hooks is None else (outputs, scope.reads)
 
 
 def check_length(length: int, limit: int, plain: bool) -> None:
-    """Refuse a row longer than the position table, unless positions restart inside it."""
+    """Check of a row: ``ValueError`` where it is longer than the position table, unless positions restart inside it."""
+    # With segments or positions the largest position is a traced value, which cannot be compared here.
     if plain and length > limit:
         raise ValueError(f"a sequence of {length} tokens is longer than the model's {limit} positions; truncate it")

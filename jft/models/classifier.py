@@ -19,7 +19,7 @@ POOLS = ("cls", "mean", "last", "pooler", "embedding")
 class Classifier:
     """``backbone`` with a linear layer over its pooled hidden states: logits ``[B, classes]``.
 
-    The backbone's parameters keep their paths; ``classifier/{w,b}`` stand beside them, so a task vector of the backbone
+    The backbone's parameters keep their paths; ``classifier/{w,b}`` are added to them, so a task vector of the backbone
     applies to both. pool: ``cls`` the first token; ``last`` the last token that is not padding; ``mean`` of all tokens
     that are not padding (of the patches, for images); ``pooler`` tanh of a dense layer on the first token;
     ``embedding`` CLIP's normalised image embedding. dense: an activation puts ``classifier/dense`` and it before the
@@ -35,9 +35,11 @@ class Classifier:
     def __post_init__(self) -> None:
         if self.classes < 1:
             raise ValueError(f"a classifier needs at least 1 class, not {self.classes}")
+        # A decoder has no defaults: its last token is the one that has seen the whole sequence.
         defaults = getattr(self.backbone, "head_defaults", lambda: ("last", "none"))()
         for field, default in zip(("pool", "dense"), defaults, strict=True):
             if getattr(self, field) in ("auto", None):
+                # Resolved here, so that 'auto' and the same choice by name are equal configs and compile one program.
                 object.__setattr__(self, field, default)
         self._check(embedding=defaults[0] == "embedding")
 
@@ -72,6 +74,7 @@ class Classifier:
         leaves = dict(blocks.linear("classifier", self.width, self.classes, std=0.02))
         if self.dense != "none":
             leaves |= dict(blocks.linear("classifier/dense", self.width, self.width))
+        # From one key: a draw depends on its path alone, so the backbone is that of the bare model.
         return {**self.backbone.init(key, dtype), **blocks.draw(leaves, key, dtype)}
 
     def forward(self, execution: Execution, params: Params, batch: Any, hooks: Hooks | None = None) -> Any:
@@ -86,7 +89,7 @@ class Classifier:
         return blocks.finish(scope, scope.dot("classifier", h, params["classifier"]))
 
     def pooled(self, scope: Scope, params: Params, batch: Any) -> Array:
-        """What the head reads: ``[B, D]`` (``[B, P]`` for CLIP)."""
+        """The input of the head: ``[B, D]`` (``[B, P]`` for CLIP)."""
         if self.pool == "embedding":
             return self.backbone.image_embedding(scope, params, batch)
         h = self.backbone.hidden_states(scope, params, batch)
@@ -96,9 +99,12 @@ class Classifier:
             return jnp.tanh(scope.dot("pooler", h[:, 0], params["pooler"]))
         real = self._real(batch, h)
         if self.pool == "last":
+            # The largest index, not the count: padding may be on the left.
             last = jnp.max(jnp.where(real, jnp.arange(h.shape[1]), 0), axis=1)
             return jnp.take_along_axis(h, last[:, None, None], axis=1)[:, 0]
+        # Float32: bfloat16 counts exactly up to 256 tokens only.
         weights = real.astype(jnp.promote_types(h.dtype, jnp.float32))[..., None]
+        # At least 1: a row of padding alone would divide by zero.
         return (jnp.sum(h * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1.0)).astype(h.dtype)
 
     def _real(self, batch: Any, h: Array) -> Array:

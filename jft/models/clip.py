@@ -13,13 +13,12 @@ from jft.dot import take
 from jft.kernels.attention import Mask
 from jft.models import blocks, core
 from jft.models.core import Execution, Hooks, Model, Params, Scope, inputs
-from jft.models.split import entering
+from jft.models.split import suffix_input
 from jft.models.vision import VisionConfig
 
 Array = jax.Array
-LEGACY_EOS = (
-    2  # what configs said before transformers set the true id; the true one is then the highest in the vocabulary
-)
+# The id in configs older than transformers' correction of it; the true id is then the highest in the vocabulary.
+LEGACY_EOS = 2
 TOWER = VisionConfig(
     patch=32, activation="quick_gelu", eps=1e-5, patch_bias=False, embed_norm=True, family="clip_vision_model"
 )
@@ -49,23 +48,24 @@ class TextConfig:
     def leaves(self, prefix: str) -> blocks.Leaves:
         """Every parameter under ``prefix``, undrawn."""
         yield from blocks.table(f"{prefix}embed", self.vocab, self.width)
+        # 0.02 and 0.01 are the deviations of OpenAI's initialisation.
         yield from blocks.table(f"{prefix}positions", self.positions, self.width, 0.01)
         yield from blocks.layer_leaves(f"{prefix}layers", self.layers, self.width, self.hidden)
         yield from blocks.norm(f"{prefix}final_norm", self.width)
 
     def hidden_states(self, scope: Scope, params: Params, batch: Any, prefix: str) -> Array:
         """Normalised hidden states ``[B, T, D]``."""
-        given = inputs(batch)
-        blocks.check_length(given.tokens.shape[1], self.positions, given.plain)
+        text = inputs(batch)
+        blocks.check_length(text.tokens.shape[1], self.positions, text.plain)
         dtype = scope.execution.dtype
-        h = take(params["embed"]["table"], given.tokens, dtype)
-        h = scope.site(f"{prefix}embed", h + take(params["positions"]["table"], given.positions, dtype))
+        h = take(params["embed"]["table"], text.tokens, dtype)
+        h = scope.site(f"{prefix}embed", h + take(params["positions"]["table"], text.positions, dtype))
         h = blocks.stack(
             scope,
             f"{prefix}layers",
             h,
             params["layers"],
-            Mask.within(given.segments, causal=True),
+            Mask.within(text.segments, causal=True),
             heads=self.heads,
             activation=self.activation,
             eps=self.eps,
@@ -74,6 +74,7 @@ class TextConfig:
 
     def end(self, tokens: Array) -> Array:
         """Index ``[B]`` of the token that represents each row of ``tokens[B, T]``."""
+        # The argmax of a comparison is its first True.
         return jnp.argmax(tokens if self.eos == LEGACY_EOS else tokens == self.eos, axis=-1)
 
 
@@ -82,7 +83,7 @@ class ClipConfig:
     """Contrastive language-image pretraining (Radford et al. 2021, arXiv:2103.00020).
 
     ``forward`` maps ``images [B, H, W, C]`` and/or ``tokens [B, T]`` (one text a row, ending in ``text.eos``) to
-    ``{"image": [B, P], "text": [B, P], "logit_scale": []}``: L2-normalised embeddings of what was given, and the natural
+    ``{"image": [B, P], "text": [B, P], "logit_scale": []}``: L2-normalised embeddings of what the batch holds, and the natural
     logarithm of the inverse temperature. ``projection`` is P.
     """
 
@@ -105,6 +106,7 @@ class ClipConfig:
         yield from self.text.leaves("text/")
         yield from blocks.linear("vision_projection", self.vision.width, self.projection, bias=False)
         yield from blocks.linear("text_projection", self.text.width, self.projection, bias=False)
+        # log(1 / 0.07) with the digits of transformers' config.
         yield "logit_scale", blocks.Leaf((), constant=2.6592)
 
     def forward(self, execution: Execution, params: Params, batch: Any, hooks: Hooks | None = None) -> Any:
@@ -114,14 +116,15 @@ class ClipConfig:
 
     def outputs(self, scope: Scope, params: Params, batch: Any) -> dict[str, Array]:
         """Embeddings by name, in the scope of a caller."""
-        given = batch if hasattr(batch, "keys") else {"tokens": batch}
+        fields = batch if hasattr(batch, "keys") else {"tokens": batch}
         outputs = {"logit_scale": params["logit_scale"]}
-        if "images" in given or entering(scope, "vision/layers") is not None:
-            outputs["image"] = self.image_embedding(scope, params, given)
-        if "tokens" in given:
-            outputs["text"] = self.text_embedding(scope, params, given)
+        # The suffix of a split model has features in place of images.
+        if "images" in fields or suffix_input(scope, "vision/layers") is not None:
+            outputs["image"] = self.image_embedding(scope, params, fields)
+        if "tokens" in fields:
+            outputs["text"] = self.text_embedding(scope, params, fields)
         if len(outputs) == 1:
-            raise ValueError(f"the batch has neither 'images' nor 'tokens', only {sorted(given)}")
+            raise ValueError(f"the batch has neither 'images' nor 'tokens', only {sorted(fields)}")
         return outputs
 
     def image_embedding(self, scope: Scope, params: Params, batch: Any) -> Array:

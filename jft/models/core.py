@@ -1,4 +1,4 @@
-"""What every model is made of: `Model`, its inputs, one matrix product, named sites, one scan over layers.
+"""The parts of every model: `Model`, its inputs, one matrix product, named sites, one scan over layers.
 
 A jft model is a pure function of nested dicts. Three conventions hold in all of them:
 
@@ -72,19 +72,22 @@ def _cut(leaves: Any, sizes: tuple[int, ...]) -> list[Any]:
     """Stacked leaves (arrays, or :class:`Runs` of exactly these sizes) as one tree for each run."""
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
 
-    def part(leaf: Any, i: int) -> Any:
+    def slice_of(leaf: Any, i: int) -> Any:
         if _is_runs(leaf):
             if leaf.sizes != sizes:
-                raise ValueError(f"layers are cut into runs {leaf.sizes} here and {sizes} there; cut all alike")
+                raise ValueError(
+                    f"layers are cut into runs {leaf.sizes} here and {sizes} there; cut all of them at the same layers"
+                )
             return leaf.parts[i]
         return jax.lax.slice_in_dim(leaf, starts[i], starts[i] + sizes[i], axis=0)
 
-    return [jax.tree.map(lambda leaf: part(leaf, i), leaves, is_leaf=_is_runs) for i in range(len(sizes))]  # noqa: B023
+    # B023: each lambda is called within its own iteration, so the late binding of i is harmless.
+    return [jax.tree.map(lambda leaf: slice_of(leaf, i), leaves, is_leaf=_is_runs) for i in range(len(sizes))]  # noqa: B023
 
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """What a method reads and edits inside a model; static functions plus arrays.
+    """Access of a method to values inside a model, to read and edit; static functions plus arrays.
 
     ``product(name, x, w, state) -> (y, read)`` replaces every named product; ``value(name, h, state) -> (h, read)`` every
     named residual-stream value (``h[B, T, D]``). ``read`` is a pytree to collect, or None. ``state[name]`` is handed in
@@ -99,7 +102,7 @@ class Hooks:
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How a model runs, as opposed to what it computes.
+    """The way a model runs, as opposed to what it computes.
 
     dtype: activations and products. remat: what the backward pass recomputes inside a layer: ``none`` nothing, ``full``
     everything, ``dots`` all but the matrix products. unroll: layers per scan step (0: all of them, a plain loop whose
@@ -127,7 +130,7 @@ class Execution:
         return self.attention_block if self.attention == "blockwise" else None
 
     def __post_init__(self) -> None:
-        """Refuse an unknown choice before anything is traced."""
+        """``ValueError`` for an unknown choice, before anything is traced."""
         choices = {
             "remat": ("none", "full", "dots"),
             "experts": ("dense", "ragged"),
@@ -141,7 +144,7 @@ class Execution:
 
 
 class Architecture(Protocol):
-    """What a family (decoder, encoder, vision, clip, seq2seq) supplies: pure functions of its frozen config."""
+    """The interface of a family (decoder, encoder, vision, clip, seq2seq): pure functions of its frozen config."""
 
     def init(self, key: Array, dtype: Any) -> dict: ...
 
@@ -191,6 +194,7 @@ class Model:
     def linear_paths(self, params: Params | None = None) -> tuple[str, ...]:
         """Paths of the weight matrices inside the layers: what LoRA and sparse methods target by default."""
         flat = tree.flatten(params if params is not None else self.abstract())
+        # Not the router: a change there changes which experts run, not what a matrix computes.
         return tuple(p for p in flat if p.endswith("/w") and tree.stack_of(p) is not None and "router" not in p)
 
 
@@ -238,17 +242,20 @@ class Scope:
 
         ``prefix`` (``layers``) is that of the parameters: hook state whose name starts with it is sliced with them.
         """
-        inside = {k: v for k, v in self.state.items() if k.startswith(prefix + "/")}
+        # Sites outside the layers have no axis L to slice.
+        stacked_state = {k: v for k, v in self.state.items() if k.startswith(prefix + "/")}
 
         def step(carry: Array, sliced: Any) -> tuple[Array, dict[str, Any]]:
             layer_params, layer_xs, layer_state = sliced
+            # A scope per layer: its reads are traced values of the scan's body, which may leave it only as outputs.
             scope = Scope(self.execution, self.hooks, layer_state)
             return body(scope, carry, layer_params, layer_xs), scope.reads
 
         step = _remat(step, self.execution.remat)
-        stacked = (params, xs, inside)
+        stacked = (params, xs, stacked_state)
         runs = [leaf for leaf in jax.tree.leaves(params, is_leaf=_is_runs) if _is_runs(leaf)]
         collected = []
+        # All leaves of a stack are cut at the same layers, so the sizes of one hold for all.
         for run in _cut(stacked, runs[0].sizes) if runs else [stacked]:
             length = jax.tree.leaves(run)[0].shape[0]
             h, reads = jax.lax.scan(step, h, run, unroll=min(self.execution.unroll or length, length))
@@ -262,9 +269,11 @@ class Scope:
 def _remat(step: Callable, policy: str) -> Callable:
     if policy == "none":
         return step
+    # None keeps nothing, so that everything is recomputed.
     policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
     if policy not in policies:
         raise ValueError(f"remat policy {policy!r} is unknown; choose none, full or dots")
+    # The barriers that prevent CSE are needless inside a scan, and cost time.
     return jax.checkpoint(step, policy=policies[policy], prevent_cse=False)
 
 
@@ -283,6 +292,7 @@ def rows_over_devices(h: Array) -> Array:
     axes = tuple(name for name in ("data", "fsdp") if mesh.shape.get(name, 1) > 1)
     if not axes or h.ndim < 2 or h.shape[0] % math.prod(mesh.shape[name] for name in axes):
         return h
+    # XLA's choice for the other axes: tensor parallelism shards some of them.
     free = PartitionSpec.UNCONSTRAINED
     return jax.lax.with_sharding_constraint(h, PartitionSpec(axes, *(free for _ in h.shape[1:])))
 
@@ -290,7 +300,7 @@ def rows_over_devices(h: Array) -> Array:
 class Inputs(NamedTuple):
     """Token inputs, all int32 ``[B, T]``; ``segments`` may be ``[1, T]`` where every row is one unpadded sequence.
 
-    plain: no segments and no positions were given: position t is t and nothing is padded.
+    plain: the batch has neither segments nor positions: position t is t and nothing is padded.
     """
 
     tokens: Array
@@ -306,12 +316,13 @@ def inputs(batch: Any, prefix: str = "") -> Inputs:
     are given, to a new one wherever positions fall back. ``positions`` default to counting from the start of each
     segment. ``prefix`` is that of the keys (``decoder_``). Raises ValueError for a missing key, a wrong shape or dtype.
     """
-    given = batch if hasattr(batch, "keys") else {"tokens": batch}
-    if prefix + "tokens" not in given:
-        raise ValueError(f"the batch has no {prefix + 'tokens'!r}, only {sorted(given)}")
-    tokens = _integers(given[prefix + "tokens"], prefix + "tokens")
-    segments, positions = (given.get(prefix + key) for key in ("segments", "positions"))
+    fields = batch if hasattr(batch, "keys") else {"tokens": batch}
+    if prefix + "tokens" not in fields:
+        raise ValueError(f"the batch has no {prefix + 'tokens'!r}, only {sorted(fields)}")
+    tokens = _integers(fields[prefix + "tokens"], prefix + "tokens")
+    segments, positions = (fields.get(prefix + key) for key in ("segments", "positions"))
     if segments is None and positions is None:
+        # One row for all: the mask is then [1, T, T] and not B times as large.
         T = tokens.shape[1]
         return Inputs(tokens, jnp.ones((1, T), jnp.int32), jnp.arange(T, dtype=jnp.int32)[None], True)
     if positions is not None:
@@ -327,6 +338,7 @@ def count_within(segments: Array) -> Array:
     """Positions ``[B, T]`` that restart at 0 wherever the segment changes."""
     index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
     starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    # The largest start so far is that of the token's segment.
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
@@ -383,6 +395,7 @@ def _rms_norm(eps: float, offset: float, x: Array, params: Params) -> Array:
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    # Not an approximation to be improved: CLIP's weights were trained with this function.
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,

@@ -17,9 +17,10 @@ from jft.models.core import ACTIVATIONS, Execution, Hooks, Inputs, Params, Scope
 from jft.models.memory import Memory, remember
 from jft.models.moe import Experts, moe
 from jft.models.rope import Rope, rotate
-from jft.models.split import collect, cut, inside
+from jft.models.split import collect, cut, stack_scope
 
 Array = jax.Array
+# The window of layers without one: in a scan every layer needs a number, beyond any length and within int32.
 UNLIMITED = 2**30
 
 
@@ -90,7 +91,8 @@ class DecoderConfig:
     special_tokens: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        """Fill in the sizes left at 0 and refuse what does not fit together."""
+        """Defaults for the sizes that are 0; ``ValueError`` for what does not fit together."""
+        # The config is frozen; here is the one moment before anybody reads it.
         fill = lambda name, value: object.__setattr__(self, name, getattr(self, name) or value)
         for name in ("vocab", "width", "layers", "heads"):
             if getattr(self, name) < 1:
@@ -115,6 +117,7 @@ class DecoderConfig:
         windows = (self.windows,) * self.layers if isinstance(self.windows, int) else self.windows
         if windows is not None and len(windows) != self.layers:
             raise ValueError(f"windows has {len(windows)} entries for {self.layers} layers")
+        # No window in any layer is None, so that configs which mean the same are equal.
         object.__setattr__(self, "windows", tuple(windows) if windows and any(windows) else None)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -124,12 +127,12 @@ class DecoderConfig:
         if self.rope is None:
             out["positions/table"] = (self.max_positions, D)
         layer = self._layer_shapes(D, self.heads * K, self.kv_heads * K)
-        remembering = len(self.memory.layers) if self.memory else 0
-        out |= {f"layers/{path}": (self.layers - remembering, *shape) for path, shape in layer.items()}
+        memory_layers = len(self.memory.layers) if self.memory else 0
+        out |= {f"layers/{path}": (self.layers - memory_layers, *shape) for path, shape in layer.items()}
         if self.memory:
             layer = {path: shape for path, shape in layer.items() if not path.startswith("mlp/")}
             layer |= self.memory.shapes(D)
-            out |= {f"memory/layers/{path}": (remembering, *shape) for path, shape in layer.items()}
+            out |= {f"memory/layers/{path}": (memory_layers, *shape) for path, shape in layer.items()}
             out["memory/table"] = (self.memory.slots, self.memory.value_size or D)
         out |= self._norm_shapes("final_norm", D)
         return out if self.tied else out | {"head/w": (D, V)}
@@ -174,12 +177,14 @@ class DecoderConfig:
         def draw(path: str, shape: tuple[int, ...]) -> Array:
             leaf = path.rsplit("/", 1)[-1]
             if leaf == "scale":
+                # The identity: Gemma's norms multiply by 1 + scale.
                 return jnp.full(shape, 1.0 - self.norm_offset, dtype)
             if leaf in ("b", "bias"):
                 return jnp.zeros(shape, dtype)
             if leaf == "keys" or path == "memory/table":
                 size = self.memory.key_size if leaf == "keys" else shape[-1]  # type: ignore[union-attr]
                 return (size**-0.5 * jax.random.normal(tree.key_for(key, path), shape, jnp.float32)).astype(dtype)
+            # ``down/w`` of experts too: whatever writes to the residual stream.
             residual = self.init_residual and path.endswith(("attn/o/w", "down/w"))
             std = self.init_std / math.sqrt(2 * self.layers) if residual else self.init_std
             return (std * jax.random.normal(tree.key_for(key, path), shape, jnp.float32)).astype(dtype)
@@ -201,35 +206,35 @@ class DecoderConfig:
         return self.logits(scope, params, self.hidden_states(scope, params, batch))
 
     def hidden_states(self, scope: Scope, params: Params, batch: Any) -> Array:
-        """What the output head reads: the last layer's residual stream after the final norm, ``[B, T, D]``."""
-        given = inputs(batch)
-        h = scope.site("embed", self._embed(scope, params, given))
-        shared = _Shared.of(self, given)
+        """The input of the output head: the last layer's residual stream after the final norm, ``[B, T, D]``."""
+        text = inputs(batch)
+        h = scope.site("embed", self._embed(scope, params, text))
+        constants = _LayerConstants.of(self, text)
 
         def layer(scope: Scope, h: Array, params: Params, xs: Any) -> Array:
-            return self._layer(scope, h, params, xs, shared)
+            return self._layer(scope, h, params, xs, constants)
 
         if self.memory:
-            h = self._with_memory(scope, layer, h, params, shared)
+            h = self._with_memory(scope, layer, h, params, constants)
         else:
             h = scope.layers("layers", layer, h, params["layers"], self._per_layer())
         return scope.site("final", self._norm(h, params["final_norm"]))
 
-    def _with_memory(self, scope: Scope, layer: Any, h: Array, params: Params, shared: _Shared) -> Array:
+    def _with_memory(self, scope: Scope, layer: Any, h: Array, params: Params, constants: _LayerConstants) -> Array:
         """The layers in order, those with a memory scanned apart from the others, run by run."""
         assert self.memory is not None
         table, xs = params["memory"]["table"], self._per_layer()
 
-        def remembering(scope: Scope, h: Array, params: Params, xs: Any) -> Array:
-            return self._layer(scope, h, params, xs, shared, "memory/layers", table)
+        def memory_layer(scope: Scope, h: Array, params: Params, xs: Any) -> Array:
+            return self._layer(scope, h, params, xs, constants, "memory/layers", table)
 
         pieces = []
-        for remembers, first, start, stop in self.memory.pieces(self.layers):
-            prefix, body = ("memory/layers", remembering) if remembers else ("layers", layer)
-            stack = params["memory"]["layers"] if remembers else params["layers"]
-            pieces.append(inside(scope, prefix, start, stop))
-            here = cut(xs, first, first + stop - start)
-            h = pieces[-1].layers(prefix, body, h, cut(stack, start, stop), here)
+        for has_memory, first, start, stop in self.memory.pieces(self.layers):
+            prefix, body = ("memory/layers", memory_layer) if has_memory else ("layers", layer)
+            stack = params["memory"]["layers"] if has_memory else params["layers"]
+            pieces.append(stack_scope(scope, prefix, start, stop))
+            layer_xs = cut(xs, first, first + stop - start)
+            h = pieces[-1].layers(prefix, body, h, cut(stack, start, stop), layer_xs)
         collect(scope, pieces)
         return h
 
@@ -248,25 +253,27 @@ class DecoderConfig:
         """Tokens of a sequence that have a position; None with rotary ones, which have no end."""
         return None if self.rope is not None else self.max_positions
 
-    def _embed(self, scope: Scope, params: Params, given: Inputs) -> Array:
+    def _embed(self, scope: Scope, params: Params, text: Inputs) -> Array:
         dtype = scope.execution.dtype
-        h = take(params["embed"]["table"], given.tokens, dtype)
+        h = take(params["embed"]["table"], text.tokens, dtype)
         if self.embed_scale:
+            # Rounded to the activations' dtype first, as transformers does: bfloat16 has no sqrt(D) of most widths.
             h = h * jnp.asarray(math.sqrt(self.width), dtype)
         if self.rope is not None:
             return h
-        if given.plain and given.tokens.shape[1] > self.max_positions:
-            raise ValueError(
-                f"{given.tokens.shape[1]} tokens, but the model has {self.max_positions} learned positions"
-            )
-        return h + take(params["positions"]["table"], given.positions, dtype)
+        # Positions in the batch are traced values, which cannot be compared here.
+        if text.plain and text.tokens.shape[1] > self.max_positions:
+            raise ValueError(f"{text.tokens.shape[1]} tokens, but the model has {self.max_positions} learned positions")
+        return h + take(params["positions"]["table"], text.positions, dtype)
 
     def _per_layer(self) -> dict[str, Array]:
-        """What differs from layer to layer without being a parameter, stacked for the scan."""
+        """Values that differ from layer to layer and are no parameters, stacked for the scan."""
         xs: dict[str, Array] = {}
+        # One window for all layers stays a static number (see below); only different ones go through the scan.
         if self.windows is not None and len(set(self.windows)) > 1:  # type: ignore[arg-type]
             xs["window"] = jnp.asarray([w or UNLIMITED for w in self.windows], jnp.int32)  # type: ignore[union-attr]
         if self.local_rope is not None:
+            # Which of the two rotary tables a layer reads; a layer's kind must be an array in a scan.
             xs["local"] = jnp.asarray([w is not None for w in self.windows or (None,) * self.layers])  # type: ignore[union-attr]
         if self.scale_by_layer:
             xs["scale"] = 1 / jnp.arange(1, self.layers + 1, dtype=jnp.float32)
@@ -283,7 +290,7 @@ class DecoderConfig:
         h: Array,
         params: Params,
         xs: dict[str, Array],
-        shared: _Shared,
+        constants: _LayerConstants,
         prefix: str = "layers",
         table: Any = None,
     ) -> Array:
@@ -294,21 +301,22 @@ class DecoderConfig:
             return scope.site(f"{prefix}/{name}/out", y)
 
         h = scope.site(f"{prefix}/in", h)
-        attended = block("attn", h, lambda s, x: self._attend(s, f"{prefix}/attn", x, params["attn"], xs, shared))
+        attn_out = block("attn", h, lambda s, x: self._attend(s, f"{prefix}/attn", x, params["attn"], xs, constants))
         memory = self.memory
         if memory is None or table is None:
             mlp = lambda s, x: self._mlp(s, f"{prefix}/mlp", x, params["mlp"])
         else:
             mlp = lambda s, x: remember(s, f"{prefix}/mlp", x, params["mlp"], table, memory)
         if self.parallel:
-            return h + attended + block("mlp", h, mlp)
-        h = h + attended
+            return h + attn_out + block("mlp", h, mlp)
+        h = h + attn_out
         return h + block("mlp", h, mlp)
 
     def _attend(
-        self, scope: Scope, name: str, x: Array, params: Params, xs: dict[str, Array], shared: _Shared
+        self, scope: Scope, name: str, x: Array, params: Params, xs: dict[str, Array], constants: _LayerConstants
     ) -> Array:
         q, k, v = (scope.dot(f"{name}/{part}", x, params[part]) for part in ("q", "k", "v"))
+        # OLMoE clips after its norm over all heads; a norm per head (Qwen 3) has to follow the split into heads.
         if self.qk_norm == "full":
             q, k = self._qk_norm(q, k, params)
         if self.clip_qkv is not None:
@@ -317,14 +325,14 @@ class DecoderConfig:
         if self.qk_norm == "head":
             q, k = self._qk_norm(q, k, params)
         if self.rope is not None:
-            tables = shared.rope(xs.get("local"))
+            tables = constants.rope(xs.get("local"))
             q, k = rotate(q, tables), rotate(k, tables)
         scale = self.attention_scale if self.attention_scale is not None else self.head_size**-0.5
         out = attention(
             q,
             k,
             v,
-            shared.sees(xs.get("window")),
+            constants.mask_for(xs.get("window")),
             scale=scale * xs.get("scale", 1.0),
             softcap=self.attention_softcap,
             block=scope.execution.block,
@@ -349,32 +357,33 @@ class DecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shared:
-    """What every layer reads and none changes: computed once, outside the scan."""
+class _LayerConstants:
+    """Values that all layers read and none changes: computed once, outside the scan."""
 
     mask: Mask
     ropes: tuple[tuple[Array, Array], ...]
 
     @classmethod
-    def of(cls, config: DecoderConfig, given: Inputs) -> _Shared:
-        same = set(config.windows or (None,))  # type: ignore[arg-type]
-        window = same.pop() if len(same) == 1 else None
+    def of(cls, config: DecoderConfig, text: Inputs) -> _LayerConstants:
+        windows = set(config.windows or (None,))  # type: ignore[arg-type]
+        window = windows.pop() if len(windows) == 1 else None
         # Order and windows count tokens of the row, as transformers does, so explicit positions only steer the embedding.
-        mask = Mask.within(given.segments, causal=True, window=window)
+        mask = Mask.within(text.segments, causal=True, window=window)
         ropes = [
-            rope.tables(given.positions, given.segments, config.head_size, config.max_positions)
+            rope.tables(text.positions, text.segments, config.head_size, config.max_positions)
             for rope in (config.rope, config.local_rope)
             if rope is not None
         ]
         return cls(mask, tuple(ropes))
 
-    def sees(self, window: Array | None) -> Mask:
+    def mask_for(self, window: Array | None) -> Mask:
         return self.mask if window is None else dataclasses.replace(self.mask, window=window)
 
     def rope(self, local: Array | None) -> tuple[Array, Array]:
         if local is None:
             return self.ropes[0]
-        cos, sin = (jnp.where(local, there, here) for here, there in zip(*self.ropes, strict=True))
+        # A layer's kind is a traced value in the scan, so both tables exist and one is taken.
+        cos, sin = (jnp.where(local, of_local, of_global) for of_global, of_local in zip(*self.ropes, strict=True))
         return cos, sin
 
 

@@ -39,6 +39,7 @@ class EncoderConfig:
     eps: float = 1e-12
     pooler: bool = True
 
+    # What transformers' classifiers have between the first token and the logits; BERT has its pooler there.
     DENSE: ClassVar[dict[str, str]] = {"roberta": "tanh", "distilbert": "relu"}
 
     def __post_init__(self) -> None:
@@ -76,19 +77,19 @@ class EncoderConfig:
 
     def hidden_states(self, scope: Scope, params: Params, batch: Any) -> Array:
         """Last hidden states ``[B, T, D]``. Raises ValueError for a batch that does not fit the model."""
-        given = inputs(batch)
-        blocks.check_length(given.tokens.shape[1], self.longest, given.plain)
+        text = inputs(batch)
+        blocks.check_length(text.tokens.shape[1], self.longest, text.plain)
         dtype = scope.execution.dtype
-        h = take(params["embed"]["table"], given.tokens, dtype)
-        h = h + take(params["positions"]["table"], given.positions + self.position_offset, dtype)
-        h = h + self._types(params, batch, given.tokens, dtype)
+        h = take(params["embed"]["table"], text.tokens, dtype)
+        h = h + take(params["positions"]["table"], text.positions + self.position_offset, dtype)
+        h = h + self._types(params, batch, text.tokens, dtype)
         h = scope.site("embed", core.layer_norm(h, params["embed_norm"], self.eps))
         h = blocks.stack(
             scope,
             "layers",
             h,
             params["layers"],
-            Mask.within(given.segments),
+            Mask.within(text.segments),
             heads=self.heads,
             activation=self.activation,
             eps=self.eps,
@@ -102,6 +103,7 @@ class EncoderConfig:
             if types is not None:
                 raise ValueError(f"{self.family} has no token types; take 'token_types' out of the batch")
             return 0.0
+        # Without token types all are 0, as in transformers.
         return take(params["types"]["table"], jnp.zeros_like(tokens) if types is None else types, dtype)
 
     def head_defaults(self) -> tuple[str, str]:

@@ -56,19 +56,19 @@ def load(
     model = Model(config)
     shapes = tree.flatten(model.abstract())
     leaves = _bind(checkpoint, family, config, shapes)
-    wanted = _dtypes(checkpoint, leaves, dtype)
+    dtypes = _dtypes(checkpoint, leaves, dtype)
     abstract = tree.unflatten(
-        {p: jax.ShapeDtypeStruct(s.shape, wanted.get(p, wanted["default"])) for p, s in shapes.items()}
+        {p: jax.ShapeDtypeStruct(s.shape, dtypes.get(p, dtypes["default"])) for p, s in shapes.items()}
     )
     layouts = _layouts(abstract, mesh, rules)
     flat = {}
-    # Largest first: while a parameter is read its host copy exists beside it, and then the least is held already.
+    # Largest first: while a parameter is read its host copy exists too, and then the least of the others is in memory.
     for path in sorted(leaves, key=lambda p: -tree.size(shapes[p])):
-        flat[path] = _place(checkpoint, leaves[path], wanted[path], layouts.get(path))
-    fresh = [path for path in shapes if path not in flat]
-    if fresh:
-        flat |= _fresh(config, fresh, abstract, layouts, seed)
-    return Model(config, Execution(dtype=_activations(dtype, wanted))), tree.like(abstract, flat)
+        flat[path] = _put(checkpoint, leaves[path], dtypes[path], layouts.get(path))
+    missing = [path for path in shapes if path not in flat]
+    if missing:
+        flat |= _draw(config, missing, abstract, layouts, seed)
+    return Model(config, Execution(dtype=_activations(dtype, dtypes))), tree.like(abstract, flat)
 
 
 def fetch(source: str | os.PathLike, revision: str | None = None) -> Path:
@@ -78,6 +78,7 @@ def fetch(source: str | os.PathLike, revision: str | None = None) -> Path:
         return directory
     name = os.fspath(source)
     parts = name.split("/")
+    # What is plainly a path must not be looked up on the hub.
     if directory.exists() or len(parts) > 2 or not all(parts) or name.startswith((".", "~", "/")):
         raise LoadError(f"{name!r} is neither a directory nor a hub id (org/name)")
     try:
@@ -85,6 +86,7 @@ def fetch(source: str | os.PathLike, revision: str | None = None) -> Path:
     except ImportError:
         raise LoadError(f"{name!r} is no directory here; to fetch it from the hub, pip install 'jft[hf]'") from None
     try:
+        # Files of the root only: repositories keep other formats (onnx, original) in folders.
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's errors share no base class: HTTP, connection, offline, cache, validation
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -116,13 +118,14 @@ def _config(family: Family, description: dict, checkpoint: Checkpoint, classes: 
         raise LoadError(f"{where} lacks {error.args[0]!r}") from error
     except ValueError as error:
         raise LoadError(f"{where}: {error}") from error
-    saved = description.get(heads.KEY)
+    head_config = description.get(heads.KEY)
     if classes < 0:
         raise LoadError(f"classes is a number of classes, or 0 for none, not {classes}")
-    if classes or saved:
+    if classes or head_config:
         config = _without_output_head(family, config, checkpoint)
-    if saved and classes in (0, saved["classes"]) and pool in (None, "auto", saved["pool"]):
-        return Classifier(config, saved["classes"], saved["pool"], saved["dense"])
+    # The head that jft.save wrote, unless the caller wants another.
+    if head_config and classes in (0, head_config["classes"]) and pool in (None, "auto", head_config["pool"]):
+        return Classifier(config, head_config["classes"], head_config["pool"], head_config["dense"])
     if classes:
         return Classifier(config, classes, pool or "auto")
     if pool:
@@ -132,35 +135,36 @@ def _config(family: Family, description: dict, checkpoint: Checkpoint, classes: 
 
 def _without_output_head(family: Family, config: Any, checkpoint: Checkpoint) -> Any:
     """A decoder saved as a classifier has no output head; tied, it wants none, and a classifier never asks for it."""
+    # ``tied`` is how a decoder config says that it has no ``head/w``.
     if getattr(config, "tied", True):
         return config
     source = family.table(config)["head/w"]
-    there = any(name in checkpoint for name in (source.name, *source.aliases))
-    return config if there else dataclasses.replace(config, tied=True)
+    has_head = any(name in checkpoint for name in (source.name, *source.aliases))
+    return config if has_head else dataclasses.replace(config, tied=True)
 
 
 def _bind(checkpoint: Checkpoint, family: Family, config: Any, shapes: dict[str, Any]) -> dict[str, reader.Leaf]:
     """Every leaf bound to its tensors, all checked before any is read; the head only where the checkpoint has it."""
     backbone = getattr(config, "backbone", config)
-    own = [path for path in shapes if not heads.is_head(path)]
+    backbone_paths = [path for path in shapes if not heads.is_head(path)]
     table = family.table(backbone)
-    if set(table) != set(own):
-        odd = min(set(table) ^ set(own))
-        raise ValueError(f"the table of {config.family!r} and its parameters differ in {odd!r}: a defect of jft")
-    leaves = {path: reader.bind(checkpoint, path, table[path], tuple(shapes[path].shape)) for path in own}
+    if set(table) != set(backbone_paths):
+        unmatched = min(set(table) ^ set(backbone_paths))
+        raise ValueError(f"the table of {config.family!r} and its parameters differ in {unmatched!r}: a defect of jft")
+    leaves = {path: reader.bind(checkpoint, path, table[path], tuple(shapes[path].shape)) for path in backbone_paths}
     # A head of the checkpoint that this model does not have is dropped on purpose: it is another task's.
-    excused = [r"(classifier|score|pre_classifier)\..*"]
+    head_patterns = [r"(classifier|score|pre_classifier)\..*"]
     if isinstance(config, Classifier):
         leaves |= _bind_head(checkpoint, family, config, shapes)
-    used = [name for leaf in leaves.values() for name in leaf.names.values()]
-    reader.refuse_unexpected(checkpoint, used, [*family.ignored, *excused])
+    tensor_names = [name for leaf in leaves.values() for name in leaf.names.values()]
+    reader.refuse_unexpected(checkpoint, tensor_names, [*family.ignored, *head_patterns])
     return leaves
 
 
 def _bind_head(checkpoint: Checkpoint, family: Family, config: Any, shapes: dict[str, Any]) -> dict[str, reader.Leaf]:
     """The head's leaves, or nothing (a fresh head) where the checkpoint lacks one or has one of other classes."""
     paths = [path for path in shapes if heads.is_head(path)]
-    found = {}
+    leaves = {}
     for path, source in heads.table(family, config, paths).items():
         name = next((n for n in (source.name, *source.aliases) if n in checkpoint), None)
         if name is None and path == "classifier/b":
@@ -168,8 +172,8 @@ def _bind_head(checkpoint: Checkpoint, family: Family, config: Any, shapes: dict
         if name is None or checkpoint.entries[name].shape != tuple(source.shape):
             _log.info("%s has no head for %d classes; drawing one", checkpoint.directory, config.classes)
             return {}
-        found[path] = reader.bind(checkpoint, path, source, tuple(shapes[path].shape))
-    return found
+        leaves[path] = reader.bind(checkpoint, path, source, tuple(shapes[path].shape))
+    return leaves
 
 
 def _dtypes(checkpoint: Checkpoint, leaves: dict[str, reader.Leaf], dtype: Any) -> dict[str, np.dtype]:
@@ -177,14 +181,14 @@ def _dtypes(checkpoint: Checkpoint, leaves: dict[str, reader.Leaf], dtype: Any) 
     if dtype is None:
         stored = {path: reader.stored_dtype(checkpoint, leaf) for path, leaf in leaves.items()}
         return {**stored, "default": np.dtype(jnp.result_type(*set(stored.values())))}
-    wanted = jnp.dtype(dtype)
-    if not jnp.issubdtype(wanted, jnp.floating):
+    target_dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(target_dtype, jnp.floating):
         raise LoadError(f"dtype {dtype!r} is not a floating-point type; parameters are float32, bfloat16 or float16")
-    return {**dict.fromkeys(leaves, wanted), "default": wanted}
+    return {**dict.fromkeys(leaves, target_dtype), "default": target_dtype}
 
 
-def _activations(dtype: Any, wanted: dict[str, np.dtype]) -> np.dtype:
-    return wanted["default"] if dtype is None else jnp.dtype(dtype)
+def _activations(dtype: Any, dtypes: dict[str, np.dtype]) -> np.dtype:
+    return dtypes["default"] if dtype is None else jnp.dtype(dtype)
 
 
 def _layouts(abstract: dict, mesh: Mesh | None, rules: Any) -> dict[str, Sharding]:
@@ -197,7 +201,7 @@ def _layouts(abstract: dict, mesh: Mesh | None, rules: Any) -> dict[str, Shardin
     return tree.flatten(shardings(abstract, mesh, rules))
 
 
-def _place(checkpoint: Checkpoint, leaf: reader.Leaf, dtype: np.dtype, sharding: Sharding | None) -> jax.Array:
+def _put(checkpoint: Checkpoint, leaf: reader.Leaf, dtype: np.dtype, sharding: Sharding | None) -> jax.Array:
     """The leaf on its devices, shard by shard.
 
     Not ``jax.make_array_from_callback``: that holds all shards of the leaf on the host at once, and reads one for each
@@ -206,6 +210,7 @@ def _place(checkpoint: Checkpoint, leaf: reader.Leaf, dtype: np.dtype, sharding:
     if sharding is None:
         host = reader.read(checkpoint, leaf, (slice(None),) * len(leaf.shape), dtype)
         return jax.block_until_ready(jax.device_put(host))  # else the host copies of several leaves pile up
+    # One read serves all replicas of a shard.
     replicas: dict[tuple, list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
         key = tuple(s.indices(n)[:2] for s, n in zip(index or (), leaf.shape, strict=True))
@@ -213,17 +218,19 @@ def _place(checkpoint: Checkpoint, leaf: reader.Leaf, dtype: np.dtype, sharding:
     shards = []
     for key, devices in replicas.items():
         host = reader.read(checkpoint, leaf, tuple(slice(*bounds) for bounds in key), dtype)
+        # Waiting keeps one host copy at a time.
         shards += jax.block_until_ready([jax.device_put(host, device) for device in devices])
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
 
-def _fresh(config: Any, paths: list[str], abstract: dict, layouts: dict[str, Sharding], seed: int) -> dict[str, Any]:
+def _draw(config: Any, paths: list[str], abstract: dict, layouts: dict[str, Sharding], seed: int) -> dict[str, Any]:
     """The parameters at ``paths`` as ``config.init`` draws them; the others are never computed. A lone bias is zero."""
     shapes = tree.flatten(abstract)
 
     def draw(key: jax.Array) -> dict[str, jax.Array]:
-        drawn = tree.flatten(config.init(key, jnp.float32))
-        return {path: drawn[path].astype(shapes[path].dtype) for path in paths}
+        params = tree.flatten(config.init(key, jnp.float32))
+        return {path: params[path].astype(shapes[path].dtype) for path in paths}
 
     shardings = {path: layouts[path] for path in paths} if layouts else None
+    # Under jit the leaves that are not returned are dead code, and the others are made in their shards.
     return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))

@@ -18,10 +18,10 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Which layers of a decoder have a memory instead of an MLP, and its sizes (Berges et al. 2024, arXiv:2412.09764).
+    """The layers of a decoder that have a memory instead of an MLP, and its sizes (Berges et al. 2024, arXiv:2412.09764).
 
     One table of ``slots`` S values, ``value_size`` V numbers each (0: the width of the model), which the memory ``layers``
-    share; each has its own queries and keys. A token asks with ``heads`` H queries of ``key_size`` K, and each reads the
+    share; each has its own queries and keys. A token has ``heads`` H queries of ``key_size`` K, and each reads the
     ``top_k`` k best slots. Keys are product keys (Lample et al. 2019, arXiv:1907.05242): slot ``i n + j`` has the key
     ``(keys[0, i], keys[1, j])`` with n = sqrt(S), so that exactly the k best of S are found by 2 n products of K / 2.
     """
@@ -34,7 +34,8 @@ class Memory:
     value_size: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse sizes that do not fit together."""
+        """``ValueError`` for sizes that do not fit together."""
+        # In order, so that configs which mean the same are equal.
         object.__setattr__(self, "layers", tuple(sorted(self.layers)))
         if self.slots < 1 or math.isqrt(self.slots) ** 2 != self.slots:
             near = max(1, math.isqrt(max(self.slots, 1))) ** 2
@@ -54,7 +55,7 @@ class Memory:
         return math.isqrt(self.slots)
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
-        """What a memory layer has where others have an MLP of that ``width``; the table is beside the layers."""
+        """Shapes of a memory layer in place of an MLP of that ``width``; the table is no part of the layers."""
         V = self.value_size or width
         return {
             "mlp/q/w": (width, self.heads * self.key_size),
@@ -64,12 +65,12 @@ class Memory:
         }
 
     def pieces(self, layers: int) -> list[tuple[bool, int, int, int]]:
-        """Consecutive layers of a kind, in order: whether they remember, their first, and their range in their own stack."""
-        out, done = [], {True: 0, False: 0}
-        for remembers, group in itertools.groupby(range(layers), key=lambda i: i in self.layers):
+        """Runs of layers of a kind, in order: whether they have a memory, their first, and their range in their own stack."""
+        out, counts = [], {True: 0, False: 0}
+        for has_memory, group in itertools.groupby(range(layers), key=lambda i: i in self.layers):
             index = list(group)
-            out.append((remembers, index[0], done[remembers], done[remembers] + len(index)))
-            done[remembers] += len(index)
+            out.append((has_memory, index[0], counts[has_memory], counts[has_memory] + len(index)))
+            counts[has_memory] += len(index)
         return out
 
 
@@ -86,8 +87,8 @@ def lookup(queries: Array, keys: Array, memory: Memory) -> tuple[Array, Array]:
     pairs = best[..., 0, :, None] + best[..., 1, None, :]
     scores, pair = jax.lax.top_k(pairs.reshape(*pairs.shape[:-2], -1), memory.top_k)
     first, second = (
-        jnp.take_along_axis(index[..., half, :], place, axis=-1)
-        for half, place in enumerate((pair // memory.top_k, pair % memory.top_k))
+        jnp.take_along_axis(index[..., half, :], position, axis=-1)
+        for half, position in enumerate((pair // memory.top_k, pair % memory.top_k))
     )
     return (first * memory.side + second).astype(jnp.int32), jax.nn.softmax(scores, axis=-1)
 

@@ -29,7 +29,7 @@ class Experts:
     normalise: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse more experts per token than there are."""
+        """``ValueError`` for more experts per token than there are."""
         if not 1 <= self.per_token <= self.count:
             raise ValueError(f"per_token is {self.per_token}; choose 1 to {self.count}, the number of experts")
 
@@ -42,8 +42,8 @@ def route(logits: Array, experts: Experts) -> tuple[Array, Array]:
     every layer by this function.
     """
     probabilities = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
-    weights, chosen = jax.lax.top_k(probabilities, experts.per_token)
-    return (weights / jnp.sum(weights, axis=-1, keepdims=True) if experts.normalise else weights), chosen
+    weights, expert_ids = jax.lax.top_k(probabilities, experts.per_token)
+    return (weights / jnp.sum(weights, axis=-1, keepdims=True) if experts.normalise else weights), expert_ids
 
 
 def moe(scope: Scope, name: str, h: Array, params: Params, experts: Experts, act: Callable[[Array], Array]) -> Array:
@@ -53,45 +53,49 @@ def moe(scope: Scope, name: str, h: Array, params: Params, experts: Experts, act
     are float32. :attr:`Execution.experts` says how the products run; both ways are exact and differentiable in both modes.
     """
     flat = h.reshape(-1, h.shape[-1])
+    # On ``h``, not on its rows: hooks see the router's product with the axes B and T.
     logits = scope.dot(f"{name}/router", h, params["router"]).reshape(len(flat), experts.count)
-    weights, chosen = route(logits, experts)
-    hooked = scope.hooks is not None and scope.hooks.product is not None
+    weights, expert_ids = route(logits, experts)
+    has_product_hook = scope.hooks is not None and scope.hooks.product is not None
     grouped = all(has_grouped_dot(p["w"]) for p in params["experts"].values())
-    if scope.execution.experts == "ragged" and grouped and not hooked:
-        out = _ragged(flat, weights, chosen, params["experts"], experts, act)
+    if scope.execution.experts == "ragged" and grouped and not has_product_hook:
+        out = _ragged(flat, weights, expert_ids, params["experts"], experts, act)
     else:
-        out = _dense(scope, f"{name}/experts", flat, weights, chosen, params["experts"], experts, act)
+        out = _dense(scope, f"{name}/experts", flat, weights, expert_ids, params["experts"], experts, act)
     return out.reshape(h.shape)
 
 
 def _dense(
-    scope: Scope, name: str, x: Array, weights: Array, chosen: Array, params: Params, experts: Experts, act: Any
+    scope: Scope, name: str, x: Array, weights: Array, expert_ids: Array, params: Params, experts: Experts, act: Any
 ) -> Array:
     """Every expert on every token, combined with weights that are zero where the token was not sent."""
-    sent = jax.nn.one_hot(chosen, experts.count, dtype=weights.dtype)
-    combine = jnp.einsum("nk,nke->en", weights, sent)
-    hooked = scope.hooks is not None and scope.hooks.product is not None
-    if hooked:
+    assignment = jax.nn.one_hot(expert_ids, experts.count, dtype=weights.dtype)
+    combine = jnp.einsum("nk,nke->en", weights, assignment)
+    has_product_hook = scope.hooks is not None and scope.hooks.product is not None
+    if has_product_hook:
         # Hooks see zeros for the tokens that an expert does not get, so that sums over rows are those of its own tokens.
-        x = jnp.where(jnp.sum(sent, axis=1).T[..., None] > 0, x, 0)
+        x = jnp.where(jnp.sum(assignment, axis=1).T[..., None] > 0, x, 0)
 
-    def product(which: str, x: Array) -> Array:
-        w = params[which]["w"]
-        whole = hooked and not hasattr(w, "__jft_dot__")
-        return scope.dot(f"{name}/{which}", x, {"w": w if whole else PerExpert(w)})
+    def product(part: str, x: Array) -> Array:
+        w = params[part]["w"]
+        # With hooks ``x`` is [E, N, in], which a plain array multiplies as it is; hooks may look at its shape.
+        whole = has_product_hook and not hasattr(w, "__jft_dot__")
+        return scope.dot(f"{name}/{part}", x, {"w": w if whole else PerExpert(w)})
 
     hidden = gated(act, product("gate", x), product("up", x))
     out = product("down", hidden)
     return jnp.einsum("en,end->nd", combine, out.astype(combine.dtype)).astype(out.dtype)
 
 
-def _ragged(x: Array, weights: Array, chosen: Array, params: Params, experts: Experts, act: Any) -> Array:
+def _ragged(x: Array, weights: Array, expert_ids: Array, params: Params, experts: Experts, act: Any) -> Array:
     """Tokens sorted by expert, one grouped product each; k rows per token instead of E."""
     k = experts.per_token
-    order = jnp.argsort(chosen.reshape(-1), stable=True)
-    sizes = jnp.bincount(chosen.reshape(-1), length=experts.count).astype(jnp.int32)
+    # Stable: the tokens of an expert keep their order.
+    order = jnp.argsort(expert_ids.reshape(-1), stable=True)
+    sizes = jnp.bincount(expert_ids.reshape(-1), length=experts.count).astype(jnp.int32)
     rows = jnp.take(x, order // k, axis=0)
     hidden = gated(act, grouped_dot(rows, params["gate"]["w"], sizes), grouped_dot(rows, params["up"]["w"], sizes))
     out = grouped_dot(hidden, params["down"]["w"], sizes)
     out = out.astype(weights.dtype) * jnp.take(weights.reshape(-1), order)[:, None]
+    # ``order // k`` is the token of a row, as each token has k of them; the sum is in float32.
     return jnp.zeros((len(x), out.shape[-1]), weights.dtype).at[order // k].add(out).astype(x.dtype)

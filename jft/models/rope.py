@@ -54,7 +54,7 @@ class Rope:
     long: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse a kind that is unknown or lacks its numbers."""
+        """``ValueError`` for a kind that is unknown or lacks its numbers."""
         needs: dict[str, tuple[str, ...]] = {
             "default": (),
             "linear": ("factor",),
@@ -81,12 +81,14 @@ class Rope:
         return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
     def _frequencies(self, positions: Array, segments: Array, size: int, max_positions: int) -> Array:
+        # NumPy's float64: constants of the program, rounded to float32 once.
         exponents = np.arange(0, size, 2) / size
         plain = self.theta**-exponents
         original = self.original_positions or max_positions
         if self.kind == "dynamic":
             length = jnp.maximum(_lengths(positions, segments), max_positions).astype(jnp.float32)[..., None]
             factor = self.factor or 1.0
+            # 1 at ``max_positions``, so that shorter sequences turn as in pretraining.
             growth = (factor * length / max_positions - (factor - 1)) ** (size / (size - 2))
             return jnp.asarray(plain, jnp.float32) * growth ** jnp.asarray(-exponents, jnp.float32)
         if self.kind == "longrope":
@@ -118,7 +120,9 @@ class Rope:
         low, high = dimension(self.beta_fast or 32), dimension(self.beta_slow or 1)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
+        # ``size - 1`` although there are ``size / 2`` frequencies: YaRN's code has it so, and models were trained with it.
         low, high = max(low, 0), min(high, size - 1)
+        # Equal ends would divide by zero; the constant is that of YaRN's code.
         ramp = np.clip((np.arange(len(plain)) - low) / (high - low or 0.001), 0.0, 1.0)
         return plain * (1 - ramp) + plain * ramp / self._stretch(max_positions)
 
@@ -131,6 +135,7 @@ class Rope:
         if self.attention_factor is not None:
             return self.attention_factor
         stretch = self._stretch(max_positions)
+        # The formulas below are for longer contexts, and would shrink attention here.
         if stretch <= 1:
             return 1.0
         if self.kind == "longrope":
@@ -142,8 +147,8 @@ class Rope:
 
 def _lengths(positions: Array, segments: Array) -> Array:
     """For each token, 1 + the largest position of its segment, int ``[B, T]``."""
-    same = segments[:, :, None] == segments[:, None, :]
-    return 1 + jnp.max(jnp.where(same, positions[:, None, :], 0), axis=-1)
+    same_segment = segments[:, :, None] == segments[:, None, :]
+    return 1 + jnp.max(jnp.where(same_segment, positions[:, None, :], 0), axis=-1)
 
 
 def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
@@ -151,5 +156,5 @@ def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
     cos, sin = (t[:, :, None, :].astype(jnp.promote_types(x.dtype, jnp.float32)) for t in tables)
     half = cos.shape[-1]
     first, second = x[..., :half].astype(cos.dtype), x[..., half : 2 * half].astype(cos.dtype)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-    return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return rotated if 2 * half == x.shape[-1] else jnp.concatenate([rotated, x[..., 2 * half :]], axis=-1)

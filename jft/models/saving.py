@@ -82,7 +82,7 @@ def save(
     writer.check_target(target, overwrite)
     _barrier("jft.save: begin")  # no process may look at the target after process 0 has made it
     family = registry.family_named(model.config.family)
-    flat = _checked(model, params)
+    flat = _plain_arrays(model, params)
     origin = fetch(like) if like is not None else None
     tensors = _tensors(_table(family, model.config, flat), flat, dtype)
     description = _describe(family, model.config, tensors, origin)
@@ -106,8 +106,9 @@ def _barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def _checked(model: Model, params: Any) -> dict[str, Any]:
+def _plain_arrays(model: Model, params: Any) -> dict[str, Any]:
     """``{path: array}``: plain arrays at exactly the model's paths, of its shapes."""
+    # Structured weights are pytrees too: their own leaves would pass for parameters.
     flat = tree.flatten(params, is_leaf=lambda x: not isinstance(x, Mapping))
     for path, leaf in flat.items():
         if not isinstance(leaf, jax.Array | np.ndarray):
@@ -142,51 +143,50 @@ def _tensors(table: dict[str, Source], flat: dict[str, Any], dtype: Any) -> list
     """Every tensor of the checkpoint, with the leaves it is put together from, in the order of the table."""
     parts: dict[str, list[Part]] = defaultdict(list)
     for path, source in table.items():
-        for place in reader.places(source, flat[path].shape):
-            parts[reader.tensor_name(source.name, place)].append((path, source, place))
-    return [_tensor(name, found, flat, dtype) for name, found in parts.items()]
+        for position in reader.stack_indices(source, flat[path].shape):
+            parts[reader.tensor_name(source.name, position)].append((path, source, position))
+    return [_tensor(name, leaves, flat, dtype) for name, leaves in parts.items()]
 
 
 def _tensor(name: str, parts: list[Part], flat: dict[str, Any], dtype: Any) -> writer.Tensor:
-    stored = {np.dtype(flat[path].dtype) for path, _, _ in parts}
-    wanted = np.dtype(jnp.result_type(*stored) if dtype is None else jnp.dtype(dtype))
-    if wanted not in NAMES:
+    dtypes = {np.dtype(flat[path].dtype) for path, _, _ in parts}
+    target_dtype = np.dtype(jnp.result_type(*dtypes) if dtype is None else jnp.dtype(dtype))
+    if target_dtype not in NAMES:
         raise ValueError(
-            f"{name!r} would have dtype {wanted.name}, which safetensors does not have; give dtype='float32'"
+            f"{name!r} would have dtype {target_dtype.name}, which safetensors does not have; give dtype='float32'"
         )
     shape = tuple(parts[0][1].shape)
 
     def fetch() -> np.ndarray:
         if len(parts) == 1 and parts[0][1].out is None:
-            whole = _whole(parts[0][1], shape, _host(flat[parts[0][0]], parts[0][2]))
-            if whole is not None:
-                return whole.astype(wanted, copy=False)
-        out = np.zeros(shape, wanted)
-        for path, source, place in parts:
+            tensor = _whole(parts[0][1], shape, _host(flat[parts[0][0]], parts[0][2]))
+            if tensor is not None:
+                return tensor.astype(target_dtype, copy=False)
+        out = np.zeros(shape, target_dtype)
+        for path, source, position in parts:
             view = source.view(out)
-            view[...] = _host(flat[path], place).reshape(view.shape)
+            view[...] = _host(flat[path], position).reshape(view.shape)
         return out
 
-    return writer.Tensor(name, shape, wanted, fetch)
+    return writer.Tensor(name, shape, target_dtype, fetch)
 
 
 def _whole(source: Source, shape: tuple[int, ...], value: np.ndarray) -> np.ndarray | None:
     """The tensor as a view of its only leaf, for the two commonest views; None for others."""
-    calibration = source.view(np.empty(shape, np.bool_))
-    if calibration.shape == shape and calibration.flags.c_contiguous:
+    # The strides of an array that nobody fills tell what the view does.
+    view = source.view(np.empty(shape, np.bool_))
+    if view.shape == shape and view.flags.c_contiguous:
         return value
-    return (
-        value.T if calibration.ndim == 2 and calibration.T.shape == shape and calibration.T.flags.c_contiguous else None
-    )
+    return value.T if view.ndim == 2 and view.T.shape == shape and view.T.flags.c_contiguous else None
 
 
-def _host(leaf: Any, place: tuple[int, ...]) -> np.ndarray:
+def _host(leaf: Any, position: tuple[int, ...]) -> np.ndarray:
     """One layer (and expert) of a leaf on this host; cut on the device, so that no more is gathered."""
     if isinstance(leaf, np.ndarray):
-        return leaf[place]
-    for number in place:
+        return leaf[position]
+    for number in position:
         leaf = jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False)
-    if not place:
+    if not position:
         # numpy's copy is cached in the array it was made from: in this one, which is gone at once, not the caller's.
         shards = [shard.data for shard in leaf.addressable_shards]
         leaf = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
@@ -211,6 +211,7 @@ def _describe(family: Family, config: Any, tensors: list[writer.Tensor], origin:
 
 def _describe_head(family: Family, config: Classifier, description: dict[str, Any]) -> dict[str, Any]:
     head: dict[str, Any] = {heads.KEY: {"classes": config.classes, "pool": config.pool, "dense": config.dense}}
+    # transformers takes the number of classes from the labels.
     if len(description.get("id2label") or ()) != config.classes:
         head["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.classes)}
         head["label2id"] = {f"LABEL_{i}": i for i in range(config.classes)}

@@ -42,27 +42,27 @@ def split(model: Model, layers: int | Mapping[str, int]) -> tuple[Prefix, Model]
         unknown = [name for name in layers if name not in stacks]
         if unknown:
             raise ValueError(f"this model has no layers {unknown[0]!r}; its stacks are {', '.join(stacks)}")
-        wanted = dict(layers)
+        counts = dict(layers)
     else:
-        wanted = dict.fromkeys(stacks, layers)
-    for name, count in wanted.items():
+        counts = dict.fromkeys(stacks, layers)
+    for name, count in counts.items():
         if not 1 <= count <= stacks[name]:
             raise ValueError(f"a prefix of {count} layers: {name!r} has {stacks[name]}; choose 1 to {stacks[name]}")
-    skipped = tuple(sorted(wanted.items()))
-    behind = Suffix(base, skipped)
-    suffix = behind if base is config else dataclasses.replace(config, backbone=behind)
+    skipped = tuple(sorted(counts.items()))
+    suffix_config = Suffix(base, skipped)
+    suffix = suffix_config if base is config else dataclasses.replace(config, backbone=suffix_config)
     return Prefix(base, model.execution, skipped), dataclasses.replace(model, config=suffix)
 
 
 def precompute(prefix: Prefix, params: Params, batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    """What the suffix takes in place of each of ``batches``, on the host, as NumPy arrays."""
+    """The suffix's batch for each of ``batches``, on the host, as NumPy arrays."""
     for batch in batches:
         yield jax.device_get(prefix(params, batch))
 
 
-def entering(scope: Scope, stack: str) -> Array | None:
-    """What enters the first layer that ``scope`` runs of ``stack``, where that is not the stack's first; else None."""
-    return scope.features.get(stack) if isinstance(scope, _Behind) else None
+def suffix_input(scope: Scope, stack: str) -> Array | None:
+    """The input of the first layer that ``scope`` runs of ``stack``, where that is not the stack's first; else None."""
+    return scope.features.get(stack) if isinstance(scope, _SuffixScope) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,20 +77,21 @@ class Prefix:
     skipped: Skipped
 
     def __call__(self, params: Params, batch: Any) -> dict[str, Any]:
-        given = dict(batch) if hasattr(batch, "keys") else {"images" if batch.ndim == 4 else "tokens": batch}
-        found = _run_prefix(self, params, given)
-        if "images" in given and found.keys() & {"features", "vision/features"}:
-            del given["images"]
-        return given | found
+        fields = dict(batch) if hasattr(batch, "keys") else {"images" if batch.ndim == 4 else "tokens": batch}
+        features = _run_prefix(self, params, fields)
+        # The features replace the images; tokens stay, as masks and positions come from them.
+        if "images" in fields and features.keys() & {"features", "vision/features"}:
+            del fields["images"]
+        return fields | features
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_prefix(prefix: Prefix, params: Params, batch: Any) -> dict[str, Array]:
-    scope = _Before(prefix.execution, dict(prefix.skipped))
+    scope = _PrefixScope(prefix.execution, dict(prefix.skipped))
     # What comes after the prefix is traced as well, and left out by the compiler: nothing reads it.
     run = prefix.base.outputs if hasattr(prefix.base, "outputs") else prefix.base.hidden_states
     run(scope, params, batch)
-    return {_key(stack): h for stack, h in scope.found.items()}
+    return {_key(stack): h for stack, h in scope.outputs.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,13 +106,14 @@ class Suffix:
     skipped: Skipped
 
     def __getattr__(self, name: str) -> Any:
+        # Copying and unpickling look names up before the fields exist: handing those on would not end.
         if name.startswith("__") or name in ("base", "skipped"):
             raise AttributeError(name)
         return getattr(self.base, name)
 
     @property
     def family(self) -> str:
-        """None that could be saved."""
+        """A name that no checkpoint has."""
         return f"suffix of {self.base.family}"
 
     def init(self, key: Array, dtype: Any) -> dict:
@@ -125,55 +127,55 @@ class Suffix:
 
     def outputs(self, scope: Scope, params: Params, batch: Any) -> Any:
         """Outputs, in the scope of a caller."""
-        return self._through(self.base.outputs, scope, params, self._with_features(batch))
+        return self._run_suffix(self.base.outputs, scope, params, self._with_features(batch))
 
     def hidden_states(self, scope: Scope, params: Params, batch: Any) -> Array:
-        """What a classifier pools."""
-        return self._through(self.base.hidden_states, scope, params, self._with_features(batch))
+        """Hidden states, which a classifier pools."""
+        return self._run_suffix(self.base.hidden_states, scope, params, self._with_features(batch))
 
     def image_embedding(self, scope: Scope, params: Params, batch: Any) -> Array:
-        """What a classifier on CLIP reads."""
-        return self._through(self.base.image_embedding, scope, params, batch)
+        """The image embedding, which a classifier on CLIP reads."""
+        return self._run_suffix(self.base.image_embedding, scope, params, batch)
 
     def text_embedding(self, scope: Scope, params: Params, batch: Any) -> Array:
-        """The other side of CLIP."""
-        return self._through(self.base.text_embedding, scope, params, batch)
+        """CLIP's text embedding."""
+        return self._run_suffix(self.base.text_embedding, scope, params, batch)
 
     def _with_features(self, batch: Any) -> Any:
-        given = batch if hasattr(batch, "keys") else {}
-        if not any(_key(stack) in given for stack, _ in self.skipped):
+        fields = batch if hasattr(batch, "keys") else {}
+        if not any(_key(stack) in fields for stack, _ in self.skipped):
             keys = " or ".join(repr(_key(stack)) for stack, _ in self.skipped)
-            raise ValueError(f"the batch has no {keys}, only {sorted(given)}; make it with the prefix that split gave")
+            raise ValueError(f"the batch has no {keys}, only {sorted(fields)}; make it with the prefix that split gave")
         return batch
 
-    def _through(self, function: Callable[..., Any], scope: Scope, params: Params, batch: Any) -> Any:
-        given = batch if hasattr(batch, "keys") else {}
-        features = {stack: given[_key(stack)] for stack, _ in self.skipped if _key(stack) in given}
-        inner = _Behind(scope, dict(self.skipped), features)
-        out = function(inner, params, batch)
-        collect(scope, [inner])
+    def _run_suffix(self, function: Callable[..., Any], scope: Scope, params: Params, batch: Any) -> Any:
+        fields = batch if hasattr(batch, "keys") else {}
+        features = {stack: fields[_key(stack)] for stack, _ in self.skipped if _key(stack) in fields}
+        suffix_scope = _SuffixScope(scope, dict(self.skipped), features)
+        out = function(suffix_scope, params, batch)
+        collect(scope, [suffix_scope])
         return out
 
 
-class _Before(Scope):
-    """Runs the first layers of each stack, and keeps what comes out of them."""
+class _PrefixScope(Scope):
+    """The scope of a prefix: runs the first layers of each stack, and keeps their outputs."""
 
     def __init__(self, execution: Execution, skipped: Mapping[str, int]):
         super().__init__(execution)
         self.skipped = skipped
-        self.found: dict[str, Array] = {}
+        self.outputs: dict[str, Array] = {}
 
     def layers(self, prefix: str, body: Any, h: Array, params: Params, xs: Any = None) -> Array:
         count = self.skipped.get(prefix)
         if count is None:
             return super().layers(prefix, body, h, params, xs)
-        h = inside(self, prefix, 0, count).layers(prefix, body, h, cut(params, 0, count), cut(xs, 0, count))
-        self.found[prefix] = h
+        h = stack_scope(self, prefix, 0, count).layers(prefix, body, h, cut(params, 0, count), cut(xs, 0, count))
+        self.outputs[prefix] = h
         return h
 
 
-class _Behind(Scope):
-    """Runs the layers of each stack behind its first ones, from what came out of those."""
+class _SuffixScope(Scope):
+    """The scope of a suffix: runs the last layers of each stack, from the outputs of the first ones."""
 
     def __init__(self, outer: Scope, skipped: Mapping[str, int], features: Mapping[str, Array]):
         super().__init__(outer.execution, outer.hooks, outer.state)
@@ -186,9 +188,10 @@ class _Behind(Scope):
         if prefix not in self.features:
             raise ValueError(f"the batch has no {_key(prefix)!r}; make it with the prefix that split gave")
         first, last = self.skipped[prefix], length(params)
+        # A prefix of all layers leaves nothing to scan.
         if first == last:
             return self.features[prefix]
-        piece = inside(self, prefix, first, last)
+        piece = stack_scope(self, prefix, first, last)
         h = piece.layers(prefix, body, self.features[prefix], cut(params, first, last), cut(xs, first, last))
         collect(self, [piece])
         return h
@@ -219,6 +222,7 @@ def cut(tree: Any, start: int, stop: int) -> Any:
 
 def _leaf(leaf: Any, start: int, stop: int) -> Any:
     if not isinstance(leaf, Runs):
+        # A slice would copy, outside jit.
         return leaf if (start, stop) == (0, leaf.shape[0]) else jax.lax.slice_in_dim(leaf, start, stop, axis=0)
     parts, sizes, first = [], [], 0
     for part, size in zip(leaf.parts, leaf.sizes, strict=True):
@@ -231,12 +235,12 @@ def _leaf(leaf: Any, start: int, stop: int) -> Any:
 
 
 def length(tree: Any) -> int:
-    """How many layers stacked leaves have."""
+    """The number of layers of stacked leaves."""
     leaf = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Runs))[0]
     return sum(leaf.sizes) if isinstance(leaf, Runs) else leaf.shape[0]
 
 
-def inside(scope: Scope, prefix: str, start: int, stop: int) -> Scope:
+def stack_scope(scope: Scope, prefix: str, start: int, stop: int) -> Scope:
     """A scope for layers ``start`` to ``stop`` of the stack ``prefix``: hook state of its layers is cut to them."""
     state = {k: cut(v, start, stop) if k.startswith(prefix + "/") else v for k, v in scope.state.items()}
     return Scope(scope.execution, scope.hooks, state)
@@ -248,13 +252,13 @@ def collect(scope: Scope, pieces: Sequence[Scope]) -> None:
     Reads whose shapes differ from piece to piece (a piece may have fewer tokens) stay apart, as a tuple.
     """
     for name in dict.fromkeys(name for piece in pieces for name in piece.reads):
-        found = [piece.reads[name] for piece in pieces if name in piece.reads]
+        reads = [piece.reads[name] for piece in pieces if name in piece.reads]
         if name in scope.reads:
             raise ValueError(f"site {name!r} was read twice in one pass; site names are unique")
-        scope.reads[name] = _joined(found)
+        scope.reads[name] = _stacked(reads)
 
 
-def _joined(reads: list[Any]) -> Any:
+def _stacked(reads: list[Any]) -> Any:
     rows = [[x.shape[1:] for x in jax.tree.leaves(read)] for read in reads]
     if any(shapes != rows[0] for shapes in rows):
         return tuple(reads)

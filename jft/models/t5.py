@@ -96,8 +96,8 @@ class T5Config:
     def forward(self, execution: Execution, params: Params, batch: Any, hooks: Hooks | None = None) -> Any:
         """Logits ``[B, T, V]`` of the decoder; with hooks, also what they read."""
         scope = Scope(execution, hooks)
-        encoded = self.hidden_states(scope, params, batch)
-        h = self._decode(scope, params, inputs(batch, "decoder_"), encoded, inputs(batch))
+        encoder_states = self.hidden_states(scope, params, batch)
+        h = self._decode(scope, params, inputs(batch, "decoder_"), encoder_states, inputs(batch))
         if self.scale_outputs:
             h = h * self.width**-0.5
         head = {"w": transpose(params["embed"]["table"])} if self.tied else params["head"]
@@ -105,12 +105,12 @@ class T5Config:
 
     def hidden_states(self, scope: Scope, params: Params, batch: Any) -> Array:
         """Last hidden states of the encoder ``[B, S, D]``, which is what a classifier pools."""
-        given = inputs(batch)
-        return self._run(scope, params, "encoder", given.tokens, Mask.within(given.segments))
+        text = inputs(batch)
+        return self._run(scope, params, "encoder", text.tokens, Mask.within(text.segments))
 
-    def _decode(self, scope: Scope, params: Params, given: Inputs, encoded: Array, source: Inputs) -> Array:
-        mask, reach = Mask.within(given.segments, causal=True), Mask(given.segments, source.segments)
-        return self._run(scope, params, "decoder", given.tokens, mask, encoded, reach)
+    def _decode(self, scope: Scope, params: Params, text: Inputs, encoder_states: Array, source: Inputs) -> Array:
+        mask, cross_mask = Mask.within(text.segments, causal=True), Mask(text.segments, source.segments)
+        return self._run(scope, params, "decoder", text.tokens, mask, encoder_states, cross_mask)
 
     def _run(
         self,
@@ -119,13 +119,16 @@ class T5Config:
         side: str,
         tokens: Array,
         mask: Mask,
-        encoded: Array | None = None,
-        reach: Mask | None = None,
+        encoder_states: Array | None = None,
+        cross_mask: Mask | None = None,
     ) -> Array:
         """One side of the model: embeddings, layers, final norm."""
-        prefix, mine = f"{side}/layers", params[side]
+        prefix, of_side = f"{side}/layers", params[side]
         h = scope.site(f"{side}/embed", take(params["embed"]["table"], tokens, scope.execution.dtype))
-        bias = self._bias(mine["relative"]["table"], tokens.shape[1], bidirectional=encoded is None, dtype=h.dtype)
+        # One table for all layers of a side: computed once, outside the scan.
+        bias = self._bias(
+            of_side["relative"]["table"], tokens.shape[1], bidirectional=encoder_states is None, dtype=h.dtype
+        )
 
         def normed(x: Array, scales: Params) -> Array:
             return core.rms_norm(x, scales, self.eps)
@@ -140,15 +143,16 @@ class T5Config:
                 return blocks.add(scope, f"{prefix}/{block}", h, run, normed, p[f"{block}_norm"], False)
 
             h = step("attn", scope.site(f"{prefix}/in", h), lambda x: attend("attn", x, mask, bias=bias))
-            if encoded is not None:
-                h = step("cross", h, lambda x: attend("cross", x, reach, source=encoded))
+            if encoder_states is not None:
+                h = step("cross", h, lambda x: attend("cross", x, cross_mask, source=encoder_states))
             return step("mlp", h, lambda x: blocks.mlp(scope, f"{prefix}/mlp", x, p["mlp"], self.activation))
 
-        h = scope.layers(prefix, layer, h, mine["layers"])
-        return scope.site(f"{side}/final", normed(h, mine["final_norm"]))
+        h = scope.layers(prefix, layer, h, of_side["layers"])
+        return scope.site(f"{side}/final", normed(h, of_side["final_norm"]))
 
     def _bias(self, table: Any, length: int, bidirectional: bool, dtype: Any) -> Array:
         """``[H, T, T]``: the bias of key k for query q depends on ``k - q`` alone, also within packed segments."""
+        # 2 T - 1 distances are looked up, not T x T pairs.
         distances = np.arange(1 - length, length)
         per_distance = take(
             table, jnp.asarray(bucket(distances, self.buckets, self.max_distance, bidirectional)), dtype

@@ -22,20 +22,21 @@ NEVER = -1e30
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Texts:
-    """What a text tower reads for C classes, one text each: ``tokens [C, T]``, and what a prefix made of them.
+    """Inputs of a text tower for C classes, one text each: ``tokens [C, T]``, and the features of a prefix.
 
     Equal, and of equal hash, if its contents are.
     """
 
     arrays: Mapping[str, Any]
 
+    # cached_property writes to ``__dict__``, past what ``frozen`` forbids.
     @functools.cached_property
     def _digest(self) -> bytes:
-        said = hashlib.sha256()
+        digest = hashlib.sha256()
         for name, x in sorted(self.arrays.items()):
             x = np.asarray(x)
-            said.update(f"{name}:{x.shape}:{x.dtype};".encode() + x.tobytes())
-        return said.digest()
+            digest.update(f"{name}:{x.shape}:{x.dtype};".encode() + x.tobytes())
+        return digest.digest()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Texts) and self._digest == other._digest
@@ -52,7 +53,7 @@ class PromptClassifier:
     ``Texts(prefix(params, {"tokens": tokens}))``. The parameters are those of CLIP.
 
     count: where a batch says by ``classes`` bool ``[B, C]`` which classes it is told apart from
-    (:func:`jft.select.classes.with_classes`; all rows alike), only these, exactly ``count``, are encoded and compared with;
+    (:func:`jft.select.classes.with_classes`; all rows equal), only these, exactly ``count``, are encoded and compared with;
     the logits of others are -1e30. 0, or a batch without: all classes.
     """
 
@@ -61,7 +62,7 @@ class PromptClassifier:
     count: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what has no two towers."""
+        """``ValueError`` for a model without two towers, or a count beyond the classes."""
         if not hasattr(self.clip, "text_embedding"):
             raise ValueError(f"classes are texts for CLIP; a {type(self.clip).__name__} reads no images with texts")
         if not 0 <= self.count <= self.classes:
@@ -76,7 +77,7 @@ class PromptClassifier:
 
     @property
     def family(self) -> str:
-        """None that could be saved: save the parameters with the CLIP model."""
+        """A name that no checkpoint has: save the parameters with the CLIP model."""
         return f"prompts of {self.clip.family}"
 
     def init(self, key: Array, dtype: Any) -> dict:
@@ -90,16 +91,18 @@ class PromptClassifier:
 
     def outputs(self, scope: Scope, params: Params, batch: Any) -> Array:
         """Logits ``[B, C]``, in the scope of a caller."""
-        given = batch if hasattr(batch, "keys") else {"images": batch}
-        image = self.clip.image_embedding(scope, params, given)
+        fields = batch if hasattr(batch, "keys") else {"images": batch}
+        image = self.clip.image_embedding(scope, params, fields)
         scale = jnp.exp(params["logit_scale"].astype(jnp.float32))
         texts = {name: jnp.asarray(x) for name, x in self.texts.arrays.items()}
-        if not self.count or "classes" not in given:
+        if not self.count or "classes" not in fields:
             return scale * _compare(image, self.clip.text_embedding(scope, params, texts))
-        (chosen,) = jnp.nonzero(jnp.any(given["classes"], axis=0), size=self.count, fill_value=self.classes)
-        texts = {name: jnp.take(x, chosen, axis=0, mode="clip") for name, x in texts.items()}
+        # ``size``: shapes under jit are fixed. The fill is no class, so what is computed for it is dropped below.
+        (class_ids,) = jnp.nonzero(jnp.any(fields["classes"], axis=0), size=self.count, fill_value=self.classes)
+        # clip: the fill is out of range, and what is encoded for it must still be a text.
+        texts = {name: jnp.take(x, class_ids, axis=0, mode="clip") for name, x in texts.items()}
         logits = scale * _compare(image, self.clip.text_embedding(scope, params, texts))
-        return jnp.full((len(image), self.classes), NEVER, logits.dtype).at[:, chosen].set(logits, mode="drop")
+        return jnp.full((len(image), self.classes), NEVER, logits.dtype).at[:, class_ids].set(logits, mode="drop")
 
 
 def _compare(image: Array, text: Array) -> Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jft.kernels.attention import attention
 from jft.models import blocks, core
 from jft.models.core import Model, Params, Scope
-from jft.models.split import collect, cut, inside, length
+from jft.models.split import collect, cut, length, stack_scope
 
 Array = jax.Array
 
@@ -35,7 +35,7 @@ class TokenSelection:
     merge: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse shares that keep nothing or everything, and layers out of order."""
+        """``ValueError`` for shares that keep nothing or everything, and layers out of order."""
         layers = tuple(self.layers)
         if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
             raise ValueError(f"tokens are selected after layers {layers}; name at least one, ascending, counted from 0")
@@ -65,31 +65,34 @@ def _replaced(config: Any, selection: TokenSelection | None) -> Any:
     raise ValueError(f"tokens are selected in vision transformers; a {type(config).__name__} has none")
 
 
-def select(h: Array, attended: Array, keep: float, merge: bool) -> Array:
+def select(h: Array, cls_attention: Array, keep: float, merge: bool) -> Array:
     """``h[B, 1 + n, D]`` with fewer patches: the class token, ``ceil(keep n)`` patches, one merged from the others.
 
-    attended float ``[B, 1 + n]``: what the class token attends to; of equal values the earlier patch stays.
+    cls_attention float ``[B, 1 + n]``: attention weights of the class token; of equal values the earlier patch stays.
     """
-    weights = attended[:, 1:]
+    weights = cls_attention[:, 1:]
     count = math.ceil(keep * weights.shape[1])
     if count >= weights.shape[1]:
         return h
+    # top_k rather than argsort: of equal values it puts the earlier first.
     order = jax.lax.top_k(weights, weights.shape[1])[1]
     take = lambda x, index: jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
+    # Sorted again: patches keep their order in the image.
     tokens = [h[:, :1], take(h[:, 1:], jnp.sort(order[:, :count], axis=1))]
     if merge:
         others = order[:, count:]
         share = take(weights, others)
+        # All weights may underflow: the merged token is then 0, not NaN.
         share = share / jnp.maximum(jnp.sum(share, axis=1, keepdims=True), jnp.finfo(share.dtype).tiny)
         merged = jnp.einsum("bn,bnd->bd", share, take(h[:, 1:], others).astype(share.dtype))
         tokens.append(merged[:, None].astype(h.dtype))
     return jnp.concatenate(tokens, axis=1)
 
 
-def stack(scope: Scope, prefix: str, h: Array, params: Params, selection: TokenSelection, **how: Any) -> Array:
+def stack(scope: Scope, prefix: str, h: Array, params: Params, selection: TokenSelection, **options: Any) -> Array:
     """``h[B, 1 + n, D]`` through stacked pre-norm blocks, with fewer tokens after each selecting layer.
 
-    how: heads, activation and eps of :func:`jft.models.blocks.stack`, which runs the layers between. Every layer that
+    options: heads, activation and eps of :func:`jft.models.blocks.stack`, which runs the layers between. Every layer that
     selects is a scan of its own.
     """
     depth = length(params)
@@ -99,37 +102,38 @@ def stack(scope: Scope, prefix: str, h: Array, params: Params, selection: TokenS
     def run(stop: int, h: Array) -> Array:
         if start == stop:
             return h
-        pieces.append(inside(scope, prefix, start, stop))
-        return blocks.stack(pieces[-1], prefix, h, cut(params, start, stop), None, **how)
+        pieces.append(stack_scope(scope, prefix, start, stop))
+        return blocks.stack(pieces[-1], prefix, h, cut(params, start, stop), None, **options)
 
     for layer, keep in zip(selection.layers, selection.keep, strict=True):  # type: ignore[arg-type]
         h = run(layer, h)
-        pieces.append(inside(scope, prefix, layer, layer + 1))
-        h, attended = _selecting(pieces[-1], prefix, h, cut(params, layer, layer + 1), **how)
-        h = select(h, attended, keep, selection.merge)
+        pieces.append(stack_scope(scope, prefix, layer, layer + 1))
+        h, cls_attention = _selecting_layer(pieces[-1], prefix, h, cut(params, layer, layer + 1), **options)
+        h = select(h, cls_attention, keep, selection.merge)
         start = layer + 1
     h = run(depth, h)
     collect(scope, pieces)
     return h
 
 
-def _selecting(
+def _selecting_layer(
     scope: Scope, prefix: str, h: Array, params: Params, *, heads: int, activation: str, eps: float
 ) -> tuple[Array, Array]:
-    """One layer, and what its class token attends to, ``[B, 1 + n]`` float32: the mean over heads."""
+    """One layer, and the attention weights of its class token, ``[B, 1 + n]`` float32: the mean over heads."""
     precise = jnp.promote_types(h.dtype, jnp.float32)
     normed = lambda x, scales: core.layer_norm(x, scales, eps)
 
     def layer(scope: Scope, carry: Any, p: Params, _: Any) -> Any:
         h = scope.site(f"{prefix}/in", carry[0])
-        y, attended = _attend(scope, f"{prefix}/attn", normed(h, p["attn_norm"]), p["attn"], heads)
+        y, cls_attention = _attend(scope, f"{prefix}/attn", normed(h, p["attn_norm"]), p["attn"], heads)
         h = h + scope.site(f"{prefix}/attn/out", y)
         mlp = lambda x: blocks.mlp(scope, f"{prefix}/mlp", x, p["mlp"], activation)
-        return blocks.add(scope, f"{prefix}/mlp", h, mlp, normed, p["mlp_norm"], False), attended
+        return blocks.add(scope, f"{prefix}/mlp", h, mlp, normed, p["mlp_norm"], False), cls_attention
 
+    # The weights leave the scan in its carry: ``layers`` returns nothing else.
     carry: Any = (h, jnp.zeros(h.shape[:2], precise))
-    h, attended = scope.layers(prefix, layer, carry, params)
-    return h, attended
+    h, cls_attention = scope.layers(prefix, layer, carry, params)
+    return h, cls_attention
 
 
 def _attend(scope: Scope, name: str, x: Array, params: Params, heads: int) -> tuple[Array, Array]:
@@ -139,6 +143,7 @@ def _attend(scope: Scope, name: str, x: Array, params: Params, heads: int) -> tu
     scale = q.shape[-1] ** -0.5
     out = attention(q, k, v, None, scale=scale, block=scope.execution.block)
     precise = jnp.promote_types(x.dtype, jnp.float32)
+    # The class token's scores once more: ``attention`` may run in blocks and does not return them.
     scores = jnp.einsum("bhk,bshk->bhs", q[:, 0], k, preferred_element_type=precise) * scale
-    attended = jnp.mean(jax.nn.softmax(scores, axis=-1), axis=1)
-    return scope.dot(f"{name}/o", out.reshape(*x.shape[:2], -1), params["o"]), attended
+    cls_attention = jnp.mean(jax.nn.softmax(scores, axis=-1), axis=1)
+    return scope.dot(f"{name}/o", out.reshape(*x.shape[:2], -1), params["o"]), cls_attention

@@ -12,7 +12,7 @@ import numpy as np
 from jft.dot import take
 from jft.models import blocks, core, token_merging
 from jft.models.core import Execution, Hooks, Params, Scope
-from jft.models.split import entering
+from jft.models.split import suffix_input
 
 Array = jax.Array
 
@@ -88,14 +88,14 @@ class VisionConfig:
 
     def hidden_states(self, scope: Scope, params: Params, batch: Any, prefix: str = "") -> Array:
         """Normalised hidden states ``[B, N, D]``; ``prefix`` is that of the names. ValueError for images that do not fit."""
-        h = entering(scope, f"{prefix}layers")
+        h = suffix_input(scope, f"{prefix}layers")
         if h is None:
             h = scope.site(f"{prefix}embed", self._embed(scope, params, batch, prefix))
-        how: dict[str, Any] = {"heads": self.heads, "activation": self.activation, "eps": self.eps}
+        options: dict[str, Any] = {"heads": self.heads, "activation": self.activation, "eps": self.eps}
         if self.selection is None:
-            h = blocks.stack(scope, f"{prefix}layers", h, params["layers"], None, **how)
+            h = blocks.stack(scope, f"{prefix}layers", h, params["layers"], None, **options)
         else:
-            h = token_merging.stack(scope, f"{prefix}layers", h, params["layers"], self.selection, **how)
+            h = token_merging.stack(scope, f"{prefix}layers", h, params["layers"], self.selection, **options)
         return scope.site(f"{prefix}final", core.layer_norm(h, params["final_norm"], self.eps))
 
     def _embed(self, scope: Scope, params: Params, batch: Any, prefix: str) -> Array:
@@ -107,12 +107,13 @@ class VisionConfig:
         return core.layer_norm(h, params["embed_norm"], self.eps) if self.embed_norm else h
 
     def _images(self, batch: Any) -> Array:
-        given = batch if hasattr(batch, "keys") else {"images": batch}
-        if "images" not in given:
-            raise ValueError(f"the batch has no 'images', only {sorted(given)}")
-        images = jnp.asarray(given["images"])
+        fields = batch if hasattr(batch, "keys") else {"images": batch}
+        if "images" not in fields:
+            raise ValueError(f"the batch has no 'images', only {sorted(fields)}")
+        images = jnp.asarray(fields["images"])
         if images.ndim != 4 or images.shape[-1] != self.channels:
             raise ValueError(f"images must have shape [B, H, W, {self.channels}]; got {images.shape}")
+        # Integers are pixels that nobody has scaled yet.
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images must be floating point (scaled and normalised); got {images.dtype}")
         if images.shape[1] % self.patch or images.shape[2] % self.patch:
@@ -123,13 +124,14 @@ class VisionConfig:
 
     def _positions(self, table: Any, size: tuple[int, ...], dtype: Any) -> Array:
         rows, columns = size[0] // self.patch, size[1] // self.patch
-        stored = take(table, jnp.arange(self.side**2 + 1), dtype)
+        learned = take(table, jnp.arange(self.side**2 + 1), dtype)
         if (rows, columns) == (self.side, self.side):
-            return stored
-        grid = stored[1:].reshape(self.side, self.side, self.width)
+            return learned
+        # The class token's position is not on the grid.
+        grid = learned[1:].reshape(self.side, self.side, self.width)
         vertical, horizontal = (jnp.asarray(bicubic(n, self.side), dtype) for n in (rows, columns))
         resized = jnp.einsum("rh,cw,hwd->rcd", vertical, horizontal, grid).reshape(rows * columns, self.width)
-        return jnp.concatenate([stored[:1], resized])
+        return jnp.concatenate([learned[:1], resized])
 
     def head_defaults(self) -> tuple[str, str]:
         """Pooling and dense layer of a classifier: the class token, as transformers' ViT classifies."""
@@ -139,8 +141,8 @@ class VisionConfig:
 def patches(images: Array, patch: int) -> Array:
     """``[B, H, W, C] -> [B, HW/p^2, p*p*C]``: times ``w`` this is the convolution of stride p (row-major, channel last)."""
     B, H, W, C = images.shape
-    cut = images.reshape(B, H // patch, patch, W // patch, patch, C)
-    return cut.transpose(0, 1, 3, 2, 4, 5).reshape(B, (H // patch) * (W // patch), patch * patch * C)
+    grid = images.reshape(B, H // patch, patch, W // patch, patch, C)
+    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(B, (H // patch) * (W // patch), patch * patch * C)
 
 
 def bicubic(new: int, old: int, a: float = -0.75) -> np.ndarray:
@@ -153,7 +155,9 @@ def bicubic(new: int, old: int, a: float = -0.75) -> np.ndarray:
     for tap in range(-1, 3):
         index = np.floor(centre).astype(int) + tap
         x = np.abs(centre - index)
+        # The two pieces of Keys' kernel: within one pixel, and from one to two.
         near = (a + 2) * x**3 - (a + 3) * x**2 + 1
         far = a * (x**3 - 5 * x**2 + 8 * x - 4)
+        # add.at, as at a repeated edge several taps fall on one pixel.
         np.add.at(matrix, (np.arange(new), index.clip(0, old - 1)), np.where(x <= 1, near, far))
     return matrix

@@ -1,4 +1,4 @@
-"""How much device memory a compiled program takes, and what to do when that is more than there is."""
+"""Device memory of a compiled program, and remedies where it is more than a device has."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def human(size: float) -> str:
 
 
 def estimate(compiled: Any) -> MemoryEstimate:
-    """What ``jitted.lower(...).compile()`` will take on each device; ``ValueError`` where the backend does not tell."""
+    """Memory of ``jitted.lower(...).compile()`` on each device; ``ValueError`` where the backend does not tell."""
     stats = compiled.memory_analysis()
     if stats is None:
         raise ValueError("this backend gives no memory analysis of a compiled program")
@@ -75,6 +75,7 @@ def estimate(compiled: Any) -> MemoryEstimate:
         outputs=stats.output_size_in_bytes,
         aliased=stats.alias_size_in_bytes,
         temporaries=stats.temp_size_in_bytes,
+        # -1 where the backend does not know.
         code=max(stats.generated_code_size_in_bytes, 0),
     )
 
@@ -98,10 +99,13 @@ def plan(lowered: Any) -> MemoryEstimate:
 
 
 def refusal(error: Exception) -> MemoryEstimate | None:
-    """What a compiler says that a program needs which it refuses as larger than the device; None for any other error."""
+    """The memory that a compiler's error names for a program larger than the device; None for any other error."""
+    # The two wordings of XLA.
     needed = re.search(r"(?:memory required for [\w ]+?|Used) \(?([\d.]+ ?[KMGT])", str(error))
+    # Both, as other errors speak of memory too.
     if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:
         return None
+    # XLA writes binary units without "iB".
     return MemoryEstimate(arguments=0, outputs=0, aliased=0, temporaries=parse_bytes(needed[1] + "iB"))
 
 
@@ -111,9 +115,9 @@ def device_budget(device: Any = None) -> int | None:
     The environment variable ``JFT_DEVICE_MEMORY`` (``16GiB``, ``80GB`` or bytes) decides where it is set; else the
     device's own ``bytes_limit``; else, for the devices of a compile-only topology, the memory of that kind of chip.
     """
-    written = os.environ.get(ENVIRONMENT)
-    if written:
-        return parse_bytes(written)
+    text = os.environ.get(ENVIRONMENT)
+    if text:
+        return parse_bytes(text)
     if device is None:
         import jax
 
@@ -148,9 +152,9 @@ def check(
     that returns them, called only when they are needed, as each figure usually takes a compilation. Raises
     :class:`MemoryBudgetError` naming the first three that fit or, where none does, the three that come nearest.
     """
-    found = compiled if isinstance(compiled, MemoryEstimate) else estimate(compiled)
-    if budget is None or found.total <= budget:
-        return found
+    memory = compiled if isinstance(compiled, MemoryEstimate) else estimate(compiled)
+    if budget is None or memory.total <= budget:
+        return memory
     options = list(remedies() if callable(remedies) else remedies)
     fitting = [option for option in options if option[1] <= budget][:3]
     if fitting:
@@ -159,7 +163,7 @@ def check(
         advice = "; nothing tried fits by itself, nearest: " + _list(sorted(options, key=lambda option: option[1])[:3])
     else:
         advice = "; use a larger mesh, a smaller batch, or remat"
-    raise MemoryBudgetError(f"the step needs {found}, but a device has {human(budget)}{advice}")
+    raise MemoryBudgetError(f"the step needs {memory}, but a device has {human(budget)}{advice}")
 
 
 def _list(options: list[tuple[str, int]]) -> str:

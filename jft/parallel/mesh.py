@@ -1,4 +1,4 @@
-"""The device mesh, and how batches lie on it."""
+"""The device mesh, and the layout of batches on it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     Raises ``ValueError`` where a size is not a positive integer or the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    given = {"fsdp": -1} if shape is None else dict(shape)
-    sizes = {**{axis: given.get(axis, 1) for axis in AXES}, **given}
+    requested = {"fsdp": -1} if shape is None else dict(shape)
+    # The known axes always, so that sharding rules may name them on any mesh.
+    sizes = {**{axis: requested.get(axis, 1) for axis in AXES}, **requested}
     for axis, size in sizes.items():
         if not isinstance(size, int | np.integer) or isinstance(size, bool) or (size < 1 and size != -1):
             raise ValueError(
@@ -34,22 +35,23 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | N
             )
     sizes = _fill(sizes, len(devices))
     names = tuple(sizes)
+    # Auto: models rely on XLA's propagation of shardings, and make_mesh has other defaults in other releases of JAX.
     return jax.make_mesh(tuple(sizes.values()), names, axis_types=(AxisType.Auto,) * len(names), devices=devices)
 
 
 def _fill(sizes: dict[str, int], count: int) -> dict[str, int]:
     """``sizes`` with the -1 replaced, checked against ``count`` devices."""
-    written = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    text = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
-        raise ValueError(f"mesh {written}: only one axis may be -1, found {', '.join(open_axes)}")
+        raise ValueError(f"mesh {text}: only one axis may be -1, found {', '.join(open_axes)}")
     known = math.prod(size for size in sizes.values() if size != -1)
     if open_axes:
         if count % known:
-            raise ValueError(f"mesh {written}: {known} does not divide the {count} devices; change a size")
+            raise ValueError(f"mesh {text}: {known} does not divide the {count} devices; change a size")
         return {**sizes, open_axes[0]: count // known}
     if known != count:
-        raise ValueError(f"mesh {written} needs {known} devices, there are {count}; change a size, or set one to -1")
+        raise ValueError(f"mesh {text} needs {known} devices, there are {count}; change a size, or set one to -1")
     return dict(sizes)
 
 
@@ -65,7 +67,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def batch_shards(mesh: Mesh | None) -> int:
-    """Into how many parts the rows of a batch fall; one without a mesh."""
+    """Number of parts of the rows of a batch on the mesh; one without a mesh."""
     return 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
 
 
@@ -116,7 +118,8 @@ def put_batch(batch: Any, mesh: Mesh | None = None) -> Any:
 
 
 def _local_shards(mesh: Mesh) -> int:
-    """Into how many distinct row blocks the batch falls on this process's devices."""
+    """Number of distinct row blocks of a batch on this process's devices."""
     total = batch_shards(mesh)
     blocks = batch_sharding(mesh).addressable_devices_indices_map((total,))
+    # Distinct ones: devices along ``tensor`` hold the same rows.
     return len({index[0].indices(total) for index in blocks.values() if index is not None})

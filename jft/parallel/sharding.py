@@ -1,4 +1,4 @@
-"""Which axis of which parameter lies over which mesh axis: path patterns for jft's models, one generic rule for others."""
+"""Sharding of parameters over the axes of a mesh: path patterns for jft's models, one generic rule for others."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ SMALL = 2**14
 """Leaves with fewer elements are replicated: an all-gather of them costs more than their memory."""
 
 RULES: Rules = (
+    # Whole experts on a device multiply without communication; where there are too few, each is cut like an MLP.
     (r"(^|/)experts/(gate|up)/w$", [("tensor", "fsdp", None), (None, "fsdp", "tensor")]),
     (r"(^|/)experts/down/w$", [("tensor", None, "fsdp"), (None, "tensor", "fsdp")]),
     (r"(^|/)router/w$", ("fsdp", None)),
     (r"(^|/)(q|k|v|gate|up|pooler|vision_projection|text_projection)/w$", ("fsdp", "tensor")),
     (r"(^|/)(q|k|v|gate|up)/b$", ("tensor",)),
     (r"(^|/)(o|down)/w$", ("tensor", "fsdp")),
+    # Added after the sum over ``tensor``, hence whole.
     (r"(^|/)(o|down)/b$", (None,)),
+    # A vocabulary that the mesh does not divide (50257) stays whole, and D is cut.
     (r"(^|/)table$", [("tensor", "fsdp"), (None, ("fsdp", "tensor")), (None, "fsdp")]),
     (r"(^|/)head/w$", [("fsdp", "tensor"), (("fsdp", "tensor"), None), ("fsdp", None)]),
     (r"(^|/)(patch|classifier)/w$", ("fsdp", None)),
@@ -34,7 +37,7 @@ RULES: Rules = (
 arXiv:1910.02054, on ``fsdp``).
 
 Axes before those a layout names (the stacked L) stay whole. A list gives alternatives: the first whose axes all divide is
-taken, else the first with what does not divide left out. The first pattern that is found in a path decides.
+taken, else the first with what does not divide left out. The first pattern that matches a path decides.
 """
 
 
@@ -49,11 +52,11 @@ def specs(
     that no rule of yours names are replicated. A mesh axis that does not divide an array axis is left out for that leaf.
     """
     flat = tree.flatten(params)
-    own = list(rules.items() if isinstance(rules, Mapping) else rules or ())
-    for pattern, layouts in own:
+    user_rules = list(rules.items() if isinstance(rules, Mapping) else rules or ())
+    for pattern, layouts in user_rules:
         hits = tree.matching(flat, pattern, "sharding rule")
-        _check_own(pattern, _alternatives(layouts), mesh, {path: tuple(flat[path].shape) for path in hits})
-    return {path: _spec(path, tuple(leaf.shape), mesh, own, small) for path, leaf in flat.items()}
+        _check_user_rules(pattern, _alternatives(layouts), mesh, {path: tuple(flat[path].shape) for path in hits})
+    return {path: _spec(path, tuple(leaf.shape), mesh, user_rules, small) for path, leaf in flat.items()}
 
 
 def shardings(
@@ -71,7 +74,7 @@ def _names(axis: Axis) -> tuple[str, ...]:
     return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
 
 
-def _check_own(pattern: str, layouts: list[Layout], mesh: Mesh, shapes: dict[str, tuple[int, ...]]) -> None:
+def _check_user_rules(pattern: str, layouts: list[Layout], mesh: Mesh, shapes: dict[str, tuple[int, ...]]) -> None:
     for layout in layouts:
         unknown = [name for axis in layout for name in _names(axis) if name not in mesh.shape]
         if unknown:
@@ -83,14 +86,16 @@ def _check_own(pattern: str, layouts: list[Layout], mesh: Mesh, shapes: dict[str
                 raise ValueError(f"sharding rule {pattern!r} names {len(layout)} axes, but {path!r} has shape {shape}")
 
 
-def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, own: list, small: int) -> PartitionSpec:
-    for pattern, layouts in own:
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, user_rules: list, small: int) -> PartitionSpec:
+    for pattern, layouts in user_rules:
         if tree.matcher(pattern)(path):
             return _fit(_alternatives(layouts), shape, mesh)
+    # After the caller's rules, which may name a small leaf.
     if math.prod(shape) < small:
         return PartitionSpec()
     for pattern, layouts in RULES:
         if tree.matcher(pattern)(path):
+            # Another library's model may have a vector of such a name.
             fitting = [layout for layout in _alternatives(layouts) if len(layout) <= len(shape)]
             return _fit(fitting, shape, mesh) if fitting else PartitionSpec()
     return _generic(path, shape, mesh)
@@ -101,9 +106,10 @@ def _fit(layouts: list[Layout], shape: tuple[int, ...], mesh: Mesh) -> Partition
     reduced = [
         tuple(_divide(axis, n, mesh) for axis, n in zip(x, shape[len(shape) - len(x) :], strict=True)) for x in layouts
     ]
-    wanted = [tuple(_present(axis, mesh) for axis in layout) for layout in layouts]
-    chosen = next((r for r, w in zip(reduced, wanted, strict=True) if r == w), reduced[0])
-    entries: list[Axis] = [None] * (len(shape) - len(chosen)) + list(chosen)
+    complete = [tuple(_present(axis, mesh) for axis in layout) for layout in layouts]
+    best = next((r for r, w in zip(reduced, complete, strict=True) if r == w), reduced[0])
+    entries: list[Axis] = [None] * (len(shape) - len(best)) + list(best)
+    # Specs compare entry by entry: a None at the end would make equal ones differ.
     while entries and entries[-1] is None:
         entries.pop()
     return PartitionSpec(*entries)
@@ -116,15 +122,15 @@ def _present(axis: Axis, mesh: Mesh) -> Axis:
 
 def _divide(axis: Axis, size: int, mesh: Mesh) -> Axis:
     """As many of the names of ``axis``, in order, as divide ``size``."""
-    kept: list[str] = []
+    names: list[str] = []
     for name in _names(_present(axis, mesh)):
-        if size % math.prod(mesh.shape[n] for n in [*kept, name]) == 0:
-            kept.append(name)
-    return _collapse(kept)
+        if size % math.prod(mesh.shape[n] for n in [*names, name]) == 0:
+            names.append(name)
+    return _collapse(names)
 
 
 def shards(axis: Axis, mesh: Mesh) -> int:
-    """Into how many parts ``mesh`` cuts an array axis with this entry of a spec."""
+    """Number of parts into which ``mesh`` cuts an array axis with this entry of a spec."""
     return math.prod(mesh.shape.get(name, 1) for name in _names(axis))
 
 
@@ -138,11 +144,12 @@ def _collapse(names: list[str]) -> Axis:
 
 
 def _generic(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    # The axis L stays whole, as a scan slices it.
     first = 0 if tree.stack_of(path) is None else 1
     ways = mesh.shape.get("fsdp", 1)
     fitting = [i for i in range(first, len(shape)) if shape[i] % ways == 0]
     if ways == 1 or not fitting:
         return PartitionSpec()
     # Of equal axes the last: rows of the others then stay contiguous on every device.
-    chosen = max(fitting, key=lambda i: (shape[i], i))
-    return PartitionSpec(*[None] * chosen, "fsdp")
+    axis = max(fitting, key=lambda i: (shape[i], i))
+    return PartitionSpec(*[None] * axis, "fsdp")

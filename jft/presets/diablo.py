@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jft import delta
+from jft.methods.card import Card
 from jft.methods.parametrise import Additive
 from jft.methods.plan import Method
 from jft.methods.registry import register
@@ -32,6 +33,7 @@ class BlockDiagonal(Additive):
         return delta.Leaf(), delta.DiagonalBlocks.leaves
 
     def init(self, key: Array, w: Array, at: Array | None = None, base: Array | None = None) -> tuple[Array, Array]:
+        # A vector gets no rows, so that the error below, with advice, is the one raised.
         *lead, rows, columns = w.shape if w.ndim > 1 else (0, 0)
         if not rows or self.blocks < 1 or rows % self.blocks or columns % self.blocks:
             raise ValueError(
@@ -45,7 +47,20 @@ class BlockDiagonal(Additive):
         return delta.DiagonalBlocks(trained)
 
 
-@register("diablo", paper="Gurses et al. 2025, arXiv:2506.03230")
+CARD = Card(
+    formula="y = x w + x blockdiag(D_1, ..., D_N), D from 0, each D_i of I/N x O/N",
+    follows="paper and code",
+    check="forward, gradients, three steps and the encoding, float64 NumPy",
+    code="ziyangjoy/DiaBlo@83ffb6cd, diablo/block_linear.py, train.py",
+    departs=(
+        "No dropout on what goes into the blocks (code: 0.05). All matrices inside the layers (code: q, k, v, up and down). N "
+        "has to divide both sides (code: pads)."
+    ),
+    defaults={"blocks": ("64 and 128", 64)},
+)
+
+
+@register("diablo", paper="Gurses et al. 2025, arXiv:2506.03230", card=CARD)
 def diablo(blocks: int = 64) -> Method:
     """Train the diagonal blocks of every matrix inside the layers.
 

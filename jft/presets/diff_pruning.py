@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jft import delta, tree
+from jft.methods.card import Card
 from jft.methods.parametrise import InPlace, Parametrisation, moved_from
-from jft.methods.patterns import HEADS
 from jft.methods.plan import Method, Plan
 from jft.methods.registry import register
 from jft.methods.reparametrised import append_axes, bound, keys, leading
@@ -23,6 +23,7 @@ from jft.select.calibration import Calibration
 from jft.select.granularity import Entry
 from jft.select.scores import Magnitude
 from jft.select.threshold import top
+from jft.tree import HEADS
 
 Array = jax.Array
 
@@ -38,7 +39,9 @@ class HardConcrete(Parametrisation):
 
     Penalty: ``weight * sum over entries of P(open)`` with ``P(open) = sigmoid(alpha - log(-lower / upper))``, times the group's
     in the paper (``counted="product"``); the released code adds the two kinds up (``"sum"``), so a closed group saves nothing.
-    The code has an optimizer of its own for alpha, at 0.1 beside 1e-5: here ``alpha_rate`` is that ratio.
+    The code has an optimizer of its own for alpha, at 0.1 beside 1e-5: here ``alpha_rate`` is that ratio. Its 0.1 stays while
+    the other falls to 0 (a scheduler that is never stepped), and the gradients of d and of alpha are clipped apart; here one
+    schedule and one clip go for both, so that under linear decay alpha moves by half as much.
 
     Kept: w. Trained, float32: ``delta`` d like w (starts at 0), ``alpha`` like w and ``group`` [*lead] (from ``init_alpha``).
     lead: leading axes of the weight; None: those beyond a matrix. :func:`project` picks what stays for good.
@@ -75,17 +78,20 @@ class HardConcrete(Parametrisation):
     def gate(self, alpha: Array, key: Array | None = None) -> Array:
         """z of the gates ``alpha``, drawn with a key, at ``u = 1/2`` without."""
         if key is not None:
+            # Away from 0 and 1, where the logit is infinite.
             u = jnp.clip(jax.random.uniform(key, alpha.shape, alpha.dtype), 1e-4, 1 - 1e-4)
+            # log1p(-u) is exact where u is near 0.
             alpha = alpha + jnp.log(u) - jnp.log1p(-u)
         return jnp.clip(jax.nn.sigmoid(alpha) * (self.upper - self.lower) + self.lower, 0, 1)
 
     def form(self, parts: tuple[Array, dict[str, Array], Array | None]) -> Array:
         """``w + z * d`` in float32, for one weight without leading axes."""
         w, trained, key = parts
-        own, shared = (None, None) if key is None else jax.random.split(key)
-        z = self.gate(trained["alpha"], own)
+        # Independent noise: the group's gate is one draw for the whole matrix.
+        entry_key, group_key = (None, None) if key is None else jax.random.split(key)
+        z = self.gate(trained["alpha"], entry_key)
         if self.group:
-            z = z * self.gate(trained["group"], shared)
+            z = z * self.gate(trained["group"], group_key)
         return w.astype(z.dtype) + z * trained["delta"]
 
     def bind(self, kept: Array, trained: dict[str, Array], structured: bool, key: Array | None = None) -> Any:
@@ -101,6 +107,7 @@ class HardConcrete(Parametrisation):
 
     def encode(self, base: Array | None, kept: Array, trained: dict[str, Array]) -> delta.Encoding:
         change = self.moved(trained)
+        # An entry takes 12 bytes (row, column, value); beyond a third of them the dense array is smaller.
         sparse = delta.Dense(change).nnz * 12 < change.nbytes
         return delta.Entries.from_dense(change) if sparse else delta.Dense(change)
 
@@ -135,6 +142,7 @@ def project(plan: Any, kept: Mapping[str, Any], trained: Mapping[str, Any], dens
     changes = moved(plan, trained)
     if not 0 < density <= 1:
         raise ValueError(f"density is {density}; it is the fraction of entries that stay, above 0 and up to 1")
+    # At least one, so that the second phase has something to train.
     return top({p: jnp.abs(x) for p, x in changes.items()}, max(1, round(density * tree.count(changes))))
 
 
@@ -171,6 +179,7 @@ class Projection(Schedule):
             raise ValueError(f"a projection to density {self.density} after a share {self.at} of the steps")
 
     def _boundary(self, steps: int) -> int:
+        # Not before the first update: until then z * d is zero everywhere.
         return max(1, round(self.at * steps))
 
     def begin(self, plan: Plan, calibration: Calibration, grids: Mapping[str, tuple[int, int]]) -> dict[str, Array]:
@@ -192,10 +201,36 @@ class Projection(Schedule):
         weights = projected(plan, {p: kept[p] for p in support}, trained, support)
         entry, lead, cells = Entry(), standing.calibration.lead, standing.grids
         chosen = {p: entry.locate(mask, lead(p), cells.get(p, (1, 1))) for p, mask in support.items()}
+        # The weights are passed on, since the second phase starts from z * d, which no parametrisation there can form.
         return Renewal(chosen, self.method_at(plan.method, standing.step, standing.steps), weights=weights)
 
 
-@register("diff_pruning", paper="Guo, Rush and Kim 2021, arXiv:2012.07463")
+CARD = Card(
+    formula=(
+        "w + z d, z = clip(s (u - l) + l, 0, 1), s = sigmoid(logit(U) + alpha), l = -1.5, u = 1.5, alpha from 5, times a gate "
+        "of the whole matrix; loss + weight * sum P(z > 0), P = sigmoid(alpha - log(-l / u)) times the matrix's; then the "
+        "largest 0.5 % of |z d| stay and train on"
+    ),
+    follows="paper: product of the two probabilities, exact count; code: constants, rates",
+    check="gates, penalty, gradients, three steps and projection, float64 NumPy",
+    code="dguo98/DiffPruning@085fa7d9, examples/run_glue_diffpruning.py",
+    departs=(
+        "Evaluation and projection have U = 1/2 (code: a fresh draw). The gates' rate follows the schedule (code: constant; "
+        "half the movement under linear decay), and one clip goes for d and alpha (code: one each). The code bisects for the "
+        "threshold and stops near the count."
+    ),
+    defaults={
+        "weight": ("-", 1.25e-7),
+        "group": (True, True),
+        "counted": ("product", "sum"),
+        "alpha_rate": ("0.1 / 1e-5", "0.1 / 1e-5"),
+        "init_alpha": (5.0, 5.0),
+        "density": (0.005, 0.005),
+    },
+)
+
+
+@register("diff_pruning", paper="Guo, Rush and Kim 2021, arXiv:2012.07463", card=CARD)
 def diff_pruning(
     weight: float = 1.25e-7,
     group: bool = True,

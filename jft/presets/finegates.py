@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jft import delta
 from jft.delta.changed import COLUMNS, ROWS
 from jft.dot import dot, grouped_dot, take, transpose
+from jft.methods.card import Card
 from jft.methods.low_rank import LowRank, WithLowRank
 from jft.methods.parametrise import Parametrisation
 from jft.methods.plan import Method
@@ -37,6 +38,7 @@ class GatedWeight:
         return self._times(dot(self._times(x, self.rows), self.w), self.columns)
 
     def __jft_grouped_dot__(self, x: Array, sizes: Array) -> Array:
+        # total_repeat_length: under jit the number of rows must not depend on ``sizes``.
         expert = jnp.repeat(jnp.arange(sizes.shape[0]), sizes, total_repeat_length=x.shape[0])
         rows, columns = (None if gates is None else gates[expert] for gates in (self.rows, self.columns))
         return self._times(grouped_dot(self._times(x, rows), self.w, sizes), columns)
@@ -66,7 +68,8 @@ class Gates(Parametrisation):
     The authors' code of 2026 has another form: ``mu = tanh(t) + 1/2`` of a trained t near 1 (``squash=True``, ``noise=0.1``,
     ``sigma=0.5``), and instead of the sum the distance of each matrix's mean open fraction, of rows and of columns, from a
     target: ``weight * mean |mean Phi - open|`` for each matrix (``open=0.8``). It also gates biases, with the columns; here
-    a bias is a weight of its own and stays. A matrix whose gates are 0 does nothing there, but keeps its shape.
+    a bias is a weight of its own and stays. A matrix whose gates are 0 does nothing there, but keeps its shape. Gates do not
+    decay: decay alone would close them.
 
     Kept: w. Trained, float32: ``rows`` [*lead, I] and ``columns`` [*lead, O], whichever are asked for.
     """
@@ -133,17 +136,42 @@ class Gates(Parametrisation):
         likely = {name: jax.scipy.stats.norm.cdf(self.mean(t) / self.sigma) for name, t in trained.items()}
         if self.open is None:
             return self.weight * sum((jnp.sum(p) for p in likely.values()), jnp.float32(0))
+        # The mean over a matrix's channels first: the target is of each matrix, not of all together.
         away = [jnp.abs(jnp.mean(p, axis=-1) - self.open) for p in likely.values()]
         return self.weight * jnp.sum(sum(away)) / len(away)
 
     def leaves(self, at: Any = None) -> tuple[Any, Any]:
         """How far the gates' parameters have moved from where they started is their distance from the base."""
+        # Gates are sharded like the axis of the weight that they multiply; vectors are for no matrix optimizer.
         side = {"rows": (..., ROWS), "columns": (..., COLUMNS)}
-        trained = {name: delta.Leaf(axes, matrices=None, origin=self.start) for name, axes in side.items()}
+        trained = {
+            name: delta.Leaf(axes, decays=False, matrices=None, origin=self.start) for name, axes in side.items()
+        }
         return delta.Leaf(), {name: leaf for name, leaf in trained.items() if getattr(self, name)}
 
 
-@register("finegates", paper="Svirsky, Refael and Lindenbaum 2024, arXiv:2412.12951")
+CARD = Card(
+    formula=(
+        "diag(z_in) w diag(z_out), z = clip(mu + eps, 0, 1), eps ~ N(0, sigma^2) in training and 0 in evaluation, mu from 1; "
+        "loss + weight * sum Phi(mu / sigma)"
+    ),
+    follows="paper; squash, noise=0.1 and open: the form of the code; code: gates do not decay",
+    check="both forms with gradients, penalty and three steps, float64 NumPy; decay alone moves no gate",
+    code="jsvir/FineGates@5ab6421b, model.py, finetune_glue.py",
+    departs=(
+        "The weight of the sum is not published (code: 50 times the mean distance from a target, another penalty). The code "
+        "draws its t from N(1, 0.1^2), trains and gates biases, and has gates on its low-rank change too."
+    ),
+    defaults={
+        "sigma": (0.5, 0.5),
+        "noise": ("sigma", 0.1),
+        "squash": (False, True),
+        "open": (None, "1 - target_sparsity"),
+    },
+)
+
+
+@register("finegates", paper="Svirsky, Refael and Lindenbaum 2024, arXiv:2412.12951", card=CARD)
 def finegates(
     weight: float = 1e-3,
     rows: bool = True,

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jft.methods import Card
 from jft.methods.parametrise import InPlace
 from jft.methods.plan import Method
 from jft.methods.registry import register
@@ -32,6 +33,7 @@ class TopGradient(Rule):
 
     def __post_init__(self) -> None:
         """Refuse what is no density."""
+        # The budget knows which densities are valid; ask it once, early.
         self._count(1)
 
     def _count(self, size: int) -> int:
@@ -47,7 +49,18 @@ class TopGradient(Rule):
         return each_leaf(plan, largest, gradient), memory
 
 
-@register("gmt", paper="Li et al. 2024, arXiv:2406.15330")
+CARD = Card(
+    formula="G: the mean gradient of a step's microbatches. In each matrix and vector of n entries the round(density * n) "
+    "largest |G| stay, the others become 0; theta <- theta - lr * (mask * G), the mask anew at every step.",
+    follows="paper; no code is public",
+    departs="The paper's update is plain descent; here the masked gradient goes to the run's optimizer, whose momentum "
+    "still moves entries that were not chosen.",
+    defaults={"density": ("0.1 to 0.4", "-")},
+    check="steps of Adam on NumPy gradients cut to the largest of each matrix and vector, with and without accumulation",
+)
+
+
+@register("gmt", paper="Li et al. 2024, arXiv:2406.15330", card=CARD)
 def gmt(density: float = 0.2) -> Method:
     """Train every weight, in each step by the largest ``density`` of the gradient's entries in each matrix and vector.
 

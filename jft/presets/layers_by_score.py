@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jft import tree
+from jft.methods import Card
 from jft.methods.parametrise import InPlace
-from jft.methods.patterns import LAYERS
 from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
@@ -19,6 +19,7 @@ from jft.select import activations
 from jft.select.budget import PerLeaf
 from jft.select.calibration import Calibration
 from jft.select.granularity import Layer
+from jft.tree import LAYERS
 
 Array = jax.Array
 
@@ -30,12 +31,15 @@ class Likelihood:
     objective: Any
 
     def __call__(self, outputs: Any, batch: Any) -> Array:
+        # Scalars of a batch (settings) belong to every example and are not mapped over.
         axes = jax.tree.map(lambda x: 0 if x.ndim else None, batch)
         ranks = jax.tree.map(lambda x: x.ndim, batch)
 
         def one(outputs: Any, row: Any) -> Array:
+            # The objective expects a batch; each example becomes one of size 1.
             row = jax.tree.map(lambda x, n: x[None] if n else x, row, ranks)
             loss, weight, _ = self.objective.loss(jax.tree.map(lambda x: x[None], outputs), row)
+            # The inner where keeps a division by 0 out, the outer one scores padding rows 0.
             return jnp.where(weight > 0, -loss / jnp.where(weight > 0, weight, 1.0), 0.0)
 
         return jax.vmap(one, in_axes=(0, axes))(outputs, batch)
@@ -76,7 +80,19 @@ class Correlation:
         return {stack: activations.correlation(calibration, target, self.batches, self.site, self.pool)}
 
 
-@register("layers_by_score", paper="Zhang et al. 2025, arXiv:2504.12585")
+CARD = Card(
+    formula="a layer's score is sqrt(mean over features d of r_d^2), r_d the Pearson correlation of feature d of what enters "
+    "the layer, a mean over each example's tokens, with a number known of each example; the k layers with the highest train",
+    follows="the abstract: layers whose activations correlate with a number of each example train",
+    check="scores from residual streams of a float64 NumPy pass, with the model's own log-likelihood and with a number from "
+    "the batch; one and three Adam steps",
+    departs="the statistic is jft's own: the abstract gives none, and the paper's text and code are not known here. score= "
+    "takes any other",
+    defaults={"target": ("prior log-probability of the answer", "-")},
+)
+
+
+@register("layers_by_score", paper="Zhang et al. 2025, arXiv:2504.12585", card=CARD)
 def layers_by_score(
     k: int = 1,
     target: Callable[..., Any] | str | None = None,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from jft.methods.card import Card
 from jft.methods.masks import Mask
 from jft.methods.plan import Method
 from jft.methods.registry import register
@@ -48,6 +49,7 @@ class TopMask(Mask):
     def mask(self, trained: Array) -> Array:
         """Exactly ``round(keep * I * O)`` True in each matrix."""
         lead = leading(trained, self.lead)
+        # By size, with the sign's derivative (``soft``): a score counts as far as it is from 0 on either side.
         return top_each(jnp.abs(trained), max(1, round(self.keep * math.prod(trained.shape[lead:]))), lead)
 
     def soft(self, s: Array) -> Array:
@@ -55,7 +57,17 @@ class TopMask(Mask):
         return jnp.abs(s)
 
 
-@register("mask_finetuning", paper="Zhang et al. 2025, arXiv:2503.22764")
+CARD = Card(
+    formula="w * 1[|s| among the 90 % largest of its matrix] of a tuned model, s from N(0, 0.02^2), straight through |s|",
+    follows="paper; code: the scores' start",
+    check="mask, gradients and three steps, float64 NumPy; the count with ties; the spread of the start",
+    code="Ming-K9/MFT@b36f2da0, scripts/finetune.py, scripts/apply_masks.py",
+    departs="round(keep * n) weights stay (code: n - int((1 - keep) * n), at most one more).",
+    defaults={"keep": (0.9, 0.9), "layers": ("4 of 32", "-"), "std": ("-", 0.02)},
+)
+
+
+@register("mask_finetuning", paper="Zhang et al. 2025, arXiv:2503.22764", card=CARD)
 def mask_finetuning(
     keep: float = 0.9,
     layers: Sequence[int] | None = None,

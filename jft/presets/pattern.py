@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from jft.methods.parametrise import InPlace
-from jft.methods.patterns import EVERYTHING, Patterns, patterns
 from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
+from jft.tree import EVERYTHING, Patterns, patterns
 
 
 @register("pattern", paper="-")

@@ -53,14 +53,15 @@ class RandLoRA(Additive):
 
     def count(self, shape: tuple[int, ...]) -> int:
         """N, of a weight of ``shape``."""
+        # Rounded up, so that the sum reaches full rank.
         return -(-min(shape[-2:]) // self.rank)
 
     def leaves(self, at: Any = None) -> tuple[Any, Any]:
-        own = delta.RandomBases.leaves
+        bases = delta.RandomBases.leaves
         # Where lam is zero the weight is the base, whatever gamma is.
-        return {"w": delta.Leaf(), "key": own["key"]}, {
-            "gamma": _Gamma(own["gamma"].axes, matrices=None, origin=None),
-            "lam": own["lam"],
+        return {"w": delta.Leaf(), "key": bases["key"]}, {
+            "gamma": _Gamma(bases["gamma"].axes, matrices=None, origin=None),
+            "lam": bases["lam"],
         }
 
     def init(self, key: Array, w: Array, at: Array | None = None, base: Array | None = None) -> tuple[Any, Any]:
@@ -71,8 +72,10 @@ class RandLoRA(Additive):
                 "(linear_only, or select.include)"
             )
         n, along = self.count(w.shape), min(rows, columns)
+        # Raw words, not a typed key: they are saved with the task vector and sliced with the layers.
         words = jax.random.bits(key, (*lead, 2), jnp.uint32)
         trained = {
+            # Not zero, as lam is: with both at zero neither would have a gradient.
             "gamma": jnp.full((*lead, n, along), 1 / along, jnp.float32),
             "lam": jnp.zeros((*lead, n, self.rank), jnp.float32),
         }
@@ -98,8 +101,8 @@ CARD = Card(
     code="PaulAlbert31/RandLoRA@4ac565e, commonsense_reasoning/peft/src/peft/tuners/randlora and "
     "vision_language/src/rand_lora.py",
     departs="every matrix has bases of its own, drawn where they are used (peft: corners of one stored pair for all): the same "
-    "in distribution, of variance 1 exactly and not up to the 0.5% of a sample; the products take as long, the draws as many "
-    "random numbers as the weight has entries, twice a step. No ternary bases, which save nothing here, no dropout, no DoRA",
+    "in distribution, of variance 1 exactly and not up to the 0.5% of a sample; each use draws as many random numbers as the "
+    "weight has entries, forwards and again on the way back. No ternary bases, which save nothing here, no dropout, no DoRA",
     defaults={"rank": (32, 32), "alpha": ("-", "2 r or 20 r"), "by_bases": ("-", "language yes, images and peft no")},
 )
 

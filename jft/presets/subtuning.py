@@ -7,14 +7,15 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from jft.methods import Card
 from jft.methods.layer_search import better, stacks
 from jft.methods.parametrise import InPlace
-from jft.methods.patterns import LAYERS
 from jft.methods.plan import Method
 from jft.methods.registry import register
 from jft.methods.select import Select
 from jft.select.calibration import Calibration
 from jft.select.layers import Choice, Table, table_of
+from jft.tree import LAYERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +41,13 @@ class Greedy(Choice):
         while tried and (not self.most or len(chosen) < self.most):
             found = [self._worth(calibration, [*chosen, layer]) for layer in tried]
             place = int(np.argmax(found))
+            # The first layer need not gain ``tolerance``: there is nothing before it to compare with.
             if (chosen and found[place] < best + self.tolerance) or found[place] <= best:
                 break
             best, layer = found[place], tried[place]
             if not chosen and self.shortlist:
                 ranked = np.argsort(-np.asarray(found), kind="stable")[: self.shortlist]
+                # Back in the order of the layers, so that ties go to the earlier one in every round.
                 tried = [tried[i] for i in sorted(ranked)]
             chosen.append(layer)
             tried = [x for x in tried if x != layer]
@@ -65,7 +68,19 @@ def _table(calibration: Calibration, layers: Iterable[tuple[str, int]]) -> Table
     return table_of(calibration, chosen)
 
 
-@register("subtuning", paper="Kaplun et al. 2023, arXiv:2302.06354")
+CARD = Card(
+    formula="S = {}; add the layer with which tuning from the base evaluates best, while that is better by tolerance",
+    follows="the paper's greedy search: it ends at the first gain below the threshold",
+    check="every candidate set trained and evaluated in float64; the search over a table of gains with tolerance and shortlist",
+    code="talswisa/SubTuning@68b64c2, src/greedy_subset_selection.py",
+    departs="the code goes on until a round is worse than the best so far by more than its threshold, and returns the "
+    "best set; it starts from the linear probe's accuracy, can remove layers from all of them instead, and can evaluate by "
+    "five-fold cross-validation. Here one layer at least trains, and metric is the loss by default",
+    defaults={"tolerance": ("a threshold", 0.01), "metric": ("accuracy", "accuracy"), "steps": ("-", "10 epochs")},
+)
+
+
+@register("subtuning", paper="Kaplun et al. 2023, arXiv:2302.06354", card=CARD)
 def subtuning(
     steps: int = 100,
     metric: str = "loss",

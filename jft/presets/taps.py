@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import delta, tree
+from jft.methods.card import Card
 from jft.methods.parametrise import Parametrisation
 from jft.methods.penalties import absolute
 from jft.methods.plan import Method
@@ -28,7 +29,7 @@ class Taps(Parametrisation):
     Task Adaptive Parameter Sharing, Wallingford et al. 2022, arXiv:2203.16708. A *layer* of the paper is one convolution or
     linear map, in its text as in the released code (53 in a ResNet-50): so each matrix of each transformer layer has its
     score. ``init_score`` and ``threshold`` are the code's: every layer starts active. What makes layers inactive is
-    :class:`SharedLayers`, over all of them; the code adds it after some epochs, jft from the start.
+    :class:`SharedLayers`, over all of them; the code adds it after two epochs, jft from the start. Scores do not decay.
 
     Kept: w. Trained, float32: ``delta`` d like w (starts at 0), ``score`` [*lead]. The result holds d of active layers.
     """
@@ -58,15 +59,17 @@ class Taps(Parametrisation):
         return bound(self, (kept, trained), kept, leading(kept, self.lead), structured)
 
     def encode(self, base: Array | None, kept: Array, trained: dict[str, Array]) -> delta.Encoding:
+        # On the host: how many layers the change stores depends on the values.
         active = np.asarray(self.active(trained))
         values = jnp.where(append_axes(jnp.asarray(active), kept.ndim), trained["delta"], 0)
         if not active.ndim:
             return delta.Dense(values)
+        # A layer of experts is stored if any of its matrices is active; the others in it are zero.
         index = np.flatnonzero(active.reshape(active.shape[0], -1).any(axis=1))
         return delta.Rows(jnp.asarray(index, jnp.int32), values[index], kept.shape)
 
     def leaves(self, at: Any = None) -> tuple[Any, Any]:
-        return delta.Leaf(), {"delta": delta.Leaf(), "score": delta.Leaf(origin=None, matrices=None)}
+        return delta.Leaf(), {"delta": delta.Leaf(), "score": delta.Leaf(decays=False, origin=None, matrices=None)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +88,20 @@ class SharedLayers:
         return self.weight / tree.count(scores) * sum(map(absolute, scores), jnp.float32(0))
 
 
-@register("taps", paper="Wallingford et al. 2022, arXiv:2203.16708")
+CARD = Card(
+    formula="w_l + 1[s_l >= 0.1] d_l with d_l from 0, s_l from 0.15, straight through; loss + weight / L * sum_l |s_l|",
+    follows="paper; code: threshold, start of the scores, weight",
+    check="forward, gradients, three steps, penalty, float64 NumPy; decay alone moves d and no score",
+    code="MattWallingford/TAPS@87e91888, models/taps_net.py, train_sequential.py",
+    departs=(
+        "The penalty acts from the start (code: after warmup_epochs=2 of 30) and is divided by L (code: by 52 whatever L). The "
+        "code's one SGD would decay scores too; its decay is 0 by default."
+    ),
+    defaults={"weight": ("swept", 1.0), "threshold": ("-", 0.1), "init_score": ("-", 0.15)},
+)
+
+
+@register("taps", paper="Wallingford et al. 2022, arXiv:2203.16708", card=CARD)
 def taps(
     weight: float = 1.0,
     threshold: float = 0.1,

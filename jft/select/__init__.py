@@ -1,6 +1,7 @@
 """What to fine-tune: scores, the units they are pooled into, and exact budgets found without sorting or gathering."""
 
 from jft.select.budget import Everything, Flops, Globally, PerLayer, PerLeaf, PerMatrix, choose
+from jft.select.columns import PerColumn
 from jft.select.flops import plan_flops
 from jft.select.granularity import (
     Block,
@@ -32,6 +33,7 @@ __all__ = [
     "Layer",
     "Matrix",
     "Name",
+    "PerColumn",
     "PerLayer",
     "PerLeaf",
     "PerMatrix",

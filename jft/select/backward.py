@@ -1,4 +1,4 @@
-"""The backward pass as a chain of tensors, nearest to the loss first, and what each costs."""
+"""The backward pass as a chain of tensors, nearest to the loss first, with the FLOPs of each."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ LAYER = (
     ("attn_norm",),
 )
 BEFORE = (("classifier",), ("head",), ("pooler",), ("final_norm",))
+# Modules before the layers in the forward pass come last here.
 AFTER = (("embed_norm",), ("patch", "cls", "positions", "types", "embed"))
 
 
@@ -46,6 +47,7 @@ class _Length:
 
     def __call__(self, params: Any, batch: Any) -> Any:
         def value(name: str, h: Any, state: Any) -> tuple[Any, Any]:
+            # Shapes are static; as an array, since that is what `sums` adds up.
             return h, jnp.full((), h.shape[1] if h.ndim > 2 else 1, jnp.float32) if name.endswith("layers/in") else None
 
         reads = self.model.apply(params, batch, Hooks(value=value))[1]
@@ -59,20 +61,23 @@ def chain(calibration: Calibration) -> list[Tensor]:
     whatever lies beyond its output projection, four products of ``2 T^2 H K``; an expert's matrices count as the share of
     tokens that each gets. What is added or multiplied position by position costs its size times T.
 
-    Raises ``ValueError`` for models whose layers are no single stack, or that have weights of unknown place.
+    Raises ``ValueError`` for models whose layers are no single stack, or that have weights of unknown position.
     """
     config = getattr(getattr(calibration.model, "config", None), "backbone", getattr(calibration.model, "config", None))
     stacks = tree.stacks(calibration.params)
     if not is_jft_model(calibration.model) or list(stacks) != ["layers"]:
         raise ValueError("the cost of a backward pass is known for jft's models with one stack of layers alone")
+    # Read inside the model: patches and class tokens add to the length of the batch.
     length = int(calibration.sums(_Length(calibration.model), 1))
     mixture = getattr(config, "experts", None)
+    # On average over experts, whatever the router does with this batch.
     share = mixture.per_token / mixture.count if mixture else 1.0
     out = [t for row in BEFORE for t in _row(calibration, row, "", None, length, share)]
     for layer in reversed(range(stacks["layers"])):
         for row in LAYER:
             out += _row(calibration, row, "layers/", layer, length, share)
     out += [t for row in AFTER for t in _row(calibration, row, "", None, length, share)]
+    # A weight left out would train at no cost.
     unknown = sorted(set(calibration.params) - {t.path for t in out})
     if unknown:
         raise ValueError(
@@ -88,18 +93,22 @@ def _row(
     parts = "|".join(map(re.escape, names))
     paths = [p for p in calibration.params if re.fullmatch(rf"{prefix}({parts})(/(w|b|scale|bias|table))?", p)]
     paths.sort(key=lambda p: p.endswith("/w"))  # a bias is met before its matrix
-    out, passed = [], 0
+    out, passing = [], 0
     for path in paths:
         shape = calibration.params[path].shape[0 if layer is None else 1 :]
         size = tree.size(calibration.params[path]) // (1 if layer is None else calibration.params[path].shape[0])
-        product = path.endswith("/w")
-        cost = round((2 if product else 1) * T * size * (share if "/experts/" in path else 1.0))
+        is_product = path.endswith("/w")
+        cost = round((2 if is_product else 1) * T * size * (share if "/experts/" in path else 1.0))
+        # A lookup: its gradient adds T rows, and nothing is multiplied.
         if path.endswith("table"):
             cost = T * shape[-1]
-        passed += cost if product else 0
-        passed += 8 * T * T * shape[-2] if path.endswith("attn/o/w") else 0
+        # The input's gradient is a product of the same size as the weight's.
+        passing += cost if is_product else 0
+        # Four products of 2 T^2 H K, where H K are the rows of the output projection.
+        passing += 8 * T * T * shape[-2] if path.endswith("attn/o/w") else 0
         out.append(Tensor(path, layer or 0, cost, 0))
-    return [*out[:-1], dataclasses.replace(out[-1], passing=passed)] if out else []
+    # Modules of one row read the same input: its gradient is passed once, after the last of them.
+    return [*out[:-1], dataclasses.replace(out[-1], passing=passing)] if out else []
 
 
 def forward(tensors: list[Tensor]) -> int:
@@ -107,6 +116,7 @@ def forward(tensors: list[Tensor]) -> int:
     total = 0
     for t in tensors:
         total += t.weight if t.path.endswith("/w") else 0
-        own = t.weight if t.path.endswith("attn/o/w") else 0
-        total += (t.passing - own) // 2 if own else 0
+        product = t.weight if t.path.endswith("attn/o/w") else 0
+        # Beyond its input's gradient the output projection passes four products of the attention; forward has two.
+        total += (t.passing - product) // 2 if product else 0
     return total

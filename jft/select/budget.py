@@ -1,4 +1,4 @@
-"""Budgets: how much is selected, and what competes for it.
+"""Budgets: amounts to select, and the groups of units that compete for them.
 
 A budget is a density (a fraction of the parameters), a count (of units), or a number of parameters, of everything together
 (`Globally`), or again for each layer, each path, or each matrix. :func:`choose` turns scores of units into masks that meet it
@@ -28,6 +28,7 @@ Round = Literal["nearest", "floor", "ceil", "floor+1"]
 Whole = Literal["candidates", "matrices", "model"]
 
 _ROUND = {
+    # Half up: Python's `round` takes halves to the even number.
     "nearest": lambda x: math.floor(x + Fraction(1, 2)),
     "floor": math.floor,
     "ceil": math.ceil,
@@ -38,7 +39,7 @@ _GREEDY = 1 << 24  # units that the host goes through one by one
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """How much of a group of units that compete with each other is selected; exactly one of the first three is given.
+    """The amount selected of a group of units that compete with each other; exactly one of the first three is set.
 
     density: the fraction of their parameters, in (0, 1], read as the decimal it is written as; ``of`` ``matrices`` or
     ``model`` it is the fraction of all of the model's matrices, or parameters, which :func:`resolved` spreads evenly over the
@@ -48,7 +49,7 @@ class Budget:
     Where units cost differently, those of the best score are taken one after the other while they fit a density of (or the
     number of) parameters; ``unfit`` is what happens at the first that does not: ``stop`` there, or ``skip`` it and go on.
 
-    Raises ``ValueError`` where what is given is not one of these.
+    Raises ``ValueError`` for other values.
     """
 
     density: float | Fraction | None = None
@@ -61,22 +62,23 @@ class Budget:
 
     def __post_init__(self) -> None:
         """Refuse what is no budget."""
-        given = [name for name in self.amounts if getattr(self, name) is not None]
-        if len(given) != 1:
+        names = [name for name in self.amounts if getattr(self, name) is not None]
+        if len(names) != 1:
             raise ValueError(
                 f"{type(self).__name__} takes exactly one of {', '.join(self.amounts)}; "
-                f"given: {', '.join(given) or 'none'}"
+                f"given: {', '.join(names) or 'none'}"
             )
         if self.density is not None and not 0 < self.density <= 1:
             raise ValueError(f"density {self.density} is not in (0, 1]")
-        for name in given:
+        for name in names:
             value = getattr(self, name)
+            # A bool is an int in Python.
             if name != "density" and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1):
                 raise ValueError(f"{name} {value!r} is not a positive integer")
         if self.of not in ("candidates", "matrices", "model"):
             raise ValueError(f"of {self.of!r} is unknown; a density is of the candidates, the matrices or the model")
         if self.of != "candidates" and self.density is None:
-            raise ValueError(f"of={self.of!r} says what a density is a fraction of; given: {given[0]}")
+            raise ValueError(f"of={self.of!r} says what a density is a fraction of; given: {names[0]}")
         if self.round not in _ROUND:
             raise ValueError(f"round {self.round!r} is unknown; choose one of {', '.join(_ROUND)}")
         if self.unfit not in ("stop", "skip"):
@@ -91,17 +93,18 @@ class Budget:
         if self.count is not None:
             return _at_most(self.count, available, "units", what)
         if self.density is not None:
-            wanted = _decimal(self.density) * available
+            amount = _decimal(self.density) * available
         else:
-            wanted = Fraction(self._parameters(available * cost, cost, what), cost)
-        return min(max(_ROUND[self.round](wanted), 1), available)
+            amount = Fraction(self._parameters(available * cost, cost, what), cost)
+        # At least one: a density that rounds to none would train nothing, silently.
+        return min(max(_ROUND[self.round](amount), 1), available)
 
     def total(self, available: int, cheapest: int, what: str) -> int:
         """How many of ``available`` parameters may be selected, for units of different costs."""
         if self.density is None:
             return self._parameters(available, cheapest, what)
-        wanted = max(_ROUND[self.round](_decimal(self.density) * available), 1)
-        return _at_least(min(wanted, available), cheapest, what)
+        amount = max(_ROUND[self.round](_decimal(self.density) * available), 1)
+        return _at_least(min(amount, available), cheapest, what)
 
     def _parameters(self, available: int, cheapest: int, what: str) -> int:
         assert self.parameters is not None
@@ -110,19 +113,20 @@ class Budget:
 
 def _decimal(x: float | Fraction) -> Fraction:
     """What ``x`` was written as: 0.29 of 100 is 29, and not the 28 that binary rounding makes of it."""
+    # `repr` is the shortest decimal that reads back as x.
     return x if isinstance(x, Fraction) else Fraction(repr(float(x)))
 
 
-def _at_most(wanted: int, available: int, kind: str, what: str) -> int:
-    if wanted > available:
-        raise ValueError(f"the budget is {wanted} {kind} of {what}, which has {available}")
-    return wanted
+def _at_most(amount: int, available: int, kind: str, what: str) -> int:
+    if amount > available:
+        raise ValueError(f"the budget is {amount} {kind} of {what}, which has {available}")
+    return amount
 
 
-def _at_least(wanted: int, cheapest: int, what: str) -> int:
-    if wanted < cheapest:
-        raise ValueError(f"the budget is {wanted} parameters of {what}, whose smallest unit has {cheapest}")
-    return wanted
+def _at_least(amount: int, cheapest: int, what: str) -> int:
+    if amount < cheapest:
+        raise ValueError(f"the budget is {amount} parameters of {what}, whose smallest unit has {cheapest}")
+    return amount
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +147,8 @@ class PerLeaf(Budget):
 class PerLayer(Budget):
     """The budget again for each layer, all selected weights of it together.
 
-    Layers are the indices of the first axis of what stands under one ``layers/``, or the numbers in paths as
-    ``blocks/3/mlp/w``; what belongs to no layer is a group by itself.
+    Layers are the indices of the first axis of all weights under one ``layers/``, or the numbers in paths as
+    ``blocks/3/mlp/w``; a weight of no layer is a group by itself.
     """
 
     def groups(self, leads: Mapping[str, int]) -> Iterator[tuple[list[str], int]]:
@@ -152,7 +156,9 @@ class PerLayer(Budget):
         for path, lead in leads.items():
             layer, stack = tree.layer_of(path), tree.stack_of(path)
             if layer is not None:
+                # Layers that are numbered are not stacked: no axis counts them.
                 key = layer[0], 0
+            # Scores of whole stacks have no leading axis to go by.
             elif stack is not None and lead:
                 key = stack, 1
             else:
@@ -182,6 +188,7 @@ class PerMatrix(Budget):
             return self
         if len(shape) < 2:
             raise ValueError(f"a weight of shape {tuple(shape)} has no rank; give its budget as a density or a count")
+        # Exactly one amount may be given, so the rank goes.
         return dataclasses.replace(self, rank=None, parameters=self.rank * (shape[-2] + shape[-1]))
 
 
@@ -196,27 +203,31 @@ class Beyond:
 
     threshold: float
 
-    def masks(self, scores: Mapping[str, Array], largest: bool) -> dict[str, Array]:
+    def masks(self, scores: Mapping[str, Array], largest: bool, leads: Mapping[str, int]) -> dict[str, Array]:
         """Their masks. Raises ``ValueError`` where there is none."""
         masks = {p: x > self.threshold if largest else x < self.threshold for p, x in scores.items()}
+        # One transfer for all weights.
         if not any(map(bool, jax.device_get([jnp.any(m) for m in masks.values()]))):
             side = "above" if largest else "below"
-            raise ValueError(f"no score of {_named(dict(scores))} is {side} {self.threshold:g}; nothing would train")
+            raise ValueError(
+                f"no score of {_list_paths(dict(scores))} is {side} {self.threshold:g}; nothing would train"
+            )
         return masks
 
 
 @dataclasses.dataclass(frozen=True)
 class ByPattern:
-    """Budgets of their own for weights of different names: pairs ``(pattern, budget)``, of which the first that fits counts.
+    """Separate budgets for weights of different names: pairs ``(pattern, budget)``, of which the first that fits counts.
 
-    The weights of each pair compete among themselves alone, whatever the budget of another pair is.
+    The weights of each pair compete only among themselves, whatever the budget of another pair is.
     """
 
     parts: tuple[tuple[str, Any], ...]
 
     def part(self, path: str) -> int:
-        """Which pair a weight belongs to. Raises ``ValueError`` where no pattern is found in its path."""
+        """The index of the pair that a weight belongs to. Raises ``ValueError`` where no pattern is found in its path."""
         for index, (pattern, _) in enumerate(self.parts):
+            # The first that fits, so that a last pattern of "" can take the rest.
             if re.search(pattern, path):
                 return index
         raise ValueError(f"no budget for {path}: its path matches none of {', '.join(p for p, _ in self.parts)}")
@@ -226,7 +237,7 @@ class ByPattern:
         return self.parts[self.part(path)][1]
 
     def pools(self, paths: Iterable[str]) -> list[tuple[Any, list[str]]]:
-        """For each pair its budget and those of ``paths`` that are its own."""
+        """``(budget, paths)`` of each pair: those of ``paths`` that belong to it."""
         own: list[tuple[Any, list[str]]] = [(budget, []) for _, budget in self.parts]
         for path in paths:
             own[self.part(path)][1].append(path)
@@ -249,6 +260,7 @@ class Flops:
         self, importance: Sequence[float], weight_flops: Sequence[int], activation_flops: Sequence[int]
     ) -> list[int]:
         """The tensors that :func:`plan_flops` chooses for this fraction of training all of them."""
+        # Beyond the last tensor no gradient is passed.
         full = sum(map(int, weight_flops)) + sum(map(int, activation_flops[:-1]))
         budget = math.floor(_decimal(self.fraction) * full)
         return plan_flops(importance, weight_flops, activation_flops, budget, self.resolution)
@@ -263,20 +275,25 @@ def resolved(
     whole number, together. Raises ``ValueError`` where that is more than they hold.
     """
     if isinstance(budget, ByPattern):
+        # Each against all of the model's weights: a pair is a fraction of the model too.
         each = [resolved(one, paths, shapes, leads) for one, paths in budget.pools(candidates)]
         return ByPattern(tuple((pattern, one) for (pattern, _), one in zip(budget.parts, each, strict=True)))
     if not isinstance(budget, Budget) or budget.of == "candidates" or budget.density is None:
         return budget
     paths = list(candidates)
-    size = lambda these: sum(math.prod(shapes[p]) for p in these)
-    counted = [p for p, s in shapes.items() if budget.of == "model" or len(s) - leads[p] == 2]
-    wanted = max(_ROUND[budget.round](_decimal(budget.density) * size(counted)), 1)
-    if paths and wanted > size(paths):
+    size = lambda group: sum(math.prod(shapes[p]) for p in group)
+    # All of the model's matrices, also those that are no candidates.
+    denominator = [p for p, s in shapes.items() if budget.of == "model" or len(s) - leads[p] == 2]
+    count = max(_ROUND[budget.round](_decimal(budget.density) * size(denominator)), 1)
+    if paths and count > size(paths):
         raise ValueError(
-            f"density {budget.density} of all {size(counted)} parameters of the {budget.of} is {wanted}, and "
-            f"{_named(dict.fromkeys(paths))} can give {size(paths)}; lower it"
+            f"density {budget.density} of all {size(denominator)} parameters of the {budget.of} is {count}, and "
+            f"{_list_paths(dict.fromkeys(paths))} can give {size(paths)}; lower it"
         )
-    return dataclasses.replace(budget, of="candidates", density=Fraction(wanted, size(paths)) if paths else 1)
+    # An exact fraction: a float might come out one below. The one of "floor+1" is in it already.
+    again: Round = "floor" if budget.round == "floor+1" else budget.round
+    density = Fraction(count, size(paths)) if paths else 1
+    return dataclasses.replace(budget, of="candidates", density=density, round=again)
 
 
 def choose(
@@ -292,7 +309,7 @@ def choose(
     costs: parameters of one unit of each path. leads: how many leading axes of its scores are batch (layers, experts).
     shapes: those of the weights, which `PerMatrix(rank=)` needs for units that are not entries.
 
-    Where all units of a group cost the same, or a count is asked for, the masks are those of
+    Where all units of a group cost the same, or the budget is a count, the masks are those of
     :func:`jft.select.threshold.top`: exact, ties to earlier paths and positions, nothing gathered. Otherwise scores come to
     the host and are taken greedily, ties in the same order.
 
@@ -303,24 +320,26 @@ def choose(
     if isinstance(budget, Everything):
         return {p: jnp.ones_like(x, bool) for p, x in scores.items()}
     if hasattr(budget, "masks"):  # a budget that chooses by itself
-        return budget.masks(scores, largest)
+        return budget.masks(scores, largest, leads)
     if isinstance(budget, ByPattern):
-        found: dict[str, Array] = {}
+        masks_by_path: dict[str, Array] = {}
         for one, paths in budget.pools(scores):
-            found |= choose({p: scores[p] for p in paths}, costs, leads, one, largest, shapes)
-        return {p: found[p] for p in scores}
+            masks_by_path |= choose({p: scores[p] for p in paths}, costs, leads, one, largest, shapes)
+        # In the order of the scores, which the pairs need not keep.
+        return {p: masks_by_path[p] for p in scores}
     if not scores:
         return {}
     if budget.of != "candidates":
         raise ValueError(f"{budget} needs all of the model's weights: take what `resolved` makes of it")
+    # Scores of whole layers or weights have fewer axes than leading ones.
     leads = {p: min(leads[p], x.ndim) for p, x in scores.items()}
     masks: dict[str, Array] = {}
     for paths, lead in budget.groups(leads):
         group = {p: scores[p] for p in paths}
-        spent = budget
+        limit = budget
         if isinstance(budget, PerMatrix) and budget.rank is not None:
-            spent = budget.at(_matrix_shape(paths[0], group, costs, shapes))
-        masks |= _choose(group, {p: int(costs[p]) for p in paths}, lead, spent, largest)
+            limit = budget.at(_matrix_shape(paths[0], group, costs, shapes))
+        masks |= _choose(group, {p: int(costs[p]) for p in paths}, lead, limit, largest)
     return {p: masks[p] for p in scores}
 
 
@@ -329,6 +348,7 @@ def _matrix_shape(
 ) -> Sequence[int]:
     if shapes is not None and path in shapes:
         return shapes[path]
+    # Entries cost 1, and then scores are shaped like the weight.
     if costs[path] != 1:
         raise ValueError(f"a budget by rank needs the shape of {path}; give choose(shapes=)")
     return scores[path].shape
@@ -339,27 +359,30 @@ def _choose(
 ) -> dict[str, Array]:
     """The masks of one group (for each index of the ``lead`` first axes)."""
     units = {p: tree.size(x) // max(1, math.prod(x.shape[:lead])) for p, x in scores.items()}
-    what = f"each index of {_named(scores)}" if lead else _named(scores)
+    what = f"each index of {_list_paths(scores)}" if lead else _list_paths(scores)
+    # By counting on the devices wherever costs do not matter.
     if budget.count is not None or len(set(costs.values())) == 1:
         k = budget.units(sum(units.values()), next(iter(costs.values())), what)
         return top_together(scores, k, lead, largest)
     allowed = budget.total(sum(units[p] * costs[p] for p in scores), min(costs.values()), what)
     if sum(map(tree.size, scores.values())) > _GREEDY:
         raise ValueError(f"{what}: too many units of different costs to go through; give a count, or one cost")
-    here = {p: host(x).astype(np.float32) for p, x in scores.items()}
-    for path, x in here.items():
+    # Exact: float32 holds every bfloat16 and float16.
+    arrays = {p: host(x).astype(np.float32) for p, x in scores.items()}
+    for path, x in arrays.items():
         if np.isnan(x).any():
             raise ValueError(f"{np.isnan(x).sum()} scores of {path} are NaN; a score must be a number or an infinity")
-    masks = {p: np.zeros(x.shape, bool) for p, x in here.items()}
-    for index in np.ndindex(next(iter(here.values())).shape[:lead]):
-        parts = {p: x[index].reshape(-1) for p, x in here.items()}
-        chosen = _greedy(parts, costs, allowed, largest, budget.unfit)
-        for path, mask in chosen.items():
+    masks = {p: np.zeros(x.shape, bool) for p, x in arrays.items()}
+    # Of no leading axes there is one index, the empty one.
+    for index in np.ndindex(next(iter(arrays.values())).shape[:lead]):
+        parts = {p: x[index].reshape(-1) for p, x in arrays.items()}
+        group_masks = _greedy(parts, costs, allowed, largest, budget.unfit)
+        for path, mask in group_masks.items():
             masks[path][index] = mask.reshape(masks[path][index].shape)
     return {p: jax.device_put(masks[p], x.sharding) for p, x in scores.items()}
 
 
-def _named(scores: Mapping[str, Any]) -> str:
+def _list_paths(scores: Mapping[str, Any]) -> str:
     paths = list(scores)
     return ", ".join(paths[:3]) + (f" and {len(paths) - 3} others" if len(paths) > 3 else "")
 
@@ -368,11 +391,13 @@ def _greedy(
     scores: Mapping[str, np.ndarray], costs: Mapping[str, int], allowed: int, largest: bool, unfit: str
 ) -> dict[str, np.ndarray]:
     """Units in the order of their scores, while their costs add up to no more than what is allowed."""
-    every = np.concatenate(list(scores.values()))
+    flat = np.concatenate(list(scores.values()))
     cost = np.repeat([costs[p] for p in scores], [x.size for x in scores.values()])
-    order = np.argsort(-every if largest else every, kind="stable")
-    mask = np.zeros(every.size, bool)
+    # Stable: ties to earlier paths and positions, as `top` has them.
+    order = np.argsort(-flat if largest else flat, kind="stable")
+    mask = np.zeros(flat.size, bool)
     if unfit == "stop":
+        # Costs are positive, so the sum stays above what is allowed once it is.
         mask[order] = np.cumsum(cost[order]) <= allowed
     else:
         cheapest = cost.min()
@@ -380,6 +405,7 @@ def _greedy(
             if cost[unit] <= allowed:
                 mask[unit] = True
                 allowed -= cost[unit]
+            # Nothing more can fit: most of a long list is never looked at.
             elif allowed < cheapest:
                 break
     ends = np.cumsum([x.size for x in scores.values()])[:-1]

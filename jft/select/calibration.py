@@ -14,12 +14,12 @@ Table = Mapping[str, Sequence[int] | None]
 
 
 class Calibration(Protocol):
-    """A model, its weights, and the beginning of its training data.
+    """A model, its weights, and the training data that comes next.
 
-    Implemented by :class:`jft.train.calibration.RunCalibration`. Every call reads the data from its beginning and leaves the
-    position of the training stream alone. ``paths`` are the candidates, in the order of the parameters; ``params`` all
+    Implemented by :class:`jft.train.calibration.RunCalibration`. Every call reads the same batches and does not
+    move the training stream. ``paths`` are the candidates, in the order of the parameters; ``params`` all
     weights by path; ``key`` is a PRNG key, from which draws are made per path (:func:`jft.tree.key_for`); ``model`` and
-    ``objective`` are those of the run. Results are float32, lie as the weights do, and are refused (``ValueError``) where
+    ``objective`` are those of the run. Results are float32, sharded as the weights are, and are refused (``ValueError``) where
     they are not finite.
     """
 
@@ -71,14 +71,20 @@ class Calibration(Protocol):
     ) -> Mapping[str, Array]:
         """``{path: weight}`` of the candidates after ``steps`` of ordinary training from ``params``.
 
-        table: ``{path: layers}`` (None: the whole weight) of what trains instead, beside what the method always trains; the
+        table: ``{path: layers}`` (None: the whole weight) of the weights that train instead, with those that always train. The
         result is then all weights. how: the parametrisation they train in (:mod:`jft.methods.parametrise`); None for in
         place. penalties: what is added to the loss (:mod:`jft.methods.penalties`).
         """
         ...
 
     def after(self, steps: int, how: Any = None) -> Calibration:
-        """The same at the weights that :meth:`tuned` leads to."""
+        """The calibration of a run of ``how`` after ``steps`` steps of its schedule: at its weights, before the next
+        batch.
+        """
+        ...
+
+    def with_objective(self, objective: Any) -> Calibration:
+        """The same, with gradients and their powers of another loss (:class:`jft.train.objectives.Objective`)."""
         ...
 
     def evaluate(self, params: Mapping[str, Array]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""`plan_flops`: which tensors to train within a number of FLOPs of the backward pass."""
+"""`plan_flops`: the tensors to train within a number of FLOPs of the backward pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def plan_flops(
     budget: int,
     resolution: int = 1000,
 ) -> list[int]:
-    """Which tensors to train so that their importance is largest and the backward pass costs at most ``budget`` FLOPs.
+    """Indices of the tensors to train so that their importance is largest and the backward pass costs at most ``budget`` FLOPs.
 
     Tensors come in the order of the backward pass, the one nearest the loss first. ``weight_flops[i]`` is the cost of the
     gradient of tensor i, ``activation_flops[i]`` that of passing the gradient on beyond it. A choice whose last tensor is d
@@ -35,24 +35,30 @@ def plan_flops(
         )
     if budget < 1 or resolution < 1 or min(weight + passing, default=0) < 0 or np.isnan(value).any():
         raise ValueError("a budget and a resolution are at least 1, costs at least 0, importances are no NaN")
+    # Rounded up, so that `resolution` steps cover the budget.
     step = max(1, -(-int(budget) // resolution))
-    room = int(budget) // step
-    best = np.zeros(room + 1)  # by what may be spent on weights, over the tensors so far
-    taken = np.zeros((value.size, room + 1), bool)
-    last, spent, most = -1, 0, 0.0
-    passed = 0
+    capacity = int(budget) // step
+    best = np.zeros(capacity + 1)  # by what may be spent on weights, over the tensors so far
+    decisions = np.zeros((value.size, capacity + 1), bool)
+    last, steps, most = -1, 0, 0.0
+    passing_sum = 0
     for d, gain in enumerate(value):
-        free = int(budget) - passed - weight[d]
+        # Tensor d as the last one: passing the gradient on beyond it is not paid.
+        free = int(budget) - passing_sum - weight[d]
+        # The capacity is rounded down and costs up, so that the budget is never exceeded.
         if free >= 0 and gain + best[free // step] > most:
-            last, spent, most = d, free // step, gain + best[free // step]
+            last, steps, most = d, free // step, gain + best[free // step]
+        # Only now: the best of the tensors before d must not hold d itself.
         need = -(-weight[d] // step)
-        if need <= room:
-            taken[d, need:] = best[: room + 1 - need] + gain > best[need:]
-            best[need:] = np.maximum(best[need:], best[: room + 1 - need] + gain)
-        passed += passing[d]
-    chosen = [last] if last >= 0 else []
+        # The right-hand sides are new arrays: each tensor is taken at most once.
+        if need <= capacity:
+            decisions[d, need:] = best[: capacity + 1 - need] + gain > best[need:]
+            best[need:] = np.maximum(best[need:], best[: capacity + 1 - need] + gain)
+        passing_sum += passing[d]
+    indices = [last] if last >= 0 else []
+    # Each decision was made over the tensors up to its own, so the way back repeats it exactly.
     for i in range(last - 1, -1, -1):
-        if taken[i, spent]:
-            chosen.append(i)
-            spent -= -(-weight[i] // step)
-    return chosen[::-1]
+        if decisions[i, steps]:
+            indices.append(i)
+            steps -= -(-weight[i] // step)
+    return indices[::-1]

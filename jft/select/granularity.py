@@ -1,4 +1,4 @@
-"""`Granularity`: what is selected as one thing, from single entries to whole layers.
+"""`Granularity`: the unit of selection, from single entries to whole layers.
 
 A weight is ``[*lead, I, O]`` (or a vector ``[*lead, D]``); the first ``lead`` axes, layers and experts, are batch. A
 granularity pools a score like the weight into one number per unit, expands a mask of units to one of entries, and turns a
@@ -50,18 +50,19 @@ POOLS = {
 
 
 class Granularity:
-    """What is selected as one. ``axes``: how many axes after the leading ones a weight must have to be cut into it."""
+    """The unit of selection. ``axes``: how many axes after the leading ones a weight must have to be cut into it."""
 
     axes: ClassVar[int] = 0
 
     @property
     def layout(self) -> Layout | None:
-        """How selected parts and their values lie in arrays; None where weights are selected as a whole."""
+        """The arrays of selected parts and their values; None where weights are selected as a whole."""
         return None
 
     @property
     def whole(self) -> bool:
         """Whether weights, or all of a layer, are in or out as a whole."""
+        # A layout is of parts inside a weight: without one, weights are selected whole.
         return self.layout is None
 
     def fitted(self, shape: tuple[int, ...], grid: tuple[int, ...] = (1, 1)) -> Granularity:
@@ -70,6 +71,7 @@ class Granularity:
 
     def _cut(self, shape: tuple[int, ...], lead: int) -> tuple[int | None, ...]:
         """For each axis of ``shape`` into how many units it is cut; None where one unit spans it."""
+        # A mistake of a new granularity, not of the weight it is asked about.
         raise TypeError(f"{type(self).__name__} does not say how it cuts a weight")
 
     def units(self, shape: Any, lead: int) -> tuple[int, ...]:
@@ -104,15 +106,18 @@ class Granularity:
         counts = self._cuts(score, lead)
         shape: list[int] = []
         inside: list[int] = []
+        # Each axis becomes an axis of units and one inside them: a single reshape, which moves no value.
         for n, size in zip(counts, score.shape, strict=True):
             if n is None:
                 inside.append(len(shape))
                 shape.append(size)
             else:
                 shape.append(n)
+                # Units of one entry need no axis inside.
                 if n < size:
                     inside.append(len(shape))
                     shape.append(size // n)
+        # Sums of many bfloat16 scores would lose the small ones.
         return POOLS[how](score.astype(jnp.float32).reshape(shape), tuple(inside))
 
     def expand(self, mask: Array, shape: Any, lead: int) -> Array:
@@ -122,18 +127,19 @@ class Granularity:
         expected = tuple(n for n in counts if n is not None)
         if tuple(mask.shape) != expected:
             raise ValueError(f"a mask of {self} of a weight of shape {shape} has shape {expected}, not {mask.shape}")
-        narrow, wide = [], []
+        # Two axes for each of the weight's: units, and entries of one, which broadcast.
+        unit_shape, entry_shape = [], []
         for n, size in zip(counts, shape, strict=True):
-            narrow += [1, 1] if n is None else [n, 1]
-            wide += [1, size] if n is None else [n, size // n]
-        return jnp.broadcast_to(mask.astype(bool).reshape(narrow), wide).reshape(shape)
+            unit_shape += [1, 1] if n is None else [n, 1]
+            entry_shape += [1, size] if n is None else [n, size // n]
+        return jnp.broadcast_to(mask.astype(bool).reshape(unit_shape), entry_shape).reshape(shape)
 
     def locate(self, mask: Array, lead: int, grid: tuple[int, ...] = (1, 1), capacity: int | None = None) -> Array:
         """``at`` (see above) of a mask of units, for a weight whose last two axes are cut into ``grid`` cells.
 
         Rows go by the first number of the grid, columns and vectors by the last. capacity: slots for each cell; None for
         as many as the fullest needs, which is looked up on the host; under ``jit`` it must be given, and a cell that
-        selects more keeps its first. Each cell is computed where it lies.
+        selects more keeps its first. Each cell is computed on its device.
 
         Raises ``ValueError`` where the grid does not divide the units, or a cell selects more than the capacity.
         """
@@ -145,6 +151,7 @@ class Granularity:
 
     def counts(self, at: Array, extent: int) -> Array:
         """How many of the slots of each cell are no padding, int32; ``extent``: that of a cell along the first coordinate."""
+        # Padding is past the end in its first coordinate.
         return jnp.sum(self._first(at) < extent, axis=-1, dtype=jnp.int32)
 
     def _first(self, at: Array) -> Array:
@@ -154,19 +161,21 @@ class Granularity:
         return self.layout.first(at)
 
     def padding(self, at: Array, shape: Any) -> float:
-        """The fraction of slots that are padding, in ``[0, 1]``: what cells and layers that select fewer cost."""
+        """The fraction of slots that are padding, in ``[0, 1]``: the cost of cells and layers that select fewer."""
+        # Only the shape is needed: an `at` may be spread over processes.
         slots = jax.eval_shape(self._first, at).shape
         if not math.prod(slots):
             return 0.0
-        used = np.asarray(jax.device_get(self.counts(at, self._extent(at, shape_of(shape)))), np.int64).sum()
-        return 1.0 - float(used) / math.prod(slots)
+        # int64 on the host: all layers together may have more than 2**31 slots.
+        count = np.asarray(jax.device_get(self.counts(at, self._extent(at, shape_of(shape)))), np.int64).sum()
+        return 1.0 - float(count) / math.prod(slots)
 
     def _extent(self, at: Array, shape: tuple[int, ...]) -> int:
         raise ValueError(f"{self} selects whole weights, which have no places inside")
 
 
 def shape_of(x: Any) -> tuple[int, ...]:
-    """The shape of what has one, or the shape itself."""
+    """The shape of an array, or a shape as a tuple."""
     return tuple(x.shape) if hasattr(x, "shape") else tuple(x)
 
 
@@ -187,6 +196,7 @@ class Entry(Granularity):
         return EntryLayout()
 
     def _cut(self, shape: tuple[int, ...], lead: int) -> tuple[int | None, ...]:
+        # A third axis would be neither rows nor columns, and cells would cut it.
         if len(shape) > lead + 2:
             raise ValueError(f"shape {shape} with {lead} leading axes is neither of matrices nor of vectors")
         return shape
@@ -207,7 +217,7 @@ class Block(Granularity):
     """Blocks of ``rows x columns`` weights.
 
     auto: an extent that does not divide its axis is replaced by the largest divisor of the axis below it (of the axis
-    inside a cell, where :meth:`fitted` is told the grid); otherwise it is refused.
+    inside a cell, where :meth:`fitted` gets a grid); otherwise it is refused.
     """
 
     rows: int = 128
@@ -227,16 +237,16 @@ class Block(Granularity):
     def fitted(self, shape: tuple[int, ...], grid: tuple[int, ...] = (1, 1)) -> Block:
         """The block whose extents divide the last two axes of ``shape`` inside each of ``grid`` cells."""
         extents = []
-        for name, wanted, size, g in zip(("rows", "columns"), (self.rows, self.columns), shape[-2:], grid, strict=True):
+        for name, extent, size, g in zip(("rows", "columns"), (self.rows, self.columns), shape[-2:], grid, strict=True):
             if size % g:
                 raise ValueError(f"{size} {name} do not divide into {g} cells")
             inside = size // g
-            if inside % wanted and not self.auto:
+            if inside % extent and not self.auto:
                 raise ValueError(
-                    f"blocks of {wanted} {name} do not divide {inside} {name} of a weight of shape {tuple(shape)}; "
-                    f"the nearest that do are {_divisor(inside, wanted)} (Block(auto=True) takes them)"
+                    f"blocks of {extent} {name} do not divide {inside} {name} of a weight of shape {tuple(shape)}; "
+                    f"the nearest that do are {_divisor(inside, extent)} (Block(auto=True) takes them)"
                 )
-            extents.append(_divisor(inside, wanted))
+            extents.append(_divisor(inside, extent))
         return dataclasses.replace(self, rows=extents[0], columns=extents[1])
 
     def _cut(self, shape: tuple[int, ...], lead: int) -> tuple[int | None, ...]:
@@ -247,6 +257,7 @@ class Block(Granularity):
         return locate(mask, _grid(grid, 2), capacity)
 
     def mask_of(self, at: Array, shape: Any, lead: int) -> Array:
+        # Coordinates count blocks.
         return mask_at(at, self.units(shape, lead)[lead:], lead)
 
     def _extent(self, at: Array, shape: tuple[int, ...]) -> int:
@@ -255,6 +266,7 @@ class Block(Granularity):
 
 def _divisor(n: int, limit: int) -> int:
     """The largest divisor of ``n`` that is not above ``limit``."""
+    # 1 divides everything, so there is one.
     return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
 
 
@@ -285,10 +297,12 @@ class _Slice(Granularity):
     def locate(self, mask: Array, lead: int, grid: tuple[int, ...] = (1, 1), capacity: int | None = None) -> Array:
         size = self._size()
         g = _grid(grid, 2)[0 if self._axis() == "rows" else 1]
+        # One coordinate, so its axis goes: layouts of slices have `at[*lead, g, r]`.
         return locate(spread(mask, size), (g,), capacity)[..., 0]
 
     def mask_of(self, at: Array, shape: Any, lead: int) -> Array:
         mask = mask_at(at[..., None], (self._of(shape_of(shape)),), lead)
+        # A head counts as selected if a capacity kept only some of its rows.
         return jnp.any(mask.reshape(*mask.shape[:-1], -1, self._size()), axis=-1)
 
     def _extent(self, at: Array, shape: tuple[int, ...]) -> int:
@@ -313,7 +327,7 @@ class Column(_Slice):
 
 @dataclasses.dataclass(frozen=True)
 class Channel(_Slice):
-    """Channels of an MLP: columns of what leads into it (up, gate), rows of what leads out (down)."""
+    """Channels of an MLP: columns of the matrices into it (up, gate), rows of the one out of it (down)."""
 
     axis: Axis = "columns"
 
@@ -363,6 +377,7 @@ class Head(_Slice):
         return *shape[:-2], *((n, None) if self.axis == "rows" else (None, n))
 
     def mask_of(self, at: Array, shape: Any, lead: int) -> Array:
+        # On the fitted head, since only that knows its size.
         return super(Head, self.fitted(shape_of(shape))).mask_of(at, shape, lead)
 
 
@@ -390,9 +405,11 @@ class Expert(Granularity):
         return ExpertLayout()
 
     def locate(self, mask: Array, lead: int, grid: tuple[int, ...] = (1, 1), capacity: int | None = None) -> Array:
+        # Experts are not cut into cells: one cell, and one coordinate.
         return locate(mask, (1,), capacity)[..., 0, :, 0]
 
     def mask_of(self, at: Array, shape: Any, lead: int) -> Array:
+        # The axes that `locate` took away.
         return mask_at(at[..., None, :, None], (shape_of(shape)[-3],), lead - 1)
 
     def _extent(self, at: Array, shape: tuple[int, ...]) -> int:
@@ -404,13 +421,14 @@ class Layer(Granularity):
     """All of a weight that belongs to one layer: one unit for each index of the first axis of a stack."""
 
     def _cut(self, shape: tuple[int, ...], lead: int) -> tuple[int | None, ...]:
-        stacked = min(lead, 1)
-        return *shape[:stacked], *(None,) * (len(shape) - stacked)
+        # Layers are the first axis; experts of a layer go together.
+        layer_axes = min(lead, 1)
+        return *shape[:layer_axes], *(None,) * (len(shape) - layer_axes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Name(Granularity):
-    """All that stands under one path, every layer of it: a single unit."""
+    """The whole weight under one path, every layer of it: a single unit."""
 
     def _cut(self, shape: tuple[int, ...], lead: int) -> tuple[int | None, ...]:
         return (None,) * len(shape)
@@ -420,10 +438,10 @@ def spread(mask: Array, size: int) -> Array:
     """Units as the rows or columns they consist of: bool ``[..., n]`` to ``[..., n * size]``, each ``size`` times in a row.
 
     With :func:`jft.select.top_each` on ``[L, units]`` scores that several weights share (a head, an MLP channel) and the
-    ``locate`` of `Row` and `Column` it selects coupled parts: one mask, spread to each weight's own size.
+    ``locate`` of `Row` and `Column` it selects coupled parts: one mask, spread to the size of each weight.
     """
-    wide = jnp.broadcast_to(mask[..., None], (*mask.shape, size))
-    return wide.reshape(*mask.shape[:-1], mask.shape[-1] * size)
+    repeated = jnp.broadcast_to(mask[..., None], (*mask.shape, size))
+    return repeated.reshape(*mask.shape[:-1], mask.shape[-1] * size)
 
 
 def _check_axis(axis: str) -> None:

@@ -1,4 +1,4 @@
-"""Half of the matrices and norms of every layer, drawn at random: what half fine-tuning trains, or sets back."""
+"""Half of the matrices and norms of every layer, drawn at random, which half fine-tuning trains or sets back."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def halves(shapes: Mapping[str, Sequence[int]], seed: int, draw: int = 0) -> dic
     for path in shapes:
         stack = tree.stack_of(path)
         if stack is not None:
+            # By module, so that a bias goes with its matrix.
             module = path.rsplit("/", 1)[0]
             groups.setdefault((stack, _kind(module)), {}).setdefault(module, []).append(path)
     if not groups:
@@ -29,11 +30,15 @@ def halves(shapes: Mapping[str, Sequence[int]], seed: int, draw: int = 0) -> dic
     key = jax.random.fold_in(jax.random.key(seed), draw)
     out: dict[str, tuple[int, ...]] = {}
     for (stack, kind), modules in groups.items():
+        # All modules of a stack have as many layers.
         length = int(shapes[next(iter(modules.values()))[0]][0])
-        chosen = _draw(tree.key_for(key, f"{stack} {kind}"), length, len(modules))
-        for module, column in zip(sorted(modules), chosen.T, strict=True):
+        # A key for each group: another group in the model changes no draw.
+        mask = _draw(tree.key_for(key, f"{stack} {kind}"), length, len(modules))
+        # Sorted: the order of the parameters must not matter.
+        for module, column in zip(sorted(modules), mask.T, strict=True):
             for path in modules[module]:
                 out[path] = tuple(int(i) for i in np.flatnonzero(column))
+    # In the order of the parameters.
     return {p: out[p] for p in shapes if p in out}
 
 
@@ -46,8 +51,10 @@ def _kind(module: str) -> str:
 
 def _draw(key: jax.Array, length: int, count: int) -> np.ndarray:
     """Bool ``[L, count]``: in each layer half of the modules."""
-    each, layers = jax.random.split(key)
-    rank = np.argsort(np.argsort(np.asarray(jax.random.uniform(each, (length, count))), axis=1), axis=1)
-    order = np.argsort(np.argsort(np.asarray(jax.random.uniform(layers, (length,)))))
-    wanted = count // 2 + (count % 2) * (order < length / 2)
-    return rank < wanted[:, None]
+    unit_key, layer_key = jax.random.split(key)
+    # Twice `argsort` is the rank; on the host, where ties and sorts are the same for all backends.
+    rank = np.argsort(np.argsort(np.asarray(jax.random.uniform(unit_key, (length, count))), axis=1), axis=1)
+    order = np.argsort(np.argsort(np.asarray(jax.random.uniform(layer_key, (length,)))))
+    # The odd one is added in half of the layers exactly, not by a coin in each.
+    half = count // 2 + (count % 2) * (order < length / 2)
+    return rank < half[:, None]

@@ -1,4 +1,4 @@
-"""`Choice`: which whole layers and matrices train, by number, by depth, by a table, or by what scores say.
+"""`Choice`: the whole layers and matrices that train, by number, by depth, by a table, or by scores.
 
 Whatever it is made from, a choice comes to a *table*, ``{path: indices of layers}`` with None for a weight as a whole: from
 the shapes of the candidates, or, with ``from_data``, from a :class:`jft.select.calibration.Calibration` of the base and the
@@ -29,17 +29,17 @@ Table = Mapping[str, Sequence[int] | None]
 
 
 class Choice:
-    """Which layers of which weights train; subclasses are frozen dataclasses."""
+    """A choice of the layers that train, for each weight; subclasses are frozen dataclasses."""
 
     from_data: ClassVar[bool] = False
 
-    def __call__(self, given: Any) -> Table:
+    def __call__(self, source: Any) -> Table:
         """The table, from ``{path: shape}`` of the candidates, or of a calibration of them where it is :attr:`from_data`."""
         raise NotImplementedError
 
 
 class Depth:
-    """Layers by their place in a stack of L, the same for every weight."""
+    """Layers by their depth in a stack of L, the same for every weight."""
 
     def of(self, length: int) -> tuple[int, ...]:
         """Their indices among ``length`` layers."""
@@ -61,15 +61,16 @@ class Indices(Depth):
 
 @dataclasses.dataclass(frozen=True)
 class Listed(Choice):
-    """A table as it is, pairs ``(path, indices or None)``: what every choice from data comes to."""
+    """A table as it is, pairs ``(path, indices or None)``: the result of every choice from data."""
 
     pairs: tuple[tuple[str, tuple[int, ...] | None], ...]
 
     @classmethod
     def of(cls, table: Table) -> Listed:
+        # Plain ints in tuples: a choice is hashed and written to JSON.
         return cls(tuple((p, None if layers is None else tuple(map(int, layers))) for p, layers in table.items()))
 
-    def __call__(self, given: Any) -> Table:
+    def __call__(self, source: Any) -> Table:
         return dict(self.pairs)
 
 
@@ -82,10 +83,11 @@ def choice(layers: Any) -> Choice | Depth | None:
         return layers
     if isinstance(layers, Mapping):
         return Listed.of(layers)
+    # A string is iterable too, and would become its letters.
     if isinstance(layers, Iterable) and not isinstance(layers, str):
-        found = tuple(layers)
-        if all(isinstance(i, int | np.integer) for i in found):
-            return Indices(tuple(map(int, found)))
+        indices = tuple(layers)
+        if all(isinstance(i, int | np.integer) for i in indices):
+            return Indices(tuple(map(int, indices)))
     raise ValueError(
         f"layers={layers!r} is no choice of layers: give indices (negative from the end), a table {{path: indices or None}}, "
         "or one of jft.select.layers, such as Last(4)"
@@ -101,8 +103,9 @@ class Last(Depth):
 
     def of(self, length: int) -> tuple[int, ...]:
         """Their indices among ``length`` layers."""
-        wanted = max(self.count, -(-length * self.share[0] // self.share[1]))
-        return tuple(range(max(0, length - wanted), length))
+        # The one that is not given is 0.
+        count = max(self.count, -(-length * self.share[0] // self.share[1]))
+        return tuple(range(max(0, length - count), length))
 
     def __str__(self) -> str:
         return f"the last {self.count}" if self.count else f"the last {self.share[0]}/{self.share[1]}"
@@ -125,8 +128,10 @@ class Spaced(Depth):
 
     def of(self, length: int) -> tuple[int, ...]:
         """Their indices among ``length`` layers."""
+        # Half up, where Python's `round` takes halves to the even number.
         k = max(1, math.floor(self.fraction * length + 0.5))
         if self.ends and k > 1:
+            # Rounded in integers: floats may put a half on either side.
             return tuple((2 * i * (length - 1) + k - 1) // (2 * (k - 1)) for i in range(k))
         return tuple(i * length // k for i in range(k))
 
@@ -147,6 +152,7 @@ class Between(Depth):
 
     def of(self, length: int) -> tuple[int, ...]:
         """Their indices among ``length`` layers; at least one."""
+        # A short stack may have no layer in the range; then the nearest below.
         first = min(math.floor(self.low * length), length - 1)
         return tuple(range(first, max(first + 1, math.floor(self.high * length))))
 
@@ -156,7 +162,7 @@ class Between(Depth):
 
 @dataclasses.dataclass(frozen=True)
 class LastOf(Choice):
-    """The table of the last layers of named towers, ``(tower, count)`` each, with or without what stands ``behind`` them."""
+    """The table of the last layers of named towers, ``(tower, count)`` each, with or without the weights ``behind`` them."""
 
     towers: tuple[tuple[str, int], ...]
     behind: bool = True
@@ -180,7 +186,7 @@ class LastOf(Choice):
 
 @dataclasses.dataclass(frozen=True)
 class Halves(Choice):
-    """The table of a draw of :func:`jft.select.halves.halves`, with what stands outside layers or without it."""
+    """The table of a draw of :func:`jft.select.halves.halves`, with the weights outside layers or without them."""
 
     seed: int
     draw: int = 0
@@ -217,6 +223,7 @@ class Scored(Choice):
             return self._layers(calibration, scores)
         leads = {p: calibration.lead(p) for p in scores}
         for path, lead in leads.items():
+            # A table names layers, and has no index for experts.
             if lead > 1 and not isinstance(self.granularity, Name):
                 raise ValueError(
                     f"{path} stacks experts, which are selected by granularity=Expert(), not {self.granularity}"
@@ -224,11 +231,13 @@ class Scored(Choice):
         shapes = {p: tuple(calibration.params[p].shape) for p in scores}
         units = {p: self._pooled(scores[p], shapes[p], leads[p]) for p in scores}
         costs = {p: math.prod(shapes[p]) // max(1, tree.size(x)) for p, x in units.items()}
+        # No leading axes: layers compete with each other here.
         masks = budgets.choose(units, costs, dict.fromkeys(units, 0), self.budget, self.largest, shapes)
-        found = {p: host(mask) for p, mask in masks.items()}
-        return {p: tuple(np.flatnonzero(m).tolist()) if m.ndim else None for p, m in found.items() if m.any()}
+        masks_on_host = {p: host(mask) for p, mask in masks.items()}
+        return {p: tuple(np.flatnonzero(m).tolist()) if m.ndim else None for p, m in masks_on_host.items() if m.any()}
 
     def _pooled(self, score: Array, shape: tuple[int, ...], lead: int) -> Array:
+        # A score of units needs no pooling.
         if tuple(score.shape) == self.granularity.units(shape, lead):
             return score
         return self.granularity.pool(score, lead, self.pool)
@@ -241,6 +250,7 @@ class Scored(Choice):
         for path in calibration.paths:
             stack = tree.stack_of(path)
             if stack in sizes:
+                # The cost of a layer is that of its candidates.
                 sizes[stack] += tree.size(calibration.params[path]) // lengths[stack]
         masks = budgets.choose(units, sizes, dict.fromkeys(units, 0), self.budget, self.largest)
         return table_of(calibration, {s: np.flatnonzero(host(mask)) for s, mask in masks.items()})
@@ -267,8 +277,10 @@ def _pool(parts: list[Array], pool: How) -> Array:
     """Weight by weight, so that no copy of all of them is made."""
     if pool == "max":
         return jnp.max(jnp.stack([jnp.max(x, axis=1) for x in parts]), axis=0)
+    # Sums come together over weights; the root, the mean and the size are taken of the total.
     each = {"l2": jnp.square, "abs_mean": jnp.abs}.get(pool, lambda x: x)
     total = functools.reduce(jnp.add, (jnp.sum(each(x), axis=1) for x in parts))
+    # The mean over all entries of the layer, not of the means of its weights.
     if pool in ("mean", "abs_mean", "mean_abs"):
         mean = total / sum(x.shape[1] for x in parts)
         return jnp.abs(mean) if pool == "mean_abs" else mean
@@ -277,5 +289,5 @@ def _pool(parts: list[Array], pool: How) -> Array:
 
 def table_of(calibration: Calibration, layers: Mapping[str, Iterable[int]]) -> dict[str, tuple[int, ...] | None]:
     """The table of the candidates in ``layers`` of each stack."""
-    chosen = {stack: tuple(sorted(map(int, own))) for stack, own in layers.items()}
-    return {p: chosen[s] for p in calibration.paths if (s := tree.stack_of(p)) is not None and chosen.get(s)}
+    indices = {stack: tuple(sorted(map(int, numbers))) for stack, numbers in layers.items()}
+    return {p: indices[s] for p in calibration.paths if (s := tree.stack_of(p)) is not None and indices.get(s)}

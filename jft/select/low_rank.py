@@ -29,16 +29,18 @@ def low_rank(w: Array, rank: int, oversample: int | None, iterations: int, key: 
         raise ValueError(f"rank is {rank}; it must be at least 1")
     if (oversample or 0) < 0 or iterations < 0:
         raise ValueError(f"oversample is {oversample} and iterations {iterations}; neither may be negative")
+    # Nothing to cut off, and a subspace as large as the matrix.
     if rank >= min(w.shape[-2:]):
         return w.astype(jnp.float32)
     size = rank + (max(rank, min(w.shape[-2:]) // 8) if oversample is None else oversample)
+    # The result has the shape of w, so it can have its sharding.
     return _compiled(rank, None if exact else size, iterations, getattr(w, "sharding", None))(w, key)
 
 
 @program_cache
-def _compiled(rank: int, size: int | None, iterations: int, place: Any) -> Callable[[Array, Array], Array]:
-    bound = functools.partial(_low_rank, rank=rank, size=size, iterations=iterations)
-    return jax.jit(bound, out_shardings=place)
+def _compiled(rank: int, size: int | None, iterations: int, sharding: Any) -> Callable[[Array, Array], Array]:
+    program = functools.partial(_low_rank, rank=rank, size=size, iterations=iterations)
+    return jax.jit(program, out_shardings=sharding)
 
 
 def _low_rank(w: Array, key: Array, rank: int, size: int | None, iterations: int) -> Array:
@@ -51,24 +53,29 @@ def _low_rank(w: Array, key: Array, rank: int, size: int | None, iterations: int
 
 def _matrix(w: Array, key: Array, rank: int, size: int | None, iterations: int) -> Array:
     """``[..., I, O]``, leading axes batched; size: of the random subspace, None for the exact one."""
+    # Accelerators would otherwise multiply in fewer bits, and the directions would not be orthogonal.
     with jax.default_matmul_precision("float32"):
         w = w.astype(jnp.float32)
-        across = jnp.swapaxes(w, -1, -2)
+        transpose = jnp.swapaxes(w, -1, -2)
         if size is None:
-            flat = w.shape[-2] <= w.shape[-1]
-            leading = jnp.linalg.eigh(w @ across if flat else across @ w)[1][..., -rank:]
-            back = jnp.swapaxes(leading, -1, -2)
-            return leading @ (back @ w) if flat else (w @ leading) @ back
+            # The smaller Gram matrix: eigenvectors cost the cube of its side.
+            is_wide = w.shape[-2] <= w.shape[-1]
+            # Eigenvalues come in ascending order.
+            leading = jnp.linalg.eigh(w @ transpose if is_wide else transpose @ w)[1][..., -rank:]
+            leading_t = jnp.swapaxes(leading, -1, -2)
+            # From the outside in: rank is the small extent.
+            return leading @ (leading_t @ w) if is_wide else (w @ leading) @ leading_t
         size = min(size, *w.shape[-2:])
         y = w @ jax.random.normal(key, (*w.shape[:-2], w.shape[-1], size), jnp.float32)
         for _ in range(iterations):
-            y = w @ _orthonormal(across @ _orthonormal(y))
+            # Orthonormal at each half: bare powers turn all directions to the leading one, and rounding loses the others.
+            y = w @ _orthonormal(transpose @ _orthonormal(y))
         q = _orthonormal(y)
-        inside = jnp.swapaxes(q, -1, -2) @ w
+        projection = jnp.swapaxes(q, -1, -2) @ w
         # Its thin transpose is reduced once more, so that the SVD is of a matrix as small as the subspace.
-        _, r = jnp.linalg.qr(jnp.swapaxes(inside, -1, -2))
+        _, r = jnp.linalg.qr(jnp.swapaxes(projection, -1, -2))
         u = jnp.linalg.svd(jnp.swapaxes(r, -1, -2))[0][..., :rank]
-        return (q @ u) @ (jnp.swapaxes(u, -1, -2) @ inside)
+        return (q @ u) @ (jnp.swapaxes(u, -1, -2) @ projection)
 
 
 def _orthonormal(y: Array) -> Array:

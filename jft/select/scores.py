@@ -1,4 +1,4 @@
-"""Scores: how much each weight matters, in all the ways that the literature has measured it.
+"""Scores of the importance of each weight, by the measures of the literature.
 
 A score is a frozen, hashable value; called with a :class:`jft.select.calibration.Calibration` it gives ``{path: float32
 array}``, shaped and sharded like the candidate weights. Larger is more important; :class:`Negated` turns that round.
@@ -32,13 +32,15 @@ class Score(Protocol):
     def __call__(self, calibration: Calibration) -> Scores: ...
 
 
+# By function and constants: weights of one shape share a program, and so do calls.
 @program_cache(maxsize=64)
 def _compiled(function: Callable, *static: Any) -> Callable:
     return jax.jit(functools.partial(function, *static))
 
 
 def _each(function: Callable, *values: Mapping[str, Array]) -> Scores:
-    """``{path: function(value, ...)}`` in float32, each leaf one compiled program, laid as the first value is."""
+    """``{path: function(value, ...)}`` in float32, each leaf one compiled program, sharded as the first value is."""
+    # Named functions and cached makers alone: a lambda made here would be compiled at each call.
     run = _compiled(_float32, function)
     return {p: run(*(v[p] for v in values)) for p in values[0]}
 
@@ -81,18 +83,19 @@ class Gradient:
 class Accumulated:
     """``|sum over batches of g|`` at the base (SPIDER, Huang et al. 2024, arXiv:2411.10928): n times :class:`Gradient`.
 
-    Its code sums while it trains; here the weights stand still. The order is that of :class:`Gradient`; the size matters
+    Its code sums while it trains; here the weights do not move. The order is that of :class:`Gradient`; the size matters
     where scores are added.
     """
 
     batches: int = 1
 
     def __call__(self, calibration: Calibration) -> Scores:
-        return _each(_scaled(self.batches), calibration.gradient(self.batches))
+        return _each(_scaled_magnitude(self.batches), calibration.gradient(self.batches))
 
 
 @program_cache
-def _scaled(factor: float) -> Callable[[Array], Array]:
+def _scaled_magnitude(factor: float) -> Callable[[Array], Array]:
+    # Cached by its factor, so that equal scores have one function and one program.
     return lambda g: factor * jnp.abs(g)
 
 
@@ -103,7 +106,7 @@ class Fisher:
     per: ``example``, the empirical one over ``count`` examples, exact, at the cost of a gradient for each; ``batch``, over
     ``count`` batches, whose gradients are means: cheaper, and another quantity; ``sampled``, targets drawn from the model's
     prediction: the true one. power 1 is FISH's ``label-absolute``, the default of its code, 2 its ``label-square``, the
-    paper. tokens: ``mean`` weighs every example alike, as those codes do; ``sum`` is the information in whole targets.
+    paper. tokens: ``mean`` weighs every example equally, as those codes do; ``sum`` is the information in whole targets.
     """
 
     count: int = 1024
@@ -131,10 +134,10 @@ class Movement:
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """``score`` at the weights that ``steps`` of training lead to, and the batches from their beginning.
+    """``score`` of the run after its first ``steps`` steps: at their weights, over the batches that follow.
 
-    how: the parametrisation it trains in (:mod:`jft.methods.parametrise`; None for in place). A low-rank warm-up is what
-    RoSA takes gradients after (Nikdan et al. 2024, arXiv:2401.04679).
+    The learning rates are those of the whole run. how: the parametrisation it trains in (:mod:`jft.methods.parametrise`; None
+    for in place); a low-rank one is what RoSA takes gradients after (Nikdan et al. 2024, arXiv:2401.04679).
     """
 
     score: Score
@@ -181,6 +184,7 @@ class LowRank:
                 )
             key = tree.key_for(calibration.key, f"low rank of {path}")
             approximation = low_rank(w, self.rank, self.oversample, self.iterations, key, self.exact)
+            # `low_rank` gives float32 in the sharding of the weight: its absolute value needs no program for that.
             out[path] = _compiled(_float32, _distance)(w, approximation) if self.residual else abs(approximation)
         return out
 
@@ -189,6 +193,7 @@ def _sm3(carry: Mapping[str, Any], gradient: Mapping[str, Array]) -> dict[str, A
     """Row and column maxima of ``nu = min(row, column) + g^2`` for each matrix."""
     out = {}
     for path, (rows, columns) in carry.items():
+        # Full size only inside the step: two vectors are kept.
         nu = jnp.minimum(rows[..., :, None], columns[..., None, :]) + jnp.square(gradient[path])
         out[path] = (jnp.max(nu, axis=-1), jnp.max(nu, axis=-2))
     return out
@@ -217,8 +222,8 @@ class SM3:
                     f"{path} of shape {w.shape} holds no matrices, so SM3 cannot score it; select matrices"
                 )
             start[path] = (jnp.zeros(w.shape[:-1], jnp.float32), jnp.zeros((*w.shape[:-2], w.shape[-1]), jnp.float32))
-        found = calibration.fold(_sm3, start, self.batches)
-        return {path: _compiled(_float32, _outer)(*found[path]) for path in calibration.paths}
+        accumulators = calibration.fold(_sm3, start, self.batches)
+        return {path: _compiled(_float32, _outer)(*accumulators[path]) for path in calibration.paths}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,18 +231,20 @@ class Wanda:
     """``|w_ij| ||x_i||``, x_i input i of the product over all real tokens of ``batches`` (Sun et al. 2023, arXiv:2306.11695).
 
     For weights of products (``.../w``) in jft's models; an expert's tokens are those sent to it. Wanda compares weights of
-    one output only: a budget per column.
+    one output only: :class:`jft.select.PerColumn`.
     """
 
     batches: int = 1
 
     def __call__(self, calibration: Calibration) -> Scores:
+        # Hooks know products, not the weights in them.
         names = {path: path.removesuffix("/w") for path in calibration.paths}
         squares = squared_inputs(calibration, names.values(), self.batches)
         return {p: _compiled(_float32, _by_input)(w, squares[names[p]]) for p, w in _candidates(calibration).items()}
 
 
 def _by_input(w: Array, squares: Array) -> Array:
+    # Rows are inputs.
     return jnp.abs(w) * jnp.sqrt(squares)[..., None]
 
 
@@ -251,9 +258,11 @@ class Random:
     draw: int = 0
 
     def __call__(self, calibration: Calibration) -> Scores:
+        # Independent of other draws of the same run.
         key = jax.random.fold_in(tree.key_for(calibration.key, "random scores"), self.draw)
         out = {}
         for path, w in _candidates(calibration).items():
+            # Drawn in the sharding of the weight, so that no device holds all of it.
             run = jax.jit(_uniform, static_argnums=1, out_shardings=getattr(w, "sharding", None))
             out[path] = run(tree.key_for(key, path), w.shape)
         return out
@@ -267,7 +276,7 @@ def _uniform(key: Array, shape: tuple[int, ...]) -> Array:
 class Given:
     """Scores that the caller has (learned ones, say): an array for every candidate, by path or in the parameters' tree.
 
-    It holds arrays, so it is equal to itself alone.
+    It holds arrays, so it is equal only to itself.
     """
 
     scores: Any
@@ -277,23 +286,23 @@ class Given:
         for path in calibration.paths:
             shape = calibration.params[path].shape
             if path not in flat or flat[path].shape != shape:
-                found = f"of shape {flat[path].shape}" if path in flat else "missing"
-                raise ValueError(f"the given score of {path} is {found}; the weight has shape {shape}")
-        return {p: _placed(flat[p], calibration.params[p]) for p in calibration.paths}
+                description = f"of shape {flat[path].shape}" if path in flat else "missing"
+                raise ValueError(f"the given score of {path} is {description}; the weight has shape {shape}")
+        return {p: _like_weight(flat[p], calibration.params[p]) for p in calibration.paths}
 
 
-def _placed(x: Any, w: Any) -> Array:
+def _like_weight(x: Any, w: Any) -> Array:
     return jax.device_put(x, getattr(w, "sharding", None)).astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Difference:
     """1 where ``|theta1 - theta0| > tolerance``, else 0: the subnetwork that training changed (Mukherjee et al. 2025,
-    arXiv:2505.11711, who compare bfloat16 weights of reinforcement learning at 1e-5).
+    arXiv:2505.11711, who compare bfloat16 weights of reinforcement learning at 1e-5). theta1 is rounded to the dtype of the
+    base first, so that a tuned model has one difference in whatever form it is given.
 
     tuned: a :class:`jft.TaskVector` (paths it does not hold did not change); the tuned parameters, by path or in their
-    tree; or where they lie, a ``.safetensors`` file of a task vector or a directory that :func:`jft.load` reads. To rank
-    by the size of the change use :class:`Given`.
+    tree; or their path, a ``.safetensors`` file of a task vector or a directory that :func:`jft.load` reads.
     """
 
     tuned: Any
@@ -302,29 +311,31 @@ class Difference:
     def __call__(self, calibration: Calibration) -> Scores:
         if self.tuned is None:
             raise ValueError("a difference needs the tuned model: tuned=, a directory, a task vector or parameters")
+        base = _candidates(calibration)
         tuned = _read(self.tuned, calibration) if isinstance(self.tuned, str | os.PathLike) else self.tuned
         if isinstance(tuned, delta.TaskVector):
-            return {
-                p: self._changed(calibration.params[p], tuned[p].dense() if p in tuned else None)
-                for p in calibration.paths
-            }
-        changes = _each(jnp.subtract, Given(tuned)(calibration), _candidates(calibration))
-        return {p: self._changed(calibration.params[p], c) for p, c in changes.items()}
-
-    def _changed(self, w: Array, change: Any) -> Array:
-        if change is None:
-            return jnp.zeros(w.shape, jnp.float32, device=getattr(w, "sharding", None))
-        return (jnp.abs(_placed(change, w)) > self.tolerance).astype(jnp.float32)
+            tuned = {p: w + _like_weight(tuned[p].dense(), w) if p in tuned else w for p, w in base.items()}
+        else:
+            tuned = Given(tuned)(calibration)
+        # Rounded outside a compiled program, in which XLA may keep the bits that rounding takes.
+        return _each(_exceeds(self.tolerance), base, {p: tuned[p].astype(w.dtype) for p, w in base.items()})
 
 
-def _read(place: str | os.PathLike, calibration: Calibration) -> Any:
-    """A task vector from a file, or the parameters of a model from its directory, laid and rounded as the base is."""
-    if str(place).endswith(".safetensors"):
-        return delta.TaskVector.load(place)
+@program_cache
+def _exceeds(tolerance: float) -> Callable[[Array, Array], Array]:
+    return lambda a, b: (jnp.abs(a - b) > tolerance).astype(jnp.float32)
+
+
+def _read(path: str | os.PathLike, calibration: Calibration) -> Any:
+    """A task vector from a file, or the parameters of a model from its directory, on the base's mesh, in its widest dtype."""
+    if str(path).endswith(".safetensors"):
+        return delta.TaskVector.load(path)
     from jft.models import load
 
-    w = calibration.params[calibration.paths[0]]
-    return load(str(place), mesh=getattr(getattr(w, "sharding", None), "mesh", None), dtype=w.dtype)[1]
+    base = list(_candidates(calibration).values())
+    # Weights on one device have no mesh.
+    mesh = getattr(getattr(base[0], "sharding", None), "mesh", None)
+    return load(str(path), mesh=mesh, dtype=jnp.result_type(*base))[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,7 +357,7 @@ class Sum:
 
     def __call__(self, calibration: Calibration) -> Scores:
         weights = self.weights or (1.0,) * len(self.scores)
-        return _each(_weighted(weights), *(score(calibration) for score in self.scores))
+        return _each(_weighted_sum(weights), *(score(calibration) for score in self.scores))
 
     def __post_init__(self) -> None:
         if not self.scores or (self.weights and len(self.weights) != len(self.scores)):
@@ -354,7 +365,7 @@ class Sum:
 
 
 @program_cache
-def _weighted(weights: tuple[float, ...]) -> Callable[..., Array]:
+def _weighted_sum(weights: tuple[float, ...]) -> Callable[..., Array]:
     return lambda *values: sum(c * v for c, v in zip(weights, values, strict=True))  # type: ignore[return-value]
 
 
@@ -369,10 +380,10 @@ class Product:
             raise ValueError("Product of no scores; give at least one")
 
     def __call__(self, calibration: Calibration) -> Scores:
-        return _each(_multiplied, *(score(calibration) for score in self.scores))
+        return _each(_product, *(score(calibration) for score in self.scores))
 
 
-def _multiplied(*values: Array) -> Array:
+def _product(*values: Array) -> Array:
     return functools.reduce(jnp.multiply, values)
 
 
@@ -380,21 +391,22 @@ def _multiplied(*values: Array) -> Array:
 class Normalised:
     """``(s - mean) / std`` over each matrix; with ``squash`` the logistic function of it, as SPIDER ranks weights.
 
-    std is that of the population; a matrix whose scores are all alike becomes 0. SPIDER (Huang et al. 2024,
-    arXiv:2411.10928) compares ``sigmoid(z(|theta0|))`` with ``sigmoid(z(|sum of g|))``.
+    std is that of the population; a matrix whose scores are all equal becomes 0. SPIDER (Huang et al. 2024, arXiv:2411.10928;
+    by the sample's std) compares ``sigmoid(z(|theta0|))`` with ``sigmoid(z(|sum of g|))``.
     """
 
     score: Score
     squash: bool = False
 
     def __call__(self, calibration: Calibration) -> Scores:
-        found = self.score(calibration)
-        return {p: _compiled(_normalised, calibration.lead(p), self.squash)(x) for p, x in found.items()}
+        scores = self.score(calibration)
+        return {p: _compiled(_normalise, calibration.lead(p), self.squash)(x) for p, x in scores.items()}
 
 
-def _normalised(lead: int, squash: bool, x: Array) -> Array:
+def _normalise(lead: int, squash: bool, x: Array) -> Array:
     axes = tuple(range(lead, x.ndim))
     centred = x - jnp.mean(x, axis=axes, keepdims=True)
     deviation = jnp.sqrt(jnp.mean(jnp.square(centred), axis=axes, keepdims=True))
+    # The inner `where` keeps 0 / 0 out, also of the branch that is not selected.
     z = jnp.where(deviation > 0, centred / jnp.where(deviation > 0, deviation, 1.0), 0.0)
     return jax.nn.sigmoid(z) if squash else z

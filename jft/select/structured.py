@@ -1,7 +1,7 @@
-"""What scores of parts that several weights share have in common: attention heads, MLP channels, experts, slots of a memory.
+"""Helpers for scores of parts that several weights share: attention heads, MLP channels, experts, slots of a memory.
 
 Each gives one number for every unit of a weight (a row, a column, an expert), not for every entry. Those that choose by
-themselves, so that coupled weights choose alike, give 1 for what is chosen and 0 for the rest: they go with the budget
+themselves, so that coupled weights choose the same, give 1 for the chosen units and 0 for the rest: they go with the budget
 :class:`jft.select.budget.Beyond` 0.
 """
 
@@ -17,7 +17,7 @@ from jft.select.calibration import Calibration
 from jft.select.granularity import Column, Row, spread
 
 Array = jax.Array
-# The budget of a score that is 1 for what is chosen, and the side on which heads and channels lie in each weight.
+# The budget of a score that is 1 for chosen units, and the axis of heads and channels in each weight.
 CHOSEN = Beyond(0.0)
 SIDES = (
     (r"attn/o/w$|mlp/down/w$", Row()),
@@ -28,16 +28,18 @@ SIDES = (
 def attention(calibration: Calibration, path: str) -> tuple[int, int]:
     """Query heads, and heads of keys and values, of the attention that the weight at ``path`` belongs to."""
     config = getattr(getattr(calibration.model, "config", None), "backbone", getattr(calibration.model, "config", None))
+    # CLIP has two towers, each with its number of heads.
     tower = getattr(config, path.split("/")[0], None)
     config = tower if hasattr(tower, "heads") else config
-    found = getattr(config, "heads", None)
-    if not found:
+    heads = getattr(config, "heads", None)
+    if not heads:
         raise ValueError(f"how many heads {path} has is known for jft's own models alone")
-    return found, getattr(config, "kv_heads", None) or found
+    return heads, getattr(config, "kv_heads", None) or heads
 
 
 def floor_count(ratio: float, of: int) -> int:
     """``floor(ratio of)``, at least one."""
+    # 0.29 * 100 is a little below 29 in binary.
     return min(of, max(1, math.floor(ratio * of + 1e-9)))
 
 

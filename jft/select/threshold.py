@@ -1,4 +1,4 @@
-"""Exactly the k best of many scores, found by counting: no sort, no gather, and nothing that wraps at 2**31.
+"""Exactly the k best of many scores, selected by counting: no sort, no gather, and nothing that wraps at 2**31.
 
 The k-th best score is a 32-bit pattern. Two of its bits are found at a time: count how many scores reach each of the three
 patterns that those bits could make, keep the largest pattern that k scores still reach. A pass reads every score once and
@@ -29,6 +29,7 @@ Array = jax.Array
 
 _DIGIT = 2  # bits of a pattern, or of a coordinate, that one pass finds
 _KEPT = 1024  # leading indices counted apart: what lets a CPU count with several threads
+# Axes beyond this are searched in unrolled code (see `_last_coordinates`).
 _LONG = 1 << 20
 _AT_ONCE = (1 << 32) - 1  # entries that a uint32 can count
 _ZERO = np.uint32(1 << 31)  # the key of 0.0 and of -0.0
@@ -65,16 +66,17 @@ def top_together(scores: Mapping[str, Array], k: int | Array, lead: int, largest
         raise ValueError(f"scores do not have the same {lead} leading axes: {shapes}")
     shape = next(iter(leading), ())
     entries = sum(tree.size(x) // max(1, math.prod(x.shape[:lead])) for x in arrays.values())
+    # A traced k is at most 32 bits; what it holds cannot be checked.
     if isinstance(k, jax.core.Tracer):
-        wanted = Wide(jnp.zeros(shape, jnp.uint32), jnp.broadcast_to(k.astype(jnp.uint32), shape))
+        ks = Wide(jnp.zeros(shape, jnp.uint32), jnp.broadcast_to(k.astype(jnp.uint32), shape))
     else:
         numbers = np.asarray(k)
         if numbers.dtype.kind not in "iu" or numbers.shape not in ((), shape):
             raise ValueError(f"k must be an integer or integers of shape {shape}, not {numbers.dtype} {numbers.shape}")
         for number in (numbers.min(), numbers.max()) if numbers.size else ():
             _check_k(int(number), entries, "entries of each leading index")
-        wanted = uint64.of(np.broadcast_to(numbers, shape))
-    return _select(arrays, wanted, lead, largest)
+        ks = uint64.of(np.broadcast_to(numbers, shape))
+    return _select(arrays, ks, lead, largest)
 
 
 def threshold(scores: Mapping[str, Array], k: int, largest: bool = True) -> tuple[float, int, int]:
@@ -95,6 +97,7 @@ def threshold(scores: Mapping[str, Array], k: int, largest: bool = True) -> tupl
 def _checked(scores: Mapping[str, Array]) -> dict[str, Array]:
     arrays = {path: jnp.asarray(x) for path, x in scores.items()}
     for path, x in arrays.items():
+        # Keys have 32 bits.
         if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 4:
             raise ValueError(f"scores of {path} are {x.dtype}; give float32, bfloat16 or float16")
         if any(n >= 2**31 for n in x.shape):
@@ -103,6 +106,7 @@ def _checked(scores: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _check_k(k: int, entries: int, what: str, least: int = 0) -> None:
+    # A bool is an int in Python.
     if isinstance(k, bool) or not isinstance(k, int | np.integer):
         raise ValueError(f"k is {k!r}; give an integer")
     if not least <= k <= entries:
@@ -114,6 +118,7 @@ def _traced(arrays: Mapping[str, Array]) -> bool:
 
 
 def _refuse_nan(arrays: Mapping[str, Array], invalid: Sequence[Wide]) -> None:
+    # One transfer for all arrays.
     for path, count in zip(arrays, jax.device_get(invalid), strict=True):
         if uint64.number(count):
             raise ValueError(
@@ -129,17 +134,19 @@ def _select(arrays: dict[str, Array], k: Wide, lead: int, largest: bool) -> dict
     traced = _traced(arrays) or isinstance(k.lo, jax.core.Tracer)
     if not traced:
         _refuse_nan(arrays, invalid)
+    # A program for each array rather than one for all: arrays of one shape share it.
     masks = {p: _mask(x, key, share, lead, largest) for (p, x), share in zip(arrays.items(), shares, strict=True)}
-    return masks if traced else {p: _placed(m, arrays[p]) for p, m in masks.items()}
+    return masks if traced else {p: _with_sharding(m, arrays[p]) for p, m in masks.items()}
 
 
-def _placed(mask: Array, like: Array) -> Array:
+def _with_sharding(mask: Array, like: Array) -> Array:
+    # XLA may have chosen another sharding; most often it has not.
     same = mask.sharding.is_equivalent_to(like.sharding, mask.ndim)
     return mask if same else jax.device_put(mask, like.sharding)
 
 
 def _count(tests: Sequence[Array], keep: Sequence[int]) -> list[Wide]:
-    """How many entries pass each test, for every index of the axes ``keep``; one reading of what the tests are made of.
+    """How many entries pass each test, for every index of the axes ``keep``; the scores are read once for all of them.
 
     All tests go through one reduction with an accumulator each: XLA would write the operands of separate sums to memory.
     """
@@ -147,11 +154,13 @@ def _count(tests: Sequence[Array], keep: Sequence[int]) -> list[Wide]:
     first: list[int] = []
     last: list[int] = []  # axes counted in uint32 at once, and those whose counts are then added in two limbs
     entries = 1
-    kept = math.prod([shape[a] for a in keep])
+    kept_size = math.prod([shape[a] for a in keep])
+    # From the last axis on: contiguous entries are summed first.
     for axis in reversed([a for a in range(len(shape)) if a not in keep]):
         rest = math.prod([shape[a] for a in range(axis) if a not in keep])
+        # Beyond it uint32 would wrap; the other axes are added in two limbs.
         fits = entries * shape[axis] <= _AT_ONCE
-        small = kept * rest * shape[axis] <= _KEPT and entries > 1
+        small = kept_size * rest * shape[axis] <= _KEPT and entries > 1
         if fits and not last and not small:
             entries *= shape[axis]
             first.append(axis)
@@ -160,9 +169,9 @@ def _count(tests: Sequence[Array], keep: Sequence[int]) -> list[Wide]:
     zeros = [jnp.uint32(0)] * len(tests)
     ones = [t.astype(jnp.uint32) for t in tests]
     sums = jax.lax.reduce(ones, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], sorted(first))
-    left = [a for a in range(len(shape)) if a not in first]
+    axes = [a for a in range(len(shape)) if a not in first]
     counts = [Wide(jnp.zeros_like(s), s) for s in sums]
-    return [uint64.sum_over(c, [left.index(a) for a in last]) for c in counts] if last else counts
+    return [uint64.sum_over(c, [axes.index(a) for a in last]) for c in counts] if last else counts
 
 
 # --- the value of the k-th
@@ -174,9 +183,11 @@ def _key(x: Array, largest: bool) -> Array:
         bits = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16
     else:
         bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    # Sign and size apart, so that -0.0 gets the key of 0.0.
     size = bits & jnp.uint32(0x7FFFFFFF)
     better = (bits >> 31 == 0) == largest
     key = jnp.where(better, _ZERO + size, _ZERO - size)
+    # Past the pattern of infinity is NaN.
     return jnp.where(size > jnp.uint32(0x7F800000), jnp.uint32(0), key)
 
 
@@ -186,12 +197,12 @@ def _value(key: int, largest: bool) -> float:
     return value if (key >= _ZERO) == largest or not value else -value
 
 
-def _beside(value: Array, shape: tuple[int, ...]) -> Array:
+def _expand_leading(value: Array, shape: tuple[int, ...]) -> Array:
     """``value`` of the leading axes, to be broadcast against ``shape``."""
     return value.reshape(*value.shape, *(1,) * (len(shape) - value.ndim))
 
 
-class _Found(NamedTuple):
+class _Bracket(NamedTuple):
     """The lowest key of the bracket, and per array, for each leading index, how many scores are above the bracket, how many
     in it or above, and how many are numbers.
     """
@@ -202,11 +213,12 @@ class _Found(NamedTuple):
     numbers: list[Wide]
 
 
-def _refine(xs: tuple[Array, ...], k: Wide, lead: int, largest: bool, exact: bool) -> tuple[_Found, list[Wide]]:
+def _refine(xs: tuple[Array, ...], k: Wide, lead: int, largest: bool, exact: bool) -> tuple[_Bracket, list[Wide]]:
     """The largest key that k scores reach, for each leading index; unless ``exact``, any that exactly k reach will do.
 
     Also how many scores of each array are NaN.
     """
+    # The lower 16 bits of a bfloat16's key are zeros: half of the passes.
     narrow = all(x.dtype == jnp.bfloat16 for x in xs)
     passes = (16 if narrow else 32) // _DIGIT
     shape = xs[0].shape[:lead]
@@ -214,69 +226,74 @@ def _refine(xs: tuple[Array, ...], k: Wide, lead: int, largest: bool, exact: boo
     sizes = [tree.size(x) // max(1, math.prod(shape)) for x in xs]
     everything = [jax.tree.map(lambda n: jnp.broadcast_to(n, shape), uint64.of(n)) for n in sizes]
 
-    def unfinished(state: tuple[Array, _Found]) -> Array:
-        i, found = state
-        open_ = jnp.bool_(True) if exact else ~jnp.all(uint64.equal(uint64.total(found.least), k))
+    def unfinished(state: tuple[Array, _Bracket]) -> Array:
+        i, bracket = state
+        open_ = jnp.bool_(True) if exact else ~jnp.all(uint64.equal(uint64.total(bracket.least), k))
         return (i == 0) | ((i < passes) & open_)
 
-    def step(state: tuple[Array, _Found]) -> tuple[Array, _Found]:
-        i, found = state
+    def step(state: tuple[Array, _Bracket]) -> tuple[Array, _Bracket]:
+        i, bracket = state
         # Without the barrier XLA computes the keys once, outside the loop, and keeps them: as much memory as the scores.
-        inside, key = jax.lax.optimization_barrier((xs, found.key))
+        inside, key = jax.lax.optimization_barrier((xs, bracket.key))
         shift = (32 - _DIGIT - _DIGIT * i).astype(jnp.uint32)
-        tried = [key + (jnp.uint32(d) << shift) for d in range(1, 1 << _DIGIT)]
+        # Keys that the digit could make; 0 is the one it has.
+        candidates = [key + (jnp.uint32(d) << shift) for d in range(1, 1 << _DIGIT)]
         counts = []
         for x in inside:
             keys = _key(x, largest)
-            tests = [keys >= _beside(t, x.shape) for t in tried] + [keys > 0]
+            tests = [keys >= _expand_leading(t, x.shape) for t in candidates] + [keys > 0]
             counts.append(_count(tests, range(lead)))
-        reached = [uint64.reaches(uint64.total([c[d] for c in counts]), k) for d in range(len(tried))]
+        reached = [uint64.reaches(uint64.total([c[d] for c in counts]), k) for d in range(len(candidates))]
+        # Keys ascend, so how many are reached is the digit.
         digit = functools.reduce(jnp.add, [r.astype(jnp.uint32) for r in reached])
         above, least = [], []
-        for c, a, b in zip(counts, found.above, found.least, strict=True):
+        for c, a, b in zip(counts, bracket.above, bracket.least, strict=True):
+            # Ascending, so that the highest key reached is written last; below descending, for the lowest that is not.
             for d, r in enumerate(reached):
                 b = uint64.where(r, c[d], b)
             for d, r in reversed(list(enumerate(reached))):
                 a = uint64.where(~r, c[d], a)
             above.append(a)
             least.append(b)
-        return i + 1, _Found(key + (digit << shift), above, least, [c[-1] for c in counts])
+        return i + 1, _Bracket(key + (digit << shift), above, least, [c[-1] for c in counts])
 
-    start = _Found(jnp.zeros(shape, jnp.uint32), [zero] * len(xs), everything, everything)
-    _, found = jax.lax.while_loop(unfinished, step, (jnp.int32(0), start))
-    return found, [uint64.subtract(n, v) for n, v in zip(everything, found.numbers, strict=True)]
+    start = _Bracket(jnp.zeros(shape, jnp.uint32), [zero] * len(xs), everything, everything)
+    _, bracket = jax.lax.while_loop(unfinished, step, (jnp.int32(0), start))
+    return bracket, [uint64.subtract(n, v) for n, v in zip(everything, bracket.numbers, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnames="largest")
 def _threshold(xs: tuple[Array, ...], k: Wide, largest: bool) -> tuple[Array, Wide, Wide, list[Wide]]:
-    found, invalid = _refine(xs, k, 0, largest, exact=True)
-    above = uint64.total(found.above)
-    return found.key, above, uint64.subtract(uint64.total(found.least), above), invalid
+    bracket, invalid = _refine(xs, k, 0, largest, exact=True)
+    above = uint64.total(bracket.above)
+    # With all bits known, the scores in the bracket equal the k-th.
+    return bracket.key, above, uint64.subtract(uint64.total(bracket.least), above), invalid
 
 
-# --- which of those equal to the k-th
+# --- ties: those equal to the k-th that are selected
 
 
-def _last_place(ties: Callable[[Array], Array], wanted: Wide, shape: tuple[int, ...], lead: int) -> list[Array]:
-    """Coordinates of the ``wanted``-th True of ``ties``, in row-major order after the leading axes; uint32, one per axis.
+def _last_coordinates(ties: Callable[[Array], Array], rank: Wide, shape: tuple[int, ...], lead: int) -> list[Array]:
+    """Coordinates of the ``rank``-th True of ``ties``, in row-major order after the leading axes; uint32, one per axis.
 
     ``ties(after)`` makes its array anew, once ``after`` is known, so that loops read the scores rather than keep it.
     """
-    places: list[Array] = []
+    coordinates: list[Array] = []
     for axis in range(lead, len(shape)):
-        here: Array = jnp.ones((1,) * len(shape), bool)  # where the coordinates are those found so far
-        for earlier, place in enumerate(places, start=lead):
-            here &= _index(shape, earlier) == _beside(place, shape)
+        prefix: Array = jnp.ones((1,) * len(shape), bool)  # where the earlier coordinates are those of the result
+        for earlier, coordinate in enumerate(coordinates, start=lead):
+            prefix &= _index(shape, earlier) == _expand_leading(coordinate, shape)
 
-        def before(ends: Sequence[Array], here: Array = here, axis: int = axis) -> list[Wide]:
-            found = ties(ends[0]) & here
-            return _count([found & (_index(shape, axis) < _beside(end, shape)) for end in ends], range(lead))
+        # Bound as default arguments: a closure would see the loop's variables as they change.
+        def before(ends: Sequence[Array], prefix: Array = prefix, axis: int = axis) -> list[Wide]:
+            mask = ties(ends[0]) & prefix
+            return _count([mask & (_index(shape, axis) < _expand_leading(end, shape)) for end in ends], range(lead))
 
         # Unrolled where it is long: out of a loop XLA would take, and keep, the index of every entry.
-        place, held = _reach(before, wanted, shape[axis], unroll=shape[axis] > _LONG)
-        wanted = uint64.subtract(wanted, held)
-        places.append(place)
-    return places
+        coordinate, below = _reach(before, rank, shape[axis], unroll=shape[axis] > _LONG)
+        rank = uint64.subtract(rank, below)
+        coordinates.append(coordinate)
+    return coordinates
 
 
 def _index(shape: tuple[int, ...], axis: int) -> Array:
@@ -287,36 +304,39 @@ def _index(shape: tuple[int, ...], axis: int) -> Array:
 
 
 def _reach(
-    before: Callable[[Sequence[Array]], list[Wide]], wanted: Wide, extent: int, unroll: bool
+    before: Callable[[Sequence[Array]], list[Wide]], rank: Wide, extent: int, unroll: bool
 ) -> tuple[Array, Wide]:
-    """The last index before which fewer than ``wanted`` lie, and how many lie there."""
+    """The last index with fewer than ``rank`` before it, and how many those are."""
     digits = -(-max(1, (extent - 1).bit_length()) // _DIGIT)
 
     def step(i: Array, state: tuple[Array, Wide]) -> tuple[Array, Wide]:
-        place, held = jax.lax.optimization_barrier(state)
+        # So that each step reads the scores anew rather than keep arrays made of them.
+        coordinate, below = jax.lax.optimization_barrier(state)
         shift = jnp.asarray(_DIGIT * (digits - 1 - i), jnp.uint32)
-        ends = [place + (jnp.uint32(d) << shift) for d in range(1, 1 << _DIGIT)]
+        ends = [coordinate + (jnp.uint32(d) << shift) for d in range(1, 1 << _DIGIT)]
         for end, total in zip(ends, before(ends), strict=True):
-            short = ~uint64.reaches(total, wanted)
-            place, held = jnp.where(short, end, place), uint64.where(short, total, held)
-        return place, held
+            # Ends ascend: the last that is short stands.
+            short = ~uint64.reaches(total, rank)
+            coordinate, below = jnp.where(short, end, coordinate), uint64.where(short, total, below)
+        return coordinate, below
 
-    zero = jnp.zeros(wanted.lo.shape, jnp.uint32)
-    start = (jnp.zeros(wanted.lo.shape, jnp.uint32), Wide(zero, zero))
+    zero = jnp.zeros(rank.lo.shape, jnp.uint32)
+    start = (jnp.zeros(rank.lo.shape, jnp.uint32), Wide(zero, zero))
     return jax.lax.fori_loop(0, digits, step, start, unroll=digits if unroll else 1)
 
 
-def _up_to(places: Sequence[Array], shape: tuple[int, ...], lead: int) -> Array:
-    """True at the entries that come no later, in row-major order, than the one at ``places``."""
+def _up_to(coordinates: Sequence[Array], shape: tuple[int, ...], lead: int) -> Array:
+    """True at the entries that come no later, in row-major order, than the one at ``coordinates``."""
     within: Array = jnp.ones((1,) * len(shape), bool)
+    # From the last axis on: earlier axes decide first, so they are applied last.
     for axis in reversed(range(lead, len(shape))):
-        index, place = _index(shape, axis), _beside(places[axis - lead], shape)
-        within = (index < place) | ((index == place) & within)
+        index, coordinate = _index(shape, axis), _expand_leading(coordinates[axis - lead], shape)
+        within = (index < coordinate) | ((index == coordinate) & within)
     return within
 
 
 class _Share(NamedTuple):
-    """Which of an array's scores equal to the k-th are selected: every one, or (where ``some``) the first ``taken``."""
+    """An array's share of the selected scores equal to the k-th: every one, or (where ``some``) the first ``taken``."""
 
     every: Array
     some: Array
@@ -325,18 +345,20 @@ class _Share(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("lead", "largest"))
 def _shares(xs: tuple[Array, ...], k: Wide, lead: int, largest: bool) -> tuple[Array, list[_Share], list[Wide]]:
-    """The key of the k-th, what each array has of the scores equal to it, and how many of its scores are NaN."""
+    """The key of the k-th, the share of each array of the scores equal to it, and how many of its scores are NaN."""
+    # A scalar for each leading index still needs an axis to count along.
     xs = tuple(x.reshape(*x.shape, 1) if x.ndim == lead else x for x in xs)
-    found, invalid = _refine(xs, k, lead, largest, exact=False)
-    left = uint64.subtract(k, uint64.total(found.above))
+    bracket, invalid = _refine(xs, k, lead, largest, exact=False)
+    # Ties go to the arrays in their order.
+    remaining = uint64.subtract(k, uint64.total(bracket.above))
     shares = []
-    for above, least in zip(found.above, found.least, strict=True):
+    for above, least in zip(bracket.above, bracket.least, strict=True):
         ties = uint64.subtract(least, above)
-        every = uint64.reaches(left, ties)
-        taken = uint64.where(every, ties, left)
-        left = uint64.subtract(left, taken)
+        every = uint64.reaches(remaining, ties)
+        taken = uint64.where(every, ties, remaining)
+        remaining = uint64.subtract(remaining, taken)
         shares.append(_Share(every, ~every & ((taken.hi | taken.lo) > 0), taken))
-    return found.key, shares, invalid
+    return bracket.key, shares, invalid
 
 
 @functools.partial(jax.jit, static_argnames=("lead", "largest"))
@@ -347,15 +369,17 @@ def _mask(x: Array, key: Array, share: _Share, lead: int, largest: bool) -> Arra
 
     def ties(after: Array) -> Array:
         inside, value, _ = jax.lax.optimization_barrier((x, key, after))
-        return _key(inside, largest) == _beside(value, x.shape)
+        return _key(inside, largest) == _expand_leading(value, x.shape)
 
     one = jnp.ones_like(share.taken.lo)
-    wanted = uint64.where(share.some, share.taken, Wide(jnp.zeros_like(one), one))
-    nowhere = [jnp.zeros(key.shape, jnp.uint32)] * (x.ndim - lead)
-    places = jax.lax.cond(jnp.any(share.some), lambda: _last_place(ties, wanted, x.shape, lead), lambda: nowhere)
+    # Where no tie is cut any number will do: the result is masked by `some` below.
+    rank = uint64.where(share.some, share.taken, Wide(jnp.zeros_like(one), one))
+    zeros = [jnp.zeros(key.shape, jnp.uint32)] * (x.ndim - lead)
+    # Ties that are cut are rare; without them the passes over the scores are saved.
+    coordinates = jax.lax.cond(jnp.any(share.some), lambda: _last_coordinates(ties, rank, x.shape, lead), lambda: zeros)
     keys = _key(x, largest)
-    first = _beside(share.some, x.shape) & _up_to(places, x.shape, lead)
-    chosen = (keys > _beside(key, x.shape)) | (
-        (keys >= _beside(key, x.shape)) & (_beside(share.every, x.shape) | first)
+    first = _expand_leading(share.some, x.shape) & _up_to(coordinates, x.shape, lead)
+    mask = (keys > _expand_leading(key, x.shape)) | (
+        (keys >= _expand_leading(key, x.shape)) & (_expand_leading(share.every, x.shape) | first)
     )
-    return chosen.reshape(shape)
+    return mask.reshape(shape)

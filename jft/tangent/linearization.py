@@ -47,8 +47,8 @@ class Linearized:
 
     def build(self, weights: Mapping[str, Any]) -> Any:
         """The parameters with ``weights`` (by path) in the place of theirs, structured where the model takes them so."""
-        seen = {p: changed.as_seen(w, takes_structured(self.function, p)) for p, w in weights.items()}
-        return tree.like(self.params, {**tree.flatten(self.params), **seen})
+        structured = {p: changed.as_seen(w, takes_structured(self.function, p)) for p, w in weights.items()}
+        return tree.like(self.params, {**tree.flatten(self.params), **structured})
 
     def land(self, value: Any, batch: Any) -> Any:
         """Outputs from a value at the site ``until``, by what follows it at the base; without ``until``, the value itself."""
@@ -61,9 +61,9 @@ class Linearized:
         derivative.
         """
         flat = tree.flatten(self.params)
-        given = dict(tau.items()) if isinstance(tau, delta.TaskVector) else _by_path(tau)
+        changes = dict(tau.items()) if isinstance(tau, delta.TaskVector) else _by_path(tau)
         out: Direction = {}
-        for path, value in given.items():
+        for path, value in changes.items():
             if path not in flat:
                 raise ValueError(f"tau changes {path!r}, which the model does not have{nearest(path, flat)}")
             w = flat[path]
@@ -76,12 +76,14 @@ class Linearized:
             if not jnp.issubdtype(w.dtype, jnp.inexact):
                 raise ValueError(f"{path} is of dtype {w.dtype}: it has no derivative, so tau cannot change it")
             structured = takes_structured(self.function, path)
+            # A function that takes plain arrays needs a plain tangent.
             out[path] = value.stacked() if structured else delta.Dense(value.dense())
         return out
 
 
 def _by_path(tau: Any) -> dict[str, Any]:
     """A mapping by path, or a tree shaped like the parameters (parts of it may be missing), by path."""
+    # Encodings are pytrees: flattening a tree of them would go into them.
     if isinstance(tau, Mapping) and any(isinstance(x, delta.Encoding | delta.Change) for x in tau.values()):
         return dict(tau)
     return tree.flatten(tau)
@@ -114,12 +116,13 @@ def pair(apply: Apply, build: Build, tangents: Tangents, batch: Any, until: str 
 
 
 def outputs(apply: Apply, params: Any, batch: Any, until: str | None = None) -> Any:
-    """What the model gives for ``batch``, or its value at the site ``until``."""
+    """Outputs of the model for ``batch``, or its value at the site ``until``."""
     return apply(params, batch) if until is None else _read(apply, params, batch, until)
 
 
 def together(base: Any, moved: Any) -> Any:
-    """``f(theta0) + J v``; what is no floating-point number does not move."""
+    """``f(theta0) + J v``; integers stay as they are."""
+    # The tangents of integers are float0, which cannot be added.
     return jax.tree.map(lambda y, dy: y if dy.dtype == jax.dtypes.float0 else y + dy.astype(y.dtype), base, moved)
 
 
@@ -133,8 +136,8 @@ def forward(
     site = getattr(model_of(apply), "product_head", None)
     if until is None and site is not None:
         return _through_head(apply, build, tangents, batch, site)
-    found = together(*pair(apply, build, tangents, batch, until))
-    return found if until is None else entered(apply, after, batch, until, found)
+    value = together(*pair(apply, build, tangents, batch, until))
+    return value if until is None else entered(apply, after, batch, until, value)
 
 
 def _through_head(apply: Apply, build: Build, tangents: Tangents, batch: Any, site: str) -> Any:
@@ -145,8 +148,8 @@ def _through_head(apply: Apply, build: Build, tangents: Tangents, batch: Any, si
     head = getattr(apply, "head", model_of(apply).head)
     h, dh = pair(apply, build, tangents, batch, site)
     base = build(jax.tree.map(changed.base, dict(tangents), is_leaf=changed.is_changed))
-    _, moved = pair(head, build, tangents, h)
-    return head(base, h + dh) + moved
+    _, from_head = pair(head, build, tangents, h)
+    return head(base, h + dh) + from_head
 
 
 def entered(apply: Apply, params: Any, batch: Any, at: str, value: Any) -> Any:
@@ -170,6 +173,7 @@ def _read(apply: Apply, params: Any, batch: Any, until: str) -> Any:
         return h, h if name == until else None
 
     _, reads = apply(params, batch, hooks=Hooks(value=value))
+    # Inside the scan a site has one value per layer, at which no pass can end.
     if until not in reads or tree.stack_of(until):
         known = ", ".join(dict.fromkeys(n for n in names if not tree.stack_of(n)))
         raise ValueError(f"the model has no site {until!r} outside its layers; it has: {known}")

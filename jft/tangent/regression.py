@@ -15,7 +15,7 @@ from jft import delta
 from jft.compiled import program_cache
 from jft.delta import TaskVector
 from jft.tangent import subspace as spaces
-from jft.tangent.kernel import MEMORY, kernel, pulled
+from jft.tangent.kernel import MEMORY, kernel, vjp_program
 from jft.tangent.linearization import Direction, Linearized
 from jft.tangent.subspace import Select, Space
 from jft.tangent.sweep import Taus, listed, through
@@ -35,6 +35,7 @@ def kernel_regression(kernel: Any, residual: Any, penalty: float = 0.0, weights:
     :func:`kernel_predict`. Without a penalty the solution of least norm, by singular values. Jacot, Gabriel and Hongler 2018,
     arXiv:1806.07572. Raises ``ValueError`` for shapes that do not fit, and a negative penalty or weight.
     """
+    # float64: the condition number of a kernel is the square of the Jacobian's.
     kernel, residual = np.asarray(kernel, np.float64), np.asarray(residual, np.float64)
     N = len(residual)
     if kernel.shape not in ((N, N), residual.shape + residual.shape) or residual.ndim != 2:
@@ -54,6 +55,7 @@ def kernel_regression(kernel: Any, residual: Any, penalty: float = 0.0, weights:
     if penalty:
         b = np.linalg.solve(matrix + penalty * np.eye(size), right)
     else:
+        # A kernel without a penalty may be singular.
         b = np.linalg.lstsq(matrix, right, rcond=None)[0]
     return (s * b).reshape(residual.shape)
 
@@ -83,7 +85,7 @@ def ridge(
     """The task vector ``argmin_tau sum_n w_n |f(theta0, x_n) + J(x_n) tau - y_n|^2 + penalty |tau|^2``.
 
     data: ``(batch, y [N, ...])``, or ``(batch, y, w [N])``; y is like the outputs (values at the site of f_lin, what
-    ``select`` chooses), one-hot or scaled labels for classification. moving: what tau may change, as in
+    ``select`` chooses), one-hot or scaled labels for classification. moving: the weights that tau may change, as in
     :func:`jft.tangent.kernel`; its norm is that of the numbers that move (of b, for a low-rank ``a b``).
 
     how: ``dual`` is ``tau = J^T (K + penalty W^-1)^-1 (y - f(theta0))``, one kernel of all examples and a system of size N
@@ -96,27 +98,28 @@ def ridge(
     """
     if penalty < 0 or how not in ("auto", "dual", "cg"):
         raise ValueError(f"ridge takes a penalty of at least 0 and how auto, dual or cg, not {penalty} and {how!r}")
-    which = spaces.space(f_lin, moving)
+    space = spaces.space(f_lin, moving)
     blocks = _blocks(data)
-    first = jax.eval_shape(lambda b: spaces.outputs(f_lin, which, b, select)(spaces.at_rest(which)), blocks.batch(0))
+    first = jax.eval_shape(lambda b: spaces.outputs(f_lin, space, b, select)(spaces.origin(space)), blocks.batch(0))
     N, C = blocks.examples, first.shape[1]
     blocks.check(C)
     facts: dict[str, Any] = {"penalty": float(penalty)}
     if how == "dual" or (how == "auto" and N * C <= _DUAL):
         facts["solver"] = "dual"
-        values = _dual(f_lin, which, blocks, penalty, moving, select, memory)
+        values = _dual(f_lin, space, blocks, penalty, moving, select, memory)
     else:
         facts["solver"] = "cg"
         program = _conjugate(f_lin.function, f_lin.until, select, tolerance, steps)
-        values, reached = program(f_lin.params, which, *blocks.stacked(), penalty)
-        facts["residual"] = float(reached)
+        values, residual = program(f_lin.params, space, *blocks.stacked(), penalty)
+        facts["residual"] = float(residual)
+        # cg stops by a residual that it updates, from which rounding moves the true one.
         if not facts["residual"] <= 2 * tolerance:
             warnings.warn(
-                f"conjugate gradients reached a relative residual of {float(reached):.1e}, not {tolerance:.1e}: "
+                f"conjugate gradients reached a relative residual of {float(residual):.1e}, not {tolerance:.1e}: "
                 "allow more steps or tolerance, or a larger penalty",
                 stacklevel=2,
             )
-    return TaskVector(spaces.encode(f_lin, which, values), delta.describe(f_lin.params, operation="ridge", **facts))
+    return TaskVector(spaces.encode(f_lin, space, values), delta.describe(f_lin.params, operation="ridge", **facts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +140,7 @@ class LeastSquares:
         shared: one coefficient for all tasks, the same T times.
         """
         if shared:
+            # A gram of zeros: 0 / 1 is the solution of least norm.
             alpha = self.moment.sum() / (self.gram.sum() + penalty * len(self.moment) or 1.0)
             return np.full(len(self.moment), alpha)
         matrix = self.gram + penalty * np.eye(len(self.moment))
@@ -168,8 +172,8 @@ def least_squares(
     totals: list[np.ndarray] | None = None
     for item in data:
         batch, y, w = _item(item)
-        found = [np.asarray(x, np.float64) for x in program(f_lin.params, directions, batch, y, w)]
-        totals = found if totals is None else [a + b for a, b in zip(totals, found, strict=True)]
+        moments = [np.asarray(x, np.float64) for x in program(f_lin.params, directions, batch, y, w)]
+        totals = moments if totals is None else [a + b for a, b in zip(totals, moments, strict=True)]
     if totals is None or not totals[3] > 0:
         raise ValueError("least squares was given no data, or none of any weight")
     return LeastSquares(totals[0], totals[1], float(totals[2]), float(totals[3]))
@@ -181,20 +185,21 @@ def _moments(apply: Callable, until: str | None, select: Select | None, at_once:
 
     def run(params: Any, directions: list[Direction], batch: Any, y: Array, w: Array) -> tuple[Array, ...]:
         f_lin = Linearized(apply, params, until)
-        f0, moved = through(f_lin, directions, batch, at_once)
-        chosen = f0
+        f0, tangents = through(f_lin, directions, batch, at_once)
+        values = f0
         if select is not None:
-            chosen, moved = jax.vmap(lambda dy: jax.jvp(lambda o: select(o, batch), (f0,), (dy,)), out_axes=(None, 0))(
-                moved
-            )
-        chosen, moved = spaces.wide((chosen, moved))
-        if y.shape != chosen.shape:
-            raise ValueError(f"targets of shape {y.shape} do not fit outputs of shape {chosen.shape}")
-        residual = (y - chosen).reshape(len(y), -1)
-        moved = moved.reshape(len(moved), len(y), -1)
+            values, tangents = jax.vmap(
+                lambda dy: jax.jvp(lambda o: select(o, batch), (f0,), (dy,)), out_axes=(None, 0)
+            )(tangents)
+        values, tangents = spaces.to_float32((values, tangents))
+        if y.shape != values.shape:
+            raise ValueError(f"targets of shape {y.shape} do not fit outputs of shape {values.shape}")
+        residual = (y - values).reshape(len(y), -1)
+        tangents = tangents.reshape(len(tangents), len(y), -1)
+        # Accelerators would multiply float32 with fewer bits by default.
         highest = jax.lax.Precision.HIGHEST
-        gram = jnp.einsum("snc,n,tnc->st", moved, w, moved, precision=highest)
-        moment = jnp.einsum("tnc,n,nc->t", moved, w, residual, precision=highest)
+        gram = jnp.einsum("snc,n,tnc->st", tangents, w, tangents, precision=highest)
+        moment = jnp.einsum("tnc,n,nc->t", tangents, w, residual, precision=highest)
         return gram, moment, jnp.einsum("n,nc,nc->", w, residual, residual, precision=highest), jnp.sum(w)
 
     return jax.jit(run)
@@ -256,20 +261,21 @@ def _blocks(data: Iterable[Example]) -> _Blocks:
 
 
 def _dual(
-    f_lin: Linearized, which: Space, blocks: _Blocks, penalty: float, moving: Any, select: Select | None, memory: int
+    f_lin: Linearized, space: Space, blocks: _Blocks, penalty: float, moving: Any, select: Select | None, memory: int
 ) -> Any:
     K = kernel(f_lin, blocks.whole, moving=moving, select=select, memory=memory)
     values = _values(f_lin.function, f_lin.until, select)
     f0 = [np.asarray(values(f_lin.params, blocks.batch(s)), np.float64) for s in range(0, blocks.examples, blocks.size)]
     a = kernel_regression(K, blocks.targets - np.concatenate(f0)[: blocks.examples], penalty, blocks.weights)
-    pull = pulled(f_lin.function, f_lin.until, select)
+    pull = vjp_program(f_lin.function, f_lin.until, select)
     total = None
     for start in range(0, blocks.examples, blocks.size):
+        # Zeros for the examples that only fill up the last block.
         part = np.zeros((blocks.size, a.shape[1]), K.dtype)
-        own = a[start : start + blocks.size]
-        part[: len(own)] = own
-        moved = pull(f_lin.params, which, blocks.batch(start), part)
-        total = moved if total is None else jax.tree.map(jnp.add, total, moved)
+        rows = a[start : start + blocks.size]
+        part[: len(rows)] = rows
+        gradient = pull(f_lin.params, space, blocks.batch(start), part)
+        total = gradient if total is None else jax.tree.map(jnp.add, total, gradient)
     return total
 
 
@@ -278,7 +284,7 @@ def _values(apply: Callable, until: str | None, select: Select | None) -> Callab
     """Jitted ``(params, batch) -> f(theta0) [N, C]``."""
 
     def run(params: Any, batch: Any) -> Array:
-        return spaces.wide(spaces.outputs(Linearized(apply, params, until), {}, batch, select)({}))
+        return spaces.to_float32(spaces.outputs(Linearized(apply, params, until), {}, batch, select)({}))
 
     return jax.jit(run)
 
@@ -289,31 +295,33 @@ def _conjugate(
 ) -> Callable:
     """Jitted ``(params, space, batches, targets, weights, penalty) -> (tau, relative residual)``, blocks stacked."""
 
-    def run(params: Any, which: Space, batches: Any, targets: Array, weights: Array, penalty: Array) -> Any:
+    def run(params: Any, space: Space, batches: Any, targets: Array, weights: Array, penalty: Array) -> Any:
         f_lin = Linearized(apply, params, until)
-        point = spaces.at_rest(which)
-        zero = jax.tree.map(jnp.zeros_like, spaces.wide(point))
+        point = spaces.origin(space)
+        zero = jax.tree.map(jnp.zeros_like, spaces.to_float32(point))
 
-        def summed(of: Callable[[Array, Callable, Array, Array], Array]) -> Any:
+        def sum_over_blocks(of: Callable[[Array, Callable, Array, Array], Array]) -> Any:
             """``sum J^T of(f(theta0), J, targets, weights)`` over the blocks."""
 
-            def block(total: Any, given: Any) -> tuple[Any, None]:
-                batch, y, w = given
-                f0, push = jax.linearize(spaces.outputs(f_lin, which, batch, select), point)
+            def block(total: Any, arrays: Any) -> tuple[Any, None]:
+                batch, y, w = arrays
+                # One primal pass serves both J and J^T.
+                f0, push = jax.linearize(spaces.outputs(f_lin, space, batch, select), point)
                 u = of(f0, push, y, w[:, None]).astype(f0.dtype)
-                (pulled_back,) = jax.linear_transpose(push, point)(u)
-                return jax.tree.map(jnp.add, total, spaces.wide(pulled_back)), None
+                (gradient,) = jax.linear_transpose(push, point)(u)
+                return jax.tree.map(jnp.add, total, spaces.to_float32(gradient)), None
 
             return jax.lax.scan(block, zero, (batches, targets, weights))[0]
 
         def curvature(v: Any) -> Any:
-            found = summed(lambda f0, push, y, w: spaces.wide(push(spaces.like(v, point))) * w)
-            return jax.tree.map(lambda a, b: a + jnp.asarray(penalty, b.dtype) * b, found, v)
+            product = sum_over_blocks(lambda f0, push, y, w: spaces.to_float32(push(spaces.like(v, point))) * w)
+            return jax.tree.map(lambda a, b: a + jnp.asarray(penalty, b.dtype) * b, product, v)
 
-        right = summed(lambda f0, push, y, w: (y - spaces.wide(f0)) * w)
+        right = sum_over_blocks(lambda f0, push, y, w: (y - spaces.to_float32(f0)) * w)
         tau, _ = jax.scipy.sparse.linalg.cg(curvature, right, tol=tolerance, maxiter=steps)
         left = jax.tree.map(jnp.subtract, right, curvature(tau))
         norm = lambda x: jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(x)))
+        # A residual of zero at the base would give 0 / 0.
         return tau, norm(left) / jnp.where(norm(right) > 0, norm(right), 1)
 
     return jax.jit(run)

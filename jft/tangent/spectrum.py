@@ -1,4 +1,4 @@
-"""Eigenvalues and eigenfunctions of a neural tangent kernel, and on which tasks' data they live."""
+"""Eigenvalues and eigenfunctions of a neural tangent kernel, and their energy on the data of each task."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def spectrum(kernel: Any, count: int | None = None) -> Spectrum:
     size = int(np.prod(shape))
     values, vectors = np.linalg.eigh(kernel.reshape(size, size))
     values, vectors = values[::-1][:count], vectors[:, ::-1][:, :count]
+    # eigh sorts upwards. Copies, so that a few functions do not keep the whole matrix in memory.
     return Spectrum(values.copy(), np.ascontiguousarray(vectors.T).reshape(-1, *shape))
 
 
@@ -55,13 +56,14 @@ def top_spectrum(
     tolerance: float = 0.0,
     seed: int = 0,
 ) -> Spectrum:
-    """The ``count`` largest eigenvalues and their functions, by Lanczos iterations on ``K u = J (J^T u)``; K is not formed.
+    """The ``count`` largest eigenvalues and their functions, by Lanczos iterations on ``K u = J (J^T u)``; without K itself.
 
     One reverse and one forward pass over the data for each product, a few products for each eigenvalue wanted, and
     ``2 count + 1`` vectors ``[N, C]`` of memory. batches: N examples in all. tolerance: relative, of the eigenvalues; 0 is
     machine precision. moving and select as in :func:`jft.tangent.kernel`. scipy's ``eigsh`` (ARPACK) does the iterations.
     Raises ``ValueError`` for a count that is not between 1 and ``N C - 1``.
     """
+    # Imported here, as scipy.sparse costs time that few callers need to spend.
     from scipy.sparse.linalg import LinearOperator, eigsh
 
     product = KernelProduct(f_lin, batches, moving=moving, select=select)
@@ -70,14 +72,16 @@ def top_spectrum(
         raise ValueError(f"count must be between 1 and {size - 1} (N C - 1), not {count}")
     matvec = lambda u: product(u.reshape(product.shape)).reshape(-1)
     operator = LinearOperator((size, size), matvec=matvec, dtype=product.dtype)
+    # Drawn here, as ARPACK's own start differs from run to run.
     start = np.random.default_rng(seed).standard_normal(size).astype(product.dtype)
+    # Not the largest in magnitude: rounding may make tiny eigenvalues negative.
     values, vectors = eigsh(operator, k=count, which="LA", tol=tolerance, v0=start)
     order = np.argsort(values)[::-1]
     return Spectrum(values[order], np.ascontiguousarray(vectors.T[order]).reshape(count, *product.shape))
 
 
 def local_energy(functions: Any, weights: Any = None) -> np.ndarray:
-    """``E(x) = sum_k weights[k] |phi_k(x)|^2 [N]``: how much of the eigenfunctions is at each example.
+    """``E(x) = sum_k weights[k] |phi_k(x)|^2 [N]``: the local energy of the eigenfunctions at each example.
 
     functions: ``[k, N, C]`` or ``[k, N]``. weights: 1 for None; ``spectrum.coefficients(f)**2`` are those with which they
     represent a function f. Ortiz-Jimenez, Favero and Frossard 2023, arXiv:2305.12827, section 5.

@@ -1,4 +1,4 @@
-"""`Space`: which weights move, and how; the outputs of a model as a function of them, to be pushed and pulled through."""
+"""`Space`: the weights that move, and in which form; the outputs of a model as a function of them."""
 
 from __future__ import annotations
 
@@ -28,64 +28,65 @@ def space(f_lin: Linearized, moving: Any = None) -> Space:
     flat = tree.flatten(f_lin.params)
     if moving is None or isinstance(moving, str | list | tuple):
         paths = list(flat) if moving is None else tree.matching(flat, moving, "moving")
-        found: Space = {p: delta.Dense(flat[p]) for p in paths if jnp.issubdtype(flat[p].dtype, jnp.inexact)}
+        # Integers have no derivative.
+        weights: Space = {p: delta.Dense(flat[p]) for p in paths if jnp.issubdtype(flat[p].dtype, jnp.inexact)}
     else:
-        found = f_lin.direction(moving)
-    if not found:
+        weights = f_lin.direction(moving)
+    if not weights:
         raise ValueError(f"moving={moving!r}: no weight moves; there is no tangent space")
-    return found
+    return weights
 
 
-def at_rest(moving: Space) -> Point:
-    """Where the moving weights are, zeros: what outputs are differentiated in."""
+def origin(moving: Space) -> Point:
+    """The origin of the space, zeros: the point at which outputs are differentiated."""
     return {path: jnp.zeros_like(change.direction) for path, change in moving.items()}
 
 
 def outputs(f_lin: Linearized, moving: Space, batch: Any, select: Select | None = None) -> Callable[[Point], Array]:
-    """``point -> f [N, C]``: what ``select(outputs, batch)`` gives of each example, in one axis; all of it for None."""
+    """``point -> f [N, C]``: ``select(outputs, batch)`` of each example in one axis, or all outputs."""
 
     def function(point: Point) -> Any:
         tangents = f_lin.tangents({path: change.along(point[path]) for path, change in moving.items()})
         return model_outputs(f_lin.function, f_lin.build(tangents), batch, f_lin.until)
 
     def selected(point: Point) -> Array:
-        found = function(point)
-        found = found if select is None else select(found, batch)
-        if not hasattr(found, "ndim") or not found.ndim or not jnp.issubdtype(found.dtype, jnp.floating):
+        out = function(point)
+        out = out if select is None else select(out, batch)
+        if not hasattr(out, "ndim") or not out.ndim or not jnp.issubdtype(out.dtype, jnp.floating):
             raise ValueError(
-                f"outputs must be one floating-point array with a row for each example, not {jax.tree.structure(found)}; "
+                f"outputs must be one floating-point array with a row for each example, not {jax.tree.structure(out)}; "
                 "select=lambda outputs, batch: ... chooses one"
             )
-        return found.reshape(found.shape[0], -1)
+        return out.reshape(out.shape[0], -1)
 
     return selected
 
 
 def encode(f_lin: Linearized, moving: Space, values: Mapping[str, Array]) -> dict[str, delta.Encoding]:
-    """What the moving weights change by, each in the encoding of what moves of it."""
+    """The changes of the moving weights, each in the encoding of its space."""
     flat = tree.flatten(f_lin.params)
     out: dict[str, delta.Encoding] = {}
     for path, change in moving.items():
-        moved = change.along(values[path])
-        if isinstance(moved, delta.Selected):
-            at, host = jax.device_get((moved.at, moved.values))
-            moved = moved.layout.encode(at, host, tuple(flat[path].shape))
-        out[path] = moved
+        encoded = change.along(values[path])
+        if isinstance(encoded, delta.Selected):
+            indices, host_values = jax.device_get((encoded.at, encoded.values))
+            encoded = encoded.layout.encode(indices, host_values, tuple(flat[path].shape))
+        out[path] = encoded
     return out
 
 
 def sizes(moving: Space) -> dict[str, Any]:
-    """The arrays of numbers that move, by path: their shapes and dtypes count, not what is in them."""
+    """The arrays of the numbers that move, by path: only their shapes and dtypes count."""
     return {path: change.direction for path, change in moving.items()}
 
 
-def wide(values: Any) -> Any:
+def to_float32(values: Any) -> Any:
     """Arrays in float32, wider ones as they are."""
     return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), values)
 
 
 def like(values: Any, point: Point) -> Any:
-    """``values`` in the dtypes of ``point``: what can be pushed forward."""
+    """``values`` in the dtypes of ``point``, as ``jax.jvp`` wants its tangents."""
     return jax.tree.map(lambda v, p: v.astype(p.dtype), values, point)
 
 
@@ -106,7 +107,7 @@ def row(batch: Any, i: Any) -> Any:
 
 def products(f_lin: Linearized, moving: Space, batch: Any, select: Select | None = None) -> int:
     """Multiply-adds of the matrix products of a forward pass, loops counted in full; nothing runs."""
-    point = at_rest(moving)
+    point = origin(moving)
     closed = jax.make_jaxpr(lambda point: outputs(f_lin, moving, batch, select)(point))(point)
     return _products(closed.jaxpr)
 
@@ -121,8 +122,10 @@ def _products(jaxpr: Any) -> int:
             for axis in contracted:
                 depth *= left[axis]
             total += depth * tree.size(equation.outvars[0].aval)
+        # The body of a scan is written once and runs ``length`` times.
         repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
         for value in equation.params.values():
+            # A closed jaxpr holds the one with the equations.
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 total += repeats * _products(inner)

@@ -52,10 +52,10 @@ def sweep(
     Ortiz-Jimenez, Favero and Frossard 2023, arXiv:2305.12827.
     """
     totals: dict[str, np.ndarray] = {}
-    for found in readings(f_lin, taus, batches, score, coefficients, split, at_once):
-        if "weight" not in found:
-            raise ValueError(f"the score must return 'weight', what its sums are over; it has {', '.join(found)}")
-        for name, value in found.items():
+    for sums in readings(f_lin, taus, batches, score, coefficients, split, at_once):
+        if "weight" not in sums:
+            raise ValueError(f"the score must return 'weight', what its sums are over; it has {', '.join(sums)}")
+        for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
     if not totals:
         raise ValueError("the sweep was given no batches")
@@ -119,9 +119,9 @@ def by_layers(f_lin: Linearized, tau: Any, every: int = 1) -> dict[str, Directio
     for stack, depth in tree.stacks(shapes).items():
         for start in range(0, depth, every):
             end = min(start + every, depth)
-            inside = (np.arange(depth) >= start) & (np.arange(depth) < end)
+            in_run = (np.arange(depth) >= start) & (np.arange(depth) < end)
             name = f"{stack}/{start}" if end - start == 1 else f"{stack}/{start}-{end - 1}"
-            groups[name] = {p: _scaled(c, inside) for p, c in direction.items() if tree.stack_of(p) == stack}
+            groups[name] = {p: _scaled(c, in_run) for p, c in direction.items() if tree.stack_of(p) == stack}
     groups["rest"] = {p: c for p, c in direction.items() if tree.stack_of(p) is None}
     return groups
 
@@ -134,31 +134,32 @@ def by_paths(f_lin: Linearized, tau: Any, groups: Mapping[str, str | Iterable[st
     """
     direction, paths = f_lin.direction(tau), list(tree.flatten(f_lin.params))
     cut: dict[str, Direction] = {}
-    left: dict[str, delta.Change] = dict(direction)
+    rest: dict[str, delta.Change] = dict(direction)
     for name, patterns in groups.items():
-        chosen = set(tree.matching(paths, patterns, f"group {name!r}"))
-        cut[name] = {p: left.pop(p) for p in list(left) if p in chosen}
-    return {**cut, "rest": left}
+        of_group = set(tree.matching(paths, patterns, f"group {name!r}"))
+        cut[name] = {p: rest.pop(p) for p in list(rest) if p in of_group}
+    return {**cut, "rest": rest}
 
 
 def listed(taus: Taus) -> list[Any]:
     """The task vectors, in order. Raises ``ValueError`` where there are none, or one stands alone."""
     if isinstance(taus, delta.TaskVector):
         raise ValueError("a sweep takes a list of task vectors, not one; [tau] is a list of one")
-    chosen = list(taus.values() if isinstance(taus, Mapping) else taus)
-    if not chosen:
+    vectors = list(taus.values() if isinstance(taus, Mapping) else taus)
+    if not vectors:
         raise ValueError("a sweep needs at least one task vector")
-    return chosen
+    return vectors
 
 
 def _directions(
     f_lin: Linearized, taus: list[Any], grid: np.ndarray, split: Callable | None
 ) -> tuple[list[Direction], np.ndarray]:
-    """What is differentiated along, and the coefficients ``[P, directions]``."""
+    """The directions of the tangent passes, and the coefficients ``[P, directions]``."""
     expected = "[points, tasks]" if split is None else "[points, tasks, groups]"
     if not grid.size or not np.isfinite(grid).all():
         raise ValueError(f"coefficients must be finite numbers, at least one, not {grid.tolist()}")
     if grid.ndim == 1:
+        # One coefficient for all of them: their sum is one direction, and one pass.
         if all(isinstance(tau, delta.TaskVector) for tau in taus):
             return [f_lin.direction(delta.TaskVector.combine(taus, [1.0] * len(taus)))], grid[:, None]
         return [f_lin.direction(tau) for tau in taus], np.repeat(grid[:, None], len(taus), 1)
@@ -177,9 +178,9 @@ def through(f_lin: Linearized, directions: list[Direction], batch: Any, at_once:
     """:func:`tangents`, traced."""
 
     def one(direction: Direction) -> tuple[Any, Any]:
-        outputs, moved = pair(f_lin.function, f_lin.build, f_lin.tangents(direction), batch, f_lin.until)
-        still = lambda y, dy: jnp.zeros_like(y) if dy.dtype == jax.dtypes.float0 else dy
-        return outputs, jax.tree.map(still, outputs, moved)
+        outputs, derivatives = pair(f_lin.function, f_lin.build, f_lin.tangents(direction), batch, f_lin.until)
+        zeros_for_float0 = lambda y, dy: jnp.zeros_like(y) if dy.dtype == jax.dtypes.float0 else dy
+        return outputs, jax.tree.map(zeros_for_float0, outputs, derivatives)
 
     groups = stackable(directions)
     passes = []
@@ -188,15 +189,16 @@ def through(f_lin: Linearized, directions: list[Direction], batch: Any, at_once:
         for start in range(0, len(members), step):
             part = jax.tree.map(lambda *x: jnp.stack(x), *members[start : start + step])
             passes.append(jax.vmap(one, out_axes=(None, 0))(part))
-    moved = jax.tree.map(lambda *x: jnp.concatenate(x), *(moved for _, moved in passes))
+    derivatives = jax.tree.map(lambda *x: jnp.concatenate(x), *(derivatives for _, derivatives in passes))
     order = [i for members, _ in groups for i in members]
+    # Groups put directions of one form together: back into the order of the caller.
     if order != sorted(order):
-        moved = jax.tree.map(lambda x: x[np.argsort(order)], moved)
-    return passes[0][0], moved
+        derivatives = jax.tree.map(lambda x: x[np.argsort(order)], derivatives)
+    return passes[0][0], derivatives
 
 
 def stackable(directions: Sequence[Direction]) -> list[tuple[tuple[int, ...], list[Direction]]]:
-    """``(which, directions)`` of one form, whose leaves can be stacked; most often there is one group.
+    """``(numbers, directions)`` of one form, whose leaves can be stacked; most often there is one group.
 
     Of one form are those whose weights move in the same way (whole, parts of one layout, one rank). A path that one of
     them lacks stays where it is there, and parts that are fewer are padded.
@@ -221,6 +223,7 @@ def _fits(change: delta.Change, form: delta.Change | None) -> bool:
         return True
     if isinstance(change, delta.Selected) and isinstance(form, delta.Selected):
         return (change.layout, change.shape, change.at.ndim) == (form.layout, form.shape, form.at.ndim)
+    # By form alone: values are other ones, and may be traced.
     one, other = (jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), x) for x in (change, form))
     return jax.tree.flatten(one) == jax.tree.flatten(other)
 
@@ -250,11 +253,13 @@ def _compact(columns: np.ndarray) -> tuple[Array, Array | None]:
     The directions are None where more than half would be left: then all are there, in their order.
     """
     moves = columns != 0
+    # At least one column, also where no point moves: the shapes need it.
     most = max(1, int(moves.sum(axis=1).max(initial=0)))
     if 2 * most > columns.shape[1]:
         return jnp.asarray(columns), None
-    which = np.argsort(~moves, axis=1, kind="stable")[:, :most]
-    return jnp.asarray(np.take_along_axis(columns, which, axis=1)), jnp.asarray(which, jnp.int32)
+    # Stable: what moves a point stays in order; the zeros that may follow add nothing.
+    indices = np.argsort(~moves, axis=1, kind="stable")[:, :most]
+    return jnp.asarray(np.take_along_axis(columns, indices, axis=1)), jnp.asarray(indices, jnp.int32)
 
 
 @program_cache
@@ -273,14 +278,14 @@ def _read(apply: Callable, until: str | None, read: Callable, at_once: int | Non
 
     def run(params: Any, directions: list[Direction], points: tuple[Array, Array | None], batch: Any) -> Any:
         f_lin = Linearized(apply, params, until)
-        outputs, moved = through(f_lin, directions, batch, at_once)
+        outputs, derivatives = through(f_lin, directions, batch, at_once)
 
-        def point(given: tuple[Array, Array | None]) -> Any:
-            alpha, which = given
-            along = moved if which is None else jax.tree.map(lambda dy: dy[which], moved)
-            return read(f_lin.land(combined(outputs, along, alpha), batch), batch)
+        def point(point_of: tuple[Array, Array | None]) -> Any:
+            alpha, indices = point_of
+            selected = derivatives if indices is None else jax.tree.map(lambda dy: dy[indices], derivatives)
+            return read(f_lin.land(combined(outputs, selected, alpha), batch), batch)
 
-        together = max(1, min(len(points[0]), _POINTS_BYTES // max(1, tree.nbytes(outputs))))
-        return jax.lax.map(point, points, batch_size=together)
+        points_at_once = max(1, min(len(points[0]), _POINTS_BYTES // max(1, tree.nbytes(outputs))))
+        return jax.lax.map(point, points, batch_size=points_at_once)
 
     return jax.jit(run)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import pytest
 
 from jft import methods
@@ -37,6 +38,15 @@ def test_runs(name):
 @pytest.mark.parametrize("name", STUDIES)
 def test_studies(name):
     study.check(options.load(spec(name)).to_dict())
+
+
+def test_every_parameter_of_clip_eight_decays():
+    """As in the authors' code, whose AdamW has all of the image encoder's."""
+    recipe = optimizer(options.load(spec("clip_eight")).studies.clip.common.optimizer.to_dict())
+    shapes = {
+        p: jax.ShapeDtypeStruct((2,), "float32") for p in ("vision/patch/w", "vision/cls", "vision/final_norm/bias")
+    }
+    assert recipe.weight_decay == 0.1 and recipe.decayed(shapes) == shapes.keys()
 
 
 def test_no_config_is_left_out():

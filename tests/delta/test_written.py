@@ -19,12 +19,16 @@ RUNS = {
     "rows": ("last_k_layers", {"k": 1}, {"rows"}),
     "blocks": ("block_sparse", {"density": 0.3, "block": (4, 4)}, {"blocks"}),
     "entries": ("fish_mask", {"density": 0.02, "count": 4}, {"entries"}),
-    "rosa": ("rosa", {"rank": 1, "density": 0.1, "warmup": 1}, {"sum"}),
+    "rosa": ("rosa", {"rank": 1, "density": 0.1, "warmup": 1, "squared": False, "low_rank_rate": 1.0}, {"sum"}),
     "low_rank": ("lora", {"rank": 1, "include": ("attn/q", "mlp/down")}, {"low_rank"}),
     "diagonal": ("diablo", {"blocks": 2, "include": ("attn/q",)}, {"blocks"}),
     "bit_mask": ("masking", {"include": ("attn/q",)}, {"bit_mask"}),
     "gate": ("finegates", {"include": ("attn/q",)}, {"gate"}),
-    "sum": ("dsee", {"rank": 1, "count": 6, "include": ("attn/q",)}, {"sum"}),
+    "sum": (
+        "dsee",
+        {"rank": 1, "count": 6, "include": ("attn/q",), "filter_rank": 16, "alpha": None},
+        {"sum"},
+    ),
 }
 
 

@@ -8,7 +8,8 @@ import numpy as np
 
 import jft
 from jft import tree
-from jft.models import DecoderConfig, Model
+from jft.models import ClipConfig, DecoderConfig, Model, VisionConfig
+from jft.models.clip import TextConfig
 from jft.models.core import Execution
 from jft.train.objectives import LanguageModel
 
@@ -147,3 +148,49 @@ def in_layers(params, layers, include=lambda path: True):
             mask = np.isin(np.arange(w.shape[0]), list(layers))
             out[path] = mask.reshape(-1, *(1,) * (w.ndim - 1))
     return out
+
+
+def passed(w, tokens, gates=None, dropped=None):
+    """``(residual streams entering each layer, logits [B, T, V])`` of weights ``w`` by path, in float64 NumPy.
+
+    gates: ``{"heads": [L, H], "channels": [L, F], "outputs": [L, D]}``, what each unit's output is multiplied by. dropped:
+    ``(attention [L, B, T, H K], mlp [L, B, T, D])``, what the heads' values and the MLP's output are multiplied by.
+    """
+    c = CONFIG
+    B, T = tokens.shape
+    gates = gates or {}
+    one = np.ones(c.layers)
+    heads, channels, outputs = (gates.get(n, one[:, None]) for n in ("heads", "channels", "outputs"))
+    attention, mlp = dropped or (one, one)
+    norm = lambda x, s: x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_eps) * s
+    angle = np.arange(T)[:, None] * c.rope.theta ** (-np.arange(0, c.head_size, 2) / c.head_size)
+    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+
+    def rotate(x):
+        a, b = np.split(x, 2, axis=-1)
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+    h, streams = w["embed/table"][tokens], []
+    for i in range(c.layers):
+        streams.append(h)
+        p = lambda name, i=i: w[f"layers/{name}"][i]
+        x = norm(h, p("attn_norm/scale"))
+        q, k, v = ((x @ p(f"attn/{n}/w")).reshape(B, T, -1, c.head_size) for n in "qkv")
+        k, v = (np.repeat(y, c.heads // c.kv_heads, axis=2) for y in (rotate(k), v))
+        scores = np.einsum("bthk,bshk->bhts", rotate(q), k) / np.sqrt(c.head_size)
+        scores = np.where(np.tril(np.ones((T, T), bool)), scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        seen = np.einsum("bhts,bshk->bthk", weights, v) * heads[i][:, None]
+        h = h + (seen.reshape(B, T, -1) * attention[i]) @ p("attn/o/w")
+        x = norm(h, p("mlp_norm/scale"))
+        gate = x @ p("mlp/gate/w")
+        inner = gate / (1 + np.exp(-gate)) * (x @ p("mlp/up/w")) * channels[i]
+        h = h + (inner @ p("mlp/down/w")) * outputs[i] * mlp[i]
+    return streams, norm(h, w["final_norm/scale"]) @ w["head/w"]
+
+
+def clip(vision=3, text=2):
+    """A small CLIP with so many layers in its towers."""
+    images = VisionConfig(image=8, patch=4, width=8, layers=vision, heads=2, hidden=16)
+    return ClipConfig(images, TextConfig(vocab=11, width=8, layers=text, heads=2, hidden=16, positions=6), projection=4)

@@ -61,11 +61,11 @@ LAYERS = {
     "embeddings_and_output": ({}, 2e-2, None),
     "lora": ({"rank": 4}, 1e-2, None),
     "linearized": ({}, 2e-3, None),
-    "l_lora": ({"rank": 4}, 1e-2, None),
+    "l_lora": ({"rank": 4, "include": MATRICES}, 1e-2, None),
     "randlora": ({"rank": 4}, 1e-2, None),
     "uniform_layers": ({"fraction": 0.5}, 3e-3, 1),
     "gradual_unfreezing": ({"stages": 2}, 3e-3, None),
-    "surgical_fisher": ({"examples": 64}, 3e-3, 1),
+    "surgical_fisher": ({"examples": 64}, 3e-3, None),
     "layers_by_score": ({"k": 1, "batches": 2}, 3e-3, 1),
     "subtuning": ({"steps": 10}, 3e-3, None),
     "green_trainer": ({}, 3e-3, None),
@@ -81,7 +81,7 @@ LAYERS = {
 ENTRIES = {
     "fish_mask": ({"density": 0.1, "count": 64}, 1e-2, None),
     "lt_sft": ({"density": 0.1, "dense_steps": 20}, 5e-3, None),
-    "tr_pts": ({"density": 0.1, "count": 64}, 1e-2, None),
+    "tr_pts": ({"top": 0.1, "count": 64}, 1e-2, None),
     "sift": ({"rate": 0.1}, 1e-2, share(0.1, 1)),
     "lift": ({"rank": 4, "filter_rank": 8}, 1e-2, factors(4)),
     "super_tuning": ({"sparsity": 0.9}, 1e-2, share(0.1)),
@@ -96,7 +96,7 @@ PARTS = {
     "smt": ({"attention": 0.05, "mlp": 0.1, "block": (8, 8), "batches": 5}, 1e-2),
     "s2ft": ({"o": 0.5, "down": 0.25, "v": 0.5, "up": 0.25}, 1e-2),
     "rosa": ({"rank": 4, "density": 0.05, "warmup": 20}, 5e-3),
-    "dsee": ({"rank": 4, "count": 64}, 1e-2),
+    "dsee": ({"rank": 4, "count": 64, "filter_rank": 16, "include": MATRICES}, 1e-2),
     "gmt": ({}, 2e-3),
     "spider": ({}, 2e-3),
     "diff_pruning": ({"density": 0.1, "alpha_rate": 10.0}, 5e-3),
@@ -109,7 +109,7 @@ PARTS = {
 }
 # Presets of language models, mixtures and memories, with the kind of decoder they train.
 TEXTS = {
-    "pat": ({"fraction": 0.9, "rank": 8, "identity": 0.1}, 5e-3, "dense"),
+    "pat": ({"fraction": 0.9, "rank": 8, "identity": 0.1}, 2e-2, "dense"),
     "precise_sft": ({"heads": 0.5}, 1e-2, "dense"),
     "esft": ({"p": 0.6, "batches": 2}, 5e-3, "experts"),
     "sparse_memory": ({"slots": 64, "every": 0}, 5e-2, "memory"),

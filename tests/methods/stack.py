@@ -68,19 +68,39 @@ def batches(count=5, rows=8, seed=1):
 DATA = batches()
 
 
-def gradient(w, batch):
-    """``{path: d(mean cross entropy) / d(w)}``."""
+def forward(w, batch):
+    """``(h, inner)`` of every layer, and the logits last of ``h``."""
     h = [np.asarray(batch["x"], np.float64)]
     inner = []
     for i in range(LAYERS):
         inner.append(np.tanh(h[-1] @ w[UP][i] + w[BIAS][i]))
         h.append(h[-1] + inner[-1] @ w[DOWN][i])
-    z = h[-1] @ w[HEAD]
+    return [*h, h[-1] @ w[HEAD]], inner
+
+
+def moved(w, change, batch):
+    """The derivative of the logits along ``change``, ``{path: array}``, in forward mode."""
+    h, inner = forward(w, batch)
+    d = {p: change.get(p, np.zeros(s)) for p, s in SHAPES.items()}
+    dh = np.zeros_like(h[0])
+    for i in range(LAYERS):
+        du = (1 - inner[i] ** 2) * (dh @ w[UP][i] + h[i] @ d[UP][i] + d[BIAS][i])
+        dh = dh + du @ w[DOWN][i] + inner[i] @ d[DOWN][i]
+    return dh @ w[HEAD] + h[LAYERS] @ d[HEAD]
+
+
+def loss_gradient(z, batch):
+    """``d(mean cross entropy) / dz``."""
     p = np.exp(z - z.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
-    dz = (p - np.eye(CLASSES)[batch["labels"]]) / len(z)
+    return (p - np.eye(CLASSES)[batch["labels"]]) / len(z)
+
+
+def pulled(w, dz, batch):
+    """``{path: array}``: ``dz``, shaped like the logits, times their derivative in every weight."""
+    h, inner = forward(w, batch)
     out = {p: np.zeros(s) for p, s in SHAPES.items()}
-    out[HEAD] = h[-1].T @ dz
+    out[HEAD] = h[LAYERS].T @ dz
     dh = dz @ w[HEAD].T
     for i in reversed(range(LAYERS)):
         out[DOWN][i] = inner[i].T @ dh
@@ -90,10 +110,28 @@ def gradient(w, batch):
     return out
 
 
+def gradient(w, batch):
+    """``{path: d(mean cross entropy) / d(w)}``."""
+    return pulled(w, loss_gradient(forward(w, batch)[0][-1], batch), batch)
+
+
 def rows(count, data=DATA):
     """The first ``count`` examples, each a batch."""
     each = [{k: x[i : i + 1] for k, x in b.items()} for b in data for i in range(len(b["x"]))]
     return each[:count]
+
+
+W = wide(parameters())
+LINEAR, BODY = (UP, DOWN), (UP, BIAS, DOWN)
+
+
+def average(values):
+    """The mean of ``{path: array}`` over a list of them."""
+    return {p: np.mean([v[p] for v in values], axis=0) for p in SHAPES}
+
+
+def sizes(values):
+    return {p: np.abs(x) for p, x in values.items()}
 
 
 def everything(paths=tuple(SHAPES)):
@@ -158,9 +196,21 @@ def largest_of_each(scores, k):
     return {p: np.stack([largest(x, count(x.size)) for x in s]) for p, s in scores.items()}
 
 
+def of_all(scores, density, paths):
+    """Masks of the largest ``int(density * entries)`` of ``paths`` together, ties in the order of the model's parameters."""
+    ordered = {p: scores[p] for p in sorted(paths)}
+    return largest_of_all(ordered, int(density * sum(s.size for s in ordered.values())))
+
+
+def of_each(scores, k):
+    """Masks of the ``k`` largest entries of each matrix inside the layers."""
+    return largest_of_each({p: scores[p] for p in LINEAR}, k)
+
+
 def run(method, steps, **options):
     given = {"data": DATA, "optimizer": ADAM, "objective": "classification", "log": {"progress": False}} | options
-    return jft.finetune(MODEL, parameters(), given.pop("data"), steps=steps, method=method, **given)
+    params = given.pop("params", None) or parameters()
+    return jft.finetune(MODEL, params, given.pop("data"), steps=steps, method=method, **given)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -193,3 +243,16 @@ def check(finished, expected, support=None, tolerance=1e-5):
         else:
             moved = np.asarray(changes[path])
             assert not moved[~support[path]].any() and moved.any() == support[path].any(), path
+
+
+def check_entries(method, expected, beside=(), steps=(1, 3), added=None, **options):
+    """A run selects the entries of the masks ``expected`` and moves them, and all of ``beside``, as Adam in NumPy does."""
+    trained = dict(expected) | everything(beside)
+    for count in steps:
+        finished = run(method, count, **options)
+        found = masks(finished)
+        assert set(found) == set(expected)
+        for path, mask in expected.items():
+            np.testing.assert_array_equal(found[path], mask, err_msg=path)
+        check(finished, follow(W, trained, count, added=added), trained)
+    return finished

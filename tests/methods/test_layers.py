@@ -22,7 +22,7 @@ from tests.methods import leaf, toy
 KEY = jax.random.key(0)
 SIZES, TRAINS = (1, 2, 1, 1), (False, True, False, True)
 HOWS = [
-    Masked(sparsity=0.3, margin=0.3),
+    Masked(sparsity=0.3, start="two_point", margin=0.3),
     Gates(start=0.6),
     HardConcrete(),
     Taps(threshold=-9.0),

@@ -178,8 +178,6 @@ def test_hooks_edit_products():
         ("lora", {"include": "attn"}, "'attn' matches no weight"),
         ("pattern", {"include": "up/w", "freeze": "up"}, "selects no weight"),
         ("pattern", {"include": "("}, "not a regular expression"),
-        ("last_k_layers", {"k": 0}, "k of at least 1"),
-        ("last_k_layers", {"k": 9}, "layer -9 does not exist: the model has 4 layers"),
     ],
 )
 def test_wrong_use_is_refused(name, options, message):

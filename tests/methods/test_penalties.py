@@ -1,7 +1,6 @@
-"""Penalties and the projection to a budget, on the plan of a small model."""
+"""Penalties on the plan of a small model."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,11 +8,9 @@ from jft import tree
 from jft.methods.low_rank import LowRank
 from jft.methods.masks import Masked
 from jft.methods.parametrise import InPlace
-from jft.methods.penalties import L2SP, L1ToBase, Nuclear, soften
+from jft.methods.penalties import L2SP, L1ToBase, Nuclear
 from jft.methods.plan import Method
 from jft.methods.select import Select
-from jft.presets.diff_pruning import HardConcrete, project, projected
-from jft.presets.taps import SharedLayers, Taps
 from tests.methods import leaf, toy
 
 KEY = jax.random.key(0)
@@ -42,6 +39,18 @@ def test_l1_and_l2_to_the_base():
     count = sum(x.size for x in change.values())
     for sized, whole in ((L1ToBase(0.3, mean=True), L1ToBase(0.3)), (L2SP(0.7, mean=True), L2SP(0.7))):
         np.testing.assert_allclose(sized(plan, kept, moved) * count, whole(plan, kept, moved), rtol=1e-5)
+    every = sum(x.size for x in base.values())
+    assert every > count and plan.size(kept, moved) == every
+    mean = L1ToBase(0.3, mean=True, of="all")(plan, kept, moved)
+    np.testing.assert_allclose(mean, 0.3 * sum(np.abs(x).sum() for x in change.values()) / every, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("train", "select"), [(InPlace(), {"layers": (0, 2)}), (LowRank(2, 2.0), {"linear_only": True})]
+)
+def test_the_size_of_a_model_counts_what_is_frozen(train, select):
+    params, plan, kept, trained = planned(train, **select)
+    assert plan.size(kept, trained) == tree.count(params)
 
 
 def test_nuclear_norm():
@@ -60,41 +69,13 @@ def test_nuclear_norm():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(at_base))
 
 
-def test_layers_shared():
-    _, plan, kept, trained = planned(Taps(), SharedLayers(0.9), linear_only=True)
-    np.testing.assert_allclose(plan.penalty(kept, trained), 0.9 * 0.15, rtol=1e-6)
-    gradient = jax.grad(lambda t: plan.penalty(kept, t))(trained)
-    np.testing.assert_allclose(gradient["layers/up/w"]["score"], [0.9 / 6] * 3, rtol=1e-6)
-
-
-def test_soft_masks_scale_gradients():
-    out = soften({"a": jnp.full((2, 2), 3.0)}, {"a": jnp.asarray([[0.0, 1.0]])})
-    np.testing.assert_array_equal(out["a"], [[3.0, 0.0], [3.0, 0.0]])
-
-
-def test_projection_keeps_exactly_the_budget_over_all_weights():
-    params, plan, kept, trained = planned(HardConcrete(), include=("up/w", "down/w"))
-    trained = leaf.moved(trained, by=2.0)
-    support = project(plan, kept, trained, 0.1)
-    z = {p: plan.leaves[p].moved(t) for p, t in trained.items()}
-    flat = np.concatenate([np.abs(np.asarray(x)).ravel() for x in z.values()])
-    chosen = np.zeros(flat.size, bool)
-    chosen[np.argsort(-flat, kind="stable")[: round(0.1 * flat.size)]] = True
-    np.testing.assert_array_equal(np.concatenate([np.asarray(x).ravel() for x in support.values()]), chosen)
-    base = tree.flatten(params)
-    start = projected(plan, base, trained, support)
-    for path, w in start.items():
-        np.testing.assert_allclose(w - base[path], np.where(support[path], z[path], 0), atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: project(*planned(InPlace())[1:], 0.1), "no weight here has a gated change"),
-        (lambda: project(*planned(HardConcrete())[1:], 0.0), "fraction of entries that stay"),
         (lambda: _penalty(Masked(), L1ToBase(1.0)), "no base to stay near"),
         (lambda: _penalty(LowRank(2, 2.0), Nuclear(1.0)), "change is no matrix"),
-        (lambda: _penalty(InPlace(), SharedLayers(1.0)), "goes with train=Taps"),
+        (lambda: L1ToBase(0.1, of="all"), "of='all' says what a mean is divided by, and mean is False; add mean=True"),
+        (lambda: L1ToBase(0.1, mean=True, of="model"), "of 'model' is unknown; choose trained or all"),
     ],
 )
 def test_wrong_uses_are_refused(make, message):

@@ -51,3 +51,8 @@ def model(**kw):
 
 def batch(rows=3, width=8):
     return {"x": np.random.default_rng(7).normal(size=(rows, width)).astype(np.float32)}
+
+
+def shapes(**kw):
+    """``{path: shape}`` of its parameters, which is all that a plan looks at."""
+    return tree.flatten(jax.eval_shape(lambda: model(**kw).init(jax.random.key(0))))

@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tests.parallel.test_start import free_port
 
 from tests.models.checkpoints import LLAMA, llama_tensors, write
+from tests.parallel.test_distributed import free_port
 
 CODE = """
 import sys

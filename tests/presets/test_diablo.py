@@ -5,12 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jft
 from jft.delta import Changed, LowRank
 from jft.dot import grouped_dot, take, transpose
 from jft.models import core
 from jft.presets.diablo import BlockDiagonal
-from tests.methods import leaf
+from tests.methods import leaf, learning
 
+MUTATIONS = (
+    ("jft/presets/diablo.py", "def diablo(blocks: int = 64)", "def diablo(blocks: int = 32)"),
+    (
+        "jft/presets/diablo.py",
+        "rows // self.blocks, columns // self.blocks)",
+        "columns // self.blocks, rows // self.blocks)",
+    ),
+    ("jft/presets/diablo.py", "jnp.zeros(shape, jnp.float32)", "jnp.ones(shape, jnp.float32)"),
+    ("jft/presets/diablo.py", "Select(linear_only=True)", "Select()"),
+)
 KEY = jax.random.key(2)
 HOW = BlockDiagonal(2)
 HEIGHT, WIDTH = leaf.I // 2, leaf.O // 2
@@ -68,3 +79,9 @@ def test_tables_transposes_experts_and_a_low_rank_change_beside():
 def test_matrices_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="divides its rows and its columns"):
         BlockDiagonal(5).init(KEY, leaf.w32())
+
+
+def test_it_learns_and_has_64_blocks_by_default():
+    """Gurses et al. 2025 have 64 and 128 blocks, their code 64 (train.py)."""
+    assert jft.method("diablo").train == BlockDiagonal(64)
+    learning.check(jft.method("diablo", blocks=4), 1e-2, learning.LINEAR)

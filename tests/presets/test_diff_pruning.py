@@ -1,5 +1,6 @@
-"""Diff pruning: gates of entries and of matrices against their formulas."""
+"""Diff pruning: gates of entries and of matrices against their formulas, and the projection to a budget."""
 
+import dataclasses
 import math
 
 import jax
@@ -7,11 +8,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jft import delta
+import jft
+from jft import delta, tree
+from jft.methods import InPlace, Method, Select
 from jft.models import core
-from jft.presets.diff_pruning import HardConcrete
-from tests.methods import leaf
+from jft.presets.diff_pruning import HardConcrete, Projection, project, projected
+from tests.methods import leaf, learning, toy
 
+MUTATIONS = (
+    ("jft/presets/diff_pruning.py", "math.log(-self.lower / self.upper)", "math.log(-self.upper / self.lower)"),
+    (
+        "jft/presets/diff_pruning.py",
+        "self.weight * jnp.sum(likely * append_axes(shared, likely.ndim))",
+        "self.weight * jnp.sum(likely)",
+    ),
+    ("jft/presets/diff_pruning.py", "delta.Leaf(decays=False, origin=None, rate", "delta.Leaf(origin=None, rate"),
+    ("jft/presets/diff_pruning.py", "alpha_rate: float = 1e4,\n", "alpha_rate: float = 1e3,\n"),
+    ("jft/presets/diff_pruning.py", "top({p: jnp.abs(x) for", "top({p: x for"),
+    (
+        "jft/presets/diff_pruning.py",
+        "    density: float = 0.005,\n    project_at",
+        "    density: float = 0.01,\n    project_at",
+    ),
+)
 KEY = jax.random.key(4)
 sigmoid = lambda x: 1 / (1 + np.exp(-x))
 
@@ -120,11 +139,50 @@ def test_groups_follow_the_leading_axes():
     assert HardConcrete().fitted(lead=1).bind(kept, trained, False, KEY).shape == (3, 7)
 
 
+def planned(train, **select):
+    model = toy.model(layers=3)
+    params = model.init(KEY)
+    plan = Method(Select(**select), train).plan(params, model)
+    return params, plan, *plan.init(KEY, params)
+
+
+def test_projection_keeps_exactly_the_budget_over_all_weights():
+    params, plan, kept, trained = planned(HardConcrete(), include=("up/w", "down/w"))
+    trained = leaf.moved(trained, by=2.0)
+    support = project(plan, kept, trained, 0.1)
+    gate = lambda alpha: np.clip(sigmoid(alpha) * 3.0 - 1.5, 0, 1)
+    moved = {p: gate(t["alpha"]) * gate(t["group"])[:, None, None] * t["delta"] for p, t in leaf.wide(trained).items()}
+    flat = np.concatenate([np.abs(x).ravel() for x in moved.values()])
+    chosen = np.zeros(flat.size, bool)
+    chosen[np.argsort(-flat, kind="stable")[: round(0.1 * flat.size)]] = True
+    np.testing.assert_array_equal(np.concatenate([np.asarray(x).ravel() for x in support.values()]), chosen)
+    base = tree.flatten(params)
+    for path, w in projected(plan, base, trained, support).items():
+        np.testing.assert_allclose(w - base[path], np.where(support[path], moved[path], 0), atol=1e-6)
+
+
+def test_defaults_are_those_of_the_paper_and_its_code():
+    """Guo et al. 2021: 0.5 %; their script: lower -1.5, upper 1.5, penalty 1.25e-7, alpha from 5, rates 0.1 and 1e-5."""
+    method = jft.method("diff_pruning")
+    assert method.schedule == Projection(0.005, 0.5)
+    expected = HardConcrete(1.25e-7, -1.5, 1.5, 5.0, True, "product", 0.1 / 1e-5)
+    assert dataclasses.asdict(method.train) == pytest.approx(dataclasses.asdict(expected))
+
+
+def test_it_learns_and_decay_leaves_the_gates_alone():
+    learning.check(jft.method("diff_pruning", alpha_rate=10.0), 1e-2, learning.ALL)
+    moved = learning.moved_by_decay(jft.method("diff_pruning"))["layers/up/w"]
+    assert moved == {"delta": True, "alpha": False, "group": False}
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: HardConcrete(lower=0.1), "lower < 0 and upper > 1"),
         (lambda: HardConcrete(counted="mean"), "product or sum"),
+        (lambda: project(*planned(InPlace())[1:], 0.1), "no weight here has a gated change"),
+        (lambda: project(*planned(HardConcrete())[1:], 0.0), "fraction of entries that stay"),
+        (lambda: Projection(at=1.0), "after a share 1.0 of the steps"),
     ],
 )
 def test_wrong_uses_are_refused(make, message):

@@ -7,12 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jft
 from jft.delta import Changed, LowRank
 from jft.dot import grouped_dot, take, transpose
 from jft.models import core
 from jft.presets.finegates import Gates
-from tests.methods import leaf
+from tests.methods import leaf, learning
 
+MUTATIONS = (
+    ("jft/presets/finegates.py", "delta.Leaf(axes, decays=False,", "delta.Leaf(axes,"),
+    ("jft/presets/finegates.py", "jnp.tanh(t) + 0.5", "jnp.tanh(t)"),
+    ("jft/presets/finegates.py", "jnp.clip(mu, 0, 1)", "jnp.clip(mu, 0, 2)"),
+    ("jft/presets/finegates.py", "norm.cdf(self.mean(t) / self.sigma)", "norm.cdf(self.mean(t))"),
+    ("jft/presets/finegates.py", "    rows: bool = True,\n    columns", "    rows: bool = False,\n    columns"),
+)
 KEY = jax.random.key(4)
 _cdf = np.vectorize(lambda x: 0.5 * math.erfc(-x / math.sqrt(2)))
 _density = lambda x: np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
@@ -115,3 +123,11 @@ def test_gates_beside_low_rank_and_on_experts_and_tables():
 def test_wrong_uses_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_it_learns_and_decay_leaves_the_gates_alone():
+    """Gates have a weight decay of 0 in the released code (finetune_glue.py), sigma is 1/2 in both forms (model.py)."""
+    assert jft.method("finegates").train == Gates(True, True, 1e-3, 0.5, None, 1.0)
+    learning.check(jft.method("finegates", rank=2), 1e-2, learning.LINEAR)
+    moved = learning.moved_by_decay(jft.method("finegates", rank=2))["layers/up/w"]
+    assert moved == {"own": {"rows": False, "columns": False}, "low_rank": {"a": True, "b": True}}

@@ -5,6 +5,9 @@ import inspect
 import pathlib
 
 import jft
+from jft.cli import methods
+from tests.mutate import ROOT as REPOSITORY
+from tests.mutate import mutations
 
 ROOT = pathlib.Path(jft.__file__).parent
 FILES = sorted(p for p in (ROOT / "presets").glob("*.py") if p.stem != "__init__")
@@ -31,3 +34,18 @@ def test_include_and_exclude_are_no_arguments_of_presets():
         assert "exclude" not in entry.arguments, name
         assert "include" in entry.options and "exclude" in entry.options
         assert ("include" in entry.arguments) == ("part of the method" in inspect.getdoc(entry.build)), name
+
+
+def test_every_preset_has_a_test_that_three_mutations_fail():
+    for path in FILES:
+        assert len(mutations([REPOSITORY / "tests" / "presets" / f"test_{path.stem}.py"])) >= 3, path.stem
+
+
+def test_every_published_preset_has_a_card():
+    for name, entry in jft.methods.entries().items():
+        assert (entry.card is None) == (entry.paper == "-"), name
+
+
+def test_the_page_of_methods_is_of_today():
+    page = (REPOSITORY / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert page == methods.markdown(jft.methods.entries()), "write it anew: jft methods --markdown > docs/methods.md"

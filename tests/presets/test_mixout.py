@@ -1,13 +1,24 @@
-"""Mixout: the mixed weight, its expectation and its gradient."""
+"""Mixout: the mixed weight, its expectation and its gradient, and which weights are mixed."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jft
+from jft import tree
+from jft.models import ClipConfig, DecoderConfig, Model, VisionConfig
+from jft.models.clip import TextConfig
 from jft.presets.mixout import Mixout
-from tests.methods import leaf
+from tests.methods import leaf, learning
 
+MUTATIONS = (
+    ("jft/presets/mixout.py", "(v - base) / (1 - self.p)", "(v - base)"),
+    ("jft/presets/mixout.py", "shape = (v.shape[0], 1) if", "shape = (1, v.shape[1]) if"),
+    ("jft/presets/mixout.py", "if key is None or not self.linear:", "if key is None:"),
+    ("jft/presets/mixout.py", "    p: float = 0.9,\n", "    p: float = 0.8,\n"),
+    ("jft/methods/plan.py", 'and "patch" not in p.split("/")', ""),
+)
 KEY = jax.random.key(2)
 
 
@@ -65,3 +76,39 @@ def test_wrong_uses_are_refused():
         Mixout(1.0)
     with pytest.raises(ValueError, match="choose neuron or weight"):
         Mixout(unit="layer")
+
+
+DECODER = Model(DecoderConfig(vocab=9, width=8, layers=2, heads=2, head_size=4, hidden=12, tied=True))
+
+
+def mixed_paths(model):
+    """Where a training step sees another weight than the trained one, by path."""
+    params = model.init(KEY)
+    plan = jft.method("mixout").plan(params, model)
+    kept, trained = plan.init(KEY, params)
+    moved = jax.tree.map(lambda x: x + 1, trained)
+    seen = jax.jit(lambda k, t: plan.bind(k, t, key=KEY))(kept, moved)
+    found = tree.flatten(seen, is_leaf=lambda x: hasattr(x, "how"))
+    return {p for p, x in found.items() if p in moved and (hasattr(x, "how") or not np.array_equal(x, moved[p]))}
+
+
+def test_matrices_of_linear_layers_alone_are_mixed():
+    """The released MixLinear takes the place of nn.Linear: no embedding table, position table or patch convolution."""
+    products = {f"layers/attn/{n}/w" for n in "qkvo"} | {f"layers/mlp/{n}/w" for n in ("gate", "up", "down")}
+    assert mixed_paths(DECODER) == products
+    towers = Model(
+        ClipConfig(
+            VisionConfig(image=8, patch=4, channels=1, width=8, layers=1, heads=2, hidden=12),
+            TextConfig(vocab=9, positions=5, width=8, layers=1, heads=2, hidden=12),
+            6,
+        )
+    )
+    inside = {f"layers/attn/{n}/w" for n in "qkvo"} | {f"layers/mlp/{n}/w" for n in ("up", "down")}
+    outside = {"vision_projection/w", "text_projection/w"}
+    assert mixed_paths(towers) == {f"{tower}/{p}" for tower in ("vision", "text") for p in inside} | outside
+
+
+def test_it_learns_at_the_paper_s_probability_by_default():
+    """Lee et al. 2020 use 0.7 to 0.9; one draw for all weights that leave an input, as in their code."""
+    assert jft.method("mixout").train == Mixout(0.9, "neuron")
+    learning.check(jft.method("mixout", p=0.5), 1e-2, learning.ALL)

@@ -16,6 +16,17 @@ from tests.methods import decoder
 
 AXES = {"rows": -2, "columns": -1}
 
+MUTATIONS = (
+    ("jft/presets/n_m.py", "score if largest else -score", "-score if largest else score"),
+    ("jft/presets/n_m.py", "jnp.argsort(~groups, axis=slot", "jnp.argsort(groups, axis=slot"),
+    ("jft/presets/n_m.py", 'last = jnp.swapaxes(groups, -1, -2) if self.axis == "rows" else groups', "last = groups"),
+    (
+        "jft/delta/n_m.py",
+        "along = index[group] * self.m + index[offset]",
+        "along = index[group] + index[offset] * self.m",
+    ),
+)
+
 
 def chosen(w, n, m, axis):
     """Bool like ``w``: the n largest of every m along an axis, group by group."""

@@ -53,7 +53,7 @@ def test_the_ratio_of_each_matrix():
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(6, 24, 16))
     signal = noise + 4 * rng.normal(size=(6, 24, 3)) @ rng.normal(size=(6, 3, 16))
-    alike = np.broadcast_to(np.eye(16), (2, 16, 16)) * np.array([[[2.0]], [[0.0]]])
+    alike = np.stack([np.diag([2.0] * k + [0.0] * (16 - k)) for k in (16, 14, 0)])
     found = SignalToNoise()(
         calibration({"wide": signal.swapaxes(1, 2), "tall": noise, "alike": alike, "one": signal[0]})
     )
@@ -62,8 +62,9 @@ def test_the_ratio_of_each_matrix():
         np.testing.assert_allclose(found[name], want, rtol=1e-5)
         assert found[name].dtype == jnp.float32
     assert len(set(np.argsort(found["wide"]).tolist())) == 6 and np.max(found["wide"]) < np.min(found["tall"])
-    # All singular values 2: none is noise, and the signal is 16 of them over 1. All of a matrix of zeros is noise of size 0.
-    np.testing.assert_allclose(found["alike"], [16 * 2 / 1.0 / 2, np.inf], rtol=1e-6)
+    # No spread, so the edge is zero: 16 signals of 2 over 1; 14 over zeros, which are noise; zeros alone.
+    np.testing.assert_allclose(found["alike"], [16 * 2 / 1.0 / 2, np.inf, np.inf], rtol=1e-6)
+    assert [ratio(w) for w in alike[:2]] == [16.0, np.inf]
 
 
 def best(density):

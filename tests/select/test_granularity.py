@@ -6,9 +6,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jft.delta import BlockLayout, EntryLayout
+from jft.delta import BlockLayout, EntryLayout, selected
 from jft.parallel import make_mesh
-from jft.select import indices, top_each
+from jft.select import top_each
 from jft.select.granularity import Block, Channel, Column, Entry, Expert, Head, Layer, Matrix, Name, Row, spread
 
 HOW = {
@@ -136,7 +136,7 @@ def test_sharded_masks_are_located_where_they_lie():
     assert at.sharding.is_equivalent_to(NamedSharding(mesh, P("data", "fsdp", "tensor")), at.ndim)
     np.testing.assert_array_equal(at, Entry().locate(jnp.asarray(mask), 1, (2, 2)))
     back = jax.jit(lambda a: Entry().mask_of(a, mask.shape, 1)).lower(at).compile()
-    there = indices._locate_jit.lower(placed, (2, 2), 300).compile()
+    there = selected._locate_jit.lower(placed, (2, 2), 300).compile()
     for text in (back.as_text(), there.as_text()):
         assert not any(f" {word}(" in text for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
     np.testing.assert_array_equal(back(at), mask)
@@ -148,7 +148,7 @@ def test_sharded_masks_are_located_where_they_lie():
 def test_memory_of_locate():
     """Less than the mask itself, where a flat cumulative sum would take 4 bytes per entry."""
     mask = jax.ShapeDtypeStruct((2, 2048, 2048), jnp.bool_)
-    memory = indices._locate_jit.lower(mask, (1, 1), 1000).compile().memory_analysis()
+    memory = selected._locate_jit.lower(mask, (1, 1), 1000).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 2 * 2048 * 2048
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from jft import tree
 from jft.models import Classifier, ClipConfig, DecoderConfig, EncoderConfig, Execution, Model, VisionConfig
 from jft.models.clip import TextConfig
+from jft.models.moe import Experts
 
 TOKENS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]], np.int32)
 
@@ -25,6 +26,7 @@ def _configs():
     text = TextConfig(vocab=11, width=8, layers=1, heads=2, hidden=12, positions=6, eos=9)
     return {
         "decoder": DecoderConfig(vocab=11, width=8, layers=2, heads=2, kv_heads=1, hidden=12, tied=True),
+        "mixture": DecoderConfig(vocab=11, width=8, layers=2, heads=2, kv_heads=1, hidden=12, experts=Experts(3, 2, 6)),
         "encoder": EncoderConfig(vocab=11, width=8, layers=2, heads=2, hidden=12, positions=6),
         "vision": Classifier(vision, classes=3, pool="mean"),
         "clip": ClipConfig(vision=tower, text=text, projection=4),
@@ -51,9 +53,9 @@ def model(name, dtype=jnp.float32):
     """``(model, params, batch)``."""
     params = jax.device_put(jax.tree.map(lambda x: x.astype(dtype), _parameters(name)))
     batch = {}
-    if name in ("decoder", "encoder", "clip"):
+    if name in ("decoder", "mixture", "encoder", "clip"):
         batch["tokens"] = TOKENS
-    if name not in ("decoder", "encoder"):
+    if name not in ("decoder", "mixture", "encoder"):
         batch["images"] = images(dtype)
     return _model(name, jnp.dtype(dtype)), params, batch
 

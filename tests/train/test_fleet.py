@@ -35,7 +35,7 @@ METHODS = {
     "blocks": lambda i: sparse(i, granularity.Block(4, 1), 0.3),
     "linearized": lambda i: "linearized",
     "linearized blocks": lambda i: dataclasses.replace(sparse(i, granularity.Block(4, 1), 0.3), forward="linearized"),
-    "l_lora": lambda i: {"name": "l_lora", "rank": 2},
+    "l_lora": lambda i: {"name": "l_lora", "rank": 2, "include": ""},
 }
 
 

@@ -36,11 +36,12 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Looked for only to tell their owner how to convert them.
 TORCH_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 
 
 class LoadError(ValueError):
-    """A checkpoint that cannot be read as the model it says it is."""
+    """A checkpoint that cannot be read as the model that its config names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +62,11 @@ class Checkpoint:
         self.directory = directory
         self.entries: dict[str, Entry] = {}
         for file, names in _files(directory).items():
-            found = read_header(file)
-            for name in names if names is not None else found:
-                if name not in found:
+            header = read_header(file)
+            for name in names if names is not None else header:
+                if name not in header:
                     raise LoadError(f"{directory / INDEX} says that {name!r} is in {file.name}, which does not hold it")
-                self.entries[name] = found[name]
+                self.entries[name] = header[name]
         self._maps: dict[Path, mmap.mmap] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -88,12 +89,14 @@ class Checkpoint:
         """Let the system take back the pages of this tensor: they are clean, and no longer count as this process's."""
         entry = self.entries[name]
         if entry.nbytes and hasattr(mmap, "MADV_DONTNEED"):
+            # madvise takes whole pages.
             first = entry.start - entry.start % mmap.PAGESIZE
             self._map(entry.file).madvise(mmap.MADV_DONTNEED, first, entry.start + entry.nbytes - first)
 
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:
             with file.open("rb") as handle:
+                # A map stays valid after its file is closed.
                 self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
         return self._maps[file]
 
@@ -119,10 +122,10 @@ def _files(directory: Path) -> dict[Path, list[str] | None]:
 
 
 def _no_weights(directory: Path) -> None:
-    torch_files = [name for name in TORCH_FILES if (directory / name).is_file()]
-    if torch_files:
+    pickles = [name for name in TORCH_FILES if (directory / name).is_file()]
+    if pickles:
         raise LoadError(
-            f"{directory} holds only {torch_files[0]}, a pickle, which jft does not read. Convert it once, with torch and "
+            f"{directory} holds only {pickles[0]}, a pickle, which jft does not read. Convert it once, with torch and "
             "transformers: AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR) writes model.safetensors (with the "
             "class that config.json names under architectures in place of AutoModel)"
         )
@@ -146,6 +149,7 @@ def read_header(file: Path) -> dict[str, Entry]:
     with file.open("rb") as handle:
         prefix = handle.read(8)
         length = int.from_bytes(prefix, "little")
+        # Such a length is the sign of another format: a pickle, or the pointer of a large-file store.
         if len(prefix) < 8 or length > MAX_HEADER:
             raise LoadError(f"{file} is not a safetensors file: it is {size} bytes long and its header says {length}")
         if 8 + length > size:
@@ -155,6 +159,7 @@ def read_header(file: Path) -> dict[str, Entry]:
         raw = handle.read(length)
     try:
         header = json.loads(raw)
+        # Free text of the writer, not a tensor.
         header.pop("__metadata__", None)
         entries = {name: _entry(file, value, 8 + length) for name, value in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -171,6 +176,7 @@ def _entry(file: Path, value: dict[str, Any], base: int) -> Entry:
     dtype = str(value["dtype"])
     if begin < 0 or end < begin or any(n < 0 for n in shape):
         raise ValueError(f"offsets {begin}..{end} of a tensor of shape {shape}")
+    # A dtype that numpy lacks has no item size to check; it is refused when such a tensor is read.
     if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError(f"{end - begin} bytes for a {dtype} tensor of shape {shape}")
     return Entry(file, dtype, shape, base + begin, end - begin)

@@ -34,7 +34,8 @@ def require(c: Mapping[str, Any], key: str) -> Any:
 
 
 def refuse(c: Mapping[str, Any], **allowed: Any) -> None:
-    """Raise where a key is set to anything but its allowed value (or absent, or None)."""
+    """``ValueError`` where a key is set to anything but its allowed value (or absent, or None)."""
+    # Quantised weights have other tensors and shapes, in every family.
     for key, value in {"quantization_config": None, **allowed}.items():
         if c.get(key) is not None and c[key] != value:
             kind = c.get("model_type", "model")
@@ -50,6 +51,7 @@ def activation(name: str) -> str:
 
 def activation_name(name: str) -> str:
     """The Hugging Face name of a jft activation."""
+    # The other names are the same in both libraries.
     return "gelu_pytorch_tanh" if name == "gelu_tanh" else name
 
 
@@ -90,18 +92,21 @@ def rope(c: Mapping[str, Any], **defaults: Any) -> Rope:
     defaults: ``rope_theta``, ``partial_rotary_factor`` where the file has none.
     """
     flat = {key: c[key] for key in _ROPE_FIELDS if c.get(key) is not None}
-    given = {**defaults, **flat, **(c.get("rope_parameters") or {}), **(c.get("rope_scaling") or {})}
+    parameters = {**defaults, **flat, **(c.get("rope_parameters") or {}), **(c.get("rope_scaling") or {})}
+    # Phi-3 has it at the top level, where transformers looks first.
     if flat.get("original_max_position_embeddings"):
-        given["original_max_position_embeddings"] = flat["original_max_position_embeddings"]
-    kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
-    given.pop("type", None)
+        parameters["original_max_position_embeddings"] = flat["original_max_position_embeddings"]
+    kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
+    # Both spellings may be in one file; ``type`` is the older one.
+    parameters.pop("type", None)
     if kind not in _ROPE_KINDS:
         raise ValueError(f"rope type {kind!r} is not supported; only {', '.join(_ROPE_KINDS)}")
-    unknown = [key for key, value in given.items() if key not in _ROPE_FIELDS and value is not None]
+    unknown = [key for key, value in parameters.items() if key not in _ROPE_FIELDS and value is not None]
     if unknown:
         raise ValueError(f"rope parameters {', '.join(unknown)} are not supported")
     freeze = lambda v: tuple(v) if isinstance(v, list) else v
-    fields = {_ROPE_FIELDS[key]: freeze(value) for key, value in given.items() if value is not None}
+    fields = {_ROPE_FIELDS[key]: freeze(value) for key, value in parameters.items() if value is not None}
+    # transformers reads only these two for a default rope.
     if kind == "default":
         fields = {key: value for key, value in fields.items() if key in ("theta", "fraction")}
     return Rope(kind=kind, **fields)  # type: ignore[arg-type]
@@ -130,13 +135,13 @@ def rope_fields(rope: Rope) -> dict[str, Any]:
 def exact(to_hf: Callable[[Any], dict], from_hf: Callable[[dict], Any]) -> Callable[[Any], dict]:
     """``to_hf`` that refuses a config its family cannot express, instead of saving another model."""
 
-    def checked(config: Any) -> dict[str, Any]:
+    def to_hf_exactly(config: Any) -> dict[str, Any]:
         out = to_hf(config)
-        back = from_hf(out)
+        restored = from_hf(out)
         fields = [f.name for f in dataclasses.fields(config)]
-        lost = [f"{n}={getattr(config, n)!r}" for n in fields if getattr(config, n) != getattr(back, n)]
-        if lost:
-            raise ValueError(f"a {config.family} checkpoint cannot say {', '.join(lost)}")
+        differing = [f"{n}={getattr(config, n)!r}" for n in fields if getattr(config, n) != getattr(restored, n)]
+        if differing:
+            raise ValueError(f"a {config.family} checkpoint cannot say {', '.join(differing)}")
         return out
 
-    return checked
+    return to_hf_exactly

@@ -1,4 +1,4 @@
-"""How Llama's descendants name their tensors."""
+"""Tensor names of Llama's descendants."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jft.models.decoder import DecoderConfig
 from jft.models.hf.mapping import Source
 from jft.models.hf.sources import sources
 
+# A bare backbone is saved without the wrapper's prefix.
 _PREFIXES = ("model.", "")
 _NORMS = {
     "pre": {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
@@ -44,6 +45,7 @@ _MIXTRAL_MODULES = {
     "mlp/experts/up": "block_sparse_moe.experts.{expert}.w3",
     "mlp/experts/down": "block_sparse_moe.experts.{expert}.w2",
 }
+# The others are fused: ``phi3_table`` adds them.
 _PHI3_MODULES = {name: module for name, module in _MODULES.items() if name in ("attn/o", "mlp/down")}
 
 
@@ -53,22 +55,22 @@ def llama_table(config: DecoderConfig, modules: Mapping[str, str] = _MODULES) ->
     names = {f"layers/{path}": f"layers.{{layer}}.{name}" for path, name in layer.items()}
     names |= {"embed": "embed_tokens", "final_norm": "norm", "head": "=lm_head"}
     table = sources(config, names, _PREFIXES)
-    return table | _with_fused(config, table) if config.experts else table
+    return table | _fused_experts(config, table) if config.experts else table
 
 
-def _with_fused(config: DecoderConfig, table: Mapping[str, Source]) -> dict[str, Source]:
+def _fused_experts(config: DecoderConfig, table: Mapping[str, Source]) -> dict[str, Source]:
     """The experts' sources, which may also stand as transformers 5 holds them in memory: fused, gate above up."""
     assert config.experts is not None
     E, D, F = config.experts.count, config.width, config.experts.hidden
     out = {}
-    for which, name, rows, start in (
+    for part, name, rows, start in (
         ("gate", "gate_up_proj", (2 * F, D), 0),
         ("up", "gate_up_proj", (2 * F, D), F),
         ("down", "down_proj", (D, F), 0),
     ):
-        path = f"layers/mlp/experts/{which}/w"
+        path = f"layers/mlp/experts/{part}/w"
         names = [f"{prefix}layers.{{layer}}.mlp.experts.{name}" for prefix in _PREFIXES]
-        view = functools.partial(_rows, start=start, stop=start + (F if which != "down" else D))
+        view = functools.partial(_rows, start=start, stop=start + (F if part != "down" else D))
         fused = Source(names[0], (E, *rows), view, tuple(names[1:]))
         out[path] = dataclasses.replace(table[path], other=fused)
     return out
@@ -99,4 +101,5 @@ def phi3_table(config: DecoderConfig) -> dict[str, Source]:
 
 
 def _rows(x: np.ndarray, start: int, stop: int) -> np.ndarray:
+    # torch stores [out, in].
     return np.swapaxes(x[..., start:stop, :], -1, -2)

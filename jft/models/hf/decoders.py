@@ -12,30 +12,34 @@ from jft.models.hf.decoder_tables import llama_table, mixtral_table, phi3_table
 from jft.models.hf.mapping import Family, Source
 from jft.models.moe import Experts
 
+# Buffers, tied copies of the embedding, heads of other tasks: no parameter of a decoder.
 _IGNORED = (r".*rotary_emb\.inv_freq", r"lm_head\.weight", r"score\.weight")
 
 
 def _config(c: Mapping[str, Any], family: str, **fields: Any) -> DecoderConfig:
-    """What all of them say alike; ``fields`` the rest."""
+    """The config from the fields that all families have; ``fields`` are the family's."""
     width, heads = config_json.require(c, "hidden_size"), config_json.require(c, "num_attention_heads")
-    shared = dict(
+    common = dict(
         vocab=config_json.require(c, "vocab_size"),
         width=width,
         layers=config_json.require(c, "num_hidden_layers"),
         heads=heads,
+        # null means the same as absent: one key head per query head.
         kv_heads=c.get("num_key_value_heads") or heads,
         head_size=c.get("head_dim") or width // heads,
         hidden=config_json.require(c, "intermediate_size"),
         max_positions=c["max_position_embeddings"],
         norm_eps=c["rms_norm_eps"],
+        # Gemma 2 and 3 name it ``hidden_activation``.
         activation=config_json.activation(c.get("hidden_activation") or c.get("hidden_act") or "silu"),
         tied=bool(c.get("tie_word_embeddings", False)),
         init_std=c.get("initializer_range", 0.02),
         special_tokens=config_json.special_tokens(c),
     )
     biases = dict(qkv_bias=bool(c.get("attention_bias", False)), out_bias=bool(c.get("attention_bias", False)))
-    shared |= dict(rope=config_json.rope(c, rope_theta=10_000.0)) if "rope" not in fields else {}
-    return DecoderConfig(family=family, **{**shared, **biases, **fields})
+    # Not where the family reads its own: Gemma 3 nests the fields, which this would refuse.
+    common |= dict(rope=config_json.rope(c, rope_theta=10_000.0)) if "rope" not in fields else {}
+    return DecoderConfig(family=family, **{**common, **biases, **fields})
 
 
 def _fields(config: DecoderConfig, architecture: str) -> dict[str, Any]:
@@ -63,6 +67,7 @@ def _fields(config: DecoderConfig, architecture: str) -> dict[str, Any]:
 
 def _layer_windows(c: Mapping[str, Any], sliding: Callable[[int], bool]) -> tuple[int | None, ...] | None:
     """``layer_types`` of newer files, or the family's rule of which layers slide."""
+    # Qwen writes a window and switches it off by a second field, which other families do not have.
     window = c.get("sliding_window") if c.get("use_sliding_window", True) else None
     if window is None:
         return None
@@ -77,6 +82,7 @@ def _layer_windows(c: Mapping[str, Any], sliding: Callable[[int], bool]) -> tupl
 def _window_fields(config: DecoderConfig) -> dict[str, Any]:
     """``sliding_window`` and ``layer_types``; one window only, as ``config.json`` has no room for more."""
     windows: Any = config.windows or (None,) * config.layers
+    # A second width is lost here, and then refused by ``config_json.exact``.
     width = next((w for w in windows if w is not None), None)
     types = ["full_attention" if w is None else "sliding_attention" for w in windows]
     return {"sliding_window": width, "layer_types": types}
@@ -95,6 +101,7 @@ def _every_window(c: Mapping[str, Any]) -> int | None:
 
 
 def _moe(c: Mapping[str, Any], hidden: str, normalise: bool) -> Experts:
+    # Mixtral's name, then that of the later families.
     count = c.get("num_local_experts") or c.get("num_experts")
     if count is None:
         raise ValueError(f"config.json of this {c.get('model_type')} lacks 'num_experts'")
@@ -105,6 +112,7 @@ def _expert_fields(config: DecoderConfig) -> dict[str, Any]:
     if config.experts is None:
         raise ValueError(f"a {config.family} checkpoint needs experts; this model has none")
     fields = {"num_experts_per_tok": config.experts.per_token, "norm_topk_prob": config.experts.normalise}
+    # Both names: a reader takes the one of its family.
     return fields | {"num_experts": config.experts.count, "num_local_experts": config.experts.count}
 
 
@@ -120,6 +128,7 @@ def _mistral(c: dict) -> DecoderConfig:
 
 def _qwen2(c: dict) -> DecoderConfig:
     config_json.refuse(c)
+    # The layers below ``max_window_layers`` are those without a window, whatever the name suggests.
     windows = _layer_windows(c, lambda i: i >= c["max_window_layers"])
     return _config(c, "qwen2", qkv_bias=True, out_bias=False, windows=windows)
 
@@ -149,6 +158,7 @@ def _gemma2(c: dict) -> DecoderConfig:
 
 def _gemma3(c: dict) -> DecoderConfig:
     config_json.refuse(c, use_bidirectional_attention=False, attn_logit_softcapping=None)
+    # Five local layers to one global; the field became private before ``layer_types`` replaced it.
     pattern = c.get("sliding_window_pattern") or c.get("_sliding_window_pattern") or 6
     windows = _layer_windows(c, lambda i: (i + 1) % pattern != 0)
     # transformers 5 nests the parameters of the two kinds of layers; older files speak of the global ones and a base.
@@ -182,6 +192,7 @@ def _phi3(c: dict) -> DecoderConfig:
         if c.get(key):
             kind = c[key].get("rope_type") or c[key].get("type") or "default"
             c[key] = {**c[key], "rope_type": "longrope" if kind in ("su", "yarn") else kind}
+    # Plain Phi-3 files have the field as well, where it says nothing of the rotary embedding.
     if not (c.get("rope_scaling") or (c.get("rope_parameters") or {}).get("rope_type") == "longrope"):
         c.pop("original_max_position_embeddings", None)
     return _config(c, "phi3", windows=_every_window(c))
@@ -189,6 +200,7 @@ def _phi3(c: dict) -> DecoderConfig:
 
 def _mixtral(c: dict) -> DecoderConfig:
     config_json.refuse(c, attention_bias=False)
+    # Mixtral's default, which is not Llama's 1e4.
     rope = config_json.rope(c, rope_theta=1_000_000.0)
     experts = _moe(c, "intermediate_size", True)
     return _config(c, "mixtral", windows=_every_window(c), rope=rope, experts=experts)
@@ -196,6 +208,7 @@ def _mixtral(c: dict) -> DecoderConfig:
 
 def _qwen3_moe(c: dict) -> DecoderConfig:
     config_json.refuse(c)
+    # Layers of two kinds would have to be two stacks.
     if c.get("mlp_only_layers") or c.get("decoder_sparse_step", 1) != 1:
         raise ValueError(
             "qwen3_moe with some layers dense is not supported (mlp_only_layers="
@@ -212,6 +225,7 @@ def _olmoe(c: dict) -> DecoderConfig:
 
 
 def _gemma_out(config: DecoderConfig) -> dict[str, Any]:
+    # The power is not exact: 256 must come back as 256, and as the integer that transformers writes.
     scalar = round((config.attention_scale or config.head_size**-0.5) ** -2, 6)
     return {
         "hidden_activation": config_json.activation_name(config.activation),
@@ -230,8 +244,8 @@ def _gemma3_out(config: DecoderConfig) -> dict[str, Any]:
         "full_attention": config_json.rope_parameters(config.rope),
         "sliding_attention": config_json.rope_parameters(config.local_rope),
     }
-    old = {"rope_theta": config.rope.theta, "rope_local_base_freq": config.local_rope.theta}
-    return {**_gemma_out(config), **old, "rope_scaling": None, "rope_parameters": parameters}
+    legacy = {"rope_theta": config.rope.theta, "rope_local_base_freq": config.local_rope.theta}
+    return {**_gemma_out(config), **legacy, "rope_scaling": None, "rope_parameters": parameters}
 
 
 def _phi3_out(config: DecoderConfig) -> dict[str, Any]:
@@ -261,6 +275,7 @@ class _Spec:
         return Family(from_hf, config_json.exact(to_hf, from_hf), self.table, _IGNORED)
 
 
+# Defaults are those of transformers' config classes: files leave out what equals them.
 _SPECS = {
     "llama": _Spec(
         "Llama",

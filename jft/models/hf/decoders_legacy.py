@@ -41,18 +41,19 @@ def _gpt2_table(config: DecoderConfig) -> dict[str, Source]:
     table = sources(config, names, prefixes)
     for path, source in table.items():
         if path.startswith("layers/") and path.endswith("/w"):
+            # GPT-2's Conv1D stores [in, out], as jft does.
             table[path] = Source(source.name, source.shape[::-1], identity, source.aliases)
-    for i, which in enumerate("qkv"):
+    for i, part in enumerate("qkv"):
         view = functools.partial(_columns, start=i * D, stop=(i + 1) * D)
         for leaf, name, shape in (("w", "weight", (D, 3 * D)), ("b", "bias", (3 * D,))):
             spellings = [f"{prefix}h.{{layer}}.attn.c_attn.{name}" for prefix in prefixes]
-            table[f"layers/attn/{which}/{leaf}"] = Source(spellings[0], shape, view, tuple(spellings[1:]))
+            table[f"layers/attn/{part}/{leaf}"] = Source(spellings[0], shape, view, tuple(spellings[1:]))
     return table
 
 
 def _gpt2(c: dict) -> DecoderConfig:
     config_json.refuse(c, add_cross_attention=False)
-    scaled = c.get("scale_attn_weights", True)
+    scale_scores = c.get("scale_attn_weights", True)
     width = config_json.require(c, "n_embd")
     return DecoderConfig(
         family="gpt2",
@@ -69,7 +70,7 @@ def _gpt2(c: dict) -> DecoderConfig:
         mlp_bias=True,
         qkv_bias=True,
         out_bias=True,
-        attention_scale=None if scaled else 1.0,
+        attention_scale=None if scale_scores else 1.0,
         scale_by_layer=bool(c.get("scale_attn_by_inverse_layer_idx", False)),
         rope=None,
         tied=bool(c.get("tie_word_embeddings", True)),
@@ -91,6 +92,7 @@ def _gpt2_fields(config: DecoderConfig) -> dict[str, Any]:
         "n_positions": config.max_positions,
         "n_ctx": config.max_positions,
         "layer_norm_epsilon": config.norm_eps,
+        # The name in GPT-2's own files.
         "activation_function": "gelu_new" if config.activation == "gelu_tanh" else config.activation,
         "scale_attn_weights": config.attention_scale != 1.0,
         "scale_attn_by_inverse_layer_idx": config.scale_by_layer,
@@ -100,9 +102,10 @@ def _gpt2_fields(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _third(x: np.ndarray, heads: int, which: int) -> np.ndarray:
+def _third(x: np.ndarray, heads: int, index: int) -> np.ndarray:
     """Query, key or value of each head: ``[H * 3 * K, D]`` to ``[D, H, K]``, or ``[H * 3 * K]`` to ``[H, K]``."""
-    parts = x.reshape(heads, 3, -1, *x.shape[1:])[:, which]
+    # Head by head: q, k and v of the first, then of the second.
+    parts = x.reshape(heads, 3, -1, *x.shape[1:])[:, index]
     return np.moveaxis(parts, -1, 0) if x.ndim == 2 else parts
 
 
@@ -116,17 +119,18 @@ def _neox_table(config: DecoderConfig) -> dict[str, Source]:
     names = {f"layers/{path}": f"layers.{{layer}}.{name}" for path, name in _NEOX_MODULES.items()}
     names |= {"embed": "embed_in", "final_norm": "final_layer_norm", "head": "=embed_out"}
     table = sources(config, names, prefixes)
+    # Some checkpoints name the head as the other decoders do.
     if "head/w" in table:
         head = table["head/w"]
         table["head/w"] = Source(head.name, head.shape, head.view, ("lm_head.weight",))
     leaves = (
         (("w", "weight", (3 * D, D)), ("b", "bias", (3 * D,))) if config.qkv_bias else (("w", "weight", (3 * D, D)),)
     )
-    for i, which in enumerate("qkv"):
-        view: Callable[[np.ndarray], np.ndarray] = functools.partial(_third, heads=config.heads, which=i)
+    for i, part in enumerate("qkv"):
+        view: Callable[[np.ndarray], np.ndarray] = functools.partial(_third, heads=config.heads, index=i)
         for leaf, name, shape in leaves:
             spellings = [f"{prefix}layers.{{layer}}.attention.query_key_value.{name}" for prefix in prefixes]
-            path = f"layers/attn/{which}/{leaf}"
+            path = f"layers/attn/{part}/{leaf}"
             table[path] = Source(spellings[0], shape, view, tuple(spellings[1:]), _merge_heads)
     return table
 
@@ -134,6 +138,7 @@ def _neox_table(config: DecoderConfig) -> dict[str, Source]:
 def _neox(c: Mapping[str, Any]) -> DecoderConfig:
     config_json.refuse(c)
     bias = bool(c.get("attention_bias", True))
+    # Fields of older files; ``rope_parameters`` prevails where there is one.
     defaults = dict(rope_theta=c.get("rotary_emb_base", 10_000.0), partial_rotary_factor=c.get("rotary_pct", 0.25))
     return DecoderConfig(
         family="gpt_neox",
@@ -191,6 +196,7 @@ FAMILIES: dict[str, Family] = {
         _gpt2,
         config_json.exact(_gpt2_fields, _gpt2),
         _gpt2_table,
+        # ``attn.bias`` is the causal mask, a buffer.
         (r".*\.attn\.(masked_)?bias", r"lm_head\.weight", r"score\.weight"),
     ),
     "gpt_neox": Family(

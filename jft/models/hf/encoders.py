@@ -59,6 +59,7 @@ def _table(names: dict[str, str], prefix: str) -> Callable[[EncoderConfig], dict
 def _from_bert(family: str) -> Callable[[dict[str, Any]], EncoderConfig]:
     def from_hf(raw: dict[str, Any]) -> EncoderConfig:
         refuse(raw, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
+        # RoBERTa counts positions from its padding id + 1, a habit of fairseq.
         offset = raw.get("pad_token_id", 1) + 1 if family == "roberta" else 0
         return EncoderConfig(
             family=family,
@@ -72,6 +73,7 @@ def _from_bert(family: str) -> Callable[[dict[str, Any]], EncoderConfig]:
             types=raw.get("type_vocab_size", 2),
             activation=activation(raw.get("hidden_act", "gelu")),
             eps=raw.get("layer_norm_eps", 1e-12),
+            # A guess, which the tensor names correct (``refine``).
             pooler=family == "bert",
         )
 
@@ -94,6 +96,7 @@ def _to_bert(architecture: str) -> Callable[[EncoderConfig], dict[str, Any]]:
             "layer_norm_eps": config.eps,
         }
         roberta = config.family == "roberta"
+        # transformers derives the offset from the padding id.
         return out | ({"pad_token_id": config.position_offset - 1} if roberta else {})
 
     return to_hf
@@ -110,6 +113,7 @@ def _from_distil(raw: dict[str, Any]) -> EncoderConfig:
         positions=raw.get("max_position_embeddings", 512),
         types=0,
         activation=activation(raw.get("activation", "gelu")),
+        # Fixed in transformers' code: the config has no field for it.
         eps=1e-12,
         pooler=False,
     )

@@ -1,4 +1,4 @@
-"""Where the head of a `Classifier` lives in a Hugging Face checkpoint."""
+"""Tensor names of the head of a `Classifier` in a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from jft.models.hf.mapping import Family, Source, transposed
 
 KEY = "jft_classifier"
-"""Where ``config.json`` notes pool and dense of a classifier, which transformers has no names for."""
+"""The entry of ``config.json`` with pool and dense of a classifier, for which transformers has no names."""
 
 
 CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -27,14 +27,15 @@ def default_table(family: Family, config: Any) -> dict[str, Source]:
 
 def table(family: Family, config: Any, paths: list[str]) -> dict[str, Source]:
     """The `Source` of each head path of a `Classifier` config: the family's own where it has one."""
-    own = family.classifier(config.backbone, config.classes) if family.classifier else {}
-    known = default_table(family, config) | own
+    of_family = family.classifier(config.backbone, config.classes) if family.classifier else {}
+    known = default_table(family, config) | of_family
     return {path: known[path] for path in paths}
 
 
 def architecture(family: Family, config: Any) -> str | None:
     """The transformers class whose sequence classification this `Classifier` is; None where there is none."""
     defaults = getattr(config.backbone, "head_defaults", lambda: ("last", "none"))()
+    # With another pooling the class would load the weights and compute something else.
     if (config.pool, config.dense) != defaults:
         return None
     if family.classifier_architecture is not None:
@@ -49,8 +50,8 @@ def architecture(family: Family, config: Any) -> str | None:
 
 def _causal(family: Family, backbone: Any) -> str | None:
     """The causal language model class that a backbone is saved as, if it is one."""
-    found = family.to_hf(backbone).get("architectures") or [""]
-    return found[0] if found[0].endswith(CAUSAL) else None
+    architectures = family.to_hf(backbone).get("architectures") or [""]
+    return architectures[0] if architectures[0].endswith(CAUSAL) else None
 
 
 def is_head(path: str) -> bool:

@@ -1,4 +1,4 @@
-"""How jft parameters correspond to the tensors of a Hugging Face checkpoint: a `Source` per leaf, a `Family` per type."""
+"""The mapping between jft parameters and the tensors of a Hugging Face checkpoint: a `Source` per leaf, a `Family` per type."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def transposed(x: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where one jft leaf lives in a Hugging Face checkpoint.
+    """The tensor, or tensors, of one jft leaf in a Hugging Face checkpoint.
 
     name: tensor name; may hold ``{layer}`` and ``{expert}``, which run over the leaf's leading axes in that order.
     shape: shape of that one tensor (one layer, one expert).

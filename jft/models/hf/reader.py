@@ -44,7 +44,7 @@ class Leaf:
 
     @property
     def stacked(self) -> int:
-        """How many leading axes run over tensors."""
+        """The number of leading axes that run over tensors."""
         return stacked_axes(self.source)
 
 
@@ -53,23 +53,23 @@ def stacked_axes(source: Source) -> int:
     return ("{layer}" in source.name) + ("{expert}" in source.name)
 
 
-def tensor_name(template: str, place: tuple[int, ...]) -> str:
-    """The template at one place of the leading axes."""
+def tensor_name(template: str, position: tuple[int, ...]) -> str:
+    """The template at one position of the leading axes."""
     fields = [field for field in ("layer", "expert") if "{" + field + "}" in template]
-    for field, number in zip(fields, place, strict=True):
+    for field, number in zip(fields, position, strict=True):
         template = template.replace("{" + field + "}", str(number))
     return template
 
 
-def places(source: Source, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+def stack_indices(source: Source, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     """Every (layer, expert) of a leaf of this shape."""
     return itertools.product(*(range(n) for n in shape[: stacked_axes(source)]))
 
 
 def bind(checkpoint: Checkpoint, path: str, source: Source, shape: tuple[int, ...]) -> Leaf:
-    """The leaf's tensors, checked: each there under its name or an alias, of the shape and a dtype that is wanted."""
+    """The leaf's tensors, checked: each there under its name or an alias, of the right shape and a floating-point dtype."""
     source = _layout(checkpoint, source)
-    names = {place: _find(checkpoint, path, source, place) for place in places(source, shape)}
+    names = {position: _find(checkpoint, path, source, position) for position in stack_indices(source, shape)}
     for name in names.values():
         entry = checkpoint.entries[name]
         if entry.shape != tuple(source.shape):
@@ -77,6 +77,7 @@ def bind(checkpoint: Checkpoint, path: str, source: Source, shape: tuple[int, ..
                 f"tensor {name!r} in {entry.file} has shape {entry.shape}, but {path!r} wants {tuple(source.shape)}; "
                 "config.json and the weights do not belong together"
             )
+        # F64 to F8, and BF16; BOOL begins with a B too.
         if entry.dtype[:1] not in ("F", "B") or entry.dtype == "BOOL":
             raise LoadError(f"tensor {name!r} in {entry.file} has dtype {entry.dtype}, a weight must be floating point")
     return Leaf(path, source, shape, names)
@@ -84,15 +85,16 @@ def bind(checkpoint: Checkpoint, path: str, source: Source, shape: tuple[int, ..
 
 def _layout(checkpoint: Checkpoint, source: Source) -> Source:
     """The layout of a leaf that the checkpoint uses: the usual one unless only another is there."""
-    other, place = source.other, (0,) * stacked_axes(source)
-    if other is None or any(tensor_name(t, place) in checkpoint for t in (source.name, *source.aliases)):
+    # The first layer and expert stand for all: no checkpoint mixes layouts.
+    other, position = source.other, (0,) * stacked_axes(source)
+    if other is None or any(tensor_name(t, position) in checkpoint for t in (source.name, *source.aliases)):
         return source
     first = (0,) * stacked_axes(other)
     return other if any(tensor_name(t, first) in checkpoint for t in (other.name, *other.aliases)) else source
 
 
-def _find(checkpoint: Checkpoint, path: str, source: Source, place: tuple[int, ...]) -> str:
-    candidates = [tensor_name(template, place) for template in (source.name, *source.aliases)]
+def _find(checkpoint: Checkpoint, path: str, source: Source, position: tuple[int, ...]) -> str:
+    candidates = [tensor_name(template, position) for template in (source.name, *source.aliases)]
     for name in candidates:
         if name in checkpoint:
             return name
@@ -100,15 +102,15 @@ def _find(checkpoint: Checkpoint, path: str, source: Source, place: tuple[int, .
     raise LoadError(f"tensor {candidates[0]!r} (for {path!r}) is missing from {checkpoint.directory}{near}")
 
 
-def refuse_unexpected(checkpoint: Checkpoint, used: Iterable[str], ignored: Iterable[str]) -> None:
-    """``LoadError`` naming the tensors that no leaf reads and no pattern (``re.fullmatch``) excuses."""
+def refuse_unexpected(checkpoint: Checkpoint, read_names: Iterable[str], ignored: Iterable[str]) -> None:
+    """``LoadError`` naming the tensors that no leaf reads and no pattern (``re.fullmatch``) excepts."""
     patterns = [re.compile(pattern) for pattern in (*BUFFERS, *ignored)]
-    used = set(used)
-    extra = [n for n in checkpoint.entries if n not in used and not any(p.fullmatch(n) for p in patterns)]
+    read_names = set(read_names)
+    extra = [n for n in checkpoint.entries if n not in read_names and not any(p.fullmatch(n) for p in patterns)]
     if extra:
-        shown = ", ".join(repr(n) for n in extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
+        first_names = ", ".join(repr(n) for n in extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
         raise LoadError(
-            f"{checkpoint.directory} holds {shown}, which the model that config.json describes does not have; "
+            f"{checkpoint.directory} holds {first_names}, which the model that config.json describes does not have; "
             "loading would drop it silently"
         )
 
@@ -124,20 +126,22 @@ def read(checkpoint: Checkpoint, leaf: Leaf, index: tuple[slice, ...], dtype: np
     out = np.empty([stop - start for start, stop in bounds], dtype)
     lead, inner = bounds[: leaf.stacked], tuple(slice(*b) for b in bounds[leaf.stacked :])
 
-    def copy(place: tuple[int, ...]) -> None:
-        name = leaf.names[place]
+    def copy(position: tuple[int, ...]) -> None:
+        name = leaf.names[position]
         part = _part(leaf, leaf.source.view(checkpoint.tensor(name)), inner)
-        target = out[tuple(p - start for p, (start, _) in zip(place, lead, strict=True))] if place else out
+        target = out[tuple(p - start for p, (start, _) in zip(position, lead, strict=True))] if position else out
         _copy(target, part, lambda: checkpoint.release(name))
 
-    todo = list(itertools.product(*(range(*b) for b in lead)))
-    workers = min(len(todo), 8, os.cpu_count() or 1)
+    positions = list(itertools.product(*(range(*b) for b in lead)))
+    # Threads: numpy's copies, which read the pages of the file, release the GIL.
+    workers = min(len(positions), 8, os.cpu_count() or 1)
     if workers > 1:
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(copy, todo))
+            # list() raises here what a worker raised.
+            list(pool.map(copy, positions))
     else:
-        for place in todo:
-            copy(place)
+        for position in positions:
+            copy(position)
     return out
 
 
@@ -148,7 +152,7 @@ def _part(leaf: Leaf, view: np.ndarray, inner: tuple[slice, ...]) -> np.ndarray:
         if view.shape != shape:
             raise LoadError(f"the view of {leaf.source.name!r} has shape {view.shape}, {leaf.path!r} has {shape}")
         return view[inner]
-    if view.shape[0] == shape[0]:  # rows of both are the same: only those wanted are read and reshaped
+    if view.shape[0] == shape[0]:  # rows of both are the same: only the rows of ``inner`` are read and reshaped
         view = view[inner[0]]
         return view.reshape(len(view), *shape[1:])[(slice(None), *inner[1:])]
     return view.reshape(shape)[inner]
@@ -161,6 +165,7 @@ def _copy(out: np.ndarray, part: np.ndarray, release: Any) -> None:
     if out.ndim == 0:
         out[...] = part
         return release()
+    # The stride of an axis of size 1 means nothing.
     axis = max(range(part.ndim), key=lambda i: (part.shape[i] > 1, abs(part.strides[i])))
     transposed = part.ndim > 1 and axis == part.ndim - 1
     per_row = math.prod(part.shape) // part.shape[axis] * part.itemsize
@@ -169,9 +174,10 @@ def _copy(out: np.ndarray, part: np.ndarray, release: Any) -> None:
     target, bits = _as_bits(out), part.dtype == out.dtype
     copied = 0
     for start in range(0, part.shape[axis], step):
-        where = (slice(None),) * axis + (slice(start, start + step),)
-        piece = part[where]
-        target[where] = _as_bits(piece if bits else piece.astype(out.dtype, order="K"))
+        selection = (slice(None),) * axis + (slice(start, start + step),)
+        piece = part[selection]
+        # In the file's order, so that the conversion reads front to back; the assignment transposes.
+        target[selection] = _as_bits(piece if bits else piece.astype(out.dtype, order="K"))
         copied += piece.nbytes
         if copied >= CHUNK:
             release()

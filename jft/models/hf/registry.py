@@ -15,14 +15,16 @@ MODULES = ("decoders", "encoders", "vision", "seq2seq")
 
 @functools.cache
 def families() -> dict[str, Family]:
-    """``{model_type: Family}`` over all modules; imported when first asked for."""
+    """``{model_type: Family}`` over all modules; imported at first use."""
     merged: dict[str, Family] = {}
     for module in MODULES:
-        found: dict[str, Family] = importlib.import_module(f"jft.models.hf.{module}").FAMILIES
-        twice = merged.keys() & found.keys()
-        if twice:
-            raise ValueError(f"model type {min(twice)!r} is defined twice, the second time in jft.models.hf.{module}")
-        merged |= found
+        of_module: dict[str, Family] = importlib.import_module(f"jft.models.hf.{module}").FAMILIES
+        duplicates = merged.keys() & of_module.keys()
+        if duplicates:
+            raise ValueError(
+                f"model type {min(duplicates)!r} is defined twice, the second time in jft.models.hf.{module}"
+            )
+        merged |= of_module
     return merged
 
 

@@ -16,7 +16,7 @@ def _from_hf(raw: dict[str, Any]) -> T5Config:
         raise ValueError(f"config.json: feed_forward_proj = {raw['feed_forward_proj']!r} is not supported")
     # v1.1 said "tie_word_embeddings: false"; transformers reads that as "do not scale" and saves it under the other name.
     # Whether there is a head of its own, the tensor names tell.
-    scaled = raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings") is not False)
+    scale = raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings") is not False)
     return T5Config(
         vocab=raw.get("vocab_size", 32128),
         width=raw.get("d_model", 512),
@@ -30,14 +30,16 @@ def _from_hf(raw: dict[str, Any]) -> T5Config:
         # "gated-gelu" has always meant the tanh approximation, "gated-silu" and others what they say
         activation="gelu_tanh" if gated and name == "gelu" else activation(name),
         gated=bool(gated),
-        tied=scaled,
-        scale_outputs=scaled,
+        tied=scale,
+        scale_outputs=scale,
         eps=raw.get("layer_norm_epsilon", 1e-6),
+        # T5 starts its decoder with the padding id, 0.
         start=raw.get("decoder_start_token_id") or 0,
     )
 
 
 def _to_hf(config: T5Config) -> dict[str, Any]:
+    # After "gated-", "gelu" is the tanh form, so the exact one goes by its other name.
     gated = {"gelu_tanh": "gelu", "gelu": "gelu_python"} if config.gated else {}
     name = gated.get(config.activation, activation_name(config.activation))
     return {
@@ -63,6 +65,7 @@ def _to_hf(config: T5Config) -> dict[str, Any]:
 
 def _table(config: T5Config) -> dict[str, Source]:
     out, inner = Sources(prefixes=("", "transformer.")), config.heads * config.head
+    # One embedding, which files may repeat on either side.
     out.leaf(
         "embed/table",
         "shared.weight",
@@ -82,6 +85,7 @@ def _table(config: T5Config) -> dict[str, Source]:
             out.norm(f"{path}_norm", f"{stem}.layer.{sublayer}.layer_norm", config.width, bias=False)
         _mlp(out, side, f"{side}.block.{{layer}}.layer.{len(attention)}", config)
         out.norm(f"{side}/final_norm", f"{side}.final_layer_norm", config.width, bias=False)
+        # Stored in the first block; all blocks of a side share it.
         relative = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias"
         out.table(f"{side}/relative", relative, config.buckets, config.heads)
     if not config.tied:

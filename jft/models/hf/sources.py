@@ -26,6 +26,7 @@ class Sources:
 
     def leaf(self, path: str, name: str, shape: tuple[int, ...], *others: str, **options: Any) -> None:
         """One leaf under ``name``, or one of ``others``, with each of the prefixes."""
+        # Saving writes the first of them.
         first, *aliases = (prefix + n for n in (name, *others) for prefix in self.prefixes)
         self.table_of[path] = Source(first, shape, aliases=tuple(aliases), **options)
 
@@ -66,12 +67,13 @@ def sources(config: DecoderConfig, names: Mapping[str, str], prefixes: tuple[str
     table = {}
     for path, shape in config.shapes().items():
         module, leaf = path.rsplit("/", 1)
+        # Fused modules have no name of their own here: the family's table adds them.
         if module not in names:
             continue
         name = f"{names[module]}.{_LEAVES[leaf]}"
         spellings = (name[1:],) if name.startswith("=") else tuple(prefix + name for prefix in prefixes)
-        one = shape[name.count("{layer}") + name.count("{expert}") :]
-        shape, view = (one[::-1], transposed) if leaf == "w" else (one, identity)
+        tensor_shape = shape[name.count("{layer}") + name.count("{expert}") :]
+        shape, view = (tensor_shape[::-1], transposed) if leaf == "w" else (tensor_shape, identity)
         table[path] = Source(spellings[0], shape, view, spellings[1:])
     return table
 

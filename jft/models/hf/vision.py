@@ -44,6 +44,7 @@ def _flat(x: np.ndarray) -> np.ndarray:
 
 
 def _token(x: np.ndarray) -> np.ndarray:
+    # Stored with the axes of a batch and of a token.
     return x[0, 0]
 
 
@@ -59,7 +60,7 @@ def _patch(out: Sources, path: str, name: str, config: VisionConfig) -> None:
 
 
 def _square(raw: dict[str, Any], key: str, default: int) -> int:
-    """A side length given as one number or as equal height and width."""
+    """A side length, in the file one number or equal height and width."""
     value = raw.get(key, default)
     sides = set(value) if isinstance(value, list | tuple) else {value}
     if len(sides) != 1:
@@ -87,6 +88,7 @@ def _vit_from_hf(raw: dict[str, Any]) -> VisionConfig:
 
 
 def _vit_to_hf(config: VisionConfig) -> dict[str, Any]:
+    # CLIP's towers are of this class too, and no ViT file can express them.
     if config.embed_norm or not config.patch_bias:
         raise ValueError("a ViT checkpoint has no norm before its layers and a bias on its patches; this model differs")
     return {"architectures": ["ViTModel"], "model_type": "vit", "qkv_bias": config.qkv_bias, **_tower(config)}
@@ -150,6 +152,7 @@ def _clip_from_hf(raw: dict[str, Any]) -> ClipConfig:
             hidden=vision.get("intermediate_size", 3072),
             activation=activation(vision.get("hidden_act", "quick_gelu")),
             eps=vision.get("layer_norm_eps", 1e-5),
+            # So in every CLIP checkpoint; the config has no fields for these two.
             patch_bias=False,
             embed_norm=True,
             family="clip_vision_model",
@@ -175,19 +178,19 @@ def _clip_to_hf(config: ClipConfig) -> dict[str, Any]:
         raise ValueError(
             "a CLIP checkpoint's image tower has no patch bias and no pooler, a norm before its layers, and biases"
         )
-    shared = {"projection_dim": config.projection}
+    projection_field = {"projection_dim": config.projection}
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
-        **shared,
-        "vision_config": {"model_type": "clip_vision_model", **_tower(vision), **shared},
+        **projection_field,
+        "vision_config": {"model_type": "clip_vision_model", **_tower(vision), **projection_field},
         "text_config": {
             "model_type": "clip_text_model",
             "vocab_size": text.vocab,
             "max_position_embeddings": text.positions,
             "eos_token_id": text.eos,
             **_sizes(text),
-            **shared,
+            **projection_field,
         },
     }
 

@@ -66,17 +66,18 @@ def write_weights(directory: Path | None, tensors: Sequence[Tensor], shard_bytes
 
 def _split(tensors: Sequence[Tensor], shard_bytes: float) -> list[list[Tensor]]:
     shards: list[list[Tensor]] = [[]]
-    held = 0
+    size = 0
     for tensor in tensors:
-        if shards[-1] and held + tensor.nbytes > shard_bytes:
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
             shards.append([])
-            held = 0
+            size = 0
         shards[-1].append(tensor)
-        held += tensor.nbytes
+        size += tensor.nbytes
     return shards
 
 
 def _write_file(file: Path, tensors: Sequence[Tensor]) -> None:
+    # transformers refuses a file that does not name its framework.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     # Wide dtypes first keeps every tensor aligned, which readers that map the file rely on.
@@ -89,6 +90,7 @@ def _write_file(file: Path, tensors: Sequence[Tensor]) -> None:
         }
         offset += tensor.nbytes
     raw = json.dumps(header, separators=(",", ":")).encode()
+    # Tensors begin after the header, so its length is part of their alignment.
     raw += b" " * (-len(raw) % 8)
     with file.open("wb") as handle:
         handle.write(len(raw).to_bytes(8, "little") + raw)
@@ -101,6 +103,7 @@ def _write(handle: Any, value: np.ndarray) -> None:
     """The bytes in C order; a transposed matrix a few rows at a time, which is faster and needs no second copy."""
     pieces = [value] if value.flags.c_contiguous else (value[i : i + ROWS] for i in range(0, len(value), ROWS))
     for piece in pieces:
+        # As bytes: the buffer protocol knows no bfloat16.
         handle.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
 
 
@@ -111,13 +114,14 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
         _sync(handle)
 
 
+# On disk before the directory is renamed: after a crash the name must not stand over half a file.
 def _sync(handle: Any) -> None:
     handle.flush()
     os.fsync(handle.fileno())
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse a target that something else occupies; ``ValueError`` saying what would have to be said or done."""
+    """Check of a target: ``ValueError`` with the way out where something else occupies it."""
     if not target.exists():
         return
     if not target.is_dir():
@@ -132,28 +136,32 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def whole_directory(target: Path) -> Iterator[Path]:
-    """A directory to fill beside ``target``, which takes its place when the block ends well, and is removed when not."""
+    """A temporary directory next to ``target`` that replaces it when the block ends well, and is removed when not."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
+        # mkdtemp makes it private; readers need the permissions that mkdir gives.
         partial.chmod(0o777 & ~_umask())
         yield partial
         _swap(partial, target)
     finally:
+        # Not there any more where the block ended well: it has become the target.
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _umask() -> int:
+    # The umask can be read only by setting it.
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def _swap(partial: Path, target: Path) -> None:
-    """Rename over ``target``; what stood there is moved aside first, and back should the rename fail."""
+    """Rename over ``target``: the old directory is moved away first, and back should the rename fail."""
     if not target.exists():
         os.rename(partial, target)
         return
+    # A rename cannot replace a directory that is not empty.
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
     os.rename(target, aside / "old")
     try:
