@@ -73,10 +73,10 @@ def importance(calibration: Calibration, batches: int = 1) -> dict[str, np.ndarr
 
     dw is the first step of the run's optimizer, g the mean gradient of ``batches`` batches after it, the step's own first.
     """
-    after = calibration.after(1)
-    gradient = after.gradient(batches)
+    after = calibration.tuned(1)
+    gradient = calibration.at(after).gradient(batches)
     return {
-        p: _lowering(gradient[p], after.params[p], calibration.params[p], tree.stack_of(p) is not None)
+        p: _lowering(gradient[p], after[p], calibration.params[p], tree.stack_of(p) is not None)
         for p in calibration.paths
     }
 

@@ -83,6 +83,10 @@ class Calibration(Protocol):
         """
         ...
 
+    def at(self, weights: Mapping[str, Array]) -> Calibration:
+        """The same at other weights, by path, of some or all that it has; the data begin where they do here."""
+        ...
+
     def with_objective(self, objective: Any) -> Calibration:
         """The same, with gradients and their powers of another loss (:class:`jft.train.objectives.Objective`)."""
         ...

@@ -311,9 +311,13 @@ class RunCalibration:
 
     def after(self, steps: int, how: Any = None) -> RunCalibration:
         trained = self._trained(steps, how=how, begins=True)
-        other = copy.copy(self)
-        other.params = {**self.params, **{p: trained[p] for p in self.paths}}
+        other = self.at({p: trained[p] for p in self.paths})
         other._passed = self._passed + steps
+        return other
+
+    def at(self, weights: Mapping[str, Array]) -> RunCalibration:
+        other = copy.copy(self)
+        other.params = {**self.params, **weights}
         other._tree = tree.like(self._tree, other.params)
         return other
 

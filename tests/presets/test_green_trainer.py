@@ -22,7 +22,7 @@ MUTATIONS = (
         "gradient = after.gradient(batches)",
         "gradient = calibration.gradient(batches)",
     ),
-    ("jft/presets/green_trainer.py", "after.gradient(batches)", "after.gradient(batches + 1)"),
+    ("jft/presets/green_trainer.py", ".at(after).gradient(batches)", ".at(after).gradient(batches + 1)"),
     ("jft/presets/green_trainer.py", "jnp.sum(gradient * moved", "jnp.sum(abs(gradient * moved)"),
     ("jft/presets/green_trainer.py", "np.asarray(-jnp.sum", "np.asarray(jnp.sum"),
     ("jft/presets/green_trainer.py", "(self.fraction * (forward + full) - forward) / full", "self.fraction"),
