@@ -19,8 +19,8 @@ from tests.methods import decoder
 MUTATIONS = (
     (
         "jft/presets/green_trainer.py",
-        "gradient = after.gradient(batches)",
-        "gradient = calibration.gradient(batches)",
+        "calibration.at(after).gradient(batches)",
+        "calibration.gradient(batches)",
     ),
     ("jft/presets/green_trainer.py", ".at(after).gradient(batches)", ".at(after).gradient(batches + 1)"),
     ("jft/presets/green_trainer.py", "jnp.sum(gradient * moved", "jnp.sum(abs(gradient * moved)"),
