@@ -34,6 +34,7 @@ _PUBLIC = {
 }
 __all__ = ["__version__", *_PUBLIC]
 
+# Type checkers and editors do not run __getattr__; they read these imports instead.
 if TYPE_CHECKING:
     import jft.analysis as analysis
     import jft.data as data
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from jft.train.finetune import finetune
 
 
+# Module-level __getattr__ (PEP 562): called for names that the module does not hold.
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'jft' has no attribute {name!r}")

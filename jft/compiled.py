@@ -28,15 +28,17 @@ def program_cache(make: Any = None, *, maxsize: int = 32) -> Any:
     if make is None:
         return functools.partial(program_cache, maxsize=maxsize)
     # 1, 1.0 and True are equal, and programs around them are not.
-    kept = functools.lru_cache(maxsize=maxsize, typed=True)(make)
+    cache = functools.lru_cache(maxsize=maxsize, typed=True)(make)
 
     @functools.wraps(make)
-    def found(*static: Any, **named: Any) -> Any:
+    def cached(*static: Any, **named: Any) -> Any:
         try:
+            # Tested before the call: a TypeError that `make` raises must not be taken for an argument without a hash.
             hash((static, tuple(named.values())))
         except TypeError:
             return make(*static, **named)
-        return kept(*static, **named)
+        return cache(*static, **named)
 
-    found.cache_clear, found.cache_info = kept.cache_clear, kept.cache_info  # type: ignore[attr-defined]
-    return found
+    # functools.wraps copies the attributes of `make`, which has none of these.
+    cached.cache_clear, cached.cache_info = cache.cache_clear, cache.cache_info  # type: ignore[attr-defined]
+    return cached

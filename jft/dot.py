@@ -30,6 +30,7 @@ def take(w: Any, ids: Array, dtype: Any) -> Array:
     """Rows ``ids`` of an embedding table ``w[rows, D]``, in ``dtype``."""
     if hasattr(w, "__jft_take__"):
         return w.__jft_take__(ids).astype(dtype)
+    # The default mode, fill, compares every id with the bounds and selects NaN for those outside them.
     return jnp.take(w, ids, axis=0, mode="clip").astype(dtype)
 
 
@@ -50,6 +51,7 @@ def expert_dot(x: Array, w: Any) -> Array:
     """``[E, N, out]`` of every matrix of ``w[E, in, out]``: x ``[N, in]``, the same rows for all, or ``[E, N, in]``."""
     if hasattr(w, "__jft_expert_dot__"):
         return w.__jft_expert_dot__(x)
+    # A structured weight is a pytree with the leading axis E in every leaf, so vmap maps over it as over an array.
     return jax.vmap(dot, in_axes=(0 if x.ndim == 3 else None, 0))(x, w)
 
 

@@ -18,5 +18,6 @@ def nearest(
 
     n: words at the most, nearest first, joined by commas. cutoff: how alike they must be, of 0 (any will do) to 1 (equal).
     """
+    # str: keys of a user's file may be numbers or None, which difflib refuses.
     close = difflib.get_close_matches(str(word), [str(k) for k in known], n=n, cutoff=cutoff)
     return hint.format(", ".join(close)) if close else otherwise

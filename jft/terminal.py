@@ -11,6 +11,7 @@ _PIPED = 150
 _ENDLESS = 1_000_000
 
 
+# rich is imported inside the functions: most uses of the library print no table.
 def table(
     headers: Sequence[str],
     rows: Iterable[Sequence[object]],
@@ -32,6 +33,7 @@ def table(
         out.add_column(Text(header), justify=justify, no_wrap=header not in fold, overflow="fold")  # type: ignore[arg-type]
     lines = list(rows)
     for i, row in enumerate(lines):
+        # Text, not str: rich would read [brackets] of a path or a pattern as markup.
         out.add_row(*(Text(str(cell)) for cell in row), style="bold" if total and i == len(lines) - 1 else None)
     return out
 
@@ -42,6 +44,7 @@ def show(table: Any) -> None:
 
     console = Console(highlight=False)
     if not console.is_terminal:
+        # A table is measured against the console's own width, so it must be told that there is no limit.
         endless = console.options.update(width=_ENDLESS)
         console.width = max(console.width, _PIPED, console.measure(table, options=endless).minimum)
     console.print(table)

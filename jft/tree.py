@@ -60,6 +60,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict:
 
 def like(tree: Tree, flat: Mapping[str, Any]) -> Tree:
     """``tree`` with its leaves replaced by those of ``flat`` (every path must be there): keeps non-dict containers."""
+    # By path, not by position: ``flat`` may come from a file, in any order.
     keyed, treedef = jax.tree_util.tree_flatten_with_path(tree)
     return jax.tree_util.tree_unflatten(treedef, [flat[path_of(keys)] for keys, _ in keyed])
 
@@ -102,8 +103,10 @@ def matching(paths: Iterable[str], patterns: str | Iterable[str], what: str = "p
     for pattern in patterns:
         hit = matcher(pattern)
         if not any(hit(p) for p in paths):
+            # No cutoff: a regular expression resembles no path closely, and some hint is better than none.
             near = nearest(pattern, paths, n=3, cutoff=0.0, hint="; nearest paths: {}")
             raise ValueError(f"{what} {pattern!r} matches no weight{near}")
+    # One pass over all patterns: a path that matches two of them is listed once, in the order of the paths.
     hit = matcher(patterns)
     return [p for p in paths if hit(p)]
 
@@ -117,18 +120,20 @@ def stack_of(path: str) -> str | None:
 
     Leaves of a stack of jft's own models begin with the axis L. ``layers`` is a whole key that has others below it.
     """
-    head, found, _ = f"/{path}".partition("/layers/")
-    return f"{head}/layers"[1:] if found else None
+    # The slash in front lets a stack at the root match as well; it is taken off again below.
+    head, separator, _ = f"/{path}".partition("/layers/")
+    return f"{head}/layers"[1:] if separator else None
 
 
 def stacks(leaves: Mapping[str, Any]) -> dict[str, int]:
     """``{"text/layers": L}``: the stacks of ``{path: array or shape struct}`` and how many layers each has."""
-    found: dict[str, int] = {}
+    lengths: dict[str, int] = {}
     for path, leaf in leaves.items():
         stack = stack_of(path)
         if stack is not None:
-            found.setdefault(stack, leaf.shape[0])
-    return found
+            # All leaves of a stack have the same first axis, so the first one says how long it is.
+            lengths.setdefault(stack, leaf.shape[0])
+    return lengths
 
 
 def lead(path: str, ndim: int, stacked: bool) -> int:
@@ -136,6 +141,7 @@ def lead(path: str, ndim: int, stacked: bool) -> int:
 
     stacked: the model is one of jft's, whose leaves under ``layers/`` begin with the axis L.
     """
+    # The larger of both: layers ``[L, D]`` of vectors show one axis, experts ``[L, E, I, O]`` two.
     return max(int(stacked and stack_of(path) is not None), ndim - 2)
 
 
@@ -144,8 +150,8 @@ def layer_of(path: str) -> tuple[str, int] | None:
 
     Layers are numbered under ``layer``, ``layers``, ``block``, ``blocks`` or ``h``, as ``blocks/3/...`` or ``blocks_3/...``.
     """
-    found = _NUMBERED.search(path)
-    return (path[: found.end()], int(found[1])) if found else None
+    match = _NUMBERED.search(path)
+    return (path[: match.end()], int(match[1])) if match else None
 
 
 def partition(tree: Tree, keep: Callable[[str], bool]) -> tuple[Tree, Tree]:
@@ -158,6 +164,7 @@ def partition(tree: Tree, keep: Callable[[str], bool]) -> tuple[Tree, Tree]:
 
 def combine(first: Tree, second: Tree) -> Tree:
     """The inverse of :func:`partition`."""
+    # None has to count as a leaf here: JAX sees it as an empty subtree, and the structures would differ.
     return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None)
 
 
@@ -185,6 +192,7 @@ def cast(tree: Tree, dtype: Any) -> Tree:
 
 def concrete(x: Any) -> bool:
     """Whether ``x`` has values: not under a transformation, not a shape alone."""
+    # Tracers are instances of jax.Array too, hence the second test.
     return isinstance(x, jax.Array | np.ndarray) and not isinstance(x, jax.core.Tracer)
 
 
@@ -198,9 +206,11 @@ def visible(*arrays: Any) -> bool:
 def host(x: Any) -> np.ndarray:
     """``x`` in this process's memory, contiguous; gathered where not :func:`visible`: then all processes must call."""
     if not visible(x) and isinstance(x, jax.Array):
+        # Imported here: only runs of several processes need it.
         from jax.experimental import multihost_utils
 
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    # ascontiguousarray gives a scalar one axis; reshape takes it away again.
     return np.ascontiguousarray(np.asarray(x)).reshape(np.shape(x))
 
 
@@ -213,11 +223,13 @@ def _mix(h: jax.Array) -> jax.Array:
 
 def _words(x: jax.Array) -> jax.Array:
     """The bits of each element as uint32, sub-words of wider types folded together."""
+    # bitcast_convert_type refuses bool and complex types.
     if x.dtype == jnp.bool_:
         return x.astype(jnp.uint32)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return _mix(_words(x.real)) ^ _words(x.imag)
     width = np.dtype(x.dtype).itemsize
+    # An 8-byte type becomes two uint32: JAX has no uint64 unless 64-bit types are enabled.
     if width == 8:
         low_high = jax.lax.bitcast_convert_type(x, jnp.uint32)
         return _mix(low_high[..., 0]) ^ low_high[..., 1]
@@ -228,10 +240,12 @@ def _words(x: jax.Array) -> jax.Array:
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
     """Two uint32 sums over elements of a hash of (index, bits): exact integers, hence the same under any sharding."""
-    place = jnp.zeros(x.shape, jnp.uint32)
+    # Mixed axis by axis, because a flat index would wrap beyond 2**32 elements; the constant is that of the golden ratio.
+    position = jnp.zeros(x.shape, jnp.uint32)
     for axis in range(x.ndim):
-        place = _mix(place + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) + jnp.uint32(0x9E3779B9 + axis))
-    words = _mix(_words(x) ^ place)
+        position = _mix(position + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) + jnp.uint32(0x9E3779B9 + axis))
+    words = _mix(_words(x) ^ position)
+    # Sums modulo 2**32 do not depend on the order of their terms; two of them make 64 bits.
     return jnp.stack([jnp.sum(words, dtype=jnp.uint32), jnp.sum(_mix(words + jnp.uint32(1)), dtype=jnp.uint32)])
 
 
@@ -241,6 +255,7 @@ def checksums(tree: Tree) -> dict[str, str]:
     Contents enter as order-free integer checksums computed where the shards live, so nothing is gathered.
     """
     flat = flatten(tree)
+    # One transfer at the end: the checksums of all leaves run without a wait between them.
     sums = jax.device_get({p: _checksum(jnp.asarray(x)) for p, x in flat.items()})
     described = {p: f"{tuple(x.shape)}:{np.dtype(x.dtype).name}:{sums[p].tolist()}" for p, x in flat.items()}
     return {p: hashlib.sha256(text.encode()).hexdigest()[:16] for p, text in described.items()}
@@ -253,10 +268,12 @@ def fingerprint(tree: Tree) -> str:
 
 def fingerprint_of(sums: Mapping[str, str]) -> str:
     """The :func:`fingerprint` of a tree whose :func:`checksums` are known."""
+    # Sorted: dicts restored from a file may have another order than those of the run that wrote it.
     lines = "".join(f"{path}:{sums[path]}\n" for path in sorted(sums))
     return hashlib.sha256(lines.encode()).hexdigest()[:32]
 
 
 def key_for(key: jax.Array, path: str) -> jax.Array:
     """A random key that depends on ``key`` and the path alone: the same draw wherever and in whatever order it is made."""
+    # sha256, not hash(): Python salts the hash of a string anew in each process.
     return jax.random.fold_in(key, int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "little"))

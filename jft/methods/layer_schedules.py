@@ -23,9 +23,11 @@ class Staged(Schedule):
 
     def stage(self, step: int, steps: int) -> int:
         """The stage, from 0, of update ``step`` out of ``steps``."""
+        # Integer arithmetic, so that stages are equal to within one step and the last one ends with the run.
         return step // self.every if self.every else step * self.stages // steps
 
     def due(self, step: int, steps: int) -> bool:
+        # Not at step 0: the method of the first stage is what the run begins with.
         return step > 0 and self.stage(step, steps) != self.stage(step - 1, steps)
 
     def method_at(self, method: Method, step: int, steps: int) -> Method:
@@ -51,6 +53,7 @@ class Decided(Schedule):
             raise ValueError(f"a decision every {self.every} steps; at least 1")
 
     def due(self, step: int, steps: int) -> bool:
+        # Not at step 0: the run itself decides before its first step.
         return step > 0 and step % self.every == 0
 
     def renew(self, standing: Standing) -> Renewal:

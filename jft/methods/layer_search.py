@@ -17,10 +17,10 @@ def stacks(calibration: Calibration) -> dict[str, int]:
         raise ValueError(
             "layers are told apart in jft's own models, whose weights are stacked; select by pattern instead"
         )
-    found = tree.stacks({p: calibration.params[p] for p in calibration.paths})
-    if not found:
+    lengths = tree.stacks({p: calibration.params[p] for p in calibration.paths})
+    if not lengths:
         raise ValueError(f"none of the candidates is in a layer: {', '.join(calibration.paths[:3])}")
-    return found
+    return lengths
 
 
 def better(metric: str, metrics: Mapping[str, float]) -> float:

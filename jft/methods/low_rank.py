@@ -44,16 +44,18 @@ class LowRank(Additive):
 
     def leaves(self, at: Any = None) -> tuple[Any, Any]:
         rates = {"a": self.rate, "b": self.rate * self.b_rate}
-        found = {name: dataclasses.replace(leaf, rate=rates[name]) for name, leaf in delta.LowRank.leaves.items()}
-        return delta.Leaf(), found
+        trained = {name: dataclasses.replace(leaf, rate=rates[name]) for name, leaf in delta.LowRank.leaves.items()}
+        return delta.Leaf(), trained
 
     def init(self, key: Array, w: Array, at: Array | None = None, base: Array | None = None) -> tuple[Any, Any]:
         *lead, rows, columns = w.shape
         bound = 1 / math.sqrt(rows)
         a = jax.random.uniform(key, (*lead, rows, self.rank), jnp.float32, -bound, bound)
+        # One factor at zero: the run starts exactly at the base, and the gradient of b is not zero.
         return w, {"a": a, "b": jnp.zeros((*lead, self.rank, columns), jnp.float32)}
 
     def change(self, kept: Any, trained: Any) -> delta.Change:
+        # The scale goes into b, so that the change is a plain product and a saved vector needs no scale.
         return delta.LowRank(trained["a"], self.scale * trained["b"])
 
 
@@ -65,6 +67,7 @@ class LowRankFixed(LowRank):
     """
 
     def fitted(self, **told: Any) -> Parametrisation:
+        # Not LowRank's: with a selection that would build a WithLowRank, which keeps only the weight and would lose ``a``.
         return Parametrisation.fitted(self, **told)
 
     def leaves(self, at: Any = None) -> tuple[Any, Any]:
@@ -94,13 +97,15 @@ class WithLowRank(Composed):
     low_rank: LowRank
 
     def leaves(self, at: Any = None) -> tuple[Any, Any]:
-        kept, own = self.first.leaves(at)
-        return kept, {"own": own, "low_rank": self.low_rank.leaves()[1]}
+        kept, first = self.first.leaves(at)
+        # The kept weight of LowRank is left out: the one of ``first`` serves both.
+        return kept, {"own": first, "low_rank": self.low_rank.leaves()[1]}
 
     def init(self, key: Array, w: Array, at: Array | None = None, base: Array | None = None) -> tuple[Any, Any]:
+        # Two keys, or the draw of ``a`` would be correlated with that of scores or gates.
         one, two = jax.random.split(key)
-        kept, own = self.first.init(one, w, at, base)
-        return kept, {"own": own, "low_rank": self.low_rank.init(two, w)[1]}
+        kept, first = self.first.init(one, w, at, base)
+        return kept, {"own": first, "low_rank": self.low_rank.init(two, w)[1]}
 
     def _added(self, w: Any, trained: Any, held: bool) -> delta.Changed:
         return delta.Changed(w, self.low_rank.change(None, trained["low_rank"]), held)
@@ -121,8 +126,8 @@ class WithLowRank(Composed):
                 "WithLowRank cannot change what it selects during a run and keep the values of what it leaves: use a schedule "
                 "that resets them, or train the selected parts without the low-rank change"
             )
-        own = self.first.encode(base, kept, trained["own"])
-        return own + self.low_rank.encode(base, kept, trained["low_rank"])
+        first = self.first.encode(base, kept, trained["own"])
+        return first + self.low_rank.encode(base, kept, trained["low_rank"])
 
     def penalty(self, kept: Any, trained: Any) -> Array | None:
         return self.first.penalty(kept, trained["own"])
@@ -131,4 +136,5 @@ class WithLowRank(Composed):
         return self.first.spread(kept, values["own"], fill)
 
     def collect(self, kept: Any, dense: Array) -> Any:
+        # No low-rank part: the caller keeps the factors that it has.
         return {"own": self.first.collect(kept, dense)}

@@ -23,6 +23,7 @@ class Mask(Parametrisation):
     """
 
     lead: int | None = None
+    # In bfloat16, scores near the threshold would round onto it and flip their bit.
     exact = True
 
     def mask(self, trained: Array) -> Array:
@@ -36,8 +37,9 @@ class Mask(Parametrisation):
     def form(self, parts: tuple[Array, Array]) -> Array:
         """``w * mask`` in float32, for one matrix."""
         w, s = parts
-        there = self.fitted(lead=0).mask(jax.lax.stop_gradient(s))
-        return w.astype(s.dtype) * straight_through(there.astype(s.dtype), self.soft(s))
+        # lead=0: under vmap, or in a scan over layers, the scores at hand are those of one matrix.
+        mask = self.fitted(lead=0).mask(jax.lax.stop_gradient(s))
+        return w.astype(s.dtype) * straight_through(mask.astype(s.dtype), self.soft(s))
 
     def bind(self, kept: Array, trained: Array, structured: bool, key: Array | None = None) -> Any:
         return bound(self, (kept, trained), kept, leading(kept, self.lead), structured)
@@ -112,6 +114,7 @@ class Masked(Mask):
     def init(self, key: Array, w: Array, at: Array | None = None, base: Array | None = None) -> tuple[Array, Array]:
         """``(w, scores)``; the draw depends on the key and the shape alone."""
         if self.start == "uniform":
+            # The share ``sparsity`` of the interval [-low, highest] then lies below the threshold.
             highest = (self._low + self.threshold) / self.sparsity - self._low
             return w, jax.random.uniform(key, w.shape, jnp.float32, -self._low, highest)
         dropped = jax.random.bernoulli(key, float(self.sparsity), w.shape)

@@ -58,10 +58,12 @@ class Parametrisation:
                 f"{type(self).__name__} trains whole weights; a selection inside them goes with in-place training: "
                 "drop select.score, or train=InPlace()"
             )
+        # A subclass that keeps the base says so by overriding ``tangent``; there is no flag that could disagree with it.
         if linearized and type(self).tangent is Parametrisation.tangent:
             raise ValueError(
                 f"{type(self).__name__} keeps no base to linearize the model at; train it with forward='standard'"
             )
+        # Callers pass everything they know; a parametrisation takes what it has a field for. None leaves a field as it is.
         told = {"lead": lead, "anchor": anchored or None, "linear": linear, "lender": lender}
         known = {f.name for f in dataclasses.fields(self)}  # type: ignore[arg-type]  # subclasses are dataclasses
         changes = {name: value for name, value in told.items() if value is not None and name in known}
@@ -110,11 +112,13 @@ class Parametrisation:
 
 def master(w: Array) -> Array:
     """A copy of ``w`` in float32 (or wider): what an optimizer updates."""
+    # Always a copy: the step donates its masters, and must not free the caller's weights with them.
     return jnp.asarray(w, jnp.promote_types(w.dtype, jnp.float32), copy=True)
 
 
 def moved_from(base: Array, weight: Array) -> delta.Changed:
     """``base`` and the change to ``weight`` as a whole: :meth:`Parametrisation.tangent` of what has no form of its own."""
+    # float32 before the difference: in bfloat16 it would lose the small changes that it is about.
     return delta.Changed(base, delta.Dense(weight.astype(jnp.float32) - base.astype(jnp.float32)), held=True)
 
 
@@ -133,9 +137,11 @@ class InPlace(Parametrisation):
     ) -> Parametrisation:
         if granularity is not None and granularity.layout is not None:
             return InPlaceSelected(granularity.layout, rate=self.rate).fitted(linearized=linearized, **told)
+        # A linearized model needs the base itself, so its change trains beside the weight.
         return Shift(self.rate) if linearized else super().fitted(**told)
 
     def leaves(self, at: Any = None) -> tuple[Any, Any]:
+        # Without an anchor nothing is kept, and the base's memory is free.
         return delta.Leaf() if self.anchor else None, delta.Leaf(origin=lambda kept: kept, rate=self.rate)
 
     def init(self, key: Array, w: Array, at: Array | None = None, base: Array | None = None) -> tuple[Any, Any]:
@@ -176,6 +182,7 @@ class InPlaceSelected(Parametrisation):
     selects = True
 
     def fitted(self, *, linearized: bool = False, **told: Any) -> InPlaceSelected:
+        # A live weight would move the point at which the model is linearized.
         return dataclasses.replace(self, live=False) if linearized else super().fitted(**told)
 
     def leaves(self, at: Any = None) -> tuple[Any, Any]:
@@ -205,6 +212,7 @@ class InPlaceSelected(Parametrisation):
 
     def bind(self, kept: Any, trained: Array, structured: bool, key: Array | None = None) -> Any:
         if not self.live and not structured:
+            # Exact: base plus difference would round a second time.
             return self.layout.put(kept["w"], kept["at"], trained)
         changed = self._changed(kept, trained if self.live else self._moved(kept, trained), held=self.live)
         return changed if structured else changed.plain()
@@ -213,6 +221,7 @@ class InPlaceSelected(Parametrisation):
         return self._changed(kept, self._moved(kept, trained), held=True)
 
     def encode(self, base: Array | None, kept: Any, trained: Array) -> delta.Encoding:
+        # Encodings sort and compress indices, which is the host's work.
         at, values = (host(x) for x in (kept["at"], trained if base is None else self._moved(kept, trained)))
         return self.layout.encode(at, values, tuple(kept["w"].shape))
 
@@ -245,6 +254,7 @@ class Composed(Parametrisation):
         return self.first.selects
 
     def fitted(self, **told: Any) -> Any:
+        # The lender's values would be cut into runs, or nested, where the other weights do not look for them.
         if self.first.shares:
             raise ValueError(
                 f"{type(self.first).__name__} shares {', '.join(self.first.shares)} among whole weights; it does not go into "
@@ -288,6 +298,7 @@ class Shift(Additive):
         return delta.Leaf(), delta.Leaf(rate=self.rate)
 
     def init(self, key: Array, w: Array, at: Array | None = None, base: Array | None = None) -> tuple[Any, Any]:
+        # promote_types: float64 weights, as in tests, keep their precision.
         return w, jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32))
 
     def change(self, kept: Array, trained: Array) -> delta.Change:

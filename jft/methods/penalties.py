@@ -28,11 +28,13 @@ def _changes(plan: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> 
 
 
 def _sum(terms: Iterable[Array]) -> Array:
+    # float32(0): with nothing to add up the loss still gets an array.
     return sum(terms, jnp.float32(0))
 
 
 def absolute(x: Array) -> Array:
     """``sum |x|`` with derivative 0 at 0, where JAX's own is 1 and would push every weight off the base."""
+    # The sign is a constant to the derivative, which is then sign(x): 0 at 0.
     return jnp.sum(x * jnp.sign(jax.lax.stop_gradient(x)))
 
 
@@ -81,11 +83,12 @@ class L2SP:
     new_weight: float = 0.0
 
     def __call__(self, plan: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> Array:
-        found = tree.matcher(self.new)
-        is_new = {p: bool(self.new) and found(p) for p in trained}
+        matches = tree.matcher(self.new)
+        is_new = {p: bool(self.new) and matches(p) for p in trained}
+        # The mean is over the old weights alone, as many as the first term sums.
         old = {p: t for p, t in trained.items() if not is_new[p]}
         away = _sum(jnp.sum(jnp.square(x)) for x in _changes(plan, kept, old))
-        values = [plan.leaves[p].bind(kept[p], t, False) for p, t in trained.items() if is_new[p]]
+        values = [plan.leaves[p].bind(kept[p], plan.values(trained, p), False) for p in trained if is_new[p]]
         to_zero = self.new_weight / 2 * _sum(jnp.sum(jnp.square(x)) for x in values)
         return self.weight / 2 * _sized(away, plan, kept, old, self.mean) + to_zero
 
@@ -107,6 +110,7 @@ class Nuclear:
         total = jnp.float32(0)
         for path, change in plan.change(kept, trained).items():
             how = plan.leaves[path]
+            # Selected parts come as a list of values; singular values need the matrix they lie in.
             if how.selects and isinstance(change, jax.Array):
                 change = how.spread(kept[path], change, jnp.zeros(kept[path]["w"].shape, change.dtype))
             if not isinstance(change, jax.Array):
@@ -119,7 +123,10 @@ class Nuclear:
 
 
 def _nuclear(x: Array, eps: float) -> Array:
+    # The Gram matrix of the shorter side costs less and has no zeros that are only padding.
     if x.shape[-1] > x.shape[-2]:
         x = jnp.swapaxes(x, -1, -2)
+    # HIGHEST: squares lose half of the digits, and TPUs and GPUs multiply float32 in fewer bits by default.
     gram = jnp.einsum("...io,...ip->...op", x, x, precision=jax.lax.Precision.HIGHEST)
+    # Rounding makes eigenvalues slightly negative.
     return jnp.sum(jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram), 0) + eps), axis=-1)

@@ -81,13 +81,16 @@ class Method:
         else:
             leaves = layer_runs.by_table(choice({p: tuple(shapes[p].shape) for p in chosen}), shapes, self.train)
         if self.also:
+            # After the selection: ``also`` trains whole what that would cut or leave out. ``freeze`` has the last word.
             leaves |= dict.fromkeys(tree.matching(shapes, self.also, "also"), InPlace())
         if self.freeze:
             for path in tree.matching(shapes, self.freeze, "freeze"):
                 leaves.pop(path, None)
+        # Integer leaves (position ids, counts) have no gradient; patterns that match them are no mistake.
         integers = [p for p in leaves if not jnp.issubdtype(shapes[p].dtype, jnp.floating)]
         for path in integers:
             leaves.pop(path)
+        # Frozen leaves of a cut stack are in ``leaves`` too; an empty mapping is refused here as well.
         if all(isinstance(how, SomeLayers) and not any(how.trains) for how in leaves.values()):
             raise ValueError(
                 f"method {self.name!r} selects no weight: include={self.select.patterns}, freeze={self.freeze}"
@@ -95,7 +98,9 @@ class Method:
         _check(leaves, shapes, self.name)
         linearized = self.forward == "linearized"
         layered = _linear_layers(shapes, linear, stacked)
+        # The first in the order of the parameters, not in that of the patterns.
         lender = next((p for p in shapes if p in leaves and leaves[p].shares), None)
+        # In the order of the parameters: equal plans then have equal items, whatever the order of the patterns.
         ordered = {
             p: leaves[p].fitted(
                 lead=lead(p, len(shapes[p].shape), stacked),
@@ -107,6 +112,7 @@ class Method:
             if p in leaves
         }
         plan = Plan(self, ordered, tuple(shapes), jax.tree.structure(params), structured=stacked)
+        # Both may measure the change from the base; without them a second copy of the weights is not kept.
         return plan.anchored() if self.penalties or self.rule else plan
 
     def fitted(self, params: Any) -> Method:
@@ -134,6 +140,7 @@ class Method:
         return dataclasses.replace(self, select=select)
 
     def __hash__(self) -> int:
+        # Options are left out: a dict has no hash, and equal methods still hash alike.
         parts = (self.select, self.train, self.also, self.freeze, self.penalties, self.rule, self.schedule)
         return hash((self.name, self.forward, self.until, *parts))
 
@@ -155,13 +162,14 @@ def _parts(
 
 def _matrices(shapes: Mapping[str, Any]) -> tuple[str, ...]:
     """Weights of a model jft does not know that look like matrix products: two axes, and not an embedding table."""
+    # By name, since tables have two axes as well.
     return tuple(p for p, x in shapes.items() if len(x.shape) == 2 and not re.search("embed|table|position", p.lower()))
 
 
 def _linear_layers(shapes: Mapping[str, Any], linear: tuple[str, ...], stacked: bool) -> frozenset[str]:
     """The weights of linear layers, in layers and outside: neither tables nor patches, whose weight is a convolution's."""
-    own = (p for p in shapes if p.endswith("/w") and "patch" not in p.split("/"))
-    return frozenset(own if stacked else linear)
+    weights = (p for p in shapes if p.endswith("/w") and "patch" not in p.split("/"))
+    return frozenset(weights if stacked else linear)
 
 
 def _check(leaves: Mapping[str, Parametrisation], shapes: Mapping[str, Any], name: str) -> None:
@@ -189,6 +197,7 @@ class Plan:
     structured: bool
 
     def __hash__(self) -> int:
+        # The generated hash would fail on the mapping; fewer fields than equality compares are fine for a hash.
         return hash((tuple(self.leaves.items()), self.paths, self.structured, self.method.forward, self.method.until))
 
     @property
@@ -201,8 +210,8 @@ class Plan:
         """The paths that a score or a search chooses among: what trains beside them, by ``also``, takes nothing of a budget."""
         if self.selects or not self.method.undecided:
             return self.selects or tuple(self.leaves)
-        beside = tree.matcher(self.method.also)
-        return tuple(p for p in self.leaves if not (self.method.also and beside(p)))
+        also = tree.matcher(self.method.also)
+        return tuple(p for p in self.leaves if not (self.method.also and also(p)))
 
     def granularity(self, path: str, shape: Sequence[int]) -> Granularity:
         """As what the parts of a weight are selected that :attr:`selects` names."""
@@ -242,7 +251,9 @@ class Plan:
                 kept[path], trained[path] = w, None
             else:
                 origin = None if base is None else base[path]
+                # A key for each path: a weight's draw does not depend on which others train.
                 kept[path], trained[path] = how.init(tree.key_for(key, path), w, chosen.get(path), origin)
+        # Frozen weights, and leaves of a stack of which no run trains, would be empty nodes in the optimizer's state.
         return kept, {p: t for p, t in trained.items() if jax.tree.leaves(t)}
 
     def bind(
@@ -259,14 +270,17 @@ class Plan:
                 bound.append(kept[path])
                 continue
             values = self.values(trained, path)
+            # Masters are cast here, inside the differentiated function, so that their gradients are float32 again.
             values = values if how.exact else tree.cast(values, dtype)
             bound.append(how.bind(kept[path], values, self._takes_structured(path), self._noise(path, key)))
         return jax.tree.unflatten(self.structure, bound)
 
     def values(self, trained: Mapping[str, Any], path: str) -> Any:
         """What trains at ``path``, and what another weight holds for it."""
-        how, own = self.leaves[path], trained.get(path, ())
-        return own if how.lender is None else {**own, **{name: trained[how.lender][name] for name in how.shares}}
+        how, private = self.leaves[path], trained.get(path, ())
+        return (
+            private if how.lender is None else {**private, **{name: trained[how.lender][name] for name in how.shares}}
+        )
 
     def _takes_structured(self, path: str) -> bool:
         """Whether the model takes a structured weight at ``path``."""
@@ -295,6 +309,7 @@ class Plan:
             return jax.tree.unflatten(self.structure, [seen[p] if p in seen else kept[p] for p in self.paths])
 
         until = self.method.until
+        # Beyond ``until`` the model is the ordinary one, at the changed weights.
         after = None if until is None else self.bind(kept, trained, dtype, key)
         return tangent.forward(apply, build, tangents, batch, until, after)
 
@@ -314,7 +329,9 @@ class Plan:
         """``kept`` as ``(frozen, live, chosen)``: what never changes, weights that every update writes into, selections."""
         frozen, live, chosen = dict(kept), {}, {}
         for path, how in self.leaves.items():
+            # Apart: the step donates and returns live weights, and a reselection replaces the selections.
             if how.live or how.selects:
+                # A copy, because what follows takes keys out of it.
                 frozen[path] = dict(kept[path])
             if how.live:
                 live[path] = frozen[path].pop("w")
@@ -337,13 +354,15 @@ class Plan:
 
     def count(self, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> Any:
         """How many values train, padding aside."""
+        # Layouts pad every matrix to the fullest one; padding trains nothing.
         one = lambda leaf, x, p: tree.count(x) if leaf.count is None else leaf.count(kept[p])
         each = {p: self._each(functools.partial(one, p=p), p, t) for p, t in trained.items()}
         return sum(jax.tree.leaves(each))
 
     def size(self, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> int:
         """How many parameters the model has, frozen ones included."""
-        plain = lambda k, t: {p: how.bind(k[p], t.get(p, ()), structured=False) for p, how in self.leaves.items()}
+        plain = lambda k, t: {p: how.bind(k[p], self.values(t, p), structured=False) for p, how in self.leaves.items()}
+        # Shapes of the formed weights: kept and trained values may hold more or fewer numbers than the weight.
         inside = tree.count(jax.eval_shape(plain, dict(kept), dict(trained)))
         return inside + sum(tree.size(kept[p]) for p in self.paths if p not in self.leaves)
 
@@ -369,6 +388,7 @@ class Plan:
         parts = [x for x in each if x is not None]
         for index, penalty in enumerate(self.method.penalties):
             noise = None if key is None else tree.key_for(key, f"penalty {index}")
+            # Only penalties that draw take a key: the others' signature stays that of a function of the values.
             drawn = (noise,) if getattr(penalty, "random", False) else ()
             parts.append(penalty(self, kept, trained, *drawn))
         return functools.reduce(jnp.add, parts) if parts else None
@@ -378,6 +398,7 @@ class Plan:
         flat = tree.flatten(base)
         bound = {p: how.bind(kept[p], self.values(trained, p), structured=False) for p, how in self.leaves.items()}
         out = {p: bound[p] if p in bound else kept[p] for p in flat}
+        # Rounded once, at the end, to the dtype that the model came in.
         return tree.like(base, {p: x.astype(flat[p].dtype) for p, x in out.items()})
 
     def encode(self, base: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, delta.Encoding]:
@@ -394,6 +415,7 @@ class Plan:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Shardings of :meth:`init`'s result, from those of the weights by path."""
         weights, chosen = tree.flatten(params), chosen or {}
+        # The key's value does not matter for shapes.
         shapes = jax.eval_shape(self.init, jax.random.key(0), params, chosen)
         kept: dict[str, Any] = dict(specs)
         trained: dict[str, Any] = {}

@@ -40,6 +40,7 @@ class Entry:
         parameters = inspect.signature(self.build).parameters.values()
         return {p.name: None if p.default is p.empty else p.default for p in parameters}
 
+    # It writes into the instance's __dict__, which a frozen dataclass allows.
     @functools.cached_property
     def patterns(self) -> dict[str, tuple[str, ...]]:
         """What it includes and excludes by itself."""
@@ -87,6 +88,7 @@ def entries() -> dict[str, Entry]:
 @functools.cache
 def _load() -> None:
     """Import every module of :mod:`jft.presets`, which registers what is there."""
+    # On first use, not at import: every preset imports this module.
     folder = importlib.import_module("jft.presets")
     for module in pkgutil.iter_modules(folder.__path__):
         importlib.import_module(f"{folder.__name__}.{module.name}")
@@ -120,6 +122,7 @@ def method(
                 f"method {name!r} has no option {option!r}{nearest(option, entry.options)}; it has: {known}"
             )
     narrowing = {k: v for k, v in (("include", include), ("exclude", exclude)) if v is not None}
+    # A preset with an ``include`` of its own takes it as an option; then it must not narrow the result a second time.
     options |= {k: narrowing.pop(k) for k in list(narrowing) if k in entry.arguments}
     built = entry.build(**options)
     select = dataclasses.replace(
@@ -128,7 +131,8 @@ def method(
         exclude=built.select.exclude + patterns(narrowing.get("exclude", ())),
     )
     general = {"also": patterns(also), "freeze": patterns(freeze), "forward": forward, "until": until}
-    given = {k: v for k, v in general.items() if v} | narrowing
+    # Only what was set: a manifest should not list defaults that every preset shares.
+    changed = {k: v for k, v in general.items() if v} | narrowing
     return dataclasses.replace(
         built,
         select=select,
@@ -137,7 +141,7 @@ def method(
         freeze=built.freeze + patterns(freeze),
         forward=forward or built.forward,
         until=until or built.until,
-        options={**entry.arguments, **options, **given},
+        options={**entry.arguments, **options, **changed},
     )
 
 
@@ -148,5 +152,6 @@ def comparable(identity: Mapping[str, Any]) -> Mapping[str, Any]:
         return identity
     entry = _ENTRIES[method["name"]]
     options = {**entry.patterns, **method["options"]}
+    # Lists: what was read from JSON has no tuples.
     options |= {k: list(patterns(options[k])) for k in entry.patterns}
     return {**identity, "method": {**method, "options": options}}

@@ -71,6 +71,7 @@ def bound(how: Forms, parts: Any, w: Array, lead: int, structured: bool) -> Any:
     """
     if structured and lead and w.ndim - lead == 2:
         return FormedWeight(parts, how)
+    # One vmap for each leading axis: the rule itself knows single weights only.
     form = how.form
     for _ in range(lead):
         form = jax.vmap(form)
@@ -85,6 +86,7 @@ def straight_through(hard: Array, soft: Array) -> Array:
 
 @straight_through.defjvp
 def _straight_through_jvp(primals: Any, tangents: Any) -> Any:
+    # The primal goes through the function again, so that derivatives of higher order use the same rule.
     return straight_through(*primals), tangents[1]
 
 

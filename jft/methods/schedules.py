@@ -119,6 +119,7 @@ class After(Schedule):
         for path in plan.selects:
             shape, lead = calibration.params[path].shape, calibration.lead(path)
             unit = plan.granularity(path, shape)
+            # An empty selection in the layout of a real one: the step of the first phase needs its arrays.
             nothing = jnp.zeros(unit.units(shape, lead), bool)
             chosen[path] = unit.locate(nothing, lead, grids.get(path, (1, 1)))
         return chosen
@@ -165,6 +166,7 @@ class DropAndGrow(Schedule):
             raise ValueError(f"grow is {self.grow!r}; 'gradient' or 'sm3'")
 
     def due(self, step: int, steps: int) -> bool:
+        # batches < every, so never at step 0: entries train for ``batches`` steps before they are compared.
         return step % self.every == self.batches
 
     def rate(self, step: int, steps: int) -> float:
@@ -192,6 +194,7 @@ class DropAndGrow(Schedule):
         if self.grow == "sm3":
             return {p: (x,) for p, x in scores.SM3(self.batches)(calibration).items()}, {}
         zeros = {p: jnp.zeros(calibration.params[p].shape, jnp.float32) for p in calibration.paths}
+        # A copy of the zeros: the first carry is donated, and one buffer cannot be donated twice.
         total, squares = calibration.fold(_add_both, (zeros, jax.tree.map(jnp.copy, zeros)), self.batches)
         first = calibration.gradient(1)
         growth: dict[str, tuple[Array, ...]] = {p: (jnp.abs(total[p]), jnp.abs(first[p])) for p in total}
@@ -212,8 +215,10 @@ def _replaced(how: Any, kept: Any, moved: Array, grown: tuple[Array, ...], share
     w = kept["w"]
     zeros = jnp.zeros(w.shape, jnp.float32)
     active = how.spread(kept, jnp.ones_like(moved), zeros) > 0
+    # -inf: inactive entries never count among the most changed.
     size = jnp.where(active, how.spread(kept, jnp.abs(moved), zeros), -jnp.inf)
     count = lambda mask: jnp.sum(mask, axis=tuple(range(lead, w.ndim)), dtype=jnp.int32)
+    # At most as many as the mask holds, or the rest would come from outside of it.
     best = lambda mask, score, k: threshold.top_each(
         jnp.where(mask, score, -jnp.inf), jnp.minimum(k, count(mask)), lead
     )

@@ -16,6 +16,7 @@ from jft.delta.changed import COLUMNS, ROWS
 from jft.select import budget, layers
 from jft.select.granularity import Entry, Granularity, How
 
+# plan.py imports this module.
 if TYPE_CHECKING:
     from jft.methods.plan import Plan
     from jft.select.calibration import Calibration
@@ -54,6 +55,7 @@ class Select:
     def __post_init__(self) -> None:
         """Refuse what is said twice or not at all."""
         if self.layers is not None:
+            # The usual way to normalise a field of a frozen dataclass in __post_init__.
             object.__setattr__(self, "layers", layers.choice(self.layers))
         if self.score is not None and self.layers is not None:
             raise ValueError(
@@ -61,6 +63,7 @@ class Select:
             )
         if self.score is not None and self.budget is None:
             raise ValueError("a selection by score needs a budget: how much of it is selected (select.budget)")
+        # Whole weights become runs of layers, parts become layouts; one selection cannot be both.
         if len({one.whole for one in self._granularities}) > 1:
             raise ValueError(
                 f"{self.granularity} mixes whole weights and parts inside them; select them in runs of their own"
@@ -96,6 +99,7 @@ class Select:
         candidates = list(linear) if self.linear_only else list(shapes)
         if not candidates:
             raise ValueError("this method trains matrices inside layers, and the model has none; train it in place")
+        # Only these are refused where they match nothing: presets exclude heads, which a model may lack.
         chosen = tree.matching(tree.matching(candidates, self.include), self.within)
         excluded = tree.matcher(self.exclude)
         return [p for p in chosen if not (self.exclude and excluded(p))]
@@ -104,8 +108,8 @@ class Select:
         """The unit of one weight, its extents fitted to the weight where it leaves them open; None for a weight left out."""
         if isinstance(self.granularity, Granularity):
             return self.granularity.fitted(tuple(shape))
-        found = (unit.fitted(tuple(shape)) for pattern, unit in self.granularity if re.search(pattern, path))
-        return next(found, None)
+        granularities = (unit.fitted(tuple(shape)) for pattern, unit in self.granularity if re.search(pattern, path))
+        return next(granularities, None)
 
 
 def choose(plan: Plan, calibration: Calibration, grids: Mapping[str, tuple[int, int]]) -> dict[str, jax.Array]:
@@ -123,6 +127,7 @@ def choose(plan: Plan, calibration: Calibration, grids: Mapping[str, tuple[int, 
         of_units = scores[path].shape == units[path].units(shapes[path], leads[path])
         masks[path] = scores[path] if of_units else units[path].pool(scores[path], leads[path], select.pool)
         costs[path] = math.prod(shapes[path]) // tree.size(masks[path])
+    # Scores are as large as the model in float32; only what is pooled is used from here on.
     del scores
     everything = {p: tuple(w.shape) for p, w in calibration.params.items()}
     spent = budget.resolved(select.budget, masks, everything, {p: calibration.lead(p) for p in everything})
@@ -139,7 +144,7 @@ def expected(plan: Plan, shapes: Mapping[str, Any], grids: Mapping[str, tuple[in
     chosen = {}
     every = {p: tuple(x.shape) for p, x in shapes.items()}
     outer = {p: tree.lead(p, len(s), plan.structured) for p, s in every.items()}
-    given = budget.resolved(plan.method.select.budget, plan.selects, every, outer)
+    limit = budget.resolved(plan.method.select.budget, plan.selects, every, outer)
     for path in plan.selects:
         shape = tuple(shapes[path].shape)
         lead = tree.lead(path, len(shape), plan.structured)
@@ -149,8 +154,8 @@ def expected(plan: Plan, shapes: Mapping[str, Any], grids: Mapping[str, tuple[in
         lead = lead - 1 if isinstance(layout, ExpertLayout) else lead  # experts compete with each other
         matrix = math.prod(mask.shape[lead:])
         score = plan.method.select.score
-        says = hasattr(score, "share")  # a score that chooses by itself
-        share = score.share(path, matrix) if says else _share(given, matrix, shape, lead, path)
+        has_share = hasattr(score, "share")  # a score that chooses by itself
+        share = score.share(path, matrix) if has_share else _share(limit, matrix, shape, lead, path)
         rows = math.prod(shape[lead:]) // matrix // shape[-1] if layout == SliceLayout(ROWS) else 1
         columns = math.prod(shape[lead:]) // matrix // shape[-2] if layout == SliceLayout(COLUMNS) else 1
         cut = (grid[:1] if layout.axis == ROWS else grid[1:]) if isinstance(layout, SliceLayout) else grid
@@ -160,16 +165,16 @@ def expected(plan: Plan, shapes: Mapping[str, Any], grids: Mapping[str, tuple[in
     return chosen
 
 
-def _share(given: Any, available: int, shape: tuple[int, ...], lead: int, path: str) -> int:
-    """How many of the units of one matrix ``given`` selects, if others do not take more or less of it."""
-    if isinstance(given, budget.Everything):
+def _share(limit: Any, available: int, shape: tuple[int, ...], lead: int, path: str) -> int:
+    """How many of the units of one matrix ``limit`` selects, if others do not take more or less of it."""
+    if isinstance(limit, budget.Everything):
         return available
-    given = given.of(path) if isinstance(given, budget.ByPattern) else given
-    given = given.at(shape) if isinstance(given, budget.PerMatrix) else given
-    if hasattr(given, "share"):  # a budget that chooses by itself
-        return given.share(shape)
-    if isinstance(given, budget.Beyond):
-        raise ValueError(f"how much lies beyond {given.threshold:g} is for the scores to say")
-    if given.density is None and not isinstance(given, budget.PerMatrix):
-        raise ValueError(f"{given} is not a share of each matrix; give a density")
-    return given.units(available, math.prod(shape[lead:]) // available, path)
+    limit = limit.of(path) if isinstance(limit, budget.ByPattern) else limit
+    limit = limit.at(shape) if isinstance(limit, budget.PerMatrix) else limit
+    if hasattr(limit, "share"):  # a budget that chooses by itself
+        return limit.share(shape)
+    if isinstance(limit, budget.Beyond):
+        raise ValueError(f"how much lies beyond {limit.threshold:g} is for the scores to say")
+    if limit.density is None and not isinstance(limit, budget.PerMatrix):
+        raise ValueError(f"{limit} is not a share of each matrix; give a density")
+    return limit.units(available, math.prod(shape[lead:]) // available, path)

@@ -38,6 +38,7 @@ def prune_width(model: Model, params: Any, channels: Any) -> tuple[Model, dict]:
     out: dict[str, Any] = {}
     for path, x in tree.flatten(params).items():
         if NORMS.search(path):
+            # Some models store the scale minus 1 (norm_offset); the factor is for the scale itself.
             scale = (config.norm_offset + x[..., keep].astype(jnp.float32)) * grown - config.norm_offset
             out[path] = scale.astype(x.dtype)
         elif READS.search(path):
@@ -57,6 +58,7 @@ def _rescale_embedding(config: DecoderConfig, out: dict[str, Any], grown: float)
     """Embeddings are multiplied by the square root of the width, which has shrunk."""
     table = out["embed/table"]
     out["embed/table"] = (table.astype(jnp.float32) * grown).astype(table.dtype)
+    # The table is the output head too, whose logits must not grow: the norm in front of it takes the factor back.
     if config.tied:
         scale = out["final_norm/scale"]
         smaller = (config.norm_offset + scale.astype(jnp.float32)) / grown - config.norm_offset
@@ -70,6 +72,7 @@ def _checked(config: Any, channels: Any) -> np.ndarray:
         raise ValueError(
             "a layer norm subtracts the mean of all channels, so removing some changes it; only rms norms go"
         )
+    # On the host: the channels become shapes.
     keep = np.asarray(channels)
     distinct = keep.ndim == 1 and keep.size and keep.dtype.kind in "iu" and len(np.unique(keep)) == keep.size
     if not distinct or keep.min() < 0 or keep.max() >= config.width:

@@ -20,4 +20,5 @@ CARD = Card(
 @register("bitfit", paper="Ben Zaken, Ravfogel and Goldberg 2021, arXiv:2106.10199", card=CARD)
 def bitfit() -> Method:
     """Train the bias terms only, those of norms included; the paper also trains the task head: add ``also="^head/"``."""
+    # jft's own models name a bias ``b``, most others ``bias``; norms have theirs under the same name.
     return Method(Select(include=(r"(^|/)(b|bias)$",)), InPlace())

@@ -46,6 +46,7 @@ def block_sparse(
         score=score,
         granularity=granularity.Block(*block),
         pool=pool,
+        # To the nearest: matrices have few blocks, and rounding down would lose a large part of a small density.
         budget=where[scope](density=density, round="nearest"),
     )
     return Method(select, InPlace())

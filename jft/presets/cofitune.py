@@ -49,13 +49,14 @@ class _Gradients:
     size: Size
 
     def __call__(self, params: Any, batch: Any, key: Array, gates: Any) -> Any:
+        # ``sums`` passes every batch the same key.
         key = jax.random.fold_in(key, _fingerprint(batch))
         size = len(rows(batch))
         # A gate for each example, so that one backward pass gives the gradients of each: examples do not meet.
         each = jax.tree.map(lambda g: jnp.repeat(g[:, None], size, axis=1), gates)
-        found = jax.grad(lambda gates: self.divergence(params, batch, key, gates))(each)
+        gradients = jax.grad(lambda gates: self.divergence(params, batch, key, gates))(each)
         of = jnp.abs if self.size == "absolute" else lambda g: g
-        return jax.tree.map(lambda g: jnp.sum(of(g), axis=1), found)
+        return jax.tree.map(lambda g: jnp.sum(of(g), axis=1), gradients)
 
     def divergence(self, params: Any, batch: Any, key: Array, gates: Any) -> Array:
         """``sum over real tokens of KL(p || q)``, p and q the predictions of the two passes; gates ``[L, B, units]``."""
@@ -80,6 +81,7 @@ class _Gradients:
 
         layers = gates["layers/attn/o"]["heads"].shape[0]
         attention, mlp = (jax.random.key_data(jax.random.split(k, layers)) for k in jax.random.split(key))
+        # A key for each layer: the hooks' state is sliced with the layers, so that each draws its own noise.
         state = {**gates, "layers/attn/o": {**gates["layers/attn/o"], "key": attention}, "layers/mlp/out": mlp}
         return self.model.apply(params, batch, Hooks(product, value, state))[0]
 
@@ -97,6 +99,7 @@ def _broad(gate: Array, x: Array) -> Array:
 def _fingerprint(batch: Any) -> Array:
     """A number that batches differ in, so that each has noise of its own."""
     leaves = [x for x in jax.tree.leaves(batch) if x.ndim]
+    # The bits of floats: a cast to integers would make all images between 0 and 1 the same.
     bits = [jax.lax.bitcast_convert_type(x, jnp.int32) if x.dtype.itemsize == 4 else x for x in leaves]
     return sum((jnp.sum(b.astype(jnp.uint32)) for b in bits), jnp.uint32(0))
 
@@ -113,6 +116,7 @@ def importance(calibration: Calibration, batches: int, rate: float = 0.003, size
     give, and on what the MLP adds. Raises ``ValueError`` for a rate outside (0, 1) and models without such units.
     """
     model = hookable(calibration)
+    # A classifier keeps the configuration of its encoder under ``backbone``.
     config = getattr(model.config, "backbone", model.config)
     _check_noise(rate, size)
     down, heads = calibration.params.get("layers/mlp/down/w"), getattr(config, "heads", 0)
@@ -123,11 +127,12 @@ def importance(calibration: Calibration, batches: int, rate: float = 0.003, size
     gates = {"layers/attn/o": {"heads": ones(heads)}}
     gates["layers/mlp/down"] = {"channels": ones(channels), "outputs": ones(width)}
     compute = _Gradients(model, rate, size)
-    found = calibration.sums(compute, batches, jax.random.fold_in(calibration.key, 1), gates)
+    # fold_in: not the stream that the calibration's other users draw from.
+    sums = calibration.sums(compute, batches, jax.random.fold_in(calibration.key, 1), gates)
     out = {
-        "layers/attn/heads": _standard(found["layers/attn/o"]["heads"]),
-        "layers/mlp/channels": _standard(found["layers/mlp/down"]["channels"]),
-        "layers/mlp/outputs": _standard(found["layers/mlp/down"]["outputs"]),
+        "layers/attn/heads": _standard(sums["layers/attn/o"]["heads"]),
+        "layers/mlp/channels": _standard(sums["layers/mlp/down"]["channels"]),
+        "layers/mlp/outputs": _standard(sums["layers/mlp/down"]["outputs"]),
     }
     groups = getattr(config, "kv_heads", heads)
     out["layers/attn/kv_heads"] = jnp.max(out["layers/attn/heads"].reshape(layers, groups, -1), axis=-1)
@@ -143,6 +148,7 @@ def _check_noise(rate: float, size: str) -> None:
 
 def _standard(gradient: Array) -> Array:
     """``|tanh z|``: no count divides the gradients, since z is the same for any multiple of them."""
+    # One unit in a layer has no sample deviation; ddof=0 then gives 0, and z is 0.
     spread = jnp.std(gradient, axis=-1, keepdims=True, ddof=min(1, gradient.shape[-1] - 1))
     z = (gradient - jnp.mean(gradient, axis=-1, keepdims=True)) / jnp.where(spread > 0, spread, 1.0)
     return jnp.abs(jnp.tanh(z))
@@ -177,19 +183,21 @@ class SoftMask(Rule):
 
     def init(self, trained: Mapping[str, Any]) -> Any:
         """Ones."""
+        # [L, 1, O]: the scale is of columns, and broadcasts over rows.
         ones = lambda x: jnp.ones((x.shape[0], 1, x.shape[2]), x.dtype)
-        found = {p: jax.tree.map(ones, x) for p, x in trained.items() if _unit(p)}
-        if not found:
+        scales = {p: jax.tree.map(ones, x) for p, x in trained.items() if _unit(p)}
+        if not scales:
             raise ValueError("soft_mask is for q, k, v, up and down, and none of them trains; give soft_mask=False")
-        return found
+        return scales
 
     def measure(self, plan: Any, calibration: Calibration, memory: Any) -> Any:
         """What the base says of its units."""
-        found = importance(calibration, self.batches, self.dropout, self.size)
+        importances = importance(calibration, self.batches, self.dropout, self.size)
         out = {}
         for path in memory:
-            units = found[_unit(path) or ""]
+            units = importances[_unit(path) or ""]
             scale = 1.0 - jnp.repeat(units, calibration.params[path].shape[-1] // units.shape[1], axis=1)
+            # ``collect`` cuts the scale as the leaf is cut, where only some layers train.
             out[path] = plan.leaves[path].collect(None, scale[:, None])
         return out
 
@@ -217,17 +225,19 @@ class RangeSearch(Choice):
     def __call__(self, calibration: Calibration) -> Table:
         lengths = stacks(calibration)
         best = {s: list(range(n)) for s, n in lengths.items()}
+        # The first level is compared with nothing, so its best range is taken.
         value = -np.inf
         for parts in self.parts:
             cuts = [{s: _part(n, i, parts) for s, n in lengths.items()} for i in range(parts)]
+            # Finer ranges are tried inside the best coarser one alone, which is what keeps the search short.
             inside = [c for c in cuts if all(set(c[s]) <= set(best[s]) for s in c)]
-            found = [self._worth(calibration, table_of(calibration, c)) for c in inside]
-            if found and max(found) > value:
-                value, best = max(found), inside[int(np.argmax(found))]
+            scores = [self._worth(calibration, table_of(calibration, c)) for c in inside]
+            if scores and max(scores) > value:
+                value, best = max(scores), inside[int(np.argmax(scores))]
         table = table_of(calibration, best)
         tables = [narrowed(table, group) for group in self.modules]
-        found = [self._worth(calibration, t) for t in tables]
-        return tables[int(np.argmax(found))] if found and max(found) > value else table
+        scores = [self._worth(calibration, t) for t in tables]
+        return tables[int(np.argmax(scores))] if scores and max(scores) > value else table
 
     def _worth(self, calibration: Calibration, table: Table) -> float:
         return better(self.metric, calibration.evaluate(calibration.tuned(self.steps, table=table)))
@@ -239,10 +249,10 @@ def _part(length: int, i: int, parts: int) -> list[int]:
 
 def narrowed(table: Table, modules: Iterable[str]) -> Table:
     """The rows of a table whose path matches any of ``modules``."""
-    found = {p: layers for p, layers in table.items() if any(re.search(m, p) for m in modules)}
-    if not found:
+    matching = {p: layers for p, layers in table.items() if any(re.search(m, p) for m in modules)}
+    if not matching:
         raise ValueError(f"no weight of the chosen layers matches {', '.join(modules)}")
-    return found
+    return matching
 
 
 DEPTH, MODULES = (0.25, 0.5), (r"mlp/(up|down)/",)
@@ -290,9 +300,9 @@ def cofitune(
     with ``dropout``; size: of signed gradients, as in the code, or of their sizes (:class:`SoftMask`). Raises ``ValueError``
     for options of a search without one and the reverse, and for those of the soft mask without it.
     """
-    given = {"depth": (depth, DEPTH), "modules": (modules, MODULES)}
+    options = {"depth": (depth, DEPTH), "modules": (modules, MODULES)}
     if search:
-        _refuse(given, f"search={search} finds layers and modules; leave it out, or give groups")
+        _refuse(options, f"search={search} finds layers and modules; leave it out, or give groups")
     else:
         _refuse(
             {"metric": (metric, "loss"), "groups": (groups, GROUPS)},
@@ -303,8 +313,8 @@ def cofitune(
         _refuse(noise, "it is of the soft mask, and soft_mask is False; leave it out")
     rule = SoftMask(batches, dropout, size) if soft_mask else None
     if search:
-        found = RangeSearch(search, metric, modules=tuple(map(tuple, groups)))
-        return Method(Select((r"(attn|mlp)/(q|k|v|o|up|gate|down)/",), layers=found), InPlace(), rule=rule)
+        choice = RangeSearch(search, metric, modules=tuple(map(tuple, groups)))
+        return Method(Select((r"(attn|mlp)/(q|k|v|o|up|gate|down)/",), layers=choice), InPlace(), rule=rule)
     return Method(Select(patterns(modules), layers=Between(*depth)), InPlace(), rule=rule)
 
 

@@ -33,6 +33,7 @@ class BlockDiagonal(Additive):
         return delta.Leaf(), delta.DiagonalBlocks.leaves
 
     def init(self, key: Array, w: Array, at: Array | None = None, base: Array | None = None) -> tuple[Array, Array]:
+        # A vector gets no rows, so that the error below, with advice, is the one raised.
         *lead, rows, columns = w.shape if w.ndim > 1 else (0, 0)
         if not rows or self.blocks < 1 or rows % self.blocks or columns % self.blocks:
             raise ValueError(

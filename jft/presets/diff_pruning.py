@@ -78,17 +78,20 @@ class HardConcrete(Parametrisation):
     def gate(self, alpha: Array, key: Array | None = None) -> Array:
         """z of the gates ``alpha``, drawn with a key, at ``u = 1/2`` without."""
         if key is not None:
+            # Away from 0 and 1, where the logit is infinite.
             u = jnp.clip(jax.random.uniform(key, alpha.shape, alpha.dtype), 1e-4, 1 - 1e-4)
+            # log1p(-u) is exact where u is near 0.
             alpha = alpha + jnp.log(u) - jnp.log1p(-u)
         return jnp.clip(jax.nn.sigmoid(alpha) * (self.upper - self.lower) + self.lower, 0, 1)
 
     def form(self, parts: tuple[Array, dict[str, Array], Array | None]) -> Array:
         """``w + z * d`` in float32, for one weight without leading axes."""
         w, trained, key = parts
-        own, shared = (None, None) if key is None else jax.random.split(key)
-        z = self.gate(trained["alpha"], own)
+        # Independent noise: the group's gate is one draw for the whole matrix.
+        entry_key, group_key = (None, None) if key is None else jax.random.split(key)
+        z = self.gate(trained["alpha"], entry_key)
         if self.group:
-            z = z * self.gate(trained["group"], shared)
+            z = z * self.gate(trained["group"], group_key)
         return w.astype(z.dtype) + z * trained["delta"]
 
     def bind(self, kept: Array, trained: dict[str, Array], structured: bool, key: Array | None = None) -> Any:
@@ -104,6 +107,7 @@ class HardConcrete(Parametrisation):
 
     def encode(self, base: Array | None, kept: Array, trained: dict[str, Array]) -> delta.Encoding:
         change = self.moved(trained)
+        # An entry takes 12 bytes (row, column, value); beyond a third of them the dense array is smaller.
         sparse = delta.Dense(change).nnz * 12 < change.nbytes
         return delta.Entries.from_dense(change) if sparse else delta.Dense(change)
 
@@ -138,6 +142,7 @@ def project(plan: Any, kept: Mapping[str, Any], trained: Mapping[str, Any], dens
     changes = moved(plan, trained)
     if not 0 < density <= 1:
         raise ValueError(f"density is {density}; it is the fraction of entries that stay, above 0 and up to 1")
+    # At least one, so that the second phase has something to train.
     return top({p: jnp.abs(x) for p, x in changes.items()}, max(1, round(density * tree.count(changes))))
 
 
@@ -174,6 +179,7 @@ class Projection(Schedule):
             raise ValueError(f"a projection to density {self.density} after a share {self.at} of the steps")
 
     def _boundary(self, steps: int) -> int:
+        # Not before the first update: until then z * d is zero everywhere.
         return max(1, round(self.at * steps))
 
     def begin(self, plan: Plan, calibration: Calibration, grids: Mapping[str, tuple[int, int]]) -> dict[str, Array]:
@@ -195,6 +201,7 @@ class Projection(Schedule):
         weights = projected(plan, {p: kept[p] for p in support}, trained, support)
         entry, lead, cells = Entry(), standing.calibration.lead, standing.grids
         chosen = {p: entry.locate(mask, lead(p), cells.get(p, (1, 1))) for p, mask in support.items()}
+        # The weights are passed on, since the second phase starts from z * d, which no parametrisation there can form.
         return Renewal(chosen, self.method_at(plan.method, standing.step, standing.steps), weights=weights)
 
 

@@ -41,6 +41,7 @@ class Pruned(Composed):
 
     def __post_init__(self) -> None:
         """Refuse what is no fraction."""
+        # The budget knows which fractions are valid; ask it once, early.
         self._count((1, 1))
 
     def _count(self, matrix: tuple[int, ...]) -> int:
@@ -52,6 +53,7 @@ class Pruned(Composed):
 
     def _left(self, w: Array, base: Array) -> Array:
         """What stays of ``w``: what the mask of the base leaves, and what has trained since."""
+        # A run that goes on has trained entries where the mask is False: they differ from the base.
         return jnp.where(self.mask(base) | (w != base), w, jnp.zeros((), w.dtype))
 
     def fitted(self, *, linearized: bool = False, **told: Any) -> Pruned:
@@ -122,29 +124,32 @@ class GreBsmo:
 
 
 @program_cache
-def _decomposed(how: GreBsmo, place: Any) -> Callable[[Array, Array], tuple[Array, Array]]:
+def _decomposed(how: GreBsmo, sharding: Any) -> Callable[[Array, Array], tuple[Array, Array]]:
     def run(w: Array, key: Array) -> tuple[Array, Array]:
+        # ``[O, I]``: the decomposition is not symmetric, and the authors' code runs on torch's layout.
         stacked = jnp.swapaxes(w.astype(jnp.float32), -1, -2).reshape(-1, w.shape[-1], w.shape[-2])
         each = (stacked, jnp.arange(len(stacked)))
         # One matrix after the other: factors of one only are held.
-        found = jax.lax.map(lambda x: jnp.abs(_sparse_part(how, x[0], jax.random.fold_in(key, x[1]))), each)
-        least = jnp.min(jnp.sum(found > 0, axis=(1, 2)))
-        return jnp.swapaxes(found, -1, -2).reshape(w.shape), least
+        sparse = jax.lax.map(lambda x: jnp.abs(_sparse_part(how, x[0], jax.random.fold_in(key, x[1]))), each)
+        least = jnp.min(jnp.sum(sparse > 0, axis=(1, 2)))
+        return jnp.swapaxes(sparse, -1, -2).reshape(w.shape), least
 
-    return jax.jit(run, out_shardings=(place, None))
+    return jax.jit(run, out_shardings=(sharding, None))
 
 
 def _sparse_part(how: GreBsmo, w: Array, key: Array) -> Array:
     """S of one matrix ``[O, I]``. V has room for its last rank: rows that are not there yet are zero."""
+    # A fixed size, since shapes inside the loop cannot grow with the rank.
     size = min(1 + how.growth * (how.steps - 1), *w.shape)
     start = jnp.zeros((size + how.growth, w.shape[1]), jnp.float32)
     start = start.at[0].set(jax.random.normal(key, (w.shape[1],), jnp.float32))
 
     def step(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         v, s = carry[0][:size], jnp.zeros_like(w)
-        there = jnp.arange(size) < 1 + how.growth * i
+        active = jnp.arange(size) < 1 + how.growth * i
         for _ in range(2):
-            u = jnp.where(there, jnp.linalg.qr((w - s) @ v.T)[0], 0.0)
+            # QR gives orthonormal columns for the zero rows of V too; they are not part of the subspace yet.
+            u = jnp.where(active, jnp.linalg.qr((w - s) @ v.T)[0], 0.0)
             v = u.T @ (w - s)
             left = w - u @ v
             s = jnp.where(jnp.abs(left) < how.threshold, 0.0, left)
@@ -152,8 +157,10 @@ def _sparse_part(how: GreBsmo, w: Array, key: Array) -> Array:
         # The first rows of R need the first columns of E alone.
         rows = jnp.linalg.qr(rest[:, : how.growth])[0].T @ rest
         grown = jnp.concatenate([v, jnp.zeros_like(rows)])
+        # At full rank the new rows go behind ``size`` and the next step cuts them off.
         return jax.lax.dynamic_update_slice(grown, rows, (jnp.minimum(1 + how.growth * i, size), 0)), s
 
+    # TPUs and GPUs would multiply in fewer bits, which moves entries across the threshold.
     with jax.default_matmul_precision("float32"):
         return jax.lax.fori_loop(0, how.steps, step, (start, jnp.zeros_like(w)))[1]
 
@@ -167,6 +174,7 @@ def prune(model: Any, params: Any, tuned: delta.TaskVector, keep: float) -> Any:
     if not 0 < keep <= 1:
         raise ValueError(f"keep is {keep}; it is the fraction of entries that stays, above 0 and at most 1")
     flat = tree.flatten(params)
+    # It broadcasts against weights that did not change.
     zero = jnp.float32(0)
     change = {p: tuned[p].resolve(w).dense() if p in tuned else zero for p, w in flat.items()}
     linear = model.linear_paths(params)
@@ -174,8 +182,8 @@ def prune(model: Any, params: Any, tuned: delta.TaskVector, keep: float) -> Any:
     # As torch counts what is pruned: half goes to the even number.
     size = {p: jnp.abs(flat[p].astype(jnp.float32) + change[p]) for p in linear}
     masks = top(size, count - round((1 - keep) * count))
-    left = {p: jnp.where(masks[p], w, 0) if p in masks else w for p, w in flat.items()}
-    return tree.like(params, {p: (w.astype(jnp.float32) + change[p]).astype(w.dtype) for p, w in left.items()})
+    pruned = {p: jnp.where(masks[p], w, 0) if p in masks else w for p, w in flat.items()}
+    return tree.like(params, {p: (w.astype(jnp.float32) + change[p]).astype(w.dtype) for p, w in pruned.items()})
 
 
 QUERIES_AND_VALUES = r"(^|/)attn/[qv]/w$"
@@ -237,6 +245,7 @@ def dsee(
         budget=budget.PerMatrix(count=count),
     )
     low_rank = Gaussian(rank, float(rank if alpha is None else alpha))
+    # Under Adam a factor on the change acts as one on the learning rate, so S can train in the weight itself.
     entries = InPlace(rate=low_rank.scale)
     first = Pruned(keep, entries) if keep != 1 else entries
     return Method(select, WithLowRank(first, low_rank))

@@ -32,10 +32,11 @@ class ExpertUse:
     batches: int = 1
 
     def __call__(self, calibration: Calibration) -> Scores:
-        found = activations.experts(calibration, self.batches, self.kind)
-        masks = {n.removesuffix("router"): activations.until(jax.device_get(x), self.p) for n, x in found.items()}
+        shares = activations.experts(calibration, self.batches, self.kind)
+        masks = {n.removesuffix("router"): activations.until(jax.device_get(x), self.p) for n, x in shares.items()}
         out = {}
         for path in calibration.paths:
+            # Scores come by router, weights by expert matrix: both stand in the same module.
             mask = next((m for stack, m in masks.items() if path.startswith(f"{stack}experts/")), None)
             if mask is None:
                 raise ValueError(f"{path} is no weight of experts")

@@ -38,6 +38,7 @@ class GatedWeight:
         return self._times(dot(self._times(x, self.rows), self.w), self.columns)
 
     def __jft_grouped_dot__(self, x: Array, sizes: Array) -> Array:
+        # total_repeat_length: under jit the number of rows must not depend on ``sizes``.
         expert = jnp.repeat(jnp.arange(sizes.shape[0]), sizes, total_repeat_length=x.shape[0])
         rows, columns = (None if gates is None else gates[expert] for gates in (self.rows, self.columns))
         return self._times(grouped_dot(self._times(x, rows), self.w, sizes), columns)
@@ -135,11 +136,13 @@ class Gates(Parametrisation):
         likely = {name: jax.scipy.stats.norm.cdf(self.mean(t) / self.sigma) for name, t in trained.items()}
         if self.open is None:
             return self.weight * sum((jnp.sum(p) for p in likely.values()), jnp.float32(0))
+        # The mean over a matrix's channels first: the target is of each matrix, not of all together.
         away = [jnp.abs(jnp.mean(p, axis=-1) - self.open) for p in likely.values()]
         return self.weight * jnp.sum(sum(away)) / len(away)
 
     def leaves(self, at: Any = None) -> tuple[Any, Any]:
         """How far the gates' parameters have moved from where they started is their distance from the base."""
+        # Gates are sharded like the axis of the weight that they multiply; vectors are for no matrix optimizer.
         side = {"rows": (..., ROWS), "columns": (..., COLUMNS)}
         trained = {
             name: delta.Leaf(axes, decays=False, matrices=None, origin=self.start) for name, axes in side.items()

@@ -33,6 +33,7 @@ class TopGradient(Rule):
 
     def __post_init__(self) -> None:
         """Refuse what is no density."""
+        # The budget knows which densities are valid; ask it once, early.
         self._count(1)
 
     def _count(self, size: int) -> int:

@@ -23,6 +23,7 @@ EMBEDDINGS = re.compile(r"(^|/)(patch|cls|types|relative|\w*embed\w*|\w*position
 def _layer(path: str, shape: Sequence[int]) -> tuple[str, int | None, int] | None:
     """``(stack, number or None where the leaf stacks them, layers it shows)`` of a leaf in a layer; None outside."""
     if (numbered := tree.layer_of(path)) is not None:
+        # A numbered layer i shows that the stack has at least i + 1 layers.
         return numbered[0].removesuffix(str(numbered[1])), numbered[1], numbered[1] + 1
     stack = tree.stack_of(path)
     return None if stack is None else (stack, None, shape[0])
@@ -30,13 +31,13 @@ def _layer(path: str, shape: Sequence[int]) -> tuple[str, int | None, int] | Non
 
 def depths(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """``{stack: layers}`` of weights by path, whose layers are stacked (``layers/..``) or numbered (``blocks/3/..``)."""
-    found: dict[str, int] = {}
+    lengths: dict[str, int] = {}
     for path, shape in shapes.items():
         if (layer := _layer(path, shape)) is not None:
-            found[layer[0]] = max(layer[2], found.get(layer[0], 0))
-    if not found:
+            lengths[layer[0]] = max(layer[2], lengths.get(layer[0], 0))
+    if not lengths:
         raise ValueError("this model's paths carry no layers (layers/..., blocks/3/...); select by pattern instead")
-    return found
+    return lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,7 @@ class FromTheTop(Choice):
 
     def __call__(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...] | None]:
         lengths = depths(shapes)
+        # Compared over all stacks: an encoder with two towers unfreezes its embeddings when the deeper one is through.
         all_in = self.last.count > max(lengths.values()) or self.last.share[0] == self.last.share[1]
         table: dict[str, tuple[int, ...] | None] = {}
         for path, shape in shapes.items():
@@ -66,6 +68,7 @@ class FromTheTop(Choice):
             inside = self.last.of(lengths[stack])
             if number is None and inside:
                 table[path] = inside
+            # A numbered layer has leaves of its own, which train whole.
             elif number in inside:
                 table[path] = None
         return table
@@ -104,6 +107,7 @@ class Unfreezing(Staged):
         # The last stage has more than all layers: the embeddings as well.
         last = -(-(self.depth + 1 - self.first) // self.by)
         if self.every:
+            # Beyond the last stage nothing is left to unfreeze; the same stage means no reselection.
             return min(step // self.every, last) if self.depth else step // self.every
         if not self.depth:
             raise ValueError(

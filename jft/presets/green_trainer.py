@@ -46,8 +46,10 @@ class Green(Choice):
         gains = [float(worth[t.path][t.layer]) if t.path in worth else 0.0 for t in chain]
         share = self.fraction
         if self.of == "step":
+            # Nothing is passed on below the lowest tensor, the last of the chain.
             full = sum(t.weight for t in chain) + sum(t.passing for t in chain[:-1])
             forward = backward.forward(chain)
+            # The forward pass is always paid, so what is left of the fraction goes to the backward pass.
             share = (self.fraction * (forward + full) - forward) / full
             if share <= 0:
                 least = forward / (forward + full)
@@ -82,6 +84,7 @@ def importance(calibration: Calibration, batches: int = 1) -> dict[str, np.ndarr
 def _lowering(gradient: Array, after: Array, before: Array, layered: bool) -> np.ndarray:
     moved = after.astype(jnp.float32) - before.astype(jnp.float32)
     axes = tuple(range(1 if layered else 0, gradient.ndim))
+    # Weights outside layers give a scalar, which is indexed like a layer 0.
     return np.atleast_1d(np.asarray(-jnp.sum(gradient * moved, axis=axes), np.float64))
 
 

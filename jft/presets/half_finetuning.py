@@ -51,6 +51,7 @@ def half_finetuning(
     is :func:`jft.merge.half_reset`.
     """
     several = bool(every) or stages != 1
+    # stages=1 is the default and not a request, so ``every`` alone must not clash with it.
     schedule = Redraw(every, 0 if every and stages == 1 else stages) if several else None
     select = Select(layers=Halves(draw, outside=outside))
     return Method(select, InPlace(), schedule=schedule)

@@ -59,6 +59,7 @@ def l_lora(
         raise ValueError(
             f"linearize is {linearize!r}; 'model' expands the whole model, 'modules' each adapted product alone"
         )
+    # b is zero at the start, so the derivative in a vanishes there: training b alone is the whole expansion.
     train = LowRankFixed(rank, float(alpha))
     forward: Literal["standard", "linearized"] = "linearized" if linearize == "model" else "standard"
     return Method(Select(patterns(include), linear_only=True), train, forward=forward)

@@ -31,12 +31,15 @@ class Likelihood:
     objective: Any
 
     def __call__(self, outputs: Any, batch: Any) -> Array:
+        # Scalars of a batch (settings) belong to every example and are not mapped over.
         axes = jax.tree.map(lambda x: 0 if x.ndim else None, batch)
         ranks = jax.tree.map(lambda x: x.ndim, batch)
 
         def one(outputs: Any, row: Any) -> Array:
+            # The objective expects a batch; each example becomes one of size 1.
             row = jax.tree.map(lambda x, n: x[None] if n else x, row, ranks)
             loss, weight, _ = self.objective.loss(jax.tree.map(lambda x: x[None], outputs), row)
+            # The inner where keeps a division by 0 out, the outer one scores padding rows 0.
             return jnp.where(weight > 0, -loss / jnp.where(weight > 0, weight, 1.0), 0.0)
 
         return jax.vmap(one, in_axes=(0, axes))(outputs, batch)

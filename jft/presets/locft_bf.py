@@ -38,4 +38,5 @@ def locft_bf(layers: Sequence[int] = (), modules: Patterns = (r"mlp/down/",)) ->
     comparison; the default is theirs of Llama-3-8B, the MLP's down projection at 22/32 of the depth. The loss is on the
     target tokens.
     """
+    # A location by depth, so that other models get the corresponding layer.
     return Method(Select(patterns(modules), layers=tuple(layers) or LOCATION), InPlace())

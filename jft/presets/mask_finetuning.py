@@ -49,6 +49,7 @@ class TopMask(Mask):
     def mask(self, trained: Array) -> Array:
         """Exactly ``round(keep * I * O)`` True in each matrix."""
         lead = leading(trained, self.lead)
+        # By size, with the sign's derivative (``soft``): a score counts as far as it is from 0 on either side.
         return top_each(jnp.abs(trained), max(1, round(self.keep * math.prod(trained.shape[lead:]))), lead)
 
     def soft(self, s: Array) -> Array:

@@ -39,6 +39,7 @@ class Mixout(Parametrisation):
     lead: int | None = None
     linear: bool = True
     random = True
+    # The difference v - w is small; in bfloat16 most of it would round away.
     exact = True
 
     def __post_init__(self) -> None:
@@ -57,11 +58,12 @@ class Mixout(Parametrisation):
         if key is None or v.ndim < 2:
             return v
         shape = (v.shape[0], 1) if self.unit == "neuron" else v.shape
-        there = jax.random.bernoulli(key, 1.0 - self.p, shape)
+        unmixed = jax.random.bernoulli(key, 1.0 - self.p, shape)
         base = w.astype(v.dtype)
-        return base + jnp.where(there, (v - base) / (1 - self.p), 0)
+        return base + jnp.where(unmixed, (v - base) / (1 - self.p), 0)
 
     def bind(self, kept: Array, trained: Array, structured: bool, key: Array | None = None) -> Any:
+        # Without noise nothing is mixed, so the base need not be read at all.
         if key is None or not self.linear:
             return trained if structured else trained.astype(kept.dtype)
         lead = leading(kept, self.lead)

@@ -31,6 +31,7 @@ class Groups(Entry):
 
     def __post_init__(self) -> None:
         """Refuse what is no part of a group."""
+        # 127: a position inside a group is stored as int8.
         if not 1 <= self.n <= self.m <= 127 or self.axis not in AXES:
             raise ValueError(f"{self.n} of {self.m} along {self.axis!r}: n from 1 to m, m at most 127, rows or columns")
 
@@ -51,6 +52,7 @@ class Groups(Entry):
         slot = -2 if self.axis == "rows" else -1
         # A stable sort puts the selected ones first, in order.
         order = jnp.argsort(~groups, axis=slot, stable=True)
+        # Every group has exactly n, so ``grid`` and ``capacity`` have no say: nothing is padded.
         return jax.lax.slice_in_dim(order, 0, self.n, axis=order.ndim + slot).astype(jnp.int8)
 
     def mask_of(self, at: Array, shape: Any, lead: int) -> Array:
@@ -83,6 +85,7 @@ class OfEachGroup:
 
     def _mask(self, score: Array) -> Array:
         groups = score.reshape(grouped_shape(score.shape, self.m, AXES[self.axis]))
+        # top_each competes over the trailing axes; the m entries of a group have to be the last.
         last = jnp.swapaxes(groups, -1, -2) if self.axis == "rows" else groups
         mask = top_each(last, self.n, last.ndim - 1)
         return (jnp.swapaxes(mask, -1, -2) if self.axis == "rows" else mask).reshape(score.shape)

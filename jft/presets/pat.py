@@ -43,11 +43,13 @@ class SparsifiedWeight:
 
     def __jft_grouped_dot__(self, x: Array, sizes: Array) -> Array:
         y = grouped_dot(x, self.w, sizes)
+        # total_repeat_length: under jit the number of rows must not depend on ``sizes``.
         expert = jnp.repeat(jnp.arange(sizes.shape[0]), sizes, total_repeat_length=x.shape[0])
         moved = grouped_dot(grouped_dot(y, self.a, sizes), self.b, sizes)
         return (y + moved) * self.scale[expert].astype(y.dtype)
 
     def __jft_take__(self, ids: Array) -> Array:
+        # Rows of the table, not the table: the operator acts on the tokens that are there.
         y = take(self.w, ids, self.a.dtype)
         return (y + dot(dot(y, self.a), self.b)) * self.scale
 
@@ -94,6 +96,7 @@ class Sparsified(Parametrisation):
         if w.ndim < 2 or self.rank < 1:
             raise ValueError(f"a weight of shape {w.shape} has no operator of rank {self.rank} on its output channels")
         *lead, _, width = w.shape
+        # Kaiming-uniform for ``width`` inputs: the operator reads output channels.
         bound = 1 / math.sqrt(width)
         trained = {
             "a": jax.random.uniform(key, (*lead, width, self.rank), jnp.float32, -bound, bound),
@@ -107,17 +110,19 @@ class Sparsified(Parametrisation):
 
     def factor(self, trained: dict[str, Array], key: Array | None = None) -> Array:
         """What each output channel is multiplied by, ``[*lead, O]``."""
+        # The phase is in the trained values so that a checkpoint holds it; the rule writes it, the optimizer must not.
         temperature, bias, learns = jax.lax.stop_gradient(trained["phase"])
         m, (*lead, width, _) = trained["mask"], trained["a"].shape
         if m.shape != (width,):
             raise ValueError(
                 f"the mask has {m.shape[0]} channels and a weight here {width}; include only what writes to the residual stream"
             )
+        # Late in the hardening data no longer moves m; the budget's penalty reads m itself and still does.
         m = jnp.where(learns > 0, m, jax.lax.stop_gradient(m))
         soft = jax.nn.sigmoid(jnp.maximum(temperature * m, -10.0)) + bias
         final = (m >= 0).astype(m.dtype) if key is None else soft
-        there = jnp.where(learns > 0, soft, final)
-        return there * (trained["scale"] if self.scaled else jnp.ones((*lead, width), m.dtype))
+        mask = jnp.where(learns > 0, soft, final)
+        return mask * (trained["scale"] if self.scaled else jnp.ones((*lead, width), m.dtype))
 
     def bind(self, kept: Array, trained: dict[str, Array], structured: bool, key: Array | None = None) -> Any:
         parts = (kept, trained["a"], trained["b"], self.factor(trained, key))
@@ -135,6 +140,7 @@ class Sparsified(Parametrisation):
             trained["scale"] = channel
         if self.lender is None:
             trained["mask"] = dataclasses.replace(channel, axes=(COLUMNS,), origin=None)
+            # rate 0: whatever an optimizer makes of a zero gradient, the phase stays what the rule wrote.
             trained["phase"] = dataclasses.replace(channel, axes=(None,), origin=None, rate=0.0)
         return delta.Leaf(), trained
 
@@ -182,6 +188,7 @@ class Hardening(Rule):
             raise ValueError(f"harden is {self.share}; it is the share of the run's steps, above 0 and up to 1")
 
     def init(self, trained: Any) -> dict[str, Array]:
+        # inf until the run's length is known: the mask then stays at its first phase.
         return {"made": jnp.zeros((), jnp.int32), "steps": jnp.full((), jnp.inf, jnp.float32)}
 
     def start(self, memory: dict[str, Array], steps: int) -> dict[str, Array]:
@@ -189,6 +196,7 @@ class Hardening(Rule):
 
     def values(self, plan: Any, kept: Any, trained: Any, memory: dict[str, Array]) -> tuple[Any, Any]:
         made, path = memory["made"] + 1, _lender(trained)
+        # After the update, so that the next forward pass has the phase of its own step.
         held = {**trained[path], "phase": phase(made, self.share * memory["steps"])}
         return {**trained, path: held}, {**memory, "made": made}
 
@@ -220,6 +228,7 @@ class ChannelBudget:
         m = trained[_lender(trained)]["mask"]
         count = max(1, round(self.fraction * m.shape[0]))
         excess = absolute(jnp.sum(straight_through((m >= 0).astype(m.dtype), m)) / count - 1)
+        # A comparison, without derivative: which side a channel is on is fixed in this term.
         above = (m > 0).astype(m.dtype)
         away = jnp.float32(0)
         for on, middle in ((above, 0.5), (1 - above, -0.5)):

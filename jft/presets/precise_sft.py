@@ -39,12 +39,13 @@ class PatchedHeads:
     freeze: bool = True
 
     def __call__(self, calibration: Calibration) -> Scores:
-        found = patching(calibration, self.batches, self.counterfactual, freeze=self.freeze, mlps=bool(self.mlps))
-        of_heads = {name: x for name, x in found.items() if name.endswith("/o")}
+        effects = patching(calibration, self.batches, self.counterfactual, freeze=self.freeze, mlps=bool(self.mlps))
+        of_heads = {name: x for name, x in effects.items() if name.endswith("/o")}
         total = sum(x.size for x in of_heads.values())
+        # A value below 1 is a fraction of the heads, from 1 up a number of them.
         wanted = int(self.heads) if self.heads >= 1 else floor_count(self.heads, total)
         chosen = top(of_heads, wanted)
-        of_mlps = {name: x for name, x in found.items() if name not in of_heads}
+        of_mlps = {name: x for name, x in effects.items() if name not in of_heads}
         if of_mlps:
             chosen |= top(of_mlps, self.mlps)
         return {p: self._unit(calibration, p, chosen) for p in calibration.paths}
@@ -53,9 +54,11 @@ class PatchedHeads:
         module, name, _ = path.rsplit("/", 2)
         shape = calibration.params[path].shape
         if module.endswith("mlp"):
+            # Times 1.0: scores are floats, and the mask is bool.
             return jnp.broadcast_to(chosen[f"{module}/down"], (shape[0], shape[1 if name == "down" else 2])) * 1.0
         mask, extent = chosen[f"{module}/o"], shape[1 if name == "o" else 2]
         count, groups = attention(calibration, path)
+        # Keys and values of a group train where any of its query heads was chosen.
         if name in "kv" and groups < count:
             mask = jnp.any(mask.reshape(len(mask), groups, -1), axis=-1)
         return spread_heads(mask, extent)

@@ -39,9 +39,11 @@ def agreement_dropout(key: Array, task: Any, anchor: Any, strength: float = 1.0,
     zero-shot model's predictions on the same batch; its task gradient includes the penalties.
     """
     leaves, structure = jax.tree.flatten(task)
+    # A key for each leaf, or leaves of one shape would drop the same entries.
     each = jax.tree.unflatten(structure, list(jax.random.split(key, len(leaves))))
 
     def drop(key: Array, a: Array, b: Array) -> Array:
+        # eps: where both gradients are 0 the fraction would be NaN.
         likely = (jnp.sign(a) * (a + b) / (jnp.abs(a) + jnp.abs(b) + eps) + 1) / 2
         kept = likely > jax.random.uniform(key, a.shape, a.dtype)
         return jnp.where(kept, a, (1 - strength) * a)

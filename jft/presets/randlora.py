@@ -53,14 +53,15 @@ class RandLoRA(Additive):
 
     def count(self, shape: tuple[int, ...]) -> int:
         """N, of a weight of ``shape``."""
+        # Rounded up, so that the sum reaches full rank.
         return -(-min(shape[-2:]) // self.rank)
 
     def leaves(self, at: Any = None) -> tuple[Any, Any]:
-        own = delta.RandomBases.leaves
+        bases = delta.RandomBases.leaves
         # Where lam is zero the weight is the base, whatever gamma is.
-        return {"w": delta.Leaf(), "key": own["key"]}, {
-            "gamma": _Gamma(own["gamma"].axes, matrices=None, origin=None),
-            "lam": own["lam"],
+        return {"w": delta.Leaf(), "key": bases["key"]}, {
+            "gamma": _Gamma(bases["gamma"].axes, matrices=None, origin=None),
+            "lam": bases["lam"],
         }
 
     def init(self, key: Array, w: Array, at: Array | None = None, base: Array | None = None) -> tuple[Any, Any]:
@@ -71,8 +72,10 @@ class RandLoRA(Additive):
                 "(linear_only, or select.include)"
             )
         n, along = self.count(w.shape), min(rows, columns)
+        # Raw words, not a typed key: they are saved with the task vector and sliced with the layers.
         words = jax.random.bits(key, (*lead, 2), jnp.uint32)
         trained = {
+            # Not zero, as lam is: with both at zero neither would have a gradient.
             "gamma": jnp.full((*lead, n, along), 1 / along, jnp.float32),
             "lam": jnp.zeros((*lead, n, self.rank), jnp.float32),
         }

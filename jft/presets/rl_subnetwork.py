@@ -30,4 +30,5 @@ def rl_subnetwork(tuned: Any = None, tolerance: float = 1e-5) -> Method:
     that all four say the same. tolerance: a larger ``|theta1 - theta0|`` is a difference (the paper's for bfloat16 weights: a
     float32 base has many more). Matrices with few of them cost as much memory as the fullest layer of their stack.
     """
+    # The score is 1 where the models differ and 0 elsewhere; 0.5 separates them.
     return Method(Select(score=scores.Difference(tuned, tolerance), budget=budget.Beyond(0.5)), InPlace())

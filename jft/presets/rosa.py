@@ -20,6 +20,7 @@ from jft.select.calibration import Calibration
 
 
 def _rows(params: Any, batch: Any) -> jax.Array:
+    # Batches may differ in size, so examples are counted rather than multiplied out.
     return jnp.float32(jax.tree.leaves(batch)[0].shape[0])
 
 
@@ -94,6 +95,7 @@ def rosa(
     if squared not in (True, False, "example"):
         raise ValueError(f"squared is {squared!r}; True (of batches), False, or 'example'")
     low_rank = LowRank(rank, alpha, rate=low_rank_rate)
+    # Fisher of whole batches is the mean of their squared gradients.
     score: scores.Score = scores.Fisher(batches, "batch") if squared else scores.Gradient(batches)
     if squared == "example":
         score = SquaredByExample(batches)
@@ -102,4 +104,5 @@ def rosa(
         score=scores.Tuned(score, warmup, low_rank) if restart else score,
         budget=budget.PerMatrix(density=density),
     )
+    # With restart the warm-up is part of the score (Tuned), so the run itself has no schedule.
     return Method(select, WithLowRank(InPlace(), low_rank), schedule=None if restart else After(warmup))

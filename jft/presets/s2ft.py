@@ -52,17 +52,20 @@ class HeadsAndChannels:
         return floor_count(fraction, available)
 
     def __call__(self, calibration: Calibration) -> Scores:
-        found = self.score(calibration)
-        return self._heads(calibration, found) | self._channels(calibration, found)
+        of_entries = self.score(calibration)
+        return self._heads(calibration, of_entries) | self._channels(calibration, of_entries)
 
     def _heads(self, calibration: Calibration, found: Scores) -> Scores:
         out: Scores = {}
         rows, columns = _named(calibration, "attn/o/w"), _named(calibration, "attn/v/w")
         for stack in rows | columns:
+            # o before v: coupled weights must choose by one score, or they would train different heads.
             path = rows.get(stack) or columns[stack]
             count, groups = attention(calibration, path)
+            # Query heads that share values cannot train their part of v apart.
             units = groups if stack in columns else count
             score = _pooled(found[path], units, rows=path.endswith("o/w"))
+            # The same scores with another count: the smaller choice is a part of the larger.
             if stack in rows:
                 chosen = top_each(score, floor_count(self.o, units), 1, self.largest)
                 out[rows[stack]] = spread_heads(chosen, calibration.params[rows[stack]].shape[1])
@@ -75,6 +78,7 @@ class HeadsAndChannels:
         out: Scores = {}
         rows, ups, gates = (_named(calibration, f"mlp/{name}/w") for name in ("down", "up", "gate"))
         for stack in rows | ups:
+            # down before up, for the same reason.
             path = rows.get(stack) or ups[stack]
             score = _pooled(found[path], found[path].shape[1 if stack in rows else 2], rows=stack in rows)
             for weights, fraction in ((rows, self.down), (ups, self.up), (gates, self.up)):
@@ -140,9 +144,9 @@ def s2ft(
     for name, fraction in names.items():
         if not 0 <= fraction <= 1:
             raise ValueError(f"the fraction of {name} is {fraction}; it lies in [0, 1]")
-    wanted = "|".join(name for name, fraction in names.items() if fraction)
-    if not wanted:
+    modules = "|".join(name for name, fraction in names.items() if fraction)
+    if not modules:
         raise ValueError("s2ft with o, v, down and up all 0 trains nothing")
     choice = HeadsAndChannels(o, v, down, up, score, largest)
-    select = Select((rf"(^|/)({wanted})/w$",), linear_only=True, score=choice, granularity=SIDES, budget=CHOSEN)
+    select = Select((rf"(^|/)({modules})/w$",), linear_only=True, score=choice, granularity=SIDES, budget=CHOSEN)
     return Method(select, InPlace())

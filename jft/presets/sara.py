@@ -41,6 +41,7 @@ class NuclearOfOne:
     def __call__(self, plan: Any, kept: Mapping[str, Any], trained: Mapping[str, Any], key: Array | None) -> Array:
         if key is None:
             raise ValueError("the nuclear norm of one random matrix needs the step's key")
+        # One branch for each leaf: their shapes differ, and lax.switch runs the drawn one alone.
         branches: list[Callable[[Array], Array]] = []
         counts: list[int] = []
         for path in plan.selects:
@@ -55,7 +56,9 @@ class NuclearOfOne:
                 "leave the norm out by nuclear=0"
             )
         ends = np.cumsum(counts)
+        # Over matrices, not leaves, so that a deep stack is not drawn as seldom as a single matrix.
         drawn = jax.random.randint(key, (), 0, ends[-1])
+        # side=right: ``ends`` are exclusive, and a draw equal to one belongs to the next leaf.
         which = jnp.searchsorted(jnp.asarray(ends), drawn, side="right")
         return self.weight * jax.lax.switch(which, branches, drawn - jnp.asarray(ends - counts)[which])
 
@@ -85,6 +88,7 @@ class StillSmall(Schedule):
             raise ValueError(f"a selection anew after a share {self.at} of the run; it lies between 0 and 1")
 
     def due(self, step: int, steps: int) -> bool:
+        # Not before the first update, when every entry still is where it started.
         return step == max(1, round(self.at * steps))
 
     def renew(self, standing: Standing) -> Renewal:
@@ -103,6 +107,7 @@ class StillSmall(Schedule):
         if theta is not None:
             return lambda x: jnp.abs(x) < theta
         moved = plan.change(kept, trained)
+        # initial=0: a weight without selected entries has an empty array, of which there is no maximum.
         first = (jnp.max(jnp.abs(trained[p] - moved[p]), initial=0) for p in plan.selects)
         largest = functools.reduce(jnp.maximum, first)
         return lambda x: jnp.abs(x) <= largest
@@ -169,6 +174,7 @@ def sara(
         raise ValueError("norm='change' says of what the nuclear norm is, and nuclear=0 leaves it out; leave out one")
     if not again and not restart:
         raise ValueError("restart=False is for entries chosen anew part-way, and again=0 chooses none; leave out one")
+    # None by default, so that a density can be told from a threshold that was set.
     theta = None if density is not None else THRESHOLD if threshold is None else threshold
     limit = budget.Globally(density=density) if theta is None else budget.Beyond(theta)
     select = Select(score=scores.Magnitude(), budget=limit, largest=False)

@@ -38,6 +38,7 @@ class Cross:
                 raise ValueError(
                     f"{path} of shape {w.shape} holds no matrices, so Cross cannot score it; select matrices"
                 )
+            # The output's sharding is the weight's: scores are made where they are compared.
             run = jax.jit(_cross, static_argnums=1, out_shardings=getattr(w, "sharding", None))
             out[path] = run(tree.key_for(key, path), w.shape)
         return out
@@ -50,6 +51,7 @@ def _cross(key: Array, shape: tuple[int, ...]) -> Array:
     v = jax.random.uniform(two, (*lead, columns), jnp.float32)
     size = min(rows, columns)
     diagonal = jnp.arange(rows)[:, None] % size == jnp.arange(columns) % size
+    # 2 is above every draw from [0, 1), so the diagonal comes first.
     return jnp.where(diagonal, 2.0, jnp.maximum(u[..., :, None], v[..., None, :]))
 
 

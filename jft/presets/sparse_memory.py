@@ -33,6 +33,7 @@ class _Reads:
         return memory.accesses(self.model, params, batch)
 
 
+# eq=False: arrays have no truth value to compare by, and no hash.
 @dataclasses.dataclass(frozen=True, eq=False)
 class Slots:
     """TF-IDF of the slots of a memory: what ``batches`` of the training data read, and the background does not.
@@ -54,7 +55,9 @@ class Slots:
         nothing = np.zeros(slots, np.int64)
         known = self.background
         if known is None:
+            # A background of one batch that reads nothing: all slots are equally rare, and the counts decide.
             return memory.Accesses(nothing, nothing, 1)
+        # Read here, not in the preset: a config may name a file that is on the machine of the run alone.
         if isinstance(known, str | os.PathLike):
             with np.load(known) as file:
                 known = memory.Accesses(file["counts"], file["batches"], int(file["size"]))

@@ -32,7 +32,7 @@ class SignalToNoise:
     """
 
     def __call__(self, calibration: Calibration) -> Scores:
-        found = {}
+        ratios = {}
         for path in calibration.paths:
             w, lead = calibration.params[path], calibration.lead(path)
             if w.ndim - lead != 2 or lead > 1:
@@ -40,8 +40,8 @@ class SignalToNoise:
                 raise ValueError(
                     f"{path} of shape {w.shape} {what}, which spectrum does not rank; leave it out (exclude={path!r})"
                 )
-            found[path] = _ratios(lead)(w)
-        return found
+            ratios[path] = _ratios(lead)(w)
+        return ratios
 
 
 @program_cache
@@ -57,6 +57,7 @@ def signal_to_noise(w: Array) -> Array:
     edge = (high - low) / IQR * (1 + (min(w.shape) / max(w.shape)) ** 0.5)
     above = s > edge
     signal, noise = jnp.sum(jnp.where(above, s, 0)), jnp.sum(jnp.where(above, 0, s))
+    # The inner where keeps the division by a noise of 0 out of matrices that have none.
     return jnp.where(s[0] > 0, signal / jnp.where(jnp.all(above), 1.0, noise) / s[0], jnp.inf)
 
 
@@ -68,9 +69,11 @@ class PerType(Budget):
         kinds: dict[str, list[str]] = {}
         for path in leads:
             layer = tree.layer_of(path)
+            # Layers that are numbered are taken together by their path without the number.
             kind = path if layer is None else layer[0].rstrip("0123456789") + path[len(layer[0]) :]
             kinds.setdefault(kind, []).append(path)
         for paths in kinds.values():
+            # 0 leading axes: the layers of a kind compete with each other.
             yield paths, 0
 
 

@@ -45,6 +45,7 @@ class Importance(Rule):
 
 def _projected(lead: int, now: Array, minus: Array, total: Array) -> Array:
     share = soft_share(-minus, total, lead)
+    # Where share is 0 the base itself: the sum beside it would round.
     return jnp.where(share > 0, -(1 - share) * minus + share * now, -minus)
 
 
@@ -55,6 +56,7 @@ def soft_share(base: Array, total: Array, lead: int) -> Array:
     share = jnp.where(ours > theirs, ours / (ours + theirs), 0.0)
     above = jnp.sum(share > 0, axis=axes, keepdims=True)
     mean = jnp.sum(share, axis=axes, keepdims=True) / jnp.maximum(above, 1)
+    # Where nothing is above 0 the mean is 0 as well.
     return jnp.minimum(share / jnp.where(above > 0, mean, 1.0), 1.0)
 
 
@@ -62,7 +64,9 @@ def _rank(x: Array, axes: tuple[int, ...]) -> Array:
     size = jnp.abs(x.astype(jnp.float32))
     count = math.prod(x.shape[axis] for axis in axes)
     centred = size - jnp.mean(size, axis=axes, keepdims=True)
+    # One value has no sample deviation; max keeps the division by n - 1 defined.
     spread = jnp.sqrt(jnp.sum(jnp.square(centred), axis=axes, keepdims=True) / max(count - 1, 1))
+    # Equal sizes have a deviation of 0; their rank is 1/2.
     rank = jax.nn.sigmoid(centred / jnp.where(spread > 0, spread, 1.0))
     return jnp.where(jnp.any(size > 0, axis=axes, keepdims=True), rank, 0.0)
 

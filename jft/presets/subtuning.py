@@ -41,11 +41,13 @@ class Greedy(Choice):
         while tried and (not self.most or len(chosen) < self.most):
             found = [self._worth(calibration, [*chosen, layer]) for layer in tried]
             place = int(np.argmax(found))
+            # The first layer need not gain ``tolerance``: there is nothing before it to compare with.
             if (chosen and found[place] < best + self.tolerance) or found[place] <= best:
                 break
             best, layer = found[place], tried[place]
             if not chosen and self.shortlist:
                 ranked = np.argsort(-np.asarray(found), kind="stable")[: self.shortlist]
+                # Back in the order of the layers, so that ties go to the earlier one in every round.
                 tried = [tried[i] for i in sorted(ranked)]
             chosen.append(layer)
             tried = [x for x in tried if x != layer]

@@ -40,5 +40,6 @@ def super_tuning(
     if alpha is not None and not rank:
         raise ValueError(f"alpha={alpha} scales the low-rank change, and rank is 0; give rank=, or leave alpha out")
     train = LowRank(rank, float(2 * rank if alpha is None else alpha)) if rank else InPlace()
+    # round: 1 - 0.9 is 0.09999999999999998 in binary, whose floor can be one entry less.
     limit = budget.PerMatrix(density=round(1 - sparsity, 12))
     return Method(Select(linear_only=True, score=scores.Magnitude(), budget=limit, largest=largest), train)

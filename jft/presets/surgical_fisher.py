@@ -38,6 +38,7 @@ class TargetLogit:
 
     def loss(self, outputs: Any, batch: Any) -> tuple[Array, Array, dict[str, Array]]:
         """``(sum of target logits, weight, {})``."""
+        # ``nll`` without the z-loss, where the objective reports it apart.
         loss, weight, sums = self.given.loss(outputs, batch)
         partition = jax.nn.logsumexp(outputs.astype(jnp.float32), axis=-1)
         return jnp.sum(self.given.weights(batch) * partition) - sums.get("nll", loss), weight, {}
@@ -70,6 +71,7 @@ class LayerFisher:
         squares = seen.squares(self.examples, self.per)
         if self.pool != "frobenius":
             return pooled_layers(squares, self.pool)
+        # Per weight first: the score sums norms, not squares, over the weights of a layer.
         norms = {p: jnp.sqrt(jnp.sum(jnp.square(x.reshape(x.shape[0], -1)), axis=1)) for p, x in squares.items()}
         stacks = dict.fromkeys(s for p in norms if (s := tree.stack_of(p)))
         return {s: jnp.sum(jnp.stack([x for p, x in norms.items() if tree.stack_of(p) == s]), axis=0) for s in stacks}

@@ -59,10 +59,12 @@ class Taps(Parametrisation):
         return bound(self, (kept, trained), kept, leading(kept, self.lead), structured)
 
     def encode(self, base: Array | None, kept: Array, trained: dict[str, Array]) -> delta.Encoding:
+        # On the host: how many layers the change stores depends on the values.
         active = np.asarray(self.active(trained))
         values = jnp.where(append_axes(jnp.asarray(active), kept.ndim), trained["delta"], 0)
         if not active.ndim:
             return delta.Dense(values)
+        # A layer of experts is stored if any of its matrices is active; the others in it are zero.
         index = np.flatnonzero(active.reshape(active.shape[0], -1).any(axis=1))
         return delta.Rows(jnp.asarray(index, jnp.int32), values[index], kept.shape)
 

@@ -42,6 +42,7 @@ class ByContribution:
 
     def __post_init__(self) -> None:
         """Refuse what is no number of connections."""
+        # True is an int in Python, and no count.
         if isinstance(self.minimum, bool) or not isinstance(self.minimum, int) or self.minimum < 1:
             raise ValueError(f"minimum is {self.minimum!r}; give how many connections a neuron has at least, from 1")
 
@@ -58,15 +59,18 @@ class ByContribution:
     def _counts(self, found: Mapping[str, Array], largest: bool, leads: Mapping[str, int]) -> dict[str, np.ndarray]:
         """C_l of each matrix, of the shape of its leading axes."""
         over = budget.choose(found, dict.fromkeys(found, 1), leads, budget.Globally(density=self.top), largest)
+        # On the host in int64: the product below would overflow int32 for large matrices.
         held = {p: np.asarray(jnp.sum(m, axis=(-2, -1), dtype=jnp.uint32), np.int64) for p, m in over.items()}
         layers = []  # of each group of paths: the weight of each of its layers
         for paths, lead in budget.PerLayer(density=self.top).groups(leads):
             layers.append((paths, sum(held[p].sum(axis=tuple(range(lead, held[p].ndim))) for p in paths)))
+        # Layers that hold none of the top are left out, or the ratio would be infinite.
         least = min(int(w[w > 0].min()) for _, w in layers if (w > 0).any())
         out = {}
         for paths, weight in layers:
             connections = np.maximum(1, weight * self.minimum // least)
             for p in paths:
+                # Experts of a layer have the layer's number each.
                 inner = (1,) * (held[p].ndim - np.ndim(connections))
                 out[p] = np.broadcast_to(np.reshape(connections, np.shape(connections) + inner), held[p].shape)
         return out

@@ -26,13 +26,16 @@ class EverySecond(Depth):
 
     def __post_init__(self) -> None:
         """Refuse what is no share, as :class:`jft.select.layers.Spaced` does."""
+        # Its __post_init__ has the check and the message.
         Spaced(self.fraction)
 
     def of(self, length: int) -> tuple[int, ...]:
         """Their indices among ``length`` layers."""
+        # Half upwards; round() would take it to the even number.
         k = max(1, math.floor(self.fraction * length + 0.5))
         step = 2 if k <= (length + 1) // 2 else 1
         last = -(-length // step) - 1
+        # round half up in integers: Python's round goes to the even number, and floats depend on their rounding.
         return tuple(step * ((2 * i * last + k - 1) // (2 * (k - 1))) for i in range(k)) if k > 1 else (0,)
 
     def __str__(self) -> str:

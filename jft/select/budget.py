@@ -290,8 +290,10 @@ def resolved(
             f"density {budget.density} of all {size(denominator)} parameters of the {budget.of} is {count}, and "
             f"{_list_paths(dict.fromkeys(paths))} can give {size(paths)}; lower it"
         )
-    # An exact fraction: a float might come out one below.
-    return dataclasses.replace(budget, of="candidates", density=Fraction(count, size(paths)) if paths else 1)
+    # An exact fraction: a float might come out one below. The one of "floor+1" is in it already.
+    again: Round = "floor" if budget.round == "floor+1" else budget.round
+    density = Fraction(count, size(paths)) if paths else 1
+    return dataclasses.replace(budget, of="candidates", density=density, round=again)
 
 
 def choose(

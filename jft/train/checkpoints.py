@@ -1,4 +1,4 @@
-"""Checkpoints of what trains, and of where the data stands. The one module that knows Orbax.
+"""Checkpoints of what trains, and of the position in the data. The one module that knows Orbax.
 
 A checkpoint holds the state (trained values, optimizer state, step, key), the data position of each process and the run's
 identity. The base is not in it: it is named by source and fingerprint. Saving is asynchronous; a checkpoint comes to be
@@ -23,6 +23,7 @@ from jft.methods.registry import comparable
 from jft.train.state import State
 from jft.tree import host
 
+# All other metrics (loss, perplexity) are better when smaller.
 HIGHER_IS_BETTER = ("accuracy",)
 
 
@@ -52,6 +53,7 @@ class Changed(ValueError):
 
 
 def _dotted(value: Any, prefix: str = "") -> dict[str, Any]:
+    # An empty section stays a value, so that one that gained a first key shows as changed.
     if isinstance(value, Mapping) and value:
         return {k: v for key, inner in value.items() for k, v in _dotted(inner, f"{prefix}{key}.").items()}
     return {prefix.removesuffix("."): value}
@@ -59,7 +61,9 @@ def _dotted(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
     """Refuse with :class:`Changed` where the identities differ: ``what``, and each difference as ``key: old -> new``."""
+    # Through JSON, which makes lists of tuples and strings of keys, as the saved one went.
     old, new = _dotted(comparable(saved)), _dotted(comparable(json.loads(json.dumps(now))))
+    # "nothing" is what messages show for an absent key, and equals no value that a run saves.
     keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k, "nothing") != new.get(k, "nothing")]
     if keys:
         # What trains follows from the rest, leaf by leaf: shown last, and not to the last leaf.
@@ -74,36 +78,41 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None
 
 
 def refuse_another(workdir: Path | None, itself: Mapping[str, Any]) -> None:
-    """Refuse to start where another run has left its result, which this one would write over."""
+    """Refuse to start in a directory with the result of another run, which this one would write over."""
     path = None if workdir is None else workdir / "task_vector.safetensors"
     if path is None or not path.is_file():
         return
 
-    left = file.inspect(path).manifest
-    before = {key: left.get(key) for key in itself} | {"base": left.get("base", {}).get("fingerprint")}
-    if "narrowed" in left:  # of part of its base: the whole one is not known
+    # The header alone: a task vector may be as large as the model.
+    manifest = file.inspect(path).manifest
+    # A task vector keeps the base as a section, a checkpoint as its fingerprint alone.
+    before = {key: manifest.get(key) for key in itself} | {"base": manifest.get("base", {}).get("fingerprint")}
+    if "narrowed" in manifest:  # of part of its base: the whole one is not known
         before["base"] = itself["base"]
     compare(before, itself, f"{path} is")
 
 
 def newest(directory: Path) -> tuple[int, dict[str, Any] | None, dict[str, jax.ShapeDtypeStruct]]:
-    """Of the newest checkpoint in ``directory``: its step, what its method decided, and shapes of the state by path.
+    """Of the newest checkpoint in ``directory``: its step, its method's decision, and shapes of the state by path.
 
     0, None and nothing where there is none.
     """
+    # Opened for this alone: what trains must be known before there is a state that `Checkpoints` could restore.
     with ocp.training.Checkpointer(directory.absolute()) as checkpointer:
         last = checkpointer.latest
         if last is None:
             return 0, None, {}
+        # The state's metadata gives its shapes; its arrays are read once the layout says where each shard goes.
         run = checkpointer.load_checkpointables(last.step, {"run": None})["run"]
-        found = checkpointer.checkpointables_metadata().metadata["state"]
-    return last.step, run.get("decided"), {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in found.items()}
+        metadata = checkpointer.checkpointables_metadata().metadata["state"]
+    return last.step, run.get("decided"), {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in metadata.items()}
 
 
 class Checkpoints:
     """The checkpoints of one run in ``directory``."""
 
     def __init__(self, directory: Path, options: Checkpointing, identity: Mapping[str, Any], decided: Any = None):
+        # A copy: `renewed` changes it.
         self.directory, self.options, self.identity = directory, options, dict(identity)
         self.decided = decided
         self._checkpointer = self._open()
@@ -111,12 +120,14 @@ class Checkpoints:
     def _open(self) -> ocp.training.Checkpointer:
         policies = ocp.training.preservation_policies
         keep: list[Any] = [policies.LatestN(self.options.keep)]
+        # Kept beside the newest, from which an interrupted run goes on.
         if name := self.options.best:
             keep.append(
                 policies.BestN(
                     get_metric_fn=lambda metrics: metrics[name],
                     reverse=name not in HIGHER_IS_BETTER,
                     n=1,
+                    # Else every checkpoint of a stop between evaluations would stay for ever.
                     keep_checkpoints_without_metrics=False,
                 )
             )
@@ -127,12 +138,13 @@ class Checkpoints:
         )
 
     def renewed(self, identity: Mapping[str, Any], decided: Any = None) -> None:
-        """From now on another part of the model trains: what the run says of itself, and what its method came to."""
+        """Take over the identity and decision of the run after a reselection, for all checkpoints from now on."""
         self.identity |= identity
         self.decided = self.decided if decided is None else decided
 
     def due(self, step: int, steps: int) -> bool:
         """Whether a checkpoint is to be written after ``step`` of ``steps`` updates."""
+        # At the last step too: a longer run may go on from there.
         return bool(self.options.every) and (step % self.options.every == 0 or step == steps)
 
     @property
@@ -144,11 +156,13 @@ class Checkpoints:
     def restore_best(self, shapes: State) -> tuple[State, dict[str, float]]:
         """The state and evaluation of the best checkpoint by ``options.best``; see :meth:`restore`."""
         name = self.options.best
+        # Closing waits for checkpoints that are still being written; a closed checkpointer cannot load, hence the new one.
         self._checkpointer.close()
         self._checkpointer = self._open()
         scored = {c.step: c.metrics for c in self._checkpointer.checkpoints if c.metrics and name in c.metrics}
         if not scored:
             raise ValueError(f"no checkpoint in {self.directory} has the metric {name!r}; evaluation gives others")
+        # Of equals both take the first, the earliest step.
         order = max if name in HIGHER_IS_BETTER else min
         step = order(scored, key=lambda s: scored[s][name])
         return self.restore(shapes, step)[0], dict(scored[step])
@@ -168,29 +182,35 @@ class Checkpoints:
         The state is copied before this returns, so it may be donated to the next step. At a step that has one, nothing
         is done.
         """
+        # The state before a bad step may have been saved when it was due, and Orbax refuses a step twice.
         if any(c.step == step for c in self._checkpointer.checkpoints):
             return
         if metrics and self.options.best and self.options.best not in metrics:
             raise ValueError(f"checkpoint.best is {self.options.best!r}, but evaluation gives {', '.join(metrics)}")
+        # Tensors and constants apart: Orbax stores arrays in one item and JSON in another.
         packed = {path: values.pack() for path, values in (settled or {}).items()}
         constants = {path: [settled[path].kind, static] for path, (_, static) in packed.items()} if settled else {}
         inside = {f"{path}:{name}": host(x) for path, (tensors, _) in packed.items() for name, x in tensors.items()}
+        # Left out where nothing has settled, as in every run without a schedule.
         arrays = {"settled": inside} if inside else {}
         run = {"identity": self.identity, "positions": _gather(position), "settled": constants, "decided": self.decided}
         self._checkpointer.save_checkpointables_async(
             step,
+            # Flat by path, as `newest` reads it, whatever classes the states of optax have.
             {"state": tree.flatten(state), "run": run, **arrays},
+            # Whether a step is due is decided by `due`, not by a policy of Orbax.
             force=True,
             metrics=dict(metrics) if metrics else None,
         )
 
     def restore(self, shapes: State, step: int | None = None) -> tuple[State, Any]:
-        """``(state, data position)`` of ``step`` (default the newest), laid out as the shardings of ``shapes`` say.
+        """``(state, data position)`` of ``step`` (default the newest), in the shardings of ``shapes``.
 
         Raises :class:`Changed` where the checkpoint is of another run.
         """
         step = self.latest if step is None else step
         run = self._checkpointer.load_checkpointables(step, {"run": None})["run"]
+        # Before the state is read: of another run its shapes would differ, and Orbax's error would name none of the reasons.
         compare(run["identity"], self.identity, f"the checkpoints in {self.directory} are")
         positions = run["positions"]
         # One global position, the same on every process, holds for any number of them; the data checks the rest.
@@ -201,6 +221,7 @@ class Checkpoints:
                 f"the checkpoints in {self.directory} hold the data position of {len(positions)} processes, and this run has "
                 f"{jax.process_count()}; resume with as many (the mesh may change)"
             )
+        # The shapes carry shardings: each process reads its own shards, also after a change of the mesh.
         flat = self._checkpointer.load_checkpointables(step, {"state": tree.flatten(shapes)})["state"]
         return tree.like(shapes, flat), positions[jax.process_index()]
 
@@ -213,12 +234,12 @@ class Checkpoints:
         arrays = self._checkpointer.load_checkpointables(step, {"settled": None})["settled"]
         out = {}
         for path, (kind, static) in run["settled"].items():
-            own = {n.removeprefix(f"{path}:"): np.asarray(x) for n, x in arrays.items() if n.startswith(f"{path}:")}
-            out[path] = delta.kinds()[kind].unpack(own, static)
+            tensors = {n.removeprefix(f"{path}:"): np.asarray(x) for n, x in arrays.items() if n.startswith(f"{path}:")}
+            out[path] = delta.kinds()[kind].unpack(tensors, static)
         return out
 
     def close(self) -> None:
-        """Wait for what is still being written."""
+        """Wait for unfinished writes."""
         self._checkpointer.close()
 
 
@@ -226,11 +247,13 @@ def _gather(position: Any) -> list[Any]:
     """The positions of all processes, in order."""
     if jax.process_count() == 1:
         return [position]
+    # Imported here: it is needed with several processes only.
     from jax.experimental import multihost_utils
 
-    mine = np.frombuffer(json.dumps(position).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray(mine.size))
+    encoded = np.frombuffer(json.dumps(position).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(encoded.size))
+    # An all-gather takes equal shapes, and positions are JSON of any length.
     padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: mine.size] = mine
+    padded[: encoded.size] = encoded
     everyone = multihost_utils.process_allgather(padded)
     return [json.loads(bytes(row[:n])) for row, n in zip(np.asarray(everyone), sizes, strict=True)]

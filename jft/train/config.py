@@ -27,6 +27,7 @@ _TYPES: dict[Any, str] = {
 
 
 def _key(default: Any, doc: str) -> Any:
+    # Dataclasses refuse a mutable default, and a factory gives each config a dict of its own.
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata={"doc": doc})
     return dataclasses.field(default=default, metadata={"doc": doc})
@@ -68,7 +69,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh; -1 for what is left."""
+    """Devices along each axis of the mesh; -1 for the rest."""
 
     data: int = _key(1, "copies of everything, each with a part of the batch")
     fsdp: int = _key(-1, "parts of weights and of the batch")
@@ -115,6 +116,7 @@ class Config:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: dict = _key({}, "training data, in the format of jft.data.build")
     eval_data: dict = _key({}, "evaluation data; empty for none")
+    # Open: its keys are those of the method's function, which the registry checks.
     method: dict = _key({"name": "full"}, "name of a method and its options: see `jft methods`")
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -129,6 +131,7 @@ class Config:
 def default() -> ConfigDict:
     """A config with every key at its default. Locked: an unknown key is refused where it is set; open sections take any."""
     config = ConfigDict(_plain(Config()))
+    # Locking is recursive, so the open sections are unlocked one by one.
     config.lock()
     for section in (config.data, config.eval_data, config.method, config.model.options, config.objective_options):
         section.unlock()
@@ -147,6 +150,7 @@ def check(config: Any) -> Config:
     Raises ``ValueError`` for a key that is not of the schema, with the nearest one, and for a value of the wrong type, with the
     type expected and the value.
     """
+    # `to_dict` also resolves field references, which have no type to check.
     return _check(config.to_dict() if isinstance(config, ConfigDict) else config, Config, "")
 
 
@@ -155,28 +159,32 @@ def _check(value: Any, schema: type, prefix: str) -> Any:
         raise ValueError(
             f"config.{prefix.rstrip('.')} is {value!r}; it is a section with keys {', '.join(_names(schema))}"
         )
-    wanted = typing.get_type_hints(schema)
+    # Not `field.type`: annotations are strings here.
+    types = typing.get_type_hints(schema)
     for key in value:
-        if key not in wanted:
-            keys = f"; keys: {', '.join(wanted)}"
-            near = nearest(key, wanted, hint=f"; did you mean {prefix}{{}}?", otherwise=keys)
+        if key not in types:
+            keys = f"; keys: {', '.join(types)}"
+            near = nearest(key, types, hint=f"; did you mean {prefix}{{}}?", otherwise=keys)
             raise ValueError(f"config has no key {prefix}{key}{near}")
-    return schema(**{key: _convert(inner, wanted[key], prefix + key) for key, inner in value.items()})
+    return schema(**{key: _convert(inner, types[key], prefix + key) for key, inner in value.items()})
 
 
-def _convert(value: Any, wanted: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(wanted):
-        return _check(value, typing.cast(type, wanted), name + ".")
-    if wanted is dict and isinstance(value, Mapping):
+def _convert(value: Any, kind: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _check(value, typing.cast(type, kind), name + ".")
+    # A section may be a dict in which a ConfigDict was put; what reads it expects plain dicts.
+    if kind is dict and isinstance(value, Mapping):
         return {k: v.to_dict() if isinstance(v, ConfigDict) else v for k, v in value.items()}
-    if wanted is tuple and isinstance(value, list | tuple):
+    # JSON has lists only, and a tuple can be hashed, as an optimizer's `decay` must.
+    if kind is tuple and isinstance(value, list | tuple):
         return tuple(x.to_dict() if isinstance(x, ConfigDict) else x for x in value)
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    # `lr=1` on a command line; a bool would pass for an int here.
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     # bool is an int to Python, but steps=True is a mistake.
-    if isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise ValueError(f"config.{name} is {value!r} ({type(value).__name__}); it takes {_TYPES[wanted]}")
+    raise ValueError(f"config.{name} is {value!r} ({type(value).__name__}); it takes {_TYPES[kind]}")
 
 
 def _names(schema: Any) -> list[str]:
@@ -190,5 +198,5 @@ def documentation(schema: Any = Config, prefix: str = "") -> Iterator[tuple[str,
         if dataclasses.is_dataclass(hints[field.name]):
             yield from documentation(hints[field.name], f"{prefix}{field.name}.")
         else:
-            made = field.default_factory() if callable(field.default_factory) else field.default
-            yield f"{prefix}{field.name}", made, field.metadata["doc"]
+            value = field.default_factory() if callable(field.default_factory) else field.default
+            yield f"{prefix}{field.name}", value, field.metadata["doc"]

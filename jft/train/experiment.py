@@ -1,4 +1,4 @@
-"""`run`: a config made into a model, data, a method and a mesh, and handed to :func:`jft.train.finetune`."""
+"""`run`: an experiment from a config: its model, data, method and mesh, and a call of :func:`jft.train.finetune`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ ARCHITECTURES = {
     "clip": "ClipConfig",
     "t5": "T5Config",
 }
+# Not float64, which JAX computes in only where x64 is enabled.
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -40,18 +41,24 @@ def run(config: Any, workdir: str | Path) -> Run:
     ``seed``, and ``data``, ``eval_data``, ``method`` and ``optimizer``, whose keys are laid over those of the config.
     """
     config = check(config)
+    # Sections are checked first: errors in a config must not wait for data and weights to load.
     sections = [_section(one, i) for i, one in enumerate(config.fleet)]
+    # The first member's data stands for all where tokenizer, classes and image size come from the data.
     if sections and not config.data:
         config = dataclasses.replace(config, data=dict(sections[0].get("data", {})))
     if not config.data:
         raise ValueError("config.data is empty; say at least data.source (see jft.data)")
     _one_base(config.model)
     method = methods.method(**config.method)
+    # Before data is opened: a mesh that the devices do not make up is refused in no time.
     mesh = parallel.make_mesh(dataclasses.asdict(config.mesh))
     workdir = _directory(workdir)
+    # Before the model, whose vocabulary and number of classes may come from the data.
     train, test = loaders(config, workdir)
     tokenizer = train.tokenizer
+    # One device needs no mesh, and programs without shardings are the simplest.
     model, params = build_model(config.model, config.seed, mesh if mesh.size > 1 else None, train.classes, tokenizer)
+    # Otherwise rows that are too long would stop the run at its first evaluation.
     if test is not None:
         feed.check(test.sample(), model, None)
     source = config.model.source or config.model.arch
@@ -75,6 +82,7 @@ def run(config: Any, workdir: str | Path) -> Run:
         log=dataclasses.asdict(config.log),
         tokenizer=tokenizer,
         manifest=manifest,
+        # Nobody else holds these parameters; the members of a fleet share them to the end.
         donate=not sections,
         fleet=[_member(config, one, (train, test), workdir) for one in sections] or None,
     )
@@ -94,19 +102,23 @@ def _section(section: Any, index: int) -> dict[str, Any]:
 
 
 def _member(config: Config, section: Mapping[str, Any], shared: tuple[Any, Any], workdir: Path) -> dict[str, Any]:
-    """What :func:`finetune` is told of a member of the fleet."""
-    own = {k: v for k, v in section.items() if k in ("data", "eval_data", "method")}
-    laid: dict[str, Any] = {
-        k: v if v.get("source", "") or "name" in v else {**getattr(config, k), **v} for k, v in own.items()
+    """The options of a member of the fleet for :func:`finetune`."""
+    sections = {k: v for k, v in section.items() if k in ("data", "eval_data", "method")}
+    settings: dict[str, Any] = {
+        # A section that names another source or method begins anew: options of the old one are not its own.
+        k: v if v.get("source", "") or "name" in v else {**getattr(config, k), **v}
+        for k, v in sections.items()
     }
     seed = section.get("seed", config.seed)
-    changed = dataclasses.replace(config, seed=seed, **laid)
+    changed = dataclasses.replace(config, seed=seed, **settings)
     out: dict[str, Any] = {k: v for k, v in section.items() if k in ("name", "optimizer")} | {"seed": seed}
-    if "method" in laid:
-        out["method"] = laid["method"]
+    if "method" in settings:
+        out["method"] = settings["method"]
     # Another seed is another order of the data, as for a run by itself.
-    if seed != config.seed or "data" in own or "eval_data" in own:
+    if seed != config.seed or "data" in sections or "eval_data" in sections:
+        # Members without loaders of their own share one object, which `Streams` knows by identity and reads once.
         out["data"], out["eval_data"] = loaders(changed, workdir, shared[0])
+    # `config.json` of a member is that of a run by itself, which `jft train` could repeat.
     written = dataclasses.asdict(dataclasses.replace(changed, fleet=()))
     written["optimizer"] |= section.get("optimizer", {})
     return {**out, "manifest": {"data": changed.data, "config": written}}
@@ -115,7 +127,7 @@ def _member(config: Config, section: Mapping[str, Any], shared: tuple[Any, Any],
 def build_model(
     config: ModelConfig, seed: int = 0, mesh: Any = None, classes: Any = None, tokenizer: Any = None
 ) -> Any:
-    """``(model, params)`` of a ``model`` section, laid out over ``mesh``.
+    """``(model, params)`` of a ``model`` section, sharded over ``mesh``.
 
     classes: names of the data's classes, counted where ``config.classes`` is -1. tokenizer: gives the vocabulary of an
     architecture that names none, and is refused where it has more tokens than the model has rows.
@@ -135,6 +147,7 @@ def build_model(
             mesh,
             dtype=config.param_dtype,
             classes=count,
+            # Only a classifier pools.
             pool=config.pool if count else None,
             seed=seed,
             **config.options,
@@ -142,6 +155,7 @@ def build_model(
     else:
         model, params = _from_scratch(config, seed, mesh, count, tokenizer)
     _check_vocabulary(params, tokenizer)
+    # Execution only: parameters stay in `param_dtype`, which loading has set.
     return model.with_(dtype=jnp.dtype(config.dtype), remat=config.remat, attention=config.attention), params
 
 
@@ -167,6 +181,7 @@ def _from_scratch(config: ModelConfig, seed: int, mesh: Any, classes: int, token
         )
     options = dict(config.options)
     kind = getattr(models, ARCHITECTURES[config.arch])
+    # A default: a config may have more rows than tokens, as padding for the mesh.
     if tokenizer is not None and "vocab" in kind.__dataclass_fields__:
         options.setdefault("vocab", tokenizer.vocab_size)
     architecture = _architecture(kind, options, f"config.model.options of {config.arch}")
@@ -176,24 +191,28 @@ def _from_scratch(config: ModelConfig, seed: int, mesh: Any, classes: int, token
     key = jax.random.key(seed)
     if mesh is None:
         return model, model.init(key, jnp.dtype(config.param_dtype))
-    places = parallel.shardings(model.abstract(config.param_dtype), mesh)
-    return model, jax.jit(lambda k: model.init(k, jnp.dtype(config.param_dtype)), out_shardings=places)(key)
+    shardings = parallel.shardings(model.abstract(config.param_dtype), mesh)
+    # Under jit with shardings each device makes its own shards; no device ever holds the whole model.
+    return model, jax.jit(lambda k: model.init(k, jnp.dtype(config.param_dtype)), out_shardings=shardings)(key)
 
 
 def _architecture(kind: Any, options: Mapping[str, Any], where: str) -> Any:
-    """``kind(**options)``; sections inside (a CLIP's towers, a decoder's experts) become the dataclasses they stand for."""
+    """``kind(**options)``; sections inside (a CLIP's towers, a decoder's experts) become dataclasses."""
     hints = typing.get_type_hints(kind)
-    built = {}
+    values = {}
     for option, value in options.items():
         if option not in hints:
             near = nearest(option, hints, hint="; did you mean '{}'?", otherwise=f"; it has: {', '.join(hints)}")
             raise ValueError(f"{where}: there is no option {option!r}{near}")
+        # The dataclass may be inside a union, as `Experts | None`.
         inner = next((t for t in (hints[option], *typing.get_args(hints[option])) if dataclasses.is_dataclass(t)), None)
         if inner is not None and isinstance(value, Mapping):
             value = _architecture(inner, value, f"{where}.{option}")
-        built[option] = tuple(value) if isinstance(value, list) else value
+        # Architectures are hashed as static arguments; a list has no hash.
+        values[option] = tuple(value) if isinstance(value, list) else value
     try:
-        return kind(**built)
+        return kind(**values)
+    # A required field is missing: names were checked above.
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -206,11 +225,16 @@ def loaders(config: Config, workdir: Path | None, first: Any = None) -> tuple[An
     tokenizer, image_size = None, config.model.options.get("image")
     if config.model.source:
         directory = fetch(config.model.source)
+        # Vision models have none.
         tokenizer = directory if (directory / "tokenizer.json").is_file() else None
-        described = json.loads((directory / "config.json").read_text()) if (directory / "config.json").is_file() else {}
-        image_size = described.get("image_size") or described.get("vision_config", {}).get("image_size")
+        base_config = (
+            json.loads((directory / "config.json").read_text()) if (directory / "config.json").is_file() else {}
+        )
+        # A CLIP config has it in the vision tower's section.
+        image_size = base_config.get("image_size") or base_config.get("vision_config", {}).get("image_size")
     shared: Any = {"batch_size": config.batch_size, "seed": config.seed, "image_size": image_size, "directory": workdir}
     train = data.build(config.data, tokenizer=tokenizer if first is None else first.tokenizer, **shared)
+    # Names may differ, since members learn other tasks; the head has one shape.
     if first is not None and train.classes is not None and len(train.classes) != len(first.classes or ()):
         raise ValueError(
             f"members of the fleet have classes {first.classes} and {train.classes}; one model has as many for all"
@@ -230,6 +254,7 @@ def loaders(config: Config, workdir: Path | None, first: Any = None) -> tuple[An
 def _check_vocabulary(params: Any, tokenizer: Any) -> None:
     tables = {p: x.shape[-2] for p, x in tree.flatten(params).items() if p.endswith("embed/table")}
     for path, rows in tables.items():
+        # Lookups clip their indices: too large an id would train the last row, and raise nothing.
         if tokenizer is not None and tokenizer.vocab_size > rows:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, but {path} has {rows} rows; use the model's own tokenizer"

@@ -1,4 +1,4 @@
-"""`Feed`: batches for the loop from whatever the caller has, checked on the host, with a position to come back to.
+"""`Feed`: batches for the loop from any iterable, checked on the host, with a position to seek to.
 
 `Streams` are those of all members of a run, from as many feeds as they have data.
 """
@@ -26,6 +26,7 @@ def host(batch: Any) -> Any:
 
     def convert(x: Any) -> np.ndarray:
         x = np.asarray(x)
+        # As `device_put` would cast; done here, since a program is compiled for exact dtypes.
         return x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False)
 
     return jax.tree.map(convert, batch)
@@ -35,6 +36,7 @@ def check(batch: Any, model: Any, mesh: Any) -> None:
     """Refuse rows longer than the model has positions (the last one would stand for all beyond), and a batch that does
     not divide over the mesh. batch: of this process, arrays or shapes.
     """
+    # Other libraries' models have no such config: nothing is known of their positions.
     longest = getattr(getattr(model, "config", None), "longest", None)
     length = batch["tokens"].shape[1] if isinstance(batch, Mapping) and "tokens" in batch else 0
     if longest is not None and length > longest:
@@ -42,6 +44,7 @@ def check(batch: Any, model: Any, mesh: Any) -> None:
             f"rows of {length} tokens, but the model has {longest} positions; set data.max_length to at most that"
         )
     parts = parallel.batch_shards(mesh)
+    # Each process has an equal share of the rows.
     count = rows(batch) * jax.process_count()
     if count % parts:
         raise ValueError(
@@ -53,15 +56,18 @@ def check(batch: Any, model: Any, mesh: Any) -> None:
 def put(batch: Any, layout: Layout) -> Any:
     """Host batch to devices: rows over the mesh, or all of it on the one device."""
     if layout.mesh is None:
+        # The layout's device, which need not be the default one.
         return jax.device_put(batch, layout.batch)
     return parallel.put_batch(batch, layout.mesh)
 
 
 def encode(state: Any) -> Any:
     """An iterator's state as JSON; raises ``ValueError`` where it is not bytes or JSON."""
+    # jft's own loaders give bytes.
     if isinstance(state, bytes):
         return {"base64": base64.b64encode(state).decode()}
     try:
+        # A copy, too: iterators may go on changing the dict that they gave.
         return json.loads(json.dumps(state))
     except TypeError as error:
         raise ValueError(
@@ -74,6 +80,7 @@ def decode(state: Any) -> Any:
     return base64.b64decode(state["base64"]) if isinstance(state, Mapping) and set(state) == {"base64"} else state
 
 
+# Without shuffling: the order of a list is its caller's to choose.
 class _Cycle:
     """A sequence of batches, again and again, with the state that Grain's iterators have."""
 
@@ -131,15 +138,18 @@ class Feed:
 
     def __init__(self, data: Any):
         self._iterator = _iterator(data)
-        self._own = self._iterator is not data
+        # `iter` of an iterator is itself; then the caller opened it, and closes it.
+        self._closes = self._iterator is not data
+        # Each with the position before it: a batch that was only peeked at is not taken, whatever the iterator counts.
         self._ahead: collections.deque[tuple[Any, Any]] = collections.deque()
 
     def position(self) -> Any:
-        """Where the stream stands, as JSON: the next batch is the same after :meth:`seek` to it."""
+        """The position of the stream, as JSON: the next batch is the same after :meth:`seek` to it."""
         return self._ahead[0][0] if self._ahead else encode(self._iterator.get_state())
 
     def seek(self, position: Any) -> None:
         """Go to a position. One that was just peeked at needs no going back."""
+        # A plain iterator could not go back by even one batch.
         if self._ahead and self._ahead[0][0] == position:
             return
         self._ahead.clear()
@@ -147,7 +157,7 @@ class Feed:
 
     def close(self) -> None:
         """Stop read-ahead threads and workers of an iterator that was opened here."""
-        if self._own and hasattr(self._iterator, "close"):
+        if self._closes and hasattr(self._iterator, "close"):
             self._iterator.close()
 
     def peek(self) -> Any:
@@ -171,6 +181,7 @@ class Feed:
         except ValueError as error:
             raise ValueError(f"step {step}: {error}") from None
         try:
+            # On the host, before the step: a division by 0 on the devices would show as a NaN without a cause.
             weight = float(objective.weight(batch, np))
         except ValueError as error:
             raise ValueError(f"the batch for step {step} (data position {self.position()}): {error}") from None
@@ -180,6 +191,7 @@ class Feed:
                 f"the batch for step {step} has total weight 0: its loss mask, segments or valid flags leave no target "
                 f"(data position {self.position()}); look at the template and the masking of the data"
             )
+        # Only now: after an error the position still is that of the batch that was refused.
         self._ahead.popleft()
         return batch
 
@@ -189,15 +201,17 @@ def tokens(batch: Any) -> int:
     if not isinstance(batch, Mapping):
         batch = {"tokens": batch}
     total = 0
+    # Of an encoder-decoder both sides are computed.
     for name in ("tokens", "decoder_tokens"):
         if name in batch:
+            # Segment 0 is padding in every field of this kind.
             segments = batch.get(name.replace("tokens", "segments"))
             total += batch[name].size if segments is None else int(np.count_nonzero(segments))
     return total
 
 
 def global_shapes(batch: Any, axis: int = 0) -> Any:
-    """Shapes of the global batch, from this process's rows of it, which lie along ``axis``."""
+    """Shapes of the global batch, from this process's rows of it, along ``axis``."""
 
     def widen(x: np.ndarray) -> jax.ShapeDtypeStruct:
         shape = tuple(n * jax.process_count() if i == axis else n for i, n in enumerate(x.shape))
@@ -215,6 +229,7 @@ def positions(batch: Any) -> int:
 
 def rows(batch: Any) -> int:
     """Examples of a host batch: its leading axis."""
+    # Scalars belong to the batch as a whole.
     return next((x.shape[0] for x in jax.tree.leaves(batch) if x.ndim), 0)
 
 
@@ -223,9 +238,10 @@ class Streams:
 
     def __init__(self, members: Sequence[Any]):
         self._members = members
+        # By identity: loaders do not compare by value, and equal lists may be two streams.
         data = {id(m.data): m.data for m in members}
-        places = {key: i for i, key in enumerate(data)}
-        self.stream_of = [places[id(m.data)] for m in members]
+        indices = {key: i for i, key in enumerate(data)}
+        self.stream_of = [indices[id(m.data)] for m in members]
         self._feeds = [Feed(x) for x in data.values()]
 
     @property
@@ -238,12 +254,12 @@ class Streams:
         return self._feeds[self.stream_of[member]]
 
     def positions(self) -> list[Any]:
-        """Where each stream stands, JSON."""
+        """The position of each stream, JSON."""
         return [x.position() for x in self._feeds]
 
     def seek(self, positions: list[Any]) -> None:
-        for x, place in zip(self._feeds, positions, strict=True):
-            x.seek(place)
+        for x, position in zip(self._feeds, positions, strict=True):
+            x.seek(position)
 
     def close(self) -> None:
         for x in self._feeds:
@@ -256,29 +272,33 @@ class Streams:
     def next(self, n: int, objective: Any) -> tuple[Any, Any]:
         """``(the first member's batch, all batches stacked)``; what is wrong with one is said of its member."""
         batches = []
+        # One after another: batches that came before an error are dropped, so the loop saves the positions from before.
         for i, x in enumerate(self._feeds):
             try:
                 batches.append(x.next(n, objective))
             except ValueError as error:
                 raise ValueError(f"{self._members[self.stream_of.index(i)].label}{error}") from None
+        # The first is for the meter: all have one shape.
         return batches[0], self._joined(batches)
 
     def put(self, batch: Any, layout: Layout) -> Any:
         """Host batches of all members to devices."""
         mesh = layout.mesh
+        # One batch goes to all members as in a run by itself.
         if mesh is None or not self.differ:
             return put(batch, layout)
 
         def spread(x: np.ndarray) -> jax.Array:
             # What has no rows is one number for each member.
-            place = layout.batch if x.ndim > 1 else NamedSharding(mesh, PartitionSpec(*layout.batch.spec[:1]))
-            return jax.make_array_from_process_local_data(place, x)
+            sharding = layout.batch if x.ndim > 1 else NamedSharding(mesh, PartitionSpec(*layout.batch.spec[:1]))
+            return jax.make_array_from_process_local_data(sharding, x)
 
         return jax.tree.map(spread, batch)
 
     def _joined(self, batches: list[Any]) -> Any:
         if not self.differ:
             return batches[0]
+        # Checked at each step: a loader may give shorter rows at any time, and np.stack would not say which member's.
         first = tree.flatten(batches[0])
         for i, batch in enumerate(batches[1:], 1):
             other = tree.flatten(batch)
@@ -291,4 +311,5 @@ class Streams:
                     f"batches of members {names[0]!r} and {names[1]!r} differ in {path}: {shown[0]} and {shown[1]}; the "
                     "members of a fleet train on batches of one shape (the same batch_size, max_length and fields)"
                 )
+        # By member, not by stream: members that share data get a copy each, as the vmapped axis needs.
         return jax.tree.map(lambda *x: np.stack([x[i] for i in self.stream_of]), *batches)

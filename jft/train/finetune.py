@@ -85,14 +85,17 @@ def finetune(
     config = RunConfig(
         model, steps, objective, mesh, dtype, accumulate, eval_every, eval_batches, options(Logging, log)
     )
+    # One run goes the way of a fleet's member without a name, so that there is one loop.
     shared = {"data": data, "eval_data": eval_data, "seed": seed, "optimizer": optimizer, "method": method}
     shared |= {"manifest": manifest, "workdir": workdir}
     if fleet is None:
         members = Members([member("", {"workdir": workdir}, shared, params)])
     else:
         members = Fleet(listed(fleet, shared, params))
+    # Before data is opened, whose loaders start threads.
     members.check(config)
     streams = Streams(members)
+    # The objective follows from the fields of a batch; it is peeked at, so training still begins with it.
     config = config.filled(params, streams.feed(0).peek())
     workdir = None if workdir is None else Path(workdir)
 
@@ -102,10 +105,12 @@ def finetune(
     # How it lies on the devices, and whether it fits, before anything is allocated.
     update = members.compile_step(trains.recipe, params, trains.chosen, config.mesh, streams.differ)
     batch = global_shapes(streams.peek(), axis=int(streams.differ))
+    # A schedule starts every new selection from the base, which donation would overwrite.
     donate = donate and members[0].method.schedule is None
     remedies = members.remedies(update, params, trains.chosen, batch, model)
     budget = parallel.device_budget(update.layout.device)
     memory = parallel.check(update.memory(batch, params, donate), budget, remedies)
+    # After the check of memory, which took shapes alone. No copy where they lie so already.
     params = jax.device_put(params, update.layout.params)
 
     # The state: from the newest checkpoint, or from the start.
@@ -115,12 +120,16 @@ def finetune(
     # What the user sees, the loop, and what came of it.
     report = Report(training, begin, memory, batch, tokenizer)
     with contextlib.ExitStack() as stack:
+        # Closed in the reverse order: checkpoints first, which wait for the last write.
         for closing in (report, streams, *([training.checkpoints] if training.checkpoints else [])):
             stack.callback(closing.close)
+        # Without checkpoints nothing can be saved, and a signal is best left to end the run.
         watch = stack.enter_context(Watch()) if training.checkpoints else None
         scores = _loop(training, report, watch, begin)
+    # After the stack has closed, so that metrics are on disk before the task vector that ends the run.
     runs = [training.result(i, scores[i], report.rows(i)) for i in range(len(members))]
     if watch is not None:
+        # The signal came after the last step, where there was nothing left to stop.
         watch.pass_on()
     return runs if members.stacked else runs[0]  # type: ignore[return-value]
 
@@ -136,6 +145,7 @@ def _loop(training: Training, report: Report, watch: Watch | None, begin: int) -
     pending: Pending | None = None
 
     def fetch(pending: Pending) -> None:
+        # First: where no member is left it raises, and the bad row is not logged.
         for error in training.check(pending):
             report.say(str(error))
         report.train(pending)
@@ -147,7 +157,9 @@ def _loop(training: Training, report: Report, watch: Watch | None, begin: int) -
         return scores
 
     for n in range(begin, config.steps):
+        # Before the batch is taken: a score looks at the batches that come next.
         training.reselect(n)
+        # Of before the batch, for a checkpoint of the state without it.
         positions = streams.positions()
         try:
             first, batch = streams.next(n, config.objective)
@@ -159,6 +171,7 @@ def _loop(training: Training, report: Report, watch: Watch | None, begin: int) -
                 raise
             training.save(n, positions)
             raise ValueError(f"{error}; the state after step {n} is saved in {checkpoints.directory}") from error
+        # On the host: a schedule is then no part of the compiled program.
         rates = [m.optimizer.rate(n, config.steps) for m in training.members]
         metrics, done = training.step(batch, rates), n + 1
         report.count(done, first)
@@ -168,6 +181,7 @@ def _loop(training: Training, report: Report, watch: Watch | None, begin: int) -
 
         evaluates = has_evaluation and config.evaluates(done)
         saves = checkpoints is not None and checkpoints.due(done, config.steps)
+        # `reached` is called at every step, since with several processes it is a point where they agree.
         stops = watch is not None and watch.reached(done) and done < config.steps
         if evaluates or saves or stops or done == config.steps:
             fetch(pending)
@@ -175,11 +189,13 @@ def _loop(training: Training, report: Report, watch: Watch | None, begin: int) -
         if evaluates:
             scores = evaluate(done)
         if saves or stops:
+            # Scores of an earlier state would make this checkpoint the best for them.
             training.save(done, streams.positions(), scores if evaluates else None)
         if stops:
-            stopped = Preempted(done)
-            report.say(str(stopped))
-            raise stopped
+            preemption = Preempted(done)
+            report.say(str(preemption))
+            raise preemption
+    # A finished run that is started again has had no step at which evaluation was due.
     if begin == config.steps and has_evaluation:
         scores = evaluate(begin)
     if checkpoints is not None and checkpoints.options.best:

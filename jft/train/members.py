@@ -1,4 +1,4 @@
-"""`Members` and `Fleet`: all that the loop knows of whether it trains one run, or several side by side.
+"""`Members` and `Fleet`: the difference, to the loop, between one run and several at once.
 
 Every member of a fleet is a run as :func:`jft.finetune` would have made it, with its own data, seed, learning rate and
 selection: its result is the same to rounding. The base, the reading of data that members have in common, compilation, and the
@@ -26,6 +26,7 @@ from jft.train.optimizers import Given, Optimizer
 from jft.train.optimizers import optimizer as find_optimizer
 from jft.train.run_config import RunConfig, check_manifest
 
+# Not steps, accumulate or objective: one program runs all members.
 KEYS = ("name", "data", "eval_data", "seed", "lr", "optimizer", "method", "params", "manifest", "workdir")
 Options = Mapping[str, Any]
 
@@ -57,43 +58,47 @@ class Member:
         return tree.like(base, {**tree.flatten(base), **self.params}) if self.params else base
 
 
-def member(name: str, given: Options, shared: Options, base: Any) -> Member:
-    """The member that has what is ``given`` for it, laid over what is ``shared`` by all; both by :data:`KEYS`."""
-    workdir, above = given.get("workdir"), shared["workdir"]
+def member(name: str, options: Options, shared: Options, base: Any) -> Member:
+    """The member with ``options`` of its own over those ``shared`` by all; both by :data:`KEYS`."""
+    workdir, parent = options.get("workdir"), shared["workdir"]
     if workdir is None:
-        workdir = None if above is None else Path(above) / name
-    params = tree.flatten(given.get("params", {}))
+        # The name of a run by itself is empty, and `dir / ""` is the directory.
+        workdir = None if parent is None else Path(parent) / name
+    params = tree.flatten(options.get("params", {}))
     _check_weights(name, params, tree.flatten(base))
     return Member(
         name=name,
-        data=given.get("data", shared["data"]),
-        eval_data=given.get("eval_data", shared["eval_data"]),
-        seed=given.get("seed", shared["seed"]),
-        optimizer=_optimizer(name, given, shared["optimizer"]),
-        method=_method(given.get("method"), shared["method"]).fitted(base),
+        data=options.get("data", shared["data"]),
+        eval_data=options.get("eval_data", shared["eval_data"]),
+        seed=options.get("seed", shared["seed"]),
+        optimizer=_optimizer(name, options, shared["optimizer"]),
+        # Shapes are those of the base for all, so fitting needs no weights of the member's own.
+        method=_method(options.get("method"), shared["method"]).fitted(base),
         params=params,
-        manifest=check_manifest({**(shared["manifest"] or {}), **given.get("manifest", {})}),
+        manifest=check_manifest({**(shared["manifest"] or {}), **options.get("manifest", {})}),
         workdir=None if workdir is None else Path(workdir),
     )
 
 
 def listed(fleet: Sequence[Options], shared: Options, base: Any) -> list[Member]:
-    """The members that a fleet lists. Raises ``ValueError`` where there is none, and for names that stand twice."""
+    """The members that a fleet lists. Raises ``ValueError`` where there is none, and for names that occur twice."""
     if not fleet:
         raise ValueError("fleet is empty; list at least one member, as {'data': ..., 'lr': ..., 'seed': ...}")
-    names = [_name(i, given) for i, given in enumerate(fleet)]
+    # All names first: a folder is made for each.
+    names = [_name(i, options) for i, options in enumerate(fleet)]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"two members of the fleet are called {name!r}; give each a name of its own")
-    return [member(name, given, shared, base) for name, given in zip(names, fleet, strict=True)]
+    return [member(name, options, shared, base) for name, options in zip(names, fleet, strict=True)]
 
 
-def _name(index: int, given: Options) -> str:
+def _name(index: int, options: Options) -> str:
     """The name of a member of a fleet, which must be a folder's; its keys must be known."""
-    name = str(given.get("name", index))
-    for key in given:
+    name = str(options.get("name", index))
+    for key in options:
         if key not in KEYS:
             raise ValueError(f"member {name!r} of the fleet has no key {key!r}{nearest(key, KEYS)}: {', '.join(KEYS)}")
+    # The fleet's own checkpoints lie beside the members' folders.
     if not name or name in (".", "..", "checkpoints") or "/" in name or "\\" in name:
         raise ValueError(f"a member of the fleet is called {name!r}, which cannot be the name of its folder")
     return name
@@ -102,45 +107,48 @@ def _name(index: int, given: Options) -> str:
 def _check_weights(name: str, params: Mapping[str, Any], base: Mapping[str, Any]) -> None:
     for path, x in params.items():
         if path not in base or (x.shape, x.dtype) != (base[path].shape, base[path].dtype):
-            there = f"{base[path].shape} {base[path].dtype}" if path in base else "nothing"
+            expected = f"{base[path].shape} {base[path].dtype}" if path in base else "nothing"
             raise ValueError(
-                f"member {name!r} of the fleet has {path} of {tuple(x.shape)} {x.dtype}, where the base has {there}"
+                f"member {name!r} of the fleet has {path} of {tuple(x.shape)} {x.dtype}, where the base has {expected}"
             )
 
 
-def _optimizer(name: str, given: Options, shared: Any) -> Optimizer | Given:
-    """A member's optimizer; options are laid over those that all have."""
-    above = given.get("optimizer", {})
-    above = {"name": above} if isinstance(above, str) else above
-    below = find_optimizer(shared)
-    rate = {"lr": given["lr"]} if "lr" in given else {}
-    if isinstance(above, Mapping):
-        above = {**above, **rate}
-        if not above:
-            return below
-        if isinstance(below, Given):
+def _optimizer(name: str, options: Options, shared: Any) -> Optimizer | Given:
+    """A member's optimizer; its options override those of the fleet."""
+    override = options.get("optimizer", {})
+    override = {"name": override} if isinstance(override, str) else override
+    default = find_optimizer(shared)
+    rate = {"lr": options["lr"]} if "lr" in options else {}
+    if isinstance(override, Mapping):
+        override = {**override, **rate}
+        if not override:
+            return default
+        if isinstance(default, Given):
             raise ValueError(
-                f"member {name!r} of the fleet sets {', '.join(above)}, but the optimizer is an optax transformation, whose "
+                f"member {name!r} of the fleet sets {', '.join(override)}, but the optimizer is an optax transformation, whose "
                 "rate is its own; give a name or options to all"
             )
-        return find_optimizer({**dataclasses.asdict(below), **above})
-    if above is not shared and not isinstance(above, Optimizer):
+        # Over the shared options: a member that only sets `lr` keeps the others.
+        return find_optimizer({**dataclasses.asdict(default), **override})
+    # By identity: optax transformations are closures, which have no other equality.
+    if override is not shared and not isinstance(override, Optimizer):
         raise ValueError(f"member {name!r} of the fleet has another optax transformation; one program has one")
-    return dataclasses.replace(above, **rate) if isinstance(above, Optimizer) else find_optimizer(above)
+    return dataclasses.replace(override, **rate) if isinstance(override, Optimizer) else find_optimizer(override)
 
 
-def _method(given: Any, shared: Any) -> Method:
+def _method(override: Any, shared: Any) -> Method:
     """A member's method; options without a name are those of the method that all have, but for these."""
-    which = shared if given is None else given
-    if isinstance(which, Mapping) and "name" not in which:
+    method = shared if override is None else override
+    if isinstance(method, Mapping) and "name" not in method:
         if isinstance(shared, Method):
             raise ValueError("a member's method is options alone, but the fleet's is a Method; give the member one too")
-        which = {**({"name": shared} if isinstance(shared, str) else shared), **which}
-    if isinstance(which, str):
-        return methods.method(which)
-    return methods.method(**which) if isinstance(which, Mapping) else which
+        method = {**({"name": shared} if isinstance(shared, str) else shared), **method}
+    if isinstance(method, str):
+        return methods.method(method)
+    return methods.method(**method) if isinstance(method, Mapping) else method
 
 
+# A list, so that the loop treats one run and a fleet the same way.
 class Members(list[Member]):
     """The members of a run by itself: one, and no axis for it."""
 
@@ -172,11 +180,12 @@ class Members(list[Member]):
         return step.compile_step(recipe, params, chosen, mesh, self[0].seed)
 
     def remedies(self, update: Any, params: Any, chosen: Any, batch: Any, model: Any) -> Any:
-        """What gives pairs of what would make a run fit that does not, and bytes with it."""
+        """A function that gives remedies for a run that does not fit, each with the bytes it would take."""
+        # Not called yet: each remedy is a compilation, and most runs fit.
         return functools.partial(memory_check.remedies, update, batch, model, params)
 
     def identity(self, each: list[dict[str, Any]]) -> dict[str, Any]:
-        """What checkpoints say of the run, from what they would say of each member."""
+        """The identity of the run for its checkpoints, from those of its members."""
         return each[0]
 
 
@@ -192,7 +201,7 @@ class Fleet(Members):
         return step.apply_of(model)  # members may lie over the mesh where rows would
 
     def plans(self, plans: list[Plan]) -> list[Plan]:
-        plans = [_sharing(plan) for plan in plans]
+        plans = [_shared_plan(plan) for plan in plans]
         _check_equal(self, plans)
         return plans
 
@@ -205,13 +214,15 @@ class Fleet(Members):
     def compile_step(
         self, recipe: step.Recipe, params: Any, chosen: Any, mesh: Any, differ: bool, members: int = 0
     ) -> step.Step:
-        owned = {path for m in self for path in m.params}
+        paths = {path for m in self for path in m.params}
+        # Without the members' axis: the plan knows of one run, and vmap adds the axis.
         one = {p: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for p, x in chosen.items()}
-        return stacked.compile_step(recipe, params, owned, one, mesh, members or len(self), differ)
+        return stacked.compile_step(recipe, params, paths, one, mesh, members or len(self), differ)
 
     def remedies(self, update: Any, params: Any, chosen: Any, batch: Any, model: Any) -> Any:
         def fewer() -> Iterator[tuple[str, int]]:
             differ, mesh = update.axes.batch, update.layout.mesh
+            # Halves, since each try compiles.
             members = len(self) // 2
             while members:
                 part = self.compile_step(update.recipe, params, chosen, mesh, differ, members)
@@ -225,7 +236,7 @@ class Fleet(Members):
         return {"fleet": {m.name: facts for m, facts in zip(self, each, strict=True)}}
 
 
-def _sharing(plan: Plan) -> Plan:
+def _shared_plan(plan: Plan) -> Plan:
     """The plan for a member: weights that would be written into stay the base, which all share."""
     leaves = {p: _not_live(how) for p, how in plan.leaves.items()}
     for path, how in leaves.items():
@@ -234,6 +245,7 @@ def _sharing(plan: Plan) -> Plan:
     return dataclasses.replace(plan, leaves=leaves)
 
 
+# Recursive: composed parametrisations hold others, of which any may write into the weight.
 def _not_live(how: Any) -> Any:
     """``how``, and what it is made of, with ``live`` turned off."""
     changed: dict[str, Any] = {}
@@ -243,6 +255,7 @@ def _not_live(how: Any) -> Any:
             changed["live"] = False
         elif isinstance(value, Parametrisation):
             changed[field.name] = _not_live(value)
+    # As it was where nothing changed, without a second check of its fields.
     return dataclasses.replace(how, **changed) if changed else how
 
 
@@ -254,6 +267,7 @@ def _check_equal(members: Fleet, plans: Sequence[Plan]) -> None:
             raise ValueError(
                 f"method {m.method.name!r} selects anew during the run, which a fleet does not; train it by itself"
             )
+        # Rates and schedules enter the step as one number for each member.
         one, other = first.optimizer.unscheduled(), m.optimizer.unscheduled()
         if one != other:
             differ = [k for k, v in vars(one).items() if vars(other).get(k) != v] or ["kind"]
@@ -261,6 +275,7 @@ def _check_equal(members: Fleet, plans: Sequence[Plan]) -> None:
                 f"members {first.name!r} and {m.name!r} differ in optimizer.{', '.join(differ)}; inside a fleet lr, "
                 "schedule, warmup and end may"
             )
+        # Leaves hold how a weight trains, not what is selected in it, which is an array of the state.
         paths = [p for p in {**plans[0].leaves, **plan.leaves} if plans[0].leaves.get(p) != plan.leaves.get(p)]
         parts = [k for k in ("penalties", "rule") if getattr(first.method, k) != getattr(m.method, k)]
         if paths or parts:
@@ -275,4 +290,5 @@ def _padded(each: Sequence[Any], unit: Granularity, shape: tuple[int, ...]) -> l
     layout = unit.layout
     assert layout is not None, "only parts inside weights have coordinates"
     most = max(layout.slots(at) for at in each)
+    # One program has one shape of coordinates, so smaller selections are padded.
     return [at if layout.slots(at) == most else layout.pad(at, most, shape) for at in each]

@@ -1,4 +1,4 @@
-"""What would make a step fit into memory that does not, each really compiled, and nothing allocated."""
+"""Remedies for a step that does not fit into memory, each really compiled, and nothing allocated."""
 
 from __future__ import annotations
 
@@ -19,32 +19,39 @@ def remedies(update: step.Step, batch: Any, model: Any, params: Any) -> Iterator
     """(what to change, bytes with it), from what costs the user least."""
     recipe, layout = update.recipe, update.layout
 
+    # As if `params` were not donated: never less than the run will take.
     def total(recipe: step.Recipe, params: Any) -> int:
+        # LoRA, as a remedy, selects in no weight.
         chosen = {p: at for p, at in update.holdings.state.chosen.items() if p in recipe.plan.selects}
         return step.compile_step(recipe, params, chosen, layout.mesh).memory(batch, params).total
 
+    # Shapes alone: nothing may be allocated where memory is short.
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    # First what keeps every number of the run, then what changes numbers or the method.
     if is_jft_model(model) and model.execution.remat != "full":
         changed = dataclasses.replace(recipe, apply=step.apply_of(model.with_(remat="full"), layout.mesh))
         yield "model.remat='full'", total(changed, abstract)
     if (
         is_jft_model(model)
         and model.execution.attention == "plain"
+        # Rows of one block gain nothing from blocks.
         and _longest(batch) > model.execution.attention_block
     ):
         changed = dataclasses.replace(recipe, apply=step.apply_of(model.with_(attention="blockwise"), layout.mesh))
         yield "model.attention='blockwise'", total(changed, abstract)
     rows = feed.rows(batch)
     shards = parallel.batch_shards(layout.mesh)
+    # Two tries only: each is a compilation.
     for times in (2, 4):
         parts = recipe.accumulate * times
+        # Each microbatch must still divide over the devices.
         if recipe.objective.splits and rows % parts == 0 and (rows // parts) % shards == 0:
             yield f"accumulate={parts}", total(dataclasses.replace(recipe, accumulate=parts), abstract)
     if any(x.dtype == jnp.float32 for x in jax.tree.leaves(abstract)):
-        halved = jax.tree.map(
+        in_bfloat16 = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype), abstract
         )
-        yield "model.param_dtype='bfloat16'", total(recipe, halved)
+        yield "model.param_dtype='bfloat16'", total(recipe, in_bfloat16)
     plan = None if recipe.plan.method.name == "lora" else _low_rank(abstract, model)
     if plan is not None:
         yield "method='lora' with rank=8", total(dataclasses.replace(recipe, plan=plan), abstract)

@@ -1,4 +1,4 @@
-"""What is measured of a run, and where it goes: one JSON object a line, TensorBoard, Weights & Biases, the terminal."""
+"""Metrics of a run, and their sinks: one JSON object a line, TensorBoard, Weights & Biases, the terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jft import files
 
 @dataclasses.dataclass(frozen=True)
 class Logging:
-    """What is logged. every: steps between rows. progress: show the run on stdout. tensorboard; wandb: a project's name."""
+    """Options of the log. every: steps between rows. progress: show the run on stdout. tensorboard; wandb: a project's name."""
 
     every: int = 10
     progress: bool = True
@@ -37,6 +37,7 @@ class Sink(Protocol):
 
 def _number(value: Any) -> Any:
     """A value JSON can hold; NaN and infinities become strings, since JSON has none."""
+    # `json.dumps` would write a bare NaN, which other readers refuse.
     return value if not isinstance(value, float) or math.isfinite(value) else str(value)
 
 
@@ -48,11 +49,13 @@ class JsonLines:
 
     def __init__(self, path: Path, step: int = 0):
         self.rows: list[dict] = [row for row in read(path) if row["step"] <= step] if step and path.exists() else []
+        # Rewritten whole and by a rename, so that a crash here loses no row; appending to a cut line would damage two.
         files.write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = path.open("a")
 
     def write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps({k: _number(v) for k, v in row.items()}) + "\n")
+        # A reader may follow the file; a row every few steps makes buffering worth nothing.
         self._file.flush()
 
     def close(self) -> None:
@@ -60,13 +63,14 @@ class JsonLines:
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a ``metrics.jsonl``; a last line that was cut off is left out. Other damage is refused, naming the line."""
+    """The rows of a ``metrics.jsonl``; a truncated last line is dropped. Other damage is refused, naming the line."""
     rows = []
     lines = path.read_text().splitlines()
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
+            # Only the last line can be cut off by a crash; an earlier one was changed by somebody.
             if number < len(lines):
                 raise ValueError(f"{path}: line {number} is not JSON: {line[:80]!r}") from None
     return rows
@@ -77,6 +81,7 @@ class TensorBoard:
 
     def __init__(self, workdir: Path, step: int = 0):
         try:
+            # Not tensorboard's own writer, which comes with torch or TensorFlow.
             from tensorboardX import SummaryWriter
         except ImportError:
             raise ValueError(
@@ -87,6 +92,7 @@ class TensorBoard:
 
     def write(self, row: dict[str, Any]) -> None:
         for name, value in row.items():
+            # Strings are the split and the like; a scalar has no place for them.
             if isinstance(value, int | float) and name != "step":
                 self._writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
 
@@ -102,10 +108,11 @@ class WeightsAndBiases:
             import wandb
         except ImportError:
             raise ValueError("log.wandb needs wandb: pip install 'jft[wandb]', or leave it empty") from None
-        kept = workdir / "wandb_id"
-        name = kept.read_text().strip() if kept.exists() else None
+        id_file = workdir / "wandb_id"
+        name = id_file.read_text().strip() if id_file.exists() else None
+        # `allow`: with a known id it goes on, without one it starts anew.
         self._run = wandb.init(project=project, dir=str(workdir), id=name, resume="allow")
-        kept.write_text(self._run.id)
+        id_file.write_text(self._run.id)
 
     def write(self, row: dict[str, Any]) -> None:
         values = {f"{row['split']}/{k}": v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
@@ -123,6 +130,7 @@ class Metrics:
     ):
         self.rows: list[dict] = []
         self._sinks: list[Sink] = []
+        # Rows are kept in memory all the same, for `Run.metrics`.
         if workdir is None:
             if tensorboard or wandb:
                 raise ValueError("log.tensorboard and log.wandb need a workdir")
@@ -152,6 +160,7 @@ class Metrics:
 
 PEAK_FLOPS = {
     "TPU v4": 275e12,
+    # libtpu calls v5e and v6e "lite"; both names are known.
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
     "TPU v5": 459e12,
@@ -174,11 +183,14 @@ PEAK_FLOPS = {
 def peak_flops(device: Any) -> float | None:
     """Dense bfloat16 FLOP/s of a device, or None where it is not known (every CPU)."""
     kind = device.device_kind
+    # TPU kinds are exact ("TPU v5" is a v5p, "TPU v5 lite" is not); NVIDIA's go on with memory and form factor.
     names = [name for name in PEAK_FLOPS if kind == name or (name.startswith("NVIDIA") and _starts(kind, name))]
+    # The longest: an "H100 PCIe" is an "H100" as well.
     return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
 def _starts(kind: str, name: str) -> bool:
+    # "NVIDIA L4" must not take "NVIDIA L40".
     return kind.startswith(name) and not kind[len(name) : len(name) + 1].isalnum()
 
 
@@ -211,6 +223,7 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """Rates since the last reading: ``steps_per_s``, ``examples_per_s``, ``tokens_per_s``, ``mfu`` where known."""
+        # A clock may not have moved between two readings.
         seconds = max(time.perf_counter() - self._since, 1e-9)
         rates = {"steps_per_s": self._steps / seconds, "examples_per_s": self._examples / seconds}
         if self._tokens:
@@ -223,8 +236,9 @@ class Meter:
 
 def line(step: int, steps: int, split: str, values: dict[str, float]) -> str:
     """One row as text: ``train 120/1000  loss 1.234  accuracy 0.56  12.3 steps/s``."""
-    shown = [k for k in ("loss", "accuracy", "perplexity", "grad_norm", "lr") if k in values]
-    parts = [f"{split:5} {step}/{steps}"] + [f"{k} {values[k]:.4g}" for k in shown]
+    # What fits one line; the file has all of them.
+    names = [k for k in ("loss", "accuracy", "perplexity", "grad_norm", "lr") if k in values]
+    parts = [f"{split:5} {step}/{steps}"] + [f"{k} {values[k]:.4g}" for k in names]
     for key, unit in (("steps_per_s", "steps/s"), ("tokens_per_s", "tokens/s")):
         if key in values:
             parts.append(f"{values[key]:,.3g} {unit}" if values[key] < 100 else f"{values[key]:,.0f} {unit}")
@@ -241,17 +255,19 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """What the user sees of a run. shows: nothing at all if false (processes but the first, quiet runs)."""
+    """The progress bar of a run, or its lines. shows: nothing at all if false (processes but the first, quiet runs)."""
 
     def __init__(self, steps: int, start: int, shows: bool):
         self._steps, self._shows = steps, shows
         self._bar: Any = None
+        # In a pipe or a log file a bar would be lines of escape codes.
         if shows and sys.stdout.isatty():
             self._bar, self._task = _bar(steps, start)
 
     def say(self, text: str) -> None:
         """Print ``text``, above the bar if there is one."""
         if self._bar is not None:
+            # Text of the user's data may hold [brackets], which rich would take for markup.
             self._bar.console.print(text, markup=False, highlight=False)
         elif self._shows:
             print(text, flush=True)
@@ -267,8 +283,9 @@ class Progress:
         if self._bar is not None and split == "train":
             self._bar.update(self._task, completed=step, metrics=text)
         elif self._shows:
-            left = (self._steps - step) / values["steps_per_s"] if values.get("steps_per_s") else 0
-            self.say(f"{text}  {duration(left)} left" if left else text)
+            # Rows of evaluation have no rate, and no time left.
+            remaining = (self._steps - step) / values["steps_per_s"] if values.get("steps_per_s") else 0
+            self.say(f"{text}  {duration(remaining)} left" if remaining else text)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -276,6 +293,7 @@ class Progress:
 
 
 def _bar(steps: int, start: int) -> tuple[Any, Any]:
+    # Imported where a bar is drawn, since rich takes long to import.
     from rich import progress
 
     bar = progress.Progress(

@@ -1,4 +1,4 @@
-"""What is minimised: from outputs and a batch to a sum of losses, the weight it is over, and sums of metrics.
+"""Objectives: from outputs and a batch to a sum of losses, the weight it is over, and sums of metrics.
 
 Losses are *sums*; the step divides once, by the weight of the whole global batch. So gradient accumulation, packing and
 sharding change nothing: a token counts the same wherever it stands.
@@ -22,7 +22,7 @@ Batch = Any
 
 @runtime_checkable
 class Objective(Protocol):
-    """What the step, evaluation and metrics ask of an objective. Objectives are hashable values.
+    """The interface of an objective to the step, evaluation and metrics. Objectives are hashable values.
 
     splits: whether the loss of a batch is the sum of its examples' losses, so that microbatches add up. One that also has
     ``sampled_loss(key, outputs, batch)`` can be asked for its true Fisher information (:mod:`jft.select.scores`), one with
@@ -40,7 +40,7 @@ class Objective(Protocol):
         ...
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
-        """What evaluation shows, from means over all batches."""
+        """The metrics of evaluation, from means over all batches."""
         ...
 
 
@@ -59,12 +59,14 @@ def _optional(batch: Batch, name: str) -> Any:
 
 def _next(x: Any, xp: Any) -> Any:
     """``x[:, t + 1]`` at ``t``, zero at the end: the shift is on the targets, so the logits are never copied."""
+    # Not `roll`: the first token must not become a target of the last position.
     return xp.concatenate([x[:, 1:], xp.zeros_like(x[:, :1])], axis=1)
 
 
 def _targets(segments: Any, batch: Batch, xp: Any) -> Any:
     """Weight of the target ``tokens[t + 1]`` at each ``t``: both in one segment, wanted by ``loss_mask``, in a valid row."""
     mask, valid = _optional(batch, "loss_mask"), _optional(batch, "valid")
+    # Zero at the end is padding, so the last position never has a target.
     ahead = _next(segments, xp)
     weights = ((segments == ahead) & (ahead > 0)).astype("float32")
     weights = weights if mask is None else weights * _next(mask, xp).astype("float32")
@@ -77,38 +79,43 @@ def token_nll(logits: Array, targets: Array) -> tuple[Array, Array]:
     The casts fuse into the reductions: no float32 copy of the logits is held.
     """
     partition = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return partition - picked.astype(jnp.float32), partition
+    # Before the cast, so that one value for each target is cast and not all logits.
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return partition - target_logits.astype(jnp.float32), partition
 
 
 def _sampled(key: Array, logits: Array, weights: Array) -> tuple[Array, Array]:
-    """``(sum of -log p(y), weight)`` with each target y drawn from ``softmax(logits)``: what Fisher information is of."""
-    drawn = jax.random.categorical(key, jax.lax.stop_gradient(logits.astype(jnp.float32)), axis=-1)
-    return jnp.sum(weights * token_nll(logits, drawn)[0]), jnp.sum(weights)
+    """``(sum of -log p(y), weight)`` with each target y drawn from ``softmax(logits)``, for Fisher information."""
+    # Drawn targets are constants of the gradient: it is that of -log p at these targets.
+    sampled = jax.random.categorical(key, jax.lax.stop_gradient(logits.astype(jnp.float32)), axis=-1)
+    return jnp.sum(weights * token_nll(logits, sampled)[0]), jnp.sum(weights)
 
 
-def _toward(outputs: Array, reference: Array, weights: Array) -> tuple[Array, Array, dict[str, Array]]:
+def _soft_cross_entropy(outputs: Array, reference: Array, weights: Array) -> tuple[Array, Array, dict[str, Array]]:
     """Weighted cross entropy of ``outputs`` to the predictions ``softmax(reference)``; both are logits."""
     log_p = jax.nn.log_softmax(outputs.astype(jnp.float32))
-    crossed = -jnp.sum(jax.nn.softmax(reference.astype(jnp.float32)) * log_p, axis=-1)
-    return jnp.sum(weights * crossed), jnp.sum(weights), {}
+    # Cross entropy, not KL: they differ by the entropy of the reference, which has no gradient.
+    losses = -jnp.sum(jax.nn.softmax(reference.astype(jnp.float32)) * log_p, axis=-1)
+    return jnp.sum(weights * losses), jnp.sum(weights), {}
 
 
 def _hits(logits: Array, targets: Array) -> Array:
-    """``argmax(logits) == targets``, as the target's logit being beaten by none: a reduction of bits, which XLA's CPU
+    """``argmax(logits) == targets``, as no logit being higher than the target's: a reduction of bits, which XLA's CPU
     backend fuses and vectorises (12 to 15 times as fast as its argmax). Of equal logits the first counts.
     """
-    own, place = targets[..., None], jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    height = jnp.take_along_axis(logits, own, axis=-1)
+    index, classes = targets[..., None], jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    target_logits = jnp.take_along_axis(logits, index, axis=-1)
     # Not `>`: a logit that is no number beats all others.
-    beaten = ~(logits <= height) | ((logits == height) & (place < own))
-    return ((targets >= 0) & ~jnp.any(beaten, axis=-1)).astype(jnp.float32)
+    higher = ~(logits <= target_logits) | ((logits == target_logits) & (classes < index))
+    # take_along_axis takes -1 for the last class, of which a label -1 is none.
+    return ((targets >= 0) & ~jnp.any(higher, axis=-1)).astype(jnp.float32)
 
 
 def _sums(nll: Array, partition: Array, hits: Array, weights: Array, z_loss: float) -> tuple[Array, Array, dict]:
     loss = jnp.sum(weights * nll)
     sums = {"accuracy": jnp.sum(weights * hits)}
     if z_loss:
+        # Perplexity is of the loss without the z term.
         sums["nll"] = loss
         loss = loss + z_loss * jnp.sum(weights * jnp.square(partition))
     return loss, jnp.sum(weights), sums
@@ -140,7 +147,7 @@ class _NextToken:
 
     def toward(self, outputs: Any, reference: Any, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
         """The loss with the predictions of ``reference`` (outputs of another model) as soft targets."""
-        return _toward(outputs, reference, self.weights(batch))
+        return _soft_cross_entropy(outputs, reference, self.weights(batch))
 
     def sampled_loss(self, key: Array, outputs: Any, batch: Batch) -> tuple[Array, Array]:
         """``(sum of losses, weight)`` with targets drawn from the model's own prediction; inputs stay as they are."""
@@ -148,6 +155,7 @@ class _NextToken:
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
         nll = means.get("nll", means["loss"])
+        # exp(710) overflows a float, which Python raises on.
         return {**means, "perplexity": math.exp(nll) if nll < 700 else math.inf}
 
 
@@ -178,6 +186,7 @@ class Seq2Seq(_NextToken):
     def _segments(self, batch: Batch, xp: Any) -> Any:
         tokens, segments = _field(batch, "decoder_tokens"), _optional(batch, "decoder_segments")
         if segments is None:
+            # T5's start token has the id of padding.
             start = xp.arange(tokens.shape[1]) == 0
             segments = ((tokens != 0) | start).astype("int32")
         return segments
@@ -207,6 +216,7 @@ class Classification:
 
     def weight(self, batch: Batch, xp: Any = jnp) -> Any:
         weights = self.weights(batch, xp)
+        # Under jit no value can be looked at; the host checks every batch before the step.
         if xp is not jnp:  # on the host: indexing would take -1 for the last class
             below = batch["labels"][(batch["labels"] < 0) & (weights > 0)]
             if below.size:
@@ -219,13 +229,14 @@ class Classification:
         labels, weights = _field(batch, "labels"), _examples(batch, "labels", jnp)
         losses, partition = token_nll(outputs, labels)
         if self.label_smoothing:
+            # The mean over classes of -log p, without an array of log p.
             uniform = partition - jnp.mean(outputs.astype(jnp.float32), axis=-1)
             losses = (1 - self.label_smoothing) * losses + self.label_smoothing * uniform
         return _sums(losses, partition, _hits(outputs, labels), weights, 0.0)
 
     def toward(self, outputs: Any, reference: Any, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
         """The loss with the predictions of ``reference`` (outputs of another model) as soft targets."""
-        return _toward(outputs, reference, _examples(batch, "labels", jnp))
+        return _soft_cross_entropy(outputs, reference, _examples(batch, "labels", jnp))
 
     def sampled_loss(self, key: Array, outputs: Any, batch: Batch) -> tuple[Array, Array]:
         """``(sum of losses, weight)`` with targets drawn from the model's own prediction; no smoothing."""
@@ -252,12 +263,14 @@ class Contrastive:
         image, text = (outputs[k].astype(jnp.float32) for k in ("image", "text"))
         weights = _examples(batch, "images", jnp)
         logits = jnp.exp(outputs["logit_scale"].astype(jnp.float32)) * image @ text.T
-        matched = jnp.arange(logits.shape[0])
+        targets = jnp.arange(logits.shape[0])
+        # Rows that fill up a batch are no negatives either. Not -inf, whose differences are NaN.
         absent = jnp.where(weights > 0, 0.0, -1e30)
         by_image, by_text = logits + absent[None, :], logits.T + absent[None, :]
-        losses = (token_nll(by_image, matched)[0] + token_nll(by_text, matched)[0]) / 2
+        losses = (token_nll(by_image, targets)[0] + token_nll(by_text, targets)[0]) / 2
         losses = jnp.where(weights > 0, losses, 0.0)
-        return _sums(losses, losses, _hits(by_image, matched), weights, 0.0)
+        # Without z_loss the partition is not read, so `losses` stands in for it.
+        return _sums(losses, losses, _hits(by_image, targets), weights, 0.0)
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
         return means
@@ -276,6 +289,7 @@ def infer(batch: Batch) -> Objective:
     fields = set(batch) if isinstance(batch, Mapping) else {"tokens"}
     if "labels" in fields:
         return Classification()
+    # After labels: a labelled image may have a caption as well.
     if {"images", "tokens"} <= fields:
         return Contrastive()
     if "decoder_tokens" in fields:
@@ -285,15 +299,16 @@ def infer(batch: Batch) -> Objective:
     raise ValueError(f"no objective fits a batch of {', '.join(sorted(fields))}; give one ({', '.join(objectives)})")
 
 
-def objective(which: Any) -> Any:
+def objective(value: Any) -> Any:
     """An objective from its name, from ``{"name": ..., **options}``, or itself. Unknown names and options are refused."""
-    if isinstance(which, str):
-        which = {"name": which}
-    if not isinstance(which, Mapping):
-        if isinstance(which, Objective):
-            return which
-        raise ValueError(f"objective is {which!r}; give a name ({', '.join(objectives)}) or an Objective")
-    options = dict(which)
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        # A runtime check of a protocol looks at names alone, so any class with these methods will do.
+        if isinstance(value, Objective):
+            return value
+        raise ValueError(f"objective is {value!r}; give a name ({', '.join(objectives)}) or an Objective")
+    options = dict(value)
     name = options.pop("name", None)
     if name not in objectives:
         hint = nearest(name, objectives)

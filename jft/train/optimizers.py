@@ -1,4 +1,4 @@
-"""Optimizers from a config: what they do to a gradient, and the learning rate over time.
+"""Optimizers from a config: a transformation of gradients, and the learning rate over time.
 
 The learning rate is kept apart from the rest: it enters the compiled step as a number, so that a sweep over rates, schedules
 and lengths compiles once. Any ``optax.GradientTransformation`` (which carries its own rate) may be used instead.
@@ -26,6 +26,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 NAMES = ("adamw", "adam", "sgd", "lion", "adafactor", "muon")
 # What decays by default is neither a bias nor a norm, whether jft or another library named it.
 UNDECAYED = re.compile(r"(?:^|/)(?:b|bias|scale|gamma|beta|logit_scale)$|norm", re.IGNORECASE)
+# Muon is for matrices that map activations to activations; Jordan et al. leave tables and the head to AdamW.
 TABLES = re.compile(r"(?:^|/)(?:table|embedding|cls|head/w)$|embed", re.IGNORECASE)
 
 
@@ -72,6 +73,7 @@ class Optimizer:
             raise ValueError(
                 "adam has no weight decay here; adamw with the same settings decays toward zero, decoupled"
             )
+        # `not >`, so that NaN is refused as well.
         if not self.lr > 0 or not math.isfinite(self.lr):
             raise ValueError(f"optimizer.lr is {self.lr}; it must be positive and finite")
         if min(self.weight_decay, self.warmup, self.clip) < 0:
@@ -85,15 +87,18 @@ class Optimizer:
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of update ``step`` (from 0) out of ``steps``."""
         if step < self.warmup:
+            # step + 1: a first update at rate 0 would be a step for nothing.
             return self.lr * (step + 1) / self.warmup
         if self.schedule == "constant":
             return self.lr
+        # At 1 from there on, where a run goes on beyond `steps`; a warmup as long as the run must not divide by 0.
         progress = min((step - self.warmup) / max(steps - self.warmup, 1), 1.0)
-        left = 1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-        return self.lr * (self.end + (1 - self.end) * left)
+        remaining = 1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return self.lr * (self.end + (1 - self.end) * remaining)
 
     def unscheduled(self) -> Optimizer:
         """The same without what enters the compiled step as a number, so that it is equal for all rates and schedules."""
+        # All of them at one fixed value, so that recipes compare equal.
         return dataclasses.replace(self, lr=1.0, schedule="constant", warmup=0, end=0.0)
 
     def decayed(self, shapes: Mapping[str, Any]) -> frozenset[str]:
@@ -102,6 +107,7 @@ class Optimizer:
             return frozenset()
         if self.decay:
             return frozenset(tree.matching(shapes, self.decay, "optimizer.decay"))
+        # Vectors have one axis, but those of stacked layers two: hence the names too.
         return frozenset(p for p, x in shapes.items() if len(x.shape) > 1 and not UNDECAYED.search(p))
 
     def transform(
@@ -114,6 +120,7 @@ class Optimizer:
         last two axes are one.
         aged: Adam corrects the bias of each value's moments by the steps that this value has been trained for.
         """
+        # Decay comes after the direction, which decouples it; the rate comes last, in the step.
         parts = [optax.clip_by_global_norm(self.clip)] if self.clip else []
         parts.append(self._direction(matrices or _by_shape, aged))
         if self.weight_decay:
@@ -134,13 +141,20 @@ class Optimizer:
             # Its own chain ends in a sign flip; ours follows, so undo it.
             return optax.chain(optax.adafactor(learning_rate=None), optax.scale(-1.0))
         axes = functools.partial(_matrix_axes, matrices)
+        # Of optax's muon the sign is flipped too, hence the chain. Its own decay stays off: ours follows for every optimizer.
         muon = optax.contrib.muon(
-            1.0, beta=self.momentum, adam_b1=self.b1, adam_b2=self.b2, muon_weight_dimension_numbers=axes
+            1.0,
+            beta=self.momentum,
+            eps=self.eps,
+            adam_b1=self.b1,
+            adam_b2=self.b2,
+            muon_weight_dimension_numbers=axes,
         )
         return optax.chain(muon, optax.scale(-1.0))
 
 
 @dataclasses.dataclass(frozen=True)
+# A subclass, since the loop passes its own `steps`, which are those of the short run.
 class Beginning(Optimizer):
     """An optimizer for the first steps of a run of ``of`` steps: its rates are those of that run."""
 
@@ -150,6 +164,7 @@ class Beginning(Optimizer):
         return super().rate(step, self.of)
 
     def unscheduled(self) -> Optimizer:
+        # `of` changes rates alone, so it must not make programs differ.
         return dataclasses.replace(super().unscheduled(), of=1)  # type: ignore[call-arg]
 
 
@@ -157,6 +172,7 @@ def beginning(optimizer: Optimizer | Given, of: int) -> Optimizer | Given:
     """``optimizer`` for the first steps of a run of ``of``; an optax transformation counts its steps by itself."""
     if isinstance(optimizer, Given):
         return optimizer
+    # Not `asdict`: a Beginning has `of` as well.
     return Beginning(**{f.name: getattr(optimizer, f.name) for f in dataclasses.fields(Optimizer)}, of=of)
 
 
@@ -184,6 +200,7 @@ def scale_by_aged_adam(b1: float, b2: float, eps: float) -> optax.GradientTransf
         nu = jax.tree.map(lambda g, v: (1 - b2) * (g * g) + b2 * v, gradient, state.nu)
 
         def direction(a: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
+            # `age` is at least 1 here, so no divisor is 0.
             return m / (1 - b1**a) / (jnp.sqrt(v / (1 - b2**a)) + eps)
 
         return jax.tree.map(direction, age, mu, nu), AgedAdamState(age, mu, nu)
@@ -194,9 +211,10 @@ def scale_by_aged_adam(b1: float, b2: float, eps: float) -> optax.GradientTransf
 def _decay_to_base(weight: float, decays: Decays | None) -> optax.GradientTransformationExtraArgs:
     """Adds ``weight * change``, the values' distance from the base, which ``change()`` of the step gives."""
 
+    # `change` is a function, so that the distance is computed only where it is used.
     def update(updates: Any, state: Any, params: Any = None, *, change: Any, **_: Any) -> tuple[Any, Any]:
-        wanted = decays(updates) if decays else jax.tree.map(lambda _: True, updates)
-        moved = jax.tree.map(lambda u, c, d: u + weight * c if d else u, updates, change(), wanted)
+        mask = decays(updates) if decays else jax.tree.map(lambda _: True, updates)
+        moved = jax.tree.map(lambda u, c, d: u + weight * c if d else u, updates, change(), mask)
         return moved, state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
@@ -210,12 +228,14 @@ def _matrix_axes(matrices: Stacks, values: Mapping[str, Any]) -> dict[str, Any]:
     """Which axes muon takes as matrices, None for a leaf without: no embeddings, norms or biases."""
 
     def axes(path: str, stacked: Matrices | None) -> Any:
+        # By name too: stacked vectors have the shape of a matrix.
         if stacked is None or UNDECAYED.search(path) or TABLES.search(path):
             return None
         return optax.contrib.MuonDimensionNumbers(stacked.inputs, stacked.outputs)
 
-    found = matrices(values).items()
-    return {p: jax.tree.map(functools.partial(axes, p), x, is_leaf=lambda y: y is None) for p, x in found}
+    stacks = matrices(values).items()
+    # None is a leaf here: it says that a value is no matrix.
+    return {p: jax.tree.map(functools.partial(axes, p), x, is_leaf=lambda y: y is None) for p, x in stacks}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +246,7 @@ class Given:
     to_base = False
 
     def rate(self, step: int, steps: int) -> float:
+        # Its rate is inside it; the step multiplies by this one.
         return 1.0
 
     def unscheduled(self) -> Given:
@@ -235,23 +256,25 @@ class Given:
         return frozenset()
 
 
-def optimizer(which: Any) -> Optimizer | Given:
+def optimizer(value: Any) -> Optimizer | Given:
     """An :class:`Optimizer` from None (the defaults), a name, a mapping of its fields, or an optax transformation."""
-    if which is None:
+    if value is None:
         return Optimizer()
-    if isinstance(which, Optimizer | Given):
-        return which
-    if isinstance(which, str):
-        return Optimizer(which)
-    if isinstance(which, Mapping):
+    if isinstance(value, Optimizer | Given):
+        return value
+    if isinstance(value, str):
+        return Optimizer(value)
+    if isinstance(value, Mapping):
         known = {f.name for f in dataclasses.fields(Optimizer)}
-        for key in which:
+        for key in value:
             if key not in known:
                 raise ValueError(f"optimizer has no option {key!r}; it has: {', '.join(sorted(known))}")
-        options: dict[str, Any] = {k: tuple(v) if k == "decay" else v for k, v in which.items()}
+        # A config file has lists, and an optimizer is hashed with its recipe.
+        options: dict[str, Any] = {k: tuple(v) if k == "decay" else v for k, v in value.items()}
         return Optimizer(**options)
-    if hasattr(which, "init") and hasattr(which, "update"):
-        return Given(which)
+    # By duck type: optax has several such classes, and other libraries have theirs.
+    if hasattr(value, "init") and hasattr(value, "update"):
+        return Given(value)
     raise ValueError(
-        f"optimizer is {which!r}; give a name ({', '.join(NAMES)}), its options, or an optax transformation"
+        f"optimizer is {value!r}; give a name ({', '.join(NAMES)}), its options, or an optax transformation"
     )

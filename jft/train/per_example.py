@@ -31,7 +31,7 @@ Weights = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Each:
-    """Which power of which gradient of each example. whole: of the sum over its tokens, not their mean."""
+    """A power of the gradient of each example. whole: of the sum over its tokens, not their mean."""
 
     sampled: bool
     power: int
@@ -62,11 +62,13 @@ class Powers:
     how: Each = dataclasses.field(metadata={"static": True})
     mesh: Any = dataclasses.field(metadata={"static": True})
 
+    # The model multiplies through `jft.dot`, so a weight of this class replaces the backward pass without changing the model.
     def __jft_dot__(self, x: Array) -> Array:
         return _dot(self.how, self.mesh, x, self.w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+# custom_vjp gives the cotangent of `w` another meaning; autodiff only asks that its shape and dtype be those of w.
 def _dot(how: Each, mesh: Any, x: Array, w: Array) -> Array:
     return dot(x, w)
 
@@ -77,11 +79,15 @@ def _forward(how: Each, mesh: Any, x: Array, w: Array) -> tuple[Array, Any]:
 
 def _backward(how: Each, mesh: Any, saved: Any, dy: Array) -> tuple[Array, Array]:
     x, w = saved
+    # Activations keep their true gradient, or layers below would get a wrong one.
     dx = jax.vjp(lambda x: dot(x, w), x)[1](dy)[0]
+    # All axes between rows and features are tokens, over which an example's gradient sums.
     rows, inner = (z.reshape(z.shape[0], -1, z.shape[-1]) for z in (x, dy))
+    # gcd: a batch that does not divide over the mesh goes through in smaller parts.
     together = math.gcd(len(rows), parallel.batch_shards(mesh))
 
     def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
+        # float32 before squaring: the square of a bfloat16 gradient would lose most of its bits.
         g = jnp.einsum("bti,bto->bio", *part, preferred_element_type=jnp.float32)
         return total + how.measure(g), None
 
@@ -109,15 +115,18 @@ def tapped(model: Any, setting: Setting, rest: Weights, chosen: Weights, batch: 
     def product(name: str, x: Array, w: Any, state: Any) -> tuple[Array, Any]:
         return dot(x, w), x
 
+    # The hook gives the input of each product, whose shape says whether rows are still apart.
     hooks = Hooks(product=product)
+    # Shapes alone; nothing is computed.
     reads = jax.eval_shape(lambda: model.apply(setting.tree(rest, chosen), batch, hooks=hooks)[1])
-    size, found = feed.rows(batch), []
+    size, taps = feed.rows(batch), []
     for path, w in chosen.items():
         x, lead = reads.get(path.removesuffix("/w")), tree.lead(path, w.ndim, True)
         matrices = path.endswith("/w") and "/experts/" not in path and w.ndim - lead == 2
+        # The lead axis L is the scan's: what it reads has one entry for each layer.
         if matrices and x is not None and x.ndim - lead in (2, 3) and x.shape[lead] == size:
-            found.append(path)
-    return tuple(found)
+            taps.append(path)
+    return tuple(taps)
 
 
 def squares(
@@ -130,25 +139,28 @@ def squares(
     """
     rows = _Rows(batch)
     weights = rows.map(lambda example: setting.objective.weight(example))
-    wanted = (weights > 0) & (seen + jnp.cumsum(weights > 0, dtype=jnp.int32) <= limit)
-    here = {p: w for p, w in chosen.items() if p in taps}
+    # By a mask, not by cutting the batch: its shape must stay that of the compiled program.
+    mask = (weights > 0) & (seen + jnp.cumsum(weights > 0, dtype=jnp.int32) <= limit)
+    products = {p: w for p, w in chosen.items() if p in taps}
     others = {p: w for p, w in chosen.items() if p not in taps}
-    each = (batch, wanted, jnp.arange(rows.size))
+    # Indices go along, so that a row draws the same noise in whatever part it comes.
+    each = (batch, mask, jnp.arange(rows.size))
     out: Weights = {}
-    if here:
+    if products:
         held = {**rest, **tree.cast(others, setting.dtype)}
-        one = functools.partial(_in_one_pass, setting, how, here, held, key)
-        out |= _over_parts(setting, one, {p: total[p] for p in here}, each, setting.accumulate)
+        one = functools.partial(_in_one_pass, setting, how, products, held, key)
+        out |= _over_parts(setting, one, {p: total[p] for p in products}, each, setting.accumulate)
     if others:
-        held = {**rest, **tree.cast(here, setting.dtype)}
+        held = {**rest, **tree.cast(products, setting.dtype)}
         one = functools.partial(_one_by_one, setting, how, others, held, key, rows)
+        # At most `chunk` at a time, in parts of one size.
         parts = rows.size // math.gcd(rows.size, setting.chunk)
         out |= _over_parts(setting, one, {p: total[p] for p in others}, each, parts)
-    return out, seen + jnp.sum(wanted, dtype=jnp.int32)
+    return out, seen + jnp.sum(mask, dtype=jnp.int32)
 
 
 def _over_parts(setting: Setting, one: Callable[..., Weights], total: Weights, each: Any, parts: int) -> Weights:
-    """``total`` plus ``one(batch, wanted, index)`` of each of so many parts of the batch."""
+    """``total`` plus ``one(batch, mask, index)`` of each of so many parts of the batch."""
 
     def add(total: Weights, part: Any) -> tuple[Weights, None]:
         return setting.laid({p: total[p] + g for p, g in one(*part).items()}), None
@@ -164,6 +176,7 @@ class _Rows:
     def __init__(self, batch: Any):
         self.batch, self.size = batch, feed.rows(batch)
         self.axes = jax.tree.map(lambda x: 0 if x.ndim else None, batch)
+        # Of the batch: under vmap an example's array and a scalar both may have no axis.
         self._ranks = jax.tree.map(lambda x: x.ndim, batch)
 
     def single(self, example: Any) -> Any:
@@ -177,7 +190,7 @@ class _Rows:
 
 
 def _in_one_pass(
-    setting: Setting, how: Each, chosen: Weights, rest: Weights, key: Array, batch: Any, wanted: Array, index: Array
+    setting: Setting, how: Each, chosen: Weights, rest: Weights, key: Array, batch: Any, mask: Array, index: Array
 ) -> Weights:
     rows = _Rows(batch)
 
@@ -189,26 +202,28 @@ def _in_one_pass(
             single = jax.tree.map(lambda x: x[None], outputs)
             return how.loss(setting.objective, jax.random.fold_in(key, index), single, example)
 
-        return jnp.sum(jnp.where(wanted, rows.map(one, outputs, index), 0.0))
+        # Examples that do not count get a zero cotangent, hence zero powers.
+        return jnp.sum(jnp.where(mask, rows.map(one, outputs, index), 0.0))
 
     # In float32, not the run's dtype: sums of powers come back in the dtype of the weight. The product casts it.
     return jax.grad(loss)({p: w.astype(jnp.float32) for p, w in chosen.items()})
 
 
 def _one_by_one(
-    setting: Setting, how: Each, chosen: Weights, rest: Weights, key: Array, rows: _Rows, batch: Any, wanted: Array,
+    setting: Setting, how: Each, chosen: Weights, rest: Weights, key: Array, rows: _Rows, batch: Any, mask: Array,
     index: Array,
 ) -> Weights:  # fmt: skip
-    def one(example: Any, wanted: Array, index: Array) -> Weights:
+    def one(example: Any, mask: Array, index: Array) -> Weights:
         example = rows.single(example)
 
         def loss(chosen: Weights) -> Array:
             outputs = setting.apply(setting.tree(rest, chosen), example)
             return how.loss(setting.objective, jax.random.fold_in(key, index), outputs, example)
 
-        found = jax.grad(loss)(chosen)
-        return {p: jnp.where(wanted, how.measure(g.astype(jnp.float32)), 0.0) for p, g in found.items()}
+        gradients = jax.grad(loss)(chosen)
+        # After the power, so that a NaN in the gradient of an example that does not count is dropped too.
+        return {p: jnp.where(mask, how.measure(g.astype(jnp.float32)), 0.0) for p, g in gradients.items()}
 
     # Of a few examples at a time: each has a gradient of its own, as large as these candidates together.
-    found = jax.vmap(one, in_axes=(rows.axes, 0, 0))(batch, wanted, index)
-    return {p: jnp.sum(g, axis=0) for p, g in found.items()}
+    powers = jax.vmap(one, in_axes=(rows.axes, 0, 0))(batch, mask, index)
+    return {p: jnp.sum(g, axis=0) for p, g in powers.items()}

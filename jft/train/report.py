@@ -1,4 +1,4 @@
-"""`Report`: what the user sees of a run: what trains of which weights, the first example, and each member's metrics."""
+"""`Report`: the log of a run for its user: how much of each weight trains, the first example, and each member's metrics."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class Report:
             tensorboard = config.log.tensorboard and (member.workdir is not None or not members.stacked)
             self._metrics.append(Metrics(member.workdir, begin, tensorboard, config.log.wandb, primary))
         self._progress = Progress(config.steps, begin, config.log.progress and primary)
+        # Batches that differ are stacked, so their shapes count all members already.
         times = 1 if training.streams.differ else len(members)
         work = step.work(training.update, batch, training.params, times)
         self._meter = Meter(work)
@@ -45,6 +46,7 @@ class Report:
 
     def _introduce(self, costs: str, begin: int, tokenizer: Any) -> None:
         run, layout = self._training, self._training.update.layout
+        # Peeked at: it is the batch that the next step takes.
         first = example(run.streams.feed(0).peek(), run.config.objective, tokenizer)
         plan, trained = run.update.recipe.plan, run.update.single.trained
         shardings = None if layout.mesh is None else layout.params
@@ -54,6 +56,7 @@ class Report:
         self.say(f"{members}method {describe(plan)}; {costs}")
         if first:
             self.say(first)
+        # A new head is random, and a user of LoRA easily overlooks that it does not train.
         if "classifier/w" in plan.paths and "classifier/w" not in plan.leaves:
             self.say("the classifier stays as it is, which suits a fixed head; also='^classifier/' trains it")
         if begin:
@@ -69,21 +72,26 @@ class Report:
 
     def count(self, done: int, batch: Any) -> None:
         """Update ``done`` was given to the devices; ``batch``: a host batch of one member."""
+        # Host batches are of one process; rates are of the run.
         self._meter.add(feed.rows(batch) * jax.process_count(), feed.tokens(batch) * jax.process_count())
         self._progress.advance(done)
 
     def train(self, pending: Pending) -> None:
         """Metrics of a step, where it is one to log, of members that go on."""
+        # The last step is always logged, so that every run has a row.
         if pending.step % self._log.every and pending.step != self._steps:
             return
+        # Once for all members: reading starts the next interval.
         speed = self._meter.read()
         rows = []
         each = zip(self._training.members, self._metrics, pending.each(), pending.rates, strict=True)
         for i, (member, metrics, values, rate) in enumerate(each):
+            # A member that has stopped shows its last state for ever; at least one goes on, or the run would have ended.
             if self._training.errors[i] is None:
                 lr = {} if isinstance(member.optimizer, Given) else {"lr": rate}
                 rows.append(values | lr | speed)
                 metrics.write(pending.step, "train", rows[-1])
+        # All rows have the same keys: one program makes them, and optimizers of a fleet are of one kind.
         mean = {k: float(np.mean([row[k] for row in rows])) for k in rows[0]}
         if self._training.members.stacked:
             mean.pop("lr", None)  # each has its own
@@ -116,7 +124,7 @@ def write_config(workdir: Path | None, manifest: Mapping[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One weight: how it lies and how many of its values train."""
+    """One weight: its sharding and how many of its values train."""
 
     path: str
     shape: tuple[int, ...]
@@ -127,6 +135,7 @@ class Row:
     @property
     def density(self) -> float:
         """Values that train, of values there are."""
+        # A weight may have an axis of size 0.
         return self.trains / max(int(np.prod(self.shape)), 1)
 
 
@@ -136,9 +145,11 @@ def rows(params: Any, trained: Mapping[str, Any], shardings: Any = None) -> list
     out = []
     for path, x in tree.flatten(params).items():
         spec = getattr(specs.get(path), "spec", None)
-        written = ", ".join("+".join(a) if isinstance(a, tuple) else str(a or "-") for a in spec) if spec else "-"
+        # An axis may be split over several axes of the mesh.
+        sharding = ", ".join("+".join(a) if isinstance(a, tuple) else str(a or "-") for a in spec) if spec else "-"
+        # With padding slots, which are allocated; factors of LoRA count as what they are.
         trains = tree.count(trained[path]) if path in trained else 0
-        out.append(Row(path, tuple(x.shape), np.dtype(x.dtype).name, written, trains))
+        out.append(Row(path, tuple(x.shape), np.dtype(x.dtype).name, sharding, trains))
     return out
 
 
@@ -171,6 +182,7 @@ def example(batch: Any, objective: Any, tokenizer: Any, limit: int = 400) -> str
         return ""
     tokens = batch[f"{decoder}tokens"][0]
     segments = batch[f"{decoder}segments"][0] if f"{decoder}segments" in batch else np.ones_like(tokens)
+    # Up to the last token that is not padding, wherever padding lies.
     end = min(int(np.flatnonzero(segments > 0).max(initial=-1)) + 1, limit)
     weights = objective.weights(batch, np)[0] if hasattr(objective, "weights") else np.float32(1)
     if weights.ndim:

@@ -1,4 +1,4 @@
-"""`RunConfig`: what all members of a run share, and the facts of a run that checkpoints and task vectors carry."""
+"""`RunConfig`: the settings that all members of a run share, and the facts of a run that checkpoints and task vectors carry."""
 
 from __future__ import annotations
 
@@ -45,12 +45,14 @@ class RunConfig:
         objective = infer(batch) if self.objective is None else find_objective(self.objective)
         dtype = step.dtype_of(self.model, params) if self.dtype is None else self.dtype
         mesh = find_mesh(params) if self.mesh is None else self.mesh
+        # One process may use one device of many, but several processes must compute one program together.
         mesh = parallel.make_mesh() if mesh is None and jax.process_count() > 1 else mesh
         feed.check(batch, self.model, mesh)
         return dataclasses.replace(self, objective=objective, dtype=dtype, mesh=mesh)
 
     def check_evaluation(self, eval_data: Any) -> None:
         """Refuse data for evaluation that ends with the first of several."""
+        # With eval_batches an endless iterator serves: each evaluation takes the next ones.
         if 0 < self.eval_every < self.steps and not self.eval_batches and hasattr(eval_data, "__next__"):
             raise ValueError("eval_data is an iterator, which ends with the first evaluation; give a list or a loader")
 
@@ -73,28 +75,31 @@ def options(kind: type, value: Any) -> Any:
 
 
 def check_manifest(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the caller says of the run; what no task vector could hold is refused now, not after training."""
-    said = delta.manifest.check(manifest or {})
+    """The caller's manifest entries; those that no task vector could hold are refused now, not after training."""
+    entries = delta.manifest.check(manifest or {})
     for key in ("base", "operation"):
-        if key in said:
+        if key in entries:
             raise ValueError(f"manifest entry {key!r} is written by finetune itself; choose another name")
-    return said
+    return entries
 
 
 def describe(
     method: Method, optimizer: Any, objective: Any, state: State, batch: Any, dtype: Any, seed: int
 ) -> dict[str, Any]:
-    """What a run is, as JSON: a run may only go on from checkpoints that say the same."""
+    """The identity of a run, as JSON: it may only resume from checkpoints with the same one."""
     if isinstance(optimizer, Given):
+        # A closure cannot be compared between processes; the paths of its state are what can.
         options: Any = {"name": "optax", "state": sorted(tree.flatten(state.opt_state))}
     else:
         options = dataclasses.asdict(optimizer)
+    # The standard forward pass is not named, so that it never shows as a change.
     linear = {} if method.forward == "standard" else {"forward": method.forward, "until": method.until}
     return {
         "method": {"name": method.name, "options": _json(method.options), **linear},
         "optimizer": _json(options),
         "objective": {"name": type(objective).__name__, **_json(getattr(objective, "__dict__", {}))},
         "batch": {p: [list(x.shape), np.dtype(x.dtype).name] for p, x in tree.flatten(batch).items()},
+        # Shapes of what trains catch a changed base config or selection that the options do not show.
         "trained": {p: [list(x.shape), np.dtype(x.dtype).name] for p, x in tree.flatten(state.trained).items()},
         "dtype": None if dtype is None else np.dtype(dtype).name,
         "seed": seed,
@@ -104,9 +109,9 @@ def describe(
 def _json(value: Any) -> Any:
     """``value`` as JSON would give it back; functions by their name, what else it cannot hold by its ``repr``."""
 
-    def said(value: Any) -> str:
+    def name_of(value: Any) -> str:
         # The repr of a function has its address, which another process puts elsewhere.
         name = getattr(value, "__qualname__", None)
         return f"{value.__module__}.{name}" if name else repr(value)
 
-    return json.loads(json.dumps(value, default=said))
+    return json.loads(json.dumps(value, default=name_of))

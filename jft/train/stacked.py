@@ -26,7 +26,7 @@ loses what fits into its caches."""
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """Of which arrays each of the ``members`` has its own.
+    """The arrays of which each of the ``members`` has one to itself.
 
     frozen: a flag for every array of what is frozen, in order. batch: whether batches differ. together: members that
     are computed at once, in products that are as many times larger; the others follow in the same program.
@@ -44,6 +44,7 @@ class StackedStep(step.Step):
     def __init__(self, recipe: step.Recipe, layout: Layout, one: Layout, holdings: Holdings, axes: Axes):
         self.recipe, self.layout, self.one, self.axes = recipe, layout, one, axes
         self.holdings = abstract(holdings, layout.holdings)
+        # Facts of a member must equal those of a run by itself, which has no axis for members.
         self.single = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), holdings.state)
         self.stack = (axes.members,)
         flags = jax.tree.unflatten(jax.tree.structure(holdings.frozen), axes.frozen)
@@ -52,25 +53,29 @@ class StackedStep(step.Step):
         one_step = functools.partial(step.step, recipe, mesh)
         self._jitted = jax.jit(
             over_members(one_step, (True, {}, flags, axes.batch, True, True), axes.members, axes.together),
+            # No live weights: a fleet shares the base, so nothing is written into it.
             donate_argnums=(0,),
             out_shardings=(layout.state, {}, layout.replicated),
         )
+        # Under vmap, so that counters get one value for each member as well.
         self.start = jax.jit(jax.vmap(recipe.transform.init), out_shardings=layout.state.opt_state)
         self._programs: dict[Any, jax.stages.Compiled] = {}
 
     def member(self, held: Holdings, index: int) -> tuple[State, dict[str, Any]]:
         """``(state, kept)`` of one member: its own arrays taken out, the shared ones as they are."""
+        # Laid out as a run by itself would be, since evaluation and the result use its programs.
         state = jax.device_put(take(held.state, index), self.one.state)
         leaves, structure = jax.tree.flatten(held.frozen)
         flagged = zip(leaves, jax.tree.leaves(self.one.holdings.frozen), self.axes.frozen, strict=True)
-        frozen = [jax.device_put(take(x, index), place) if owns else x for x, place, owns in flagged]
+        frozen = [jax.device_put(take(x, index), sharding) if owns else x for x, sharding, owns in flagged]
         return state, self.recipe.plan.attach(jax.tree.unflatten(structure, frozen), {}, state.chosen)
 
 
 def _whole_members(layout: Layout) -> bool:
     """Whether every device has a part of all members."""
-    place = layout.state.step
-    return not (isinstance(place, NamedSharding) and any(axis is not None for axis in place.spec))
+    # The counter has the members' axis and no other, so its spec tells where that lies.
+    sharding = layout.state.step
+    return not (isinstance(sharding, NamedSharding) and any(axis is not None for axis in sharding.spec))
 
 
 def compile_step(
@@ -84,15 +89,18 @@ def compile_step(
     one = lay_out(params, plan, single, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     flags = tree.like(params, {p: p in owned for p in tree.flatten(params)})
+    # What comes from a member's seed, weights or selection is its own; only the rest of what is kept can be shared.
     kept, _ = depends(plan.init, (key, params, chosen), (True, flags, jax.tree.map(lambda _: True, chosen)))
     frozen, live, _ = plan.detach(kept)
     if live:
         raise ValueError(f"{', '.join(live)} would be written into, and the members of a fleet share them")
+    # On a mesh all at once: their axis may be sharded, and a loop would go along it.
     together = TOGETHER.get(one.device.platform, members) if mesh is None else members
     axes = Axes(members, tuple(jax.tree.leaves(frozen)), batch, min(together, members))
     stack = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct((members, *x.shape), x.dtype))
-    owns = jax.tree.map(lambda x, own: stack(x) if own else x, single.frozen, frozen)
+    owns = jax.tree.map(lambda x, differs: stack(x) if differs else x, single.frozen, frozen)
     held, layout = Holdings(stack(single.state), {}, owns), _widened(one, frozen, members, batch)
+    # `one` is not compared: it follows from what is.
     return _make(step.Key(recipe, layout, held, axes, parts=(recipe, layout, one, held, axes)))
 
 
@@ -107,10 +115,12 @@ def _widened(one: Layout, flags: Any, members: int, batch: bool) -> Layout:
     if mesh is None:
         return one
     size = mesh.shape.get("data", 1)
+    # fsdp and tensor go on to divide weights. Members that do not divide lie on all devices.
     axis = "data" if size > 1 and members % size == 0 else None
 
-    def wide(place: NamedSharding) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec(axis, *(_without(axis, part) for part in place.spec)))
+    def wide(sharding: NamedSharding) -> NamedSharding:
+        # A mesh axis may occur once in a spec, so `data` leaves the rows of the batch.
+        return NamedSharding(mesh, PartitionSpec(axis, *(_without(axis, part) for part in sharding.spec)))
 
     held = one.holdings
     frozen = jax.tree.map(lambda place, owns: wide(place) if owns else place, held.frozen, flags)
@@ -125,20 +135,22 @@ def _without(axis: str | None, part: Any) -> Any:
     """The axes ``part`` of one dimension but ``axis``."""
     if axis is None or part is None:
         return part
-    left = tuple(a for a in (part if isinstance(part, tuple) else (part,)) if a != axis)
-    return left or None
+    axes = tuple(a for a in (part if isinstance(part, tuple) else (part,)) if a != axis)
+    return axes or None
 
 
+# Conservative: an equation's results all depend on each of its inputs, inner programs included.
 def depends(fn: Callable, args: Sequence[Any], flags: Sequence[Any]) -> Any:
     """A flag for every result of ``fn(*args)``: whether it depends on an argument whose flag is set."""
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
     jaxpr = closed.jaxpr
     reached = {v for v, flag in zip(jaxpr.invars, jax.tree.leaves(tuple(flags)), strict=True) if flag}
     for equation in jaxpr.eqns:
+        # Literals have a `val`, and no hash.
         if any(not hasattr(v, "val") and v in reached for v in equation.invars):
             reached.update(equation.outvars)
-    found = [not hasattr(v, "val") and v in reached for v in jaxpr.outvars]
-    return jax.tree.unflatten(jax.tree.structure(shapes), found)
+    results = [not hasattr(v, "val") and v in reached for v in jaxpr.outvars]
+    return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
 def over_members(fn: Callable, flags: Sequence[Any], members: int, together: int) -> Callable:
@@ -147,8 +159,10 @@ def over_members(fn: Callable, flags: Sequence[Any], members: int, together: int
     together: members computed at once; the others follow.
     """
     if together >= members:
+        # None in in_axes keeps one base for all, instead of a copy for each.
         return jax.vmap(fn, in_axes=tuple(jax.tree.map(lambda differs: 0 if differs else None, f) for f in flags))
 
+    # `lax.map` slices all that it gets, so what is shared goes in as a constant of the loop.
     def one_after_another(*args: Any) -> Any:
         leaves, structure = jax.tree.flatten(args)
         full = jax.tree.leaves(jax.tree.broadcast(tuple(flags), args))

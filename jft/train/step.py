@@ -1,4 +1,4 @@
-"""One training step: a single compiled program whose state is donated, kept for all runs that are alike."""
+"""One training step: a single compiled program whose state is donated, cached for all runs with the same recipe and shapes."""
 
 from __future__ import annotations
 
@@ -49,16 +49,17 @@ def apply_of(model: Any, mesh: Any = None) -> Callable[[Any, Any], Any]:
 
 
 def dtype_of(model: Any, params: Any) -> Any:
-    """What trained values are cast to: a jft model's execution dtype; else the one that all weights have, or None."""
+    """The dtype that trained values are cast to: a jft model's execution dtype; else the one that all weights have, or None."""
     if is_jft_model(model):
         return model.execution.dtype
-    found = {np.dtype(x.dtype) for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)}
-    return found.pop() if len(found) == 1 else None
+    dtypes = {np.dtype(x.dtype) for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)}
+    # A model of mixed dtypes chose them weight by weight, and a cast to one would undo that.
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a step computes, apart from shapes and numbers that vary: equal recipes share compiled programs.
+    """The computation of a step, apart from shapes and numbers that vary: equal recipes share compiled programs.
 
     apply: the model. dtype: what trained values are cast to before the model sees them; None as they are. accumulate:
     microbatches per batch. decayed: paths under weight decay.
@@ -81,10 +82,12 @@ class Recipe:
                 "is compared with every other, so microbatches minimise another loss; use accumulate=1 and shard the batch"
             )
 
+    # Cached: optax makes new closures at each call, and jit knows a function by its identity.
     @functools.cached_property
     def transform(self) -> optax.GradientTransformationExtraArgs:
         """From gradients to updates for a learning rate of 1. Where selections change, values may have ages of their own."""
         if isinstance(self.optimizer, Given):
+            # The step passes `change` to every optimizer; those that know of none ignore it.
             return optax.with_extra_args_support(self.optimizer.given)
         decays = functools.partial(self.plan.decays, paths=self.decayed)
         schedule = self.plan.method.schedule
@@ -101,8 +104,10 @@ def gradients(
     """
     gradient, value, means, weight = _data_gradients(recipe, kept, trained, batch, mesh, key)
     penalty = functools.partial(recipe.plan.penalty, kept, key=key)
+    # By shape: whether there is a penalty is known while tracing, and nothing is computed for the answer.
     if jax.eval_shape(penalty, trained) is None:
         return gradient, value, means, weight
+    # Apart from the loss of the data, since with accumulation it would be added once for each microbatch.
     added, pull = jax.value_and_grad(penalty)(trained)
     return jax.tree.map(jnp.add, gradient, pull), value + added, {**means, "penalty": added}, weight
 
@@ -110,14 +115,16 @@ def gradients(
 def _data_gradients(
     recipe: Recipe, kept: Any, trained: Any, batch: Any, mesh: Any, key: jax.Array | None, base: Any = None
 ) -> tuple[Any, jax.Array, dict, Any]:
-    """As :func:`gradients`. base: parameters whose outputs the objective is given beside those of the model."""
+    """As :func:`gradients`. base: parameters whose outputs the objective gets together with those of the model."""
     weight = recipe.objective.weight(batch)
 
     def loss(trained: Any, batch: Any) -> tuple[jax.Array, dict]:
         outputs = recipe.plan.outputs(recipe.apply, kept, trained, batch, recipe.dtype, key)
         if base is not None:
+            # Targets are constants, wherever the base's parameters come from.
             outputs = outputs, jax.lax.stop_gradient(recipe.apply(base, batch))
         total, _, sums = recipe.objective.loss(outputs, batch)
+        # Inside the loss, so that gradients are in the scale of the mean from the first sum on.
         return total / weight, {k: v / weight for k, v in sums.items()}
 
     one = jax.value_and_grad(loss, has_aux=True)
@@ -129,13 +136,14 @@ def _data_gradients(
     def add(carry: Any, part: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, carry, one(trained, part)), None
 
+    # Zeros in place of a first microbatch outside the scan, which would compile the model twice.
     shapes = jax.eval_shape(one, trained, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     ((value, means), gradient), _ = jax.lax.scan(add, zeros, parts)
     return gradient, value, means, weight
 
 
-def _toward_base(recipe: Recipe, kept: Any, trained: Any, batch: Any, mesh: Any, key: jax.Array | None) -> Any:
+def _gradient_to_base(recipe: Recipe, kept: Any, trained: Any, batch: Any, mesh: Any, key: jax.Array | None) -> Any:
     """The gradient of the cross entropy to what the base itself predicts."""
     toward = dataclasses.replace(recipe, objective=TowardBase(recipe.objective))
     return _data_gradients(toward, kept, trained, batch, mesh, key, recipe.plan.base(kept, trained))[0]
@@ -151,14 +159,18 @@ def step(
     """
     plan, rule = recipe.plan, recipe.plan.method.rule
     kept = plan.attach(frozen, live, state.chosen)
+    # From the step, so that a run that is taken up draws what it would have drawn.
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step) if plan.random else None
     gradient, loss, means, weight = gradients(recipe, kept, state.trained, batch, mesh, key)
+    # Before clipping and rules: the number that tells of a diverging run.
     norm = optax.tree.norm(gradient)
+    # The norm is not finite as soon as one entry of the gradient is not.
     sound = sound & jnp.isfinite(loss) & jnp.isfinite(norm)
 
     memory = state.memory
     if rule and rule.to_base:
-        anchor = _toward_base(recipe, kept, state.trained, batch, mesh, key)
+        anchor = _gradient_to_base(recipe, kept, state.trained, batch, mesh, key)
+        # Negative, so that it is never the key of a step's own noise.
         noise = jax.random.fold_in(jax.random.wrap_key_data(state.rng), -1 - state.step)
         gradient = rule.join(noise, gradient, anchor)
     if rule:
@@ -166,13 +178,16 @@ def step(
     change = functools.partial(plan.change, kept, state.trained)
     updates, opt_state = recipe.transform.update(gradient, state.opt_state, state.trained, change=change)
     scales = plan.scales(state.trained)
+    # The rate is an argument, which keeps one program for all rates; transforms are made for a rate of 1.
     updates = {p: jax.tree.map(lambda u, s: u * (rate * s), u, scales[p]) for p, u in updates.items()}
     trained = optax.apply_updates(state.trained, updates)
     if rule:
         trained, memory = rule.values(plan, kept, trained, memory)
 
     new = State(state.step + 1, trained, opt_state, state.rng, state.chosen, memory)
+    # A select, not a branch: the host learns of a bad step only after the next one has been queued.
     new = jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, state)
+    # After the select, so that live weights stay as they were with the rest.
     _, live, _ = plan.detach(plan.commit(kept, new.trained))
     metrics = {
         "loss": loss,
@@ -201,6 +216,7 @@ class Step:
         self.single = self.holdings.state
         self._jitted = jax.jit(
             functools.partial(step, recipe, layout.mesh),
+            # Not what is frozen, which may be the caller's own base.
             donate_argnums=(0, 1),
             out_shardings=(layout.state, layout.holdings.live, layout.replicated),
         )
@@ -210,22 +226,23 @@ class Step:
     def compiled(self, batch: Any) -> jax.stages.Compiled:
         """The program for batches like this one (arrays or shapes)."""
         leaves, structure = jax.tree.flatten(batch)
+        # Ahead of time, and not by calling the jitted function: memory and FLOPs are asked of the compiled one.
         key = (structure, tuple((x.shape, x.dtype) for x in leaves))
         if key not in self._programs:
-            shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._place(x)) for x in leaves]
+            shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding(x)) for x in leaves]
             one = self.layout.replicated
             rate = jax.ShapeDtypeStruct(self.stack, jnp.float32, sharding=one)
             sound = jax.ShapeDtypeStruct(self.stack, jnp.bool_, sharding=one)
-            given, held = jax.tree.unflatten(structure, shapes), self.holdings
-            lowered = self._jitted.lower(held.state, held.live, held.frozen, given, rate, sound)
+            batch_shapes, held = jax.tree.unflatten(structure, shapes), self.holdings
+            lowered = self._jitted.lower(held.state, held.live, held.frozen, batch_shapes, rate, sound)
             self._programs[key] = lowered.compile()
         return self._programs[key]
 
-    def _place(self, x: Any) -> Any:
+    def _sharding(self, x: Any) -> Any:
         return self.layout.batch if x.ndim else self.layout.replicated
 
     def __call__(self, held: Holdings, batch: Any, rate: Any, sound: Any) -> tuple[Holdings, Metrics]:
-        """What is held after the step (that of before is donated, but for what is frozen), and the step's metrics."""
+        """The holdings after the step (those before are donated, but for frozen weights), and the step's metrics."""
         state, live, metrics = self.compiled(batch)(held.state, held.live, held.frozen, batch, rate, sound)
         return Holdings(state, live, held.frozen), metrics
 
@@ -234,19 +251,20 @@ class Step:
 
         donated: live weights are the base's own, so of these there is no second copy.
         """
-        found = parallel.estimate(self.compiled(batch))
-        return dataclasses.replace(found, arguments=found.arguments + self._apart(params, donated))
+        estimate = parallel.estimate(self.compiled(batch))
+        return dataclasses.replace(estimate, arguments=estimate.arguments + self._apart(params, donated))
 
     def _apart(self, params: Any, donated: bool) -> int:
         """Bytes on each device of base weights that the step itself does not take."""
         held = self.holdings
-        taken = {path for path, frozen in held.frozen.items() if jax.tree.leaves(frozen) and path not in held.live}
-        taken |= set(held.live) if donated else set()
-        places = tree.flatten(self.layout.params)
+        # Base weights that are arguments of the program are in its estimate already.
+        counted = {path for path, frozen in held.frozen.items() if jax.tree.leaves(frozen) and path not in held.live}
+        counted |= set(held.live) if donated else set()
+        shardings = tree.flatten(self.layout.params)
         return sum(
-            math.prod(places[path].shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
+            math.prod(shardings[path].shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
             for path, x in tree.flatten(params).items()
-            if path not in taken
+            if path not in counted
         )
 
     def member(self, held: Holdings, index: int) -> tuple[State, dict[str, Any]]:
@@ -262,6 +280,7 @@ class Key:
 
     def __init__(self, recipe: Recipe, layout: Layout, holdings: Holdings, *more: Any, parts: tuple | None = None):
         self.parts: tuple = parts or (recipe, layout, holdings)
+        # Shardings go into the shapes, since a layout, with its dicts, has no hash.
         leaves, structure = jax.tree.flatten((layout.batch, layout.replicated, abstract(holdings, layout.holdings)))
         self.compared = (recipe, layout.mesh, structure, tuple(leaves), more)
 
@@ -282,14 +301,17 @@ def make(recipe: Recipe, layout: Layout, holdings: Holdings) -> Step:
 
     ``holdings`` are arrays or shapes. A recipe with unhashable parts gets a step of its own.
     """
+    # Shapes, or the cache would keep arrays of a finished run alive.
     return _make(Key(recipe, layout, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), holdings)))
 
 
 def shapes(recipe: Recipe, params: Any, chosen: Mapping[str, Any], seed: int = 0) -> Holdings:
-    """What a run of ``recipe`` holds, from parameters and a selection given as arrays or shapes, without making it."""
+    """The shapes of what a run of ``recipe`` holds, from arrays or shapes of parameters and a selection."""
     plan = recipe.plan
+    # Any key does: shapes do not depend on it.
     kept, trained = jax.eval_shape(plan.init, jax.random.key(0), params, chosen)
     frozen, live, chosen = plan.detach(kept)
+    # A closure over plan and seed, which are no arrays and would be traced otherwise.
     state = jax.eval_shape(lambda t, c: create(plan, t, c, recipe.transform, seed), trained, chosen)
     return Holdings(state, live, frozen)
 
@@ -301,8 +323,9 @@ def compile_step(recipe: Recipe, params: Any, chosen: Mapping[str, Any], mesh: A
 
 
 def flops(compiled: jax.stages.Compiled) -> float | None:
-    """What XLA counts for one execution on each device; a scan's body counts once. None where it does not tell."""
+    """FLOPs of one execution on each device as XLA counts them; a scan's body counts once. None where it does not tell."""
     cost = compiled.cost_analysis()
+    # Some backends give no analysis, or one without FLOPs.
     return float(cost["flops"]) if cost and cost.get("flops", 0) > 0 else None
 
 
@@ -332,6 +355,7 @@ def work(update: Step, batch: Any, params: Any, times: int = 1) -> Work:
     peak = peak * update.layout.devices if peak else None
     tokens = feed.positions(batch)
     recipe = update.recipe
+    # The formula first: XLA counts a scan over layers, and one over microbatches, as one pass of its body.
     if tokens:
         predicts = isinstance(recipe.objective, LanguageModel | Seq2Seq)
         count = formula_flops(params, recipe.plan.leaves, tokens, predicts)
@@ -339,5 +363,6 @@ def work(update: Step, batch: Any, params: Any, times: int = 1) -> Work:
     counted = flops(update.compiled(batch))
     if counted is None:
         return Work(None, "nothing: this backend does not count", peak)
+    # XLA counts the program of one device.
     total = counted * update.layout.devices
     return Work(total, f"XLA's count, the body of a scan once: {total:.3g} a step", peak)

@@ -1,4 +1,4 @@
-"""`Training`: members on their way from a base or a checkpoint to their results, each a `Run`."""
+"""`Training`: the training of all members from a base or a checkpoint to their results, each a `Run`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class NonFiniteError(ValueError):
     @classmethod
     def of(cls, values: Mapping[str, Any], step: int, position: Any, then: str, whose: str = "") -> NonFiniteError:
         """That of a step with metrics ``values``; then: what became of the state."""
+        # 0 / 0 looks like divergence, and is a matter of the data.
         what = "has total weight 0 on all processes" if values["weight"] == 0 else "is not finite"
         return cls(
             f"{whose}the loss of step {step} {what}: loss {values['loss']:g}, grad_norm {values['grad_norm']:g}, data "
@@ -44,8 +45,8 @@ class NonFiniteError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-    """A step given to the devices whose metrics nobody has looked at: updates made with it, the learning rate of each member,
-    and where each stream stood before its batch.
+    """A step on the devices, before its metrics are fetched: updates made with it, the learning rate of each member,
+    and each stream's position before its batch.
     """
 
     step: int
@@ -55,6 +56,7 @@ class Pending:
 
     def each(self) -> list[dict[str, float]]:
         """The metrics of each member."""
+        # One transfer for all metrics, which waits for the step; a run by itself gets the axis that a fleet has.
         values = {k: np.atleast_1d(v) for k, v in jax.device_get(self.metrics).items() if k != "sound"}
         return [{k: float(v[i]) for k, v in values.items()} for i in range(len(self.rates))]
 
@@ -71,6 +73,7 @@ class Run:
     metrics: list[dict]
     evaluation: dict[str, float]
     task_vector: delta.TaskVector
+    # Held for `params` alone, which are merged when they are asked for: a fleet has a model for each member otherwise.
     _base: Any
     _kept: Any
     error: NonFiniteError | None = None
@@ -86,7 +89,7 @@ class Run:
 
 
 class Training:
-    """What members hold on the devices after their last step, how it is saved, and what comes of it.
+    """The members' holdings on the devices after their last step, with their checkpoints and results.
 
     held, sound: from :meth:`begin` on; sound: whether the losses and gradients of all steps so far were finite. errors: of
     members that have stopped.
@@ -99,7 +102,7 @@ class Training:
         self, config: RunConfig, members: Members, streams: Streams, trains: Trainable, update: Step, params: Any
     ):
         self.config, self.members, self.streams, self.update, self.params = config, members, streams, update, params
-        self._plans, self._chosen, self._probe = trains.plans, trains.chosen, trains.calibration
+        self._plans, self._chosen, self._calibration = trains.plans, trains.chosen, trains.calibration
         self._batch = global_shapes(streams.feed(0).peek())
         self._settled: Settled = {}
         self._facts = [self._describe(i) for i in range(len(members))]
@@ -131,12 +134,15 @@ class Training:
             state, positions = self.checkpoints.restore(self.update.holdings.state)
             self._settled = self.checkpoints.settled()
             self.held = take_up(self.update, self.params, state, self._settled, seeds, donate, overlays)
+            # Checkpoints of a run by itself hold the position alone, not a list of one.
             self.streams.seek(positions if members.stacked else [positions])
         else:
+            # Only without checkpoints: those have refused already, and a finished run may go on from its own.
             self._refuse_another(each)
             fresh = hold(self.update, self.params, self._chosen, seeds, donate, overlays)
-            calibrations = [lambda i=i, m=m: self._probe(i, m.start(self.params)) for i, m in enumerate(members)]
+            calibrations = [lambda i=i, m=m: self._calibration(i, m.start(self.params)) for i, m in enumerate(members)]
             self.held = measured(self.update, fresh, calibrations, self.config.steps)
+        # A member whose loss was not finite has not moved since, so its step lags behind the others'.
         self.sound = np.asarray(jax.device_get(self.held.state.step) == begin)
         for i in np.flatnonzero(~np.atleast_1d(self.sound)).tolist():
             last = int(self.held.state.step[i])
@@ -146,7 +152,7 @@ class Training:
         return begin
 
     def _refuse_another(self, each: list[dict[str, Any]]) -> None:
-        """Refuse to write over the results that other runs have left in the members' folders."""
+        """Refuse to write over results of other runs in the members' folders."""
         for member, facts in zip(self.members, each, strict=True):
             if member.workdir is not None:
                 from jft.train.checkpoints import refuse_another
@@ -158,10 +164,11 @@ class Training:
         steps, schedule = self.config.steps, self.members[0].method.schedule
         if not schedule or n == 0 or not schedule.due(n, steps):
             return
-        calibration, seed = functools.partial(self._probe, 0), self.members[0].seed
+        calibration, seed = functools.partial(self._calibration, 0), self.members[0].seed
         self.update, self.held, self._settled = reselection.renew(
             self.update, self.held, self.params, self._settled, calibration, n, steps, seed
         )
+        # Plans encode the result, and so must be those of the last selection.
         self._plans = [self.update.recipe.plan]
         if self.checkpoints:
             self.checkpoints.renewed(self._describe(0), reselection.decided(self.update.recipe.plan))
@@ -170,6 +177,7 @@ class Training:
         """Give one update to the devices; its metrics."""
         rate = np.asarray(rates, np.float32).reshape(self.update.stack)
         batch = self.streams.put(batch, self.update.layout)
+        # `sound` stays on the device from step to step, so nothing waits for it.
         self.held, metrics = self.update(self.held, batch, rate, self.sound)
         self.sound = metrics["sound"]
         return metrics
@@ -180,20 +188,21 @@ class Training:
         fresh = [i for i in np.flatnonzero(~sound).tolist() if self.errors[i] is None]
         values, done = pending.each() if fresh else [], pending.step - 1
         directory = self.checkpoints.directory if self.checkpoints else None
-        saved = (
+        text = (
             f"the state after step {done} is saved in {directory}" if directory else "no workdir, so no state was saved"
         )
-        then = f"it stays at the state after step {done}" if self.members.stacked else saved
+        then = f"it stays at the state after step {done}" if self.members.stacked else text
         for i in fresh:
             position, label = pending.positions[self.streams.stream_of[i]], self.members[i].label
             self.errors[i] = NonFiniteError.of(values[i], done, position, then, label)
         if all(self.errors):
+            # The step after may be queued already; with `sound` false it changes nothing, so this is still the last good state.
             self.save(done, pending.positions)
             raise self._end(directory, done, pending.positions)
         return [error for i in fresh if (error := self.errors[i])]
 
     def _end(self, directory: Any, step: int, positions: list[Any]) -> NonFiniteError:
-        """Why a run ends after ``step`` of which no member is left; directory: of its checkpoints, if it has any."""
+        """The error of a run whose members have all stopped after ``step``; directory: of its checkpoints, if it has any."""
         if not self.members.stacked:
             return self.errors[0]  # type: ignore[return-value]  # all members have one
         saved = f"their states are saved in {directory}" if directory else "no workdir, so no state was saved"
@@ -209,6 +218,7 @@ class Training:
     def evaluate(self) -> list[dict[str, float]]:
         """Each member on its own evaluation data, by one compiled function; nothing for one without."""
         config, recipe = self.config, self.update.recipe
+        # By the plan: a merged copy of the model would take its memory again.
         score = evaluation.sums(recipe.apply, config.objective, recipe.plan, config.dtype)
         scores: list[dict[str, float]] = [{} for _ in self.members]
         for i, member in enumerate(self.members):
@@ -225,11 +235,12 @@ class Training:
         return [scores]
 
     def result(self, i: int, scores: dict[str, float], rows: list[dict]) -> Run:
-        """What came of member ``i``, written into its folder if it has one."""
+        """The result of member ``i``, written into its folder if it has one."""
         member, plan, error = self.members[i], self._plans[i], self.errors[i]
         state, kept = self.update.member(self.held, i)
         base = member.start(self.params)
         stopped = {} if error is None else {"stopped": str(error)}
+        # The run's own facts last: a manifest cannot pretend to others.
         facts = {**member.manifest, **self._facts[i], "steps": int(state.step), "evaluation": scores, **stopped}
         encoded = reselection.change(self._settled, tree.flatten(base), plan.encode(base, kept, state.trained))
         vector = delta.TaskVector(encoded, {"base": self._bases[i], **delta.describe(None, **facts)})
@@ -245,26 +256,28 @@ def _open(workdir: Path | None, checkpoint: Any, facts: Any, decided: Any, membe
         return None
     from jft.train.checkpoints import Checkpointing, Checkpoints
 
-    given = options(Checkpointing, checkpoint)
-    every, between = given.every, config.eval_every
-    if given.best:
+    checkpointing = options(Checkpointing, checkpoint)
+    every, between = checkpointing.every, config.eval_every
+    if checkpointing.best:
         if members.stacked:
             raise ValueError(
                 "checkpoint.best: members are best at steps of their own, and a fleet has one checkpoint; leave it out"
             )
         if members[0].eval_data is None or not between or not every or every % between:
             raise ValueError(
-                f"checkpoint.best={given.best!r} needs eval data, and checkpoint.every ({every}) to be a positive "
+                f"checkpoint.best={checkpointing.best!r} needs eval data, and checkpoint.every ({every}) to be a positive "
                 f"multiple of eval_every ({between}), so that every checkpoint has been evaluated"
             )
+    # After the checks: a refused start makes no folder.
     workdir.mkdir(parents=True, exist_ok=True)
-    return Checkpoints(workdir / "checkpoints", given, facts, decided)
+    return Checkpoints(workdir / "checkpoints", checkpointing, facts, decided)
 
 
 def save(vector: delta.TaskVector, workdir: Path | None) -> None:
     """Write the result of a run into its folder, if it has one."""
     if workdir is None:
         return
+    # On every process, since gathering is a collective; only the first one writes.
     whole = jax.tree.map(lambda x: x if visible(x) else host(x), vector)
     if jax.process_index() == 0:
         whole.save(workdir / "task_vector.safetensors")

@@ -17,11 +17,7 @@ from jft.train.objectives import LanguageModel
 from tests.methods import decoder
 
 MUTATIONS = (
-    (
-        "jft/presets/green_trainer.py",
-        "calibration.at(after).gradient(batches)",
-        "calibration.gradient(batches)",
-    ),
+    ("jft/presets/green_trainer.py", "calibration.at(after).gradient", "calibration.gradient"),
     ("jft/presets/green_trainer.py", ".at(after).gradient(batches)", ".at(after).gradient(batches + 1)"),
     ("jft/presets/green_trainer.py", "jnp.sum(gradient * moved", "jnp.sum(abs(gradient * moved)"),
     ("jft/presets/green_trainer.py", "np.asarray(-jnp.sum", "np.asarray(jnp.sum"),

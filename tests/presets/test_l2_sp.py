@@ -36,5 +36,5 @@ def test_the_head_is_drawn_to_zero_and_the_rest_to_its_values():
 
 
 def test_without_a_new_head_all_is_drawn_to_the_base():
-    assert jft.method("l2_sp").penalties[0] == L2SP(0.01, new=jft.methods.patterns.HEADS, new_weight=0.01)
+    assert jft.method("l2_sp").penalties[0] == L2SP(0.01, new=tree.HEADS, new_weight=0.01)
     learning.check(jft.method("l2_sp"), 1e-2, learning.ALL)

@@ -286,6 +286,9 @@ def test_a_density_of_the_model_is_spread_over_the_candidates():
         budget = resolved(Globally(density=0.25, of=of), paths, SHAPES, LEADS)
         chosen = choose({p: scores()[p] for p in paths}, ONE, LEADS, budget)
         assert sum(int(m.sum()) for m in chosen.values()) == wanted
+        one_more = resolved(Globally(density=0.25, of=of, round="floor+1"), paths, SHAPES, LEADS)
+        chosen = choose({p: scores()[p] for p in paths}, ONE, LEADS, one_more)
+        assert sum(int(m.sum()) for m in chosen.values()) == wanted + 1
         each = resolved(PerMatrix(density=0.25, of=of), paths, SHAPES, LEADS)
         chosen = choose({p: scores()[p] for p in paths}, ONE, LEADS, each)
         for path in paths:
