@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -73,7 +74,7 @@ def _card(row: dict[str, Any], doc: str, card: Any) -> None:
     print(f"  trains   {row['trains']}")
     print(f"  stores   {row['stores']}")
     for name, default in row["options"].items():
-        print(f"  option   {name} = {default!r}{_card_defaults(card, name)}")
+        print(f"  option   {name} = {_shown(default)}{_card_defaults(card, name)}")
     print("  always   include=PATTERNS (only these), exclude=PATTERNS (none of these),")
     print("           also=PATTERNS (train these in place as well), freeze=PATTERNS (never train these)")
 
@@ -109,9 +110,14 @@ def markdown(entries: Mapping[str, Any]) -> str:
             lines += ["", "| option | jft | paper | code |", "|---|---|---|---|"]
         for option, default in entry.arguments.items():
             paper, code = entry.card.defaults.get(option, ("", "")) if entry.card else ("", "")
-            cells = (f"`{default!r}`", _escaped(str(paper)), _escaped(str(code)))
+            cells = (f"`{_shown(default)}`", _escaped(str(paper)), _escaped(str(code)))
             lines.append(f"| {option} | " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _shown(default: Any) -> str:
+    """A default as it is written; a function by its name, since its repr has its address in this process."""
+    return default.__qualname__ if inspect.isfunction(default) else repr(default)
 
 
 def _escaped(text: str) -> str:
