@@ -230,10 +230,10 @@ def dsee(
 
     Those are the ``count`` largest of each matrix's residual ``|W - W_r|``. filter_rank: None for W_r by :class:`GreBsmo`,
     as the paper and its code; a number for the SVD of that rank, randomised unless ``exact``, which is cheaper and picks
-    other entries. alpha: both parts count ``alpha / rank`` times; None for ``rank``. include: the matrices, part of the
-    method; other patterns replace queries and values. The paper then prunes by the size of the tuned weights and tunes
-    again: :func:`prune`. keep: or, in one run, the fraction of each frozen matrix that stays from the start, by the base's
-    size; 1 for all.
+    other entries. alpha: both parts count ``alpha / rank`` times; None for ``rank``. include: the matrices, part of the method;
+    other patterns replace queries and values. The paper then prunes by the size of the tuned weights and tunes again:
+    :func:`prune`. keep: or, in one run, the fraction of each frozen matrix that stays from the start, by the base's size; 1
+    for all.
     """
     if exact and filter_rank is None:
         raise ValueError("exact=True asks for a full SVD, and filter_rank=None decomposes by GreBsmo; give filter_rank")

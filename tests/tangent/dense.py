@@ -50,7 +50,7 @@ def encoded(path, x):
         return delta.Dense(x)
     *_, rows, columns = x.shape
     matrices = x.reshape(-1, rows, columns)
-    kind = sum(map(ord, path)) % 5
+    kind = 4 if path.endswith("experts/down/w") else sum(map(ord, path)) % 5
     if kind == 0:
         large = np.abs(x) > 0.1
         at = np.argwhere(large.reshape(-1, columns)).astype(np.int32)

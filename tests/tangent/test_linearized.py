@@ -167,7 +167,7 @@ METHODS = {
     "rows": jft.method("s2ft", o=0.5, down=0.3, forward="linearized"),
     "lora": jft.method("lora", rank=2, forward="linearized"),
     "l_lora": jft.method("l_lora", rank=2),
-    "rosa": jft.method("rosa", rank=2, density=0.1, warmup=1, forward="linearized"),
+    "rosa": jft.method("rosa", rank=2, density=0.1, warmup=1, low_rank_rate=1.0, forward="linearized"),
     "masking": jft.method("masking", forward="linearized"),
 }
 
