@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.delta.changed import COLUMNS, ROWS
-from jft.delta.registry import register
+from jft.delta.numeric import wide
+from jft.delta.registry import register, rule
 from jft.delta.selected import Layout
 from jft.delta.sparse import Sparse
 from jft.tree import visible
@@ -85,6 +86,25 @@ class NM(Sparse):
             matrix = matrix * size + axis
         flat = lambda x: jnp.broadcast_to(x, self.values.shape).reshape(-1).astype(jnp.int32)
         return flat(matrix * rows + row), flat(column), jnp.asarray(self.values).reshape(-1)
+
+    def take(self, rows: Array, columns: Array) -> Array:
+        along, across = (rows, columns) if self.axis == ROWS else (columns, rows)
+        # I is a multiple of m, so rows counted through all matrices fall into groups as those of one do.
+        group, offset = along // self.m, along % self.m
+        n = self.values.shape[_slot(self.axis)]
+        stored = (-1, n, self.shape[-1]) if self.axis == ROWS else (-1, self.shape[-1] // self.m, n)
+        index = (group, slice(None), across) if self.axis == ROWS else (across, group)
+        offsets, values = (jnp.asarray(x).reshape(stored)[index] for x in (self.offsets, self.values))
+        # Offsets of a group are distinct: at most one term is not zero.
+        return jnp.sum(jnp.where(offsets == offset[:, None], wide(values), 0), axis=-1)
+
+
+@rule("+", NM, NM)
+def _sum(x: NM, y: NM) -> NM | None:
+    """n of m where both store the same entries, as runs of one selection do; else a sum of both, smaller than entries."""
+    if (x.m, x.axis) != (y.m, y.axis) or not visible(x.offsets, y.offsets) or not np.array_equal(x.offsets, y.offsets):
+        return None
+    return x._with(values=wide(x.values) + wide(y.values))
 
 
 def _slot(axis: int) -> int:

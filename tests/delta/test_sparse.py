@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jft.delta import Blocks, Dense, Encoding, Entries, LowRank, Rows, Slices, Sum, TaskVector, elias_fano, kinds
+from jft.delta import NM, Blocks, Dense, Encoding, Entries, LowRank, Rows, Slices, Sum, TaskVector, elias_fano, kinds
 from jft.delta.file import FileError
 from tests.delta.algebra import SHAPE, SPARSE, close, make, reference
 
@@ -66,6 +66,11 @@ def test_sums_of_sparse_deltas_stay_sparse(no_dense):
     for kind in SPARSE:
         x, y = (make(kind, seed, (16, 24, 20)) for seed in (1, 2))
         total = x + y
+        assert type(x + x) is type(x)
+        assert stored(x + x) == {at: 2 * value for at, value in stored(x).items()}
+        if kind == "n_m":  # two choices of n of m are together more than that
+            assert [type(part) for part in total.parts] == [NM, NM]
+            continue
         assert type(total) is type(x)
         assert set(stored(total)) == set(stored(x)) | set(stored(y))
         assert type(jax.jit(lambda x, y: x + y)(x, y)) is Sum
