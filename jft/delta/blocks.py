@@ -29,7 +29,8 @@ from jft.delta.selected import (
     whole_coordinates,
 )
 from jft.delta.sparse import Sparse, find, pick, united
-from jft.kernels import blocks as kernel
+from jft.kernels.blocks import cell_spmm
+from jft.kernels.blocks_forms import NO_AXES, Axes
 from jft.tree import host, visible
 
 Array = jax.Array
@@ -183,10 +184,14 @@ def _blocks_of_product(x: Blocks, y: LowRank) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class BlockLayout(Layout):
-    """Blocks of ``height x width`` in programs: ``at[*lead, gi, gj, n, 2]`` in blocks, values ``[*lead, gi, gj, n, b, c]``."""
+    """Blocks of ``height x width`` in programs: ``at[*lead, gi, gj, n, 2]`` in blocks, values ``[*lead, gi, gj, n, b, c]``.
+
+    mesh_axes: over which the weight and its inputs are cut.
+    """
 
     height: int
     width: int
+    mesh_axes: Axes = NO_AXES
     matrices = Matrices()
     slot = -3
 
@@ -195,6 +200,9 @@ class BlockLayout(Layout):
 
     def lead(self, at: Any) -> int:
         return len(at.shape) - 4
+
+    def on_mesh(self, axes: Axes) -> BlockLayout:
+        return dataclasses.replace(self, mesh_axes=axes)
 
     def gather(self, w: Array, at: Array) -> Array:
         block = self.height, self.width
@@ -223,12 +231,13 @@ class BlockLayout(Layout):
         return joined(result, 2)
 
     def product(self, x: Array, at: Array, values: Array, shape: tuple[int, ...]) -> Array:
-        return kernel.block_product(x, at, values, shape)  # type: ignore[arg-type]  # a matrix has two axes
+        return cell_spmm(x, at, values, shape[-1], self.mesh_axes)
 
     def transposed(self, at: Array, values: Array) -> tuple[Layout, Array, Array]:
         # No longer row-major, and padding is beyond the cell in the second coordinate: the product takes both.
         values = jnp.swapaxes(jnp.swapaxes(values, -5, -4), -2, -1)
-        return BlockLayout(self.width, self.height), jnp.swapaxes(at, -4, -3)[..., ::-1], values
+        layout = BlockLayout(self.width, self.height, self.mesh_axes.transposed())
+        return layout, jnp.swapaxes(at, -4, -3)[..., ::-1], values
 
     def count(self, at: Array, shape: tuple[int, ...]) -> Array:
         return below(at[..., 0], shape[-2] // self.height // at.shape[-4]) * (self.height * self.width)

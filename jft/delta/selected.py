@@ -28,6 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jft.delta.changed import Change, Matrices
 from jft.delta.encoding import Encoding
 from jft.delta.numeric import wide
+from jft.kernels.blocks_forms import Axes
 from jft.tree import visible
 
 Array = jax.Array
@@ -48,6 +49,10 @@ class Layout:
     def lead(self, at: Any) -> int:
         """How many leading axes ``at`` has."""
         raise NotImplementedError
+
+    def on_mesh(self, axes: Axes) -> Layout:
+        """The layout where the weight and its inputs are cut over ``axes`` of a mesh, if its products ask for that."""
+        return self
 
     def gather(self, w: Array, at: Array) -> Array:
         """The selected values of ``w``; zeros at padding."""

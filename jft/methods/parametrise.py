@@ -44,14 +44,15 @@ class Parametrisation:
         linearized: bool = False,
         linear: bool | None = None,
         lender: str | None = None,
+        mesh_axes: Any = None,
     ) -> Any:
         """The parametrisation for one weight, with what is told of it; what is not told stays as it is.
 
         lead: how many of its first axes only stack matrices or vectors (layers, experts). granularity: as what the parts of it
         that train are selected. anchored: what :attr:`jft.delta.Leaf.origin` needs is kept. linearized: the weight stays the
         base, and the model is linear in the change. linear: whether it is the weight of a linear layer, not a table or
-        convolution. lender: the path that holds what :attr:`shares` names, where this one does not. Raises ``ValueError`` for
-        what it cannot be.
+        convolution. lender: the path that holds what :attr:`shares` names, where this one does not. mesh_axes: over which it
+        and its inputs are cut (:class:`jft.kernels.blocks_forms.Axes`). Raises ``ValueError`` for what it cannot be.
         """
         if granularity is not None:
             raise ValueError(
@@ -181,7 +182,9 @@ class InPlaceSelected(Parametrisation):
     rate: float = 1.0
     selects = True
 
-    def fitted(self, *, linearized: bool = False, **told: Any) -> InPlaceSelected:
+    def fitted(self, *, linearized: bool = False, mesh_axes: Any = None, **told: Any) -> InPlaceSelected:
+        if mesh_axes is not None:
+            return dataclasses.replace(self, layout=self.layout.on_mesh(mesh_axes))
         # A live weight would move the point at which the model is linearized.
         return dataclasses.replace(self, live=False) if linearized else super().fitted(**told)
 

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jft import delta, tangent, tree
+from jft import delta, parallel, tangent, tree
+from jft.kernels.blocks_forms import Axes
 from jft.methods import layer_runs
 from jft.methods.layers import SomeLayers
 from jft.methods.low_rank import LowRank
@@ -229,6 +230,16 @@ class Plan:
     def anchored(self) -> Plan:
         """The same, keeping of the base what it takes to measure the change from it."""
         return dataclasses.replace(self, leaves={p: how.fitted(anchored=True) for p, how in self.leaves.items()})
+
+    def on_mesh(self, specs: Mapping[str, PartitionSpec], params: Any) -> Plan:
+        """The same where weights are cut as ``specs`` say, which products with parts of them follow."""
+        shapes, leaves = tree.flatten(params), dict(self.leaves)
+        for path in self.selects:
+            # A PartitionSpec may be shorter than the shape.
+            whole = (*specs[path], *(None,) * (len(shapes[path].shape) - len(specs[path])))
+            rows, columns = (parallel.names(axis) for axis in (None, *whole)[-2:])
+            leaves[path] = leaves[path].fitted(mesh_axes=Axes(parallel.BATCH_AXES, rows, columns))
+        return dataclasses.replace(self, leaves=leaves)
 
     def init(
         self,

@@ -2,11 +2,12 @@
 
 from jft.parallel.distributed import start
 from jft.parallel.memory import MemoryBudgetError, MemoryEstimate, check, device_budget, estimate, plan, refusal
-from jft.parallel.mesh import batch_sharding, batch_shards, make_mesh, microbatches, put_batch, replicated
-from jft.parallel.sharding import RULES, dividing, shardings, shards, specs
+from jft.parallel.mesh import BATCH_AXES, batch_sharding, batch_shards, make_mesh, microbatches, put_batch, replicated
+from jft.parallel.sharding import RULES, dividing, names, shardings, shards, specs
 from jft.parallel.topology import topology_mesh
 
 __all__ = [
+    "BATCH_AXES",
     "RULES",
     "MemoryBudgetError",
     "MemoryEstimate",
@@ -18,6 +19,7 @@ __all__ = [
     "estimate",
     "make_mesh",
     "microbatches",
+    "names",
     "plan",
     "put_batch",
     "refusal",

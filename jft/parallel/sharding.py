@@ -70,13 +70,14 @@ def _alternatives(layouts: Layout | list[Layout]) -> list[Layout]:
     return layouts if isinstance(layouts, list) else [layouts]
 
 
-def _names(axis: Axis) -> tuple[str, ...]:
+def names(axis: Axis) -> tuple[str, ...]:
+    """The mesh axes of one entry of a spec."""
     return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
 
 
 def _check_user_rules(pattern: str, layouts: list[Layout], mesh: Mesh, shapes: dict[str, tuple[int, ...]]) -> None:
     for layout in layouts:
-        unknown = [name for axis in layout for name in _names(axis) if name not in mesh.shape]
+        unknown = [name for axis in layout for name in names(axis) if name not in mesh.shape]
         if unknown:
             raise ValueError(
                 f"sharding rule {pattern!r} names mesh axis {unknown[0]!r}; the mesh has {', '.join(mesh.shape)}"
@@ -117,21 +118,21 @@ def _fit(layouts: list[Layout], shape: tuple[int, ...], mesh: Mesh) -> Partition
 
 def _present(axis: Axis, mesh: Mesh) -> Axis:
     """``axis`` without names that the mesh lacks or has at size 1."""
-    return _collapse([name for name in _names(axis) if mesh.shape.get(name, 1) > 1])
+    return _collapse([name for name in names(axis) if mesh.shape.get(name, 1) > 1])
 
 
 def _divide(axis: Axis, size: int, mesh: Mesh) -> Axis:
     """As many of the names of ``axis``, in order, as divide ``size``."""
-    names: list[str] = []
-    for name in _names(_present(axis, mesh)):
-        if size % math.prod(mesh.shape[n] for n in [*names, name]) == 0:
-            names.append(name)
-    return _collapse(names)
+    fitting: list[str] = []
+    for name in names(_present(axis, mesh)):
+        if size % math.prod(mesh.shape[n] for n in [*fitting, name]) == 0:
+            fitting.append(name)
+    return _collapse(fitting)
 
 
 def shards(axis: Axis, mesh: Mesh) -> int:
     """Number of parts into which ``mesh`` cuts an array axis with this entry of a spec."""
-    return math.prod(mesh.shape.get(name, 1) for name in _names(axis))
+    return math.prod(mesh.shape.get(name, 1) for name in names(axis))
 
 
 def dividing(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -139,8 +140,8 @@ def dividing(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> Partiti
     return PartitionSpec(*(_divide(axis, n, mesh) for axis, n in zip(spec, shape, strict=False)))
 
 
-def _collapse(names: list[str]) -> Axis:
-    return None if not names else names[0] if len(names) == 1 else tuple(names)
+def _collapse(axes: list[str]) -> Axis:
+    return None if not axes else axes[0] if len(axes) == 1 else tuple(axes)
 
 
 def _generic(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -318,6 +318,8 @@ def shapes(recipe: Recipe, params: Any, chosen: Mapping[str, Any], seed: int = 0
 
 def compile_step(recipe: Recipe, params: Any, chosen: Mapping[str, Any], mesh: Any, seed: int = 0) -> Step:
     """The step of ``recipe`` on ``mesh``, from arrays or shapes; batches are compiled for as they come."""
+    if mesh is not None:
+        recipe = dataclasses.replace(recipe, plan=recipe.plan.on_mesh(parallel.specs(params, mesh), params))
     held = shapes(recipe, params, chosen, seed)
     return make(recipe, lay_out(params, recipe.plan, held, mesh), held)
 

@@ -1,0 +1,233 @@
+"""The forms in which products with selected blocks run: XLA's, a platform's Pallas kernel, and either of them on a mesh.
+
+at ``[gi, gj, n, 2]``, values ``[gi, gj, n, b, c]``: cells of a weight, as :mod:`jft.delta.selected` lays them out.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+from jft.kernels import blocks_tpu
+
+Array = jax.Array
+Implementation = Literal["pallas", "xla", "interpret"] | None
+Names = tuple[str, ...]
+KERNELS: dict[str, Any] = {"tpu": blocks_tpu}
+
+
+class Axes(NamedTuple):
+    """Names of mesh axes over which a product is cut. tokens: the rows of x; rows, columns: of the weight."""
+
+    tokens: Names = ()
+    rows: Names = ()
+    columns: Names = ()
+
+    def transposed(self) -> Axes:
+        return Axes(self.tokens, self.columns, self.rows)
+
+    def on(self, mesh: Any, shape: tuple[int, int, int], grid: Sequence[int]) -> Axes | None:
+        """Those of them that cut ``(T, I, O)`` of this ``shape`` in ``mesh``; None where devices cannot work by themselves.
+
+        grid: cells along the weight's rows and columns; an axis that has not as many cells as devices is whole.
+        """
+        free = spread_names(mesh)
+        tokens, rows, columns = (tuple(name for name in names if name in free) for names in self)
+        ways = lambda names: math.prod(mesh.shape[name] for name in names)
+        rows, columns = (names if ways(names) == g else () for names, g in zip((rows, columns), grid, strict=True))
+        # Cells that some axes of a tuple share and others cut do not lie beside each other.
+        mixed = any(0 < len(set(names) & set(tokens)) < len(names) for names in (rows, columns))
+        if not free or mixed or shape[0] % ways(tokens) or set(rows) & set(columns):
+            return None
+        return Axes(tokens, rows, columns)
+
+
+NO_AXES = Axes()
+
+
+def spread_names(mesh: Any) -> list[str]:
+    """Axes of a mesh over which XLA spreads arrays by itself: of more than one device, and not those of a `shard_map`."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return [name for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1]
+
+
+def spmm(
+    x: Array,
+    at: Array,
+    values: Array,
+    *,
+    columns: int,
+    implementation: Implementation = None,
+    axes: Axes = NO_AXES,
+    mesh: Any = None,
+    platform: str | None = None,
+) -> Array:
+    """``x[T, I] @ S`` in ``[T, columns]``; see :func:`jft.kernels.blocks.block_spmm`."""
+    kernel = _kernel(implementation, platform)
+
+    def local(x: Array, at: Array, values: Array, columns: int) -> Array:
+        b, c = values.shape[-2:]
+        values = values.astype(x.dtype)
+        refusal = kernel and kernel.refuses_spmm(x, math.prod(at.shape[:-1]), (b, c), columns)
+        if kernel is None or _falls_back(implementation, refusal):
+            return spmm_xla(x, at, values, columns=columns)
+        row, column = _panels(at, (x.shape[1] // b, columns // c))
+        return kernel.spmm(
+            x, row, column, values.reshape(-1, b, c), columns=columns, interpret=implementation == "interpret"
+        )
+
+    if mesh is None:
+        return local(x, at, values, columns)
+    cut = _Cut.of(axes)
+
+    def on_device(x: Array, at: Array, values: Array) -> Array:
+        for axis, names in enumerate(cut.gathered):
+            if names:
+                values = jax.lax.all_gather(values, names, axis=axis, tiled=True)
+        y = local(x, at, values, columns // math.prod(mesh.shape[name] for name in cut.own[1]))
+        return jax.lax.psum(y, cut.own[0]) if cut.own[0] else y
+
+    return _shard_map(on_device, mesh, (cut.inputs, cut.at, cut.cells), cut.outputs)(x, at, values)
+
+
+def sddmm(
+    x: Array,
+    dy: Array,
+    at: Array,
+    *acc: Array,
+    block: tuple[int, int],
+    dtype: Any,
+    implementation: Implementation = None,
+    axes: Axes = NO_AXES,
+    mesh: Any = None,
+    platform: str | None = None,
+) -> Array:
+    """``acc + x[:, rows]^T dy[:, columns]`` in ``[gi, gj, n, b, c]``; see :func:`jft.kernels.blocks.block_sddmm`."""
+    kernel = _kernel(implementation, platform)
+
+    def local(x: Array, dy: Array, at: Array, *acc: Array, dtype: Any) -> Array:
+        refusal = kernel and kernel.refuses_sddmm(x, dy, math.prod(at.shape[:-1]), block, dtype)
+        if kernel is None or _falls_back(implementation, refusal):
+            return sddmm_xla(x, dy, at, *acc, block=block, dtype=dtype)
+        row, column = _panels(at, (x.shape[1] // block[0], dy.shape[1] // block[1]))
+        flat = acc[0].reshape(-1, *block) if acc else None
+        interpret = implementation == "interpret"
+        g = kernel.sddmm(x, dy, row, column, block=block, acc=flat, out_dtype=dtype, interpret=interpret)
+        return g.reshape(*at.shape[:-1], *block)
+
+    if mesh is None:
+        return local(x, dy, at, *acc, dtype=dtype)
+    cut = _Cut.of(axes)
+
+    def on_device(x: Array, dy: Array, at: Array, *acc: Array) -> Array:
+        # Sums over devices in float32 too, as those over tokens.
+        g = local(x, dy, at, dtype=jnp.promote_types(dtype, jnp.float32))
+        for axis, names in enumerate(cut.gathered):
+            if names:
+                g = jax.lax.psum_scatter(g, names, scatter_dimension=axis, tiled=True)
+        g = jax.lax.psum(g, cut.summed) if cut.summed else g
+        return sum(acc, g).astype(dtype)  # type: ignore[union-attr]
+
+    specs = (cut.inputs, cut.outputs, cut.at, *(cut.cells for _ in acc))
+    return _shard_map(on_device, mesh, specs, cut.cells)(x, dy, at, *acc)
+
+
+def _kernel(implementation: Implementation, platform: str | None) -> Any:
+    """The module of Pallas kernels to use, or None for XLA's form."""
+    if implementation == "xla":
+        return None
+    if implementation == "interpret":
+        return blocks_tpu
+    kernel = KERNELS.get(platform or "")
+    if implementation == "pallas" and kernel is None:
+        raise ValueError(
+            f"there is no Pallas kernel for {platform or 'this platform'}: leave implementation out, or take 'xla'"
+        )
+    return kernel
+
+
+def _falls_back(implementation: Implementation, refusal: str | None) -> bool:
+    """Whether XLA's form stands in for a kernel that refuses these shapes; ``ValueError`` where the kernel was demanded."""
+    if refusal and implementation is not None:
+        raise ValueError(f"the Pallas kernel does not take {refusal}: leave implementation out, or take 'xla'")
+    return refusal is not None
+
+
+# XLA's forms.
+
+
+def spmm_xla(x: Array, at: Array, values: Array, *, columns: int) -> Array:
+    """Panels of x times blocks, summed by column."""
+    b, c = values.shape[-2:]
+    row, column = _panels(at, (x.shape[1] // b, columns // c))
+    sums = jnp.promote_types(x.dtype, jnp.float32)
+    blocks = values.reshape(-1, b, c).astype(x.dtype)
+    parts = jnp.einsum("tnb,nbc->tnc", _take(x, b, row), blocks, preferred_element_type=sums)
+    y = jnp.zeros((x.shape[0], columns // c, c), sums).at[:, column].add(parts, mode="drop")
+    return y.reshape(x.shape[0], columns).astype(x.dtype)
+
+
+def sddmm_xla(x: Array, dy: Array, at: Array, *acc: Array, block: tuple[int, int], dtype: Any) -> Array:
+    """Panels of x times panels of dy."""
+    b, c = block
+    row, column = _panels(at, (x.shape[1] // b, dy.shape[1] // c))
+    sums = jnp.promote_types(x.dtype, jnp.float32)
+    g = jnp.einsum("tnb,tnc->nbc", _take(x, b, row), _take(dy, c, column), preferred_element_type=sums)
+    return sum(acc, g.reshape(*at.shape[:-1], b, c)).astype(dtype)  # type: ignore[union-attr]
+
+
+def _panels(at: Array, counts: tuple[int, int]) -> tuple[Array, Array]:
+    """Rows and columns of blocks in the whole weight, ``[gi * gj * n]`` each; ``counts``: its blocks along both axes.
+
+    Padding gets the row and the column past the last.
+    """
+    gi, gj = at.shape[:2]
+    inside = counts[0] // gi, counts[1] // gj
+    row = at[..., 0] + jnp.arange(gi, dtype=at.dtype)[:, None, None] * inside[0]
+    column = at[..., 1] + jnp.arange(gj, dtype=at.dtype)[None, :, None] * inside[1]
+    valid = (at[..., 0] < inside[0]) & (at[..., 1] < inside[1])
+    return jnp.where(valid, row, counts[0]).reshape(-1), jnp.where(valid, column, counts[1]).reshape(-1)
+
+
+def _take(x: Array, size: int, index: Array) -> Array:
+    """Panels ``[T, n, size]`` of ``x[T, I]``; zeros past the last."""
+    return jnp.take(x.reshape(x.shape[0], -1, size), index, axis=1, mode="fill", fill_value=0)
+
+
+# On a mesh.
+
+
+class _Cut(NamedTuple):
+    """How operands lie on a mesh. own, gathered: axes of rows and of columns, that tokens are not cut by, and that they are.
+
+    A device has all cells of a gathered axis in its product, for its own tokens: values are gathered over it and gradients
+    summed, each device keeping its part. Of the other axes it has its own cells, inputs and outputs.
+    """
+
+    own: tuple[Names, Names]
+    gathered: tuple[Names, Names]
+    summed: Names
+    inputs: PartitionSpec
+    outputs: PartitionSpec
+    at: PartitionSpec
+    cells: PartitionSpec
+
+    @classmethod
+    def of(cls, axes: Axes) -> _Cut:
+        tokens, *both = axes
+        own = tuple(() if set(names) & set(tokens) else names for names in both)
+        gathered = tuple(names if set(names) & set(tokens) else () for names in both)
+        summed = tuple(name for name in tokens if name not in (*gathered[0], *gathered[1]))
+        inputs, outputs = (PartitionSpec(tokens, names) for names in own)
+        return cls(own, gathered, summed, inputs, outputs, PartitionSpec(*own), PartitionSpec(*both))  # type: ignore[arg-type]
+
+
+def _shard_map(function: Callable, mesh: Any, inputs: tuple, output: Any) -> Callable:
+    # Pallas's interpreter and kernels know nothing of varying axes.
+    return functools.partial(jax.shard_map, mesh=mesh, in_specs=inputs, out_specs=output, check_vma=False)(function)
