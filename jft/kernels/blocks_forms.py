@@ -166,10 +166,8 @@ def spmm_xla(x: Array, at: Array, values: Array, *, columns: int) -> Array:
     """Panels of x times blocks, summed by column."""
     b, c = values.shape[-2:]
     row, column = _panels(at, (x.shape[1] // b, columns // c))
-    sums = jnp.promote_types(x.dtype, jnp.float32)
-    blocks = values.reshape(-1, b, c).astype(x.dtype)
-    parts = jnp.einsum("tnb,nbc->tnc", _take(x, b, row), blocks, preferred_element_type=sums)
-    y = jnp.zeros((x.shape[0], columns // c, c), sums).at[:, column].add(parts, mode="drop")
+    parts = _einsum("tnb,nbc->tnc", _take(x, b, row), values.reshape(-1, b, c).astype(x.dtype))
+    y = jnp.zeros((x.shape[0], columns // c, c), parts.dtype).at[:, column].add(parts, mode="drop")
     return y.reshape(x.shape[0], columns).astype(x.dtype)
 
 
@@ -177,9 +175,20 @@ def sddmm_xla(x: Array, dy: Array, at: Array, *acc: Array, block: tuple[int, int
     """Panels of x times panels of dy."""
     b, c = block
     row, column = _panels(at, (x.shape[1] // b, dy.shape[1] // c))
-    sums = jnp.promote_types(x.dtype, jnp.float32)
-    g = jnp.einsum("tnb,tnc->nbc", _take(x, b, row), _take(dy, c, column), preferred_element_type=sums)
+    g = _einsum("tnb,tnc->nbc", _take(x, b, row), _take(dy, c, column))
     return sum(acc, g.reshape(*at.shape[:-1], b, c)).astype(dtype)  # type: ignore[union-attr]
+
+
+def _einsum(subscripts: str, a: Array, b: Array) -> Array:
+    """The products of ``a`` and ``b`` in float32, or wider."""
+    sums = jnp.promote_types(a.dtype, jnp.float32)
+    accumulate = functools.partial(jnp.einsum, subscripts, preferred_element_type=sums)
+    if a.dtype == sums:
+        return accumulate(a, b)
+    # XLA's CPU backend has no batched product of bfloat16 that is summed in float32.
+    return jax.lax.platform_dependent(
+        a, b, cpu=lambda a, b: accumulate(a.astype(sums), b.astype(sums)), default=accumulate
+    )
 
 
 def _panels(at: Array, counts: tuple[int, int]) -> tuple[Array, Array]:
@@ -197,7 +206,7 @@ def _panels(at: Array, counts: tuple[int, int]) -> tuple[Array, Array]:
 
 def _take(x: Array, size: int, index: Array) -> Array:
     """Panels ``[T, n, size]`` of ``x[T, I]``; zeros past the last."""
-    return jnp.take(x.reshape(x.shape[0], -1, size), index, axis=1, mode="fill", fill_value=0)
+    return jnp.take(x.reshape(x.shape[0], x.shape[1] // size, size), index, axis=1, mode="fill", fill_value=0)
 
 
 # On a mesh.
