@@ -1,0 +1,227 @@
+"""AdamW on selected blocks of a weight, in place: moments and gradient exist for the blocks alone.
+
+On a TPU one Pallas kernel reads each operand once and writes each result once: with w and g in bfloat16 that is 22 bytes an
+element. The copies of several blocks from and to the weight are in flight at a time. Elsewhere XLA gathers windows, fuses the
+arithmetic and scatters windows.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jft.kernels.block_put import gather_xla, put_xla
+from jft.kernels.pallas import Tiles, check_blocks, choose, parity
+from jft.tree import visible
+
+Array = jax.Array
+
+
+class Rates(NamedTuple):
+    """The constants of a step that are known when a program is compiled."""
+
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+
+
+def sparse_adam(
+    w: Array,
+    blocks: Array,
+    g: Array,
+    m: Array,
+    v: Array,
+    master: Array | None = None,
+    *,
+    count: Array | int,
+    lr: Array | float,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    origin: Array | None = None,
+    implementation: str | None = None,
+    _interpret: Any = False,
+) -> tuple[Array, ...]:
+    """One step of AdamW (Kingma and Ba 2014, arXiv:1412.6980; Loshchilov and Hutter 2017, arXiv:1711.05101) on blocks of w.
+
+    In float32, with p the values of the blocks (``master`` where given) and t the count::
+
+        m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2
+        p = p - lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay (p - origin))
+
+    which is ``optax.adamw`` where there is no origin, up to rounding: ``1 - b^t`` is exact to float32 here.
+
+    w ``[I, O]``; blocks int32 ``[n, 2]`` as for :func:`jft.kernels.block_put.block_put`; g ``[n, b, c]``; m, v float32
+    ``[n, b, c]``; master float32 ``[n, b, c]``, of which w holds the rounding, or None; origin ``[n, b, c]``, what weight
+    decay pulls to (the base's values), or None for zero. count: steps with this one, 1 at the first; it and lr may be traced.
+    implementation as for ``block_put``. Returns ``(w, m, v)``, or ``(w, m, v, master)``, in place if donated. Padding leaves
+    w alone; its compact values follow the same formula.
+
+    Raises ``ValueError`` for blocks as ``block_put`` does, for shapes and dtypes other than these, and for a count below 1.
+    """
+    compact = {"g": g, "m": m, "v": v, "master": master, "origin": origin}
+    _check(w, blocks, compact, count)
+    held = (m, v) if master is None else (m, v, master)
+    if len(blocks) == 0:
+        return (w, *held)
+    if not weight_decay:
+        origin = None
+    rates = Rates(b1, b2, eps, weight_decay)
+    values = [g, *held] if origin is None else [g, *held, origin]
+    moved = sum(x.dtype.itemsize for x in (*values, *held))
+    # Two buffers of all that comes and goes, and of the weight in both directions.
+    tiles = Tiles.of(
+        len(blocks), g.shape[1:], w.shape, (w.dtype, *(x.dtype for x in values)), 2 * moved + 4 * w.dtype.itemsize
+    )
+    pallas, refusal = None, ""
+    if isinstance(tiles, str):
+        refusal = tiles
+    else:
+        pallas = functools.partial(_adam_pallas, rates=rates, tiles=tiles, interpret=_interpret)
+    scalars = _scalars(lr, count, rates)
+    xla = functools.partial(_adam_xla, rates=rates)
+    return choose(implementation, pallas, xla, refusal, w, blocks, scalars, g, held, origin)
+
+
+def _check(w: Array, blocks: Array, compact: dict[str, Array | None], count: Array | int) -> None:
+    shape = compact["g"].shape  # type: ignore[union-attr]  # never None
+    for name, x in compact.items():
+        if x is None:
+            continue
+        if len(x.shape) != 3 or x.shape != shape or len(x) != len(blocks):
+            raise ValueError(
+                f"{name} has shape {list(x.shape)}; g, m, v, master and origin are all [n, b, c], here with n = {len(blocks)} "
+                f"as there are blocks, and g has {list(shape)}"
+            )
+        wanted, kind = (jnp.floating, "a float type") if name in ("g", "origin") else (jnp.float32, "float32")
+        if not jnp.issubdtype(x.dtype, wanted):
+            raise ValueError(f"{name} is {x.dtype}; it must be {kind}: convert it with {name}.astype('float32')")
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise ValueError(f"w is {w.dtype}; it must be of a float type, such as bfloat16")
+    check_blocks(blocks, w.shape, shape[1:])
+    if (isinstance(count, int) or visible(count)) and count < 1:
+        raise ValueError(f"count is {count}; it counts this step too, and is 1 at the first: pass count + 1")
+
+
+def _scalars(lr: Array | float, count: Array | int, rates: Rates) -> Array:
+    """``[lr, 1 / (1 - b1^t), 1 / (1 - b2^t)]``, float32."""
+    t = jnp.asarray(count, jnp.float32)
+    # `1 - 0.999**t` in float32 would lose ten of its 24 bits at the first step.
+    corrections = [-1 / jnp.expm1(t * jnp.float32(math.log(b))) if b else jnp.float32(1) for b in (rates.b1, rates.b2)]
+    return jnp.stack([jnp.asarray(lr, jnp.float32), *corrections])
+
+
+def _step(
+    scalars: Any, rates: Rates, p: Array, g: Array, m: Array, v: Array, origin: Array | None
+) -> tuple[Array, Array, Array]:
+    """New p, m and v, float32, of arrays of any shape: the arithmetic of both forms."""
+    g = g.astype(jnp.float32)
+    m = rates.b1 * m + (1 - rates.b1) * g
+    v = rates.b2 * v + (1 - rates.b2) * (g * g)
+    update = m * scalars[1] / (jnp.sqrt(v * scalars[2]) + rates.eps)
+    if rates.weight_decay:
+        distance = p if origin is None else p - origin.astype(jnp.float32)
+        update += rates.weight_decay * distance
+    return p - scalars[0] * update, m, v
+
+
+def _adam_xla(
+    w: Array,
+    blocks: Array,
+    scalars: Array,
+    g: Array,
+    held: tuple[Array, ...],
+    origin: Array | None,
+    *,
+    rates: Rates,
+) -> tuple[Array, ...]:
+    m, v, *master = held
+    p = master[0] if master else gather_xla(w, blocks, block=g.shape[1:]).astype(jnp.float32)
+    p, m, v = _step(scalars, rates, p, g, m, v, origin)
+    return put_xla(w, blocks, p), m, v, *([p] if master else [])
+
+
+def _split(refs: tuple, *sizes: int) -> list[tuple]:
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return [refs[start:end] for start, end in zip([0, *ends], [*ends, None], strict=True)]
+
+
+def _adam_pallas(
+    w: Array,
+    blocks: Array,
+    scalars: Array,
+    g: Array,
+    held: tuple[Array, ...],
+    origin: Array | None,
+    *,
+    rates: Rates,
+    tiles: Tiles,
+    interpret: Any,
+) -> tuple[Array, ...]:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    compact = [*held, g] if origin is None else [*held, g, origin]
+    has_master = len(held) == 3
+
+    def kernel(blocks: Any, scalars: Any, _: Any, *refs: Any) -> None:
+        inputs, (w, *outputs), (buffer, sem, *reads) = _split(refs, len(compact), len(held) + 1)
+        step = pl.program_id(0)
+        parts = parity(step)
+        start, wait = tiles.moves(
+            blocks, lambda place, at: pltpu.make_async_copy(buffer.at[place], w.at[at], sem.at[place[0]])
+        )
+        # The master holds all that is read of the weight.
+        if not has_master:
+            current, current_sem = reads
+            start_read, wait_read = tiles.moves(
+                blocks,
+                lambda place, at: pltpu.make_async_copy(w.at[at], current.at[place], current_sem.at[place[0]]),
+            )
+            # Blocks are distinct: those of the next step can be read before those of this one are written.
+            pl.when(step == 0)(lambda: start_read(step))
+            pl.when(step + 1 < tiles.steps)(lambda: start_read(step + 1))
+            wait_read(step)
+        pl.when(step >= 2)(lambda: wait(step - 2))
+
+        @pl.loop(0, tiles.group)
+        def _(j: Any) -> None:
+            def chunk(at: tuple[Any, Any]) -> None:
+                m, v, *others = (ref[(j, *at)] for ref in inputs)
+                p = others.pop(0) if has_master else current[(parts, j, *at)].astype(jnp.float32)
+                g, origin = others if len(others) == 2 else (*others, None)
+                new = _step([scalars[i] for i in range(3)], rates, p, g, m, v, origin)
+                buffer[(parts, j, *at)] = new[0].astype(w.dtype)
+                for ref, x in zip(outputs, (*new[1:], new[0]), strict=False):
+                    ref[(j, *at)] = x
+
+            tiles.chunks(chunk)
+
+        start(step)
+
+        @pl.when(step == tiles.steps - 1)
+        def _() -> None:
+            pl.when(step >= 1)(lambda: wait(step - 1))
+            wait(step)
+
+    places = ["weight", *["tiles"] * len(held)]
+    shapes = [w, *(tiles.cut(x) for x in held)]
+    call = pl.pallas_call(
+        kernel,
+        grid_spec=tiles.grid(
+            ["scalars", "weight", *["tiles"] * len(compact)], places, [w.dtype] * (1 if has_master else 2)
+        ),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes],
+        # Counted with the blocks and the scalars.
+        input_output_aliases={2 + i: i for i in range(len(shapes))},
+        interpret=interpret,
+        name="sparse_adam",
+    )
+    w, *new = call(blocks.T, scalars, w, *(tiles.cut(x) for x in compact))
+    return w, *(tiles.joined(x) for x in new)
