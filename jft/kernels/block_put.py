@@ -2,7 +2,7 @@
 
 The XLA form is a windowed gather and a windowed scatter: in place on CPU and GPU. On a TPU they are loops of one small block
 after another; the Pallas form there has the copies of several blocks in flight, and touches nothing else of the weight.
-Neither has a derivative on a TPU.
+Both have derivatives of either mode.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Array = jax.Array
 
 
 def block_gather(
-    w: Array, blocks: Array, *, block: tuple[int, int], implementation: str | None = None, _interpret: Any = False
+    w: Array, blocks: Array, *, block: tuple[int, ...], implementation: str | None = None, _interpret: Any = False
 ) -> Array:
     """``w[i b : (i + 1) b, j c : (j + 1) c]`` for each block ``(i, j)``: ``[n, b, c]`` in the dtype of ``w``.
 
@@ -30,13 +30,9 @@ def block_gather(
     Raises ``ValueError`` for blocks that do not divide ``w``, are outside it or occur twice, as far as they can be looked at.
     """
     check_blocks(blocks, w.shape, block)
-    n, (b, c) = len(blocks), block
-    if n == 0:
-        return jnp.zeros((0, b, c), w.dtype)
-    # Two buffers of the weight, and two of the result.
-    tiles = Tiles.of(n, block, w.shape, (w.dtype,), 4 * w.dtype.itemsize)
-    pallas, refusal = _form(tiles, _gather_pallas, interpret=_interpret)
-    return choose(implementation, pallas, functools.partial(gather_xla, block=block), refusal, w, blocks)
+    if len(blocks) == 0:
+        return jnp.zeros((0, *block), w.dtype)
+    return _gather(w, blocks, block, implementation, _interpret)
 
 
 def block_put(
@@ -54,20 +50,38 @@ def block_put(
     check_blocks(blocks, w.shape, block)
     if len(blocks) == 0:
         return w
-    tiles = Tiles.of(
-        len(blocks), block, w.shape, (w.dtype, values.dtype), 2 * (w.dtype.itemsize + values.dtype.itemsize)
-    )
-    pallas, refusal = _form(tiles, _put_pallas, interpret=_interpret)
-    return choose(implementation, pallas, put_xla, refusal, w, blocks, values)
+    return _put(w, blocks, values, implementation, _interpret)
 
 
-def _form(tiles: Tiles | str, kernel: Any, **options: Any) -> tuple[Any, str]:
-    if isinstance(tiles, str):
-        return None, tiles
-    return functools.partial(kernel, tiles=tiles, **options), ""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _gather(w: Array, blocks: Array, block: tuple[int, ...], implementation: str | None, interpret: Any) -> Array:
+    # Two buffers of the weight, and two of the result.
+    tiles = Tiles.of(len(blocks), block, w.shape, (w.dtype,), 4 * w.dtype.itemsize)
+    xla = functools.partial(gather_xla, block=block)
+    return choose(implementation, tiles, _gather_pallas, xla, w, blocks, interpret=interpret)
 
 
-def gather_xla(w: Array, blocks: Array, *, block: tuple[int, int]) -> Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _put(w: Array, blocks: Array, values: Array, implementation: str | None, interpret: Any) -> Array:
+    dtypes = w.dtype, values.dtype
+    tiles = Tiles.of(len(blocks), values.shape[1:], w.shape, dtypes, 2 * sum(dtype.itemsize for dtype in dtypes))
+    return choose(implementation, tiles, _put_pallas, put_xla, w, blocks, values, interpret=interpret)
+
+
+# Tangents go through XLA's operations, which have transposes: both functions are linear in arrays of floats.
+@_gather.defjvp
+def _gather_jvp(block: Any, implementation: Any, interpret: Any, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    w, blocks = primals
+    return _gather(w, blocks, block, implementation, interpret), gather_xla(tangents[0], blocks, block=block)
+
+
+@_put.defjvp
+def _put_jvp(implementation: Any, interpret: Any, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    w, blocks, values = primals
+    return _put(w, blocks, values, implementation, interpret), put_xla(tangents[0], blocks, tangents[2])
+
+
+def gather_xla(w: Array, blocks: Array, *, block: tuple[int, ...]) -> Array:
     """:func:`block_gather` by windows of ``lax.gather``: plain indexing would make an index for every entry of a block."""
     numbers = jax.lax.GatherDimensionNumbers(offset_dims=(1, 2), collapsed_slice_dims=(), start_index_map=(0, 1))
     starts = blocks * jnp.asarray(block, blocks.dtype)
@@ -88,10 +102,10 @@ def _gather_pallas(w: Array, blocks: Array, *, tiles: Tiles, interpret: Any) -> 
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
-    def kernel(blocks: Any, w: Any, out: Any, buffer: Any, sem: Any) -> None:
+    def kernel(blocks: Any, w: Any, out: Any, buffer: Any, sem: Any, counts: Any) -> None:
         step = pl.program_id(0)
         start, wait = tiles.moves(
-            blocks, lambda place, at: pltpu.make_async_copy(w.at[at], buffer.at[place], sem.at[place[0]])
+            blocks, lambda place, at: pltpu.make_async_copy(w.at[at], buffer.at[place], sem.at[place[0]]), counts
         )
         # Those of the next step fly while this one is copied out.
         pl.when(step == 0)(lambda: start(step))
@@ -114,6 +128,7 @@ def _gather_pallas(w: Array, blocks: Array, *, tiles: Tiles, interpret: Any) -> 
         grid_spec=tiles.grid(["weight"], ["tiles"], [w.dtype]),
         out_shape=[shape],
         interpret=interpret,
+        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
         name="block_gather",
     )
     return tiles.joined(call(blocks.T, w)[0])
@@ -123,10 +138,10 @@ def _put_pallas(w: Array, blocks: Array, values: Array, *, tiles: Tiles, interpr
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
-    def kernel(blocks: Any, _: Any, values: Any, w: Any, buffer: Any, sem: Any) -> None:
+    def kernel(blocks: Any, _: Any, values: Any, w: Any, buffer: Any, sem: Any, counts: Any) -> None:
         step = pl.program_id(0)
         start, wait = tiles.moves(
-            blocks, lambda place, at: pltpu.make_async_copy(buffer.at[place], w.at[at], sem.at[place[0]])
+            blocks, lambda place, at: pltpu.make_async_copy(buffer.at[place], w.at[at], sem.at[place[0]]), counts
         )
         pl.when(step >= 2)(lambda: wait(step - 2))
 
@@ -151,6 +166,7 @@ def _put_pallas(w: Array, blocks: Array, values: Array, *, tiles: Tiles, interpr
         # Counted with the blocks.
         input_output_aliases={1: 0},
         interpret=interpret,
+        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
         name="block_put",
     )
     return call(blocks.T, w, tiles.cut(values))[0]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,26 +25,29 @@ MOST_TILES = 8
 MOST_BLOCKS = 1 << 16
 
 
-def choose(implementation: str | None, pallas: Callable | None, xla: Callable, refusal: str, *args: Any) -> Any:
-    """The result of one of two forms of a function of ``args``.
+def choose(
+    implementation: str | None, tiles: Tiles | str, pallas: Callable, xla: Callable, *args: Any, interpret: Any = False
+) -> Any:
+    """The result of one of two forms of a function: ``xla(*args)``, or ``pallas(*args, tiles=, interpret=)``.
 
     ``implementation``: ``"xla"`` or ``"pallas"``, or None for Pallas where the program is lowered for a TPU and XLA
-    elsewhere. ``pallas`` None: that form cannot take these arguments, for the reason ``refusal``.
+    elsewhere. tiles may be the reason why the Pallas form cannot take these arguments: then None is XLA everywhere.
 
-    Raises ``ValueError`` for another name, and for ``"pallas"`` where there is none.
+    Raises ``ValueError`` for another name, and for ``"pallas"`` where it cannot be.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r} is not one of {', '.join(map(repr, IMPLEMENTATIONS))}")
-    if implementation == "pallas" and pallas is None:
-        raise ValueError(f"implementation 'pallas': {refusal}; leave implementation out, or use 'xla'")
-    if implementation == "xla" or pallas is None:
-        return xla(*args)
+    kernel = functools.partial(pallas, tiles=tiles, interpret=interpret)
     if implementation == "pallas":
-        return pallas(*args)
-    return jax.lax.platform_dependent(*args, tpu=pallas, default=xla)
+        if isinstance(tiles, str):
+            raise ValueError(f"implementation 'pallas': {tiles}; leave implementation out, or use 'xla'")
+        return kernel(*args)
+    if implementation == "xla" or isinstance(tiles, str):
+        return xla(*args)
+    return jax.lax.platform_dependent(*args, tpu=kernel, default=xla)
 
 
-def check_blocks(blocks: Any, shape: tuple[int, ...], block: tuple[int, int]) -> None:
+def check_blocks(blocks: Any, shape: tuple[int, ...], block: tuple[int, ...]) -> None:
     """Raise ``ValueError`` unless ``blocks`` are distinct blocks of a matrix of ``shape``, or padding.
 
     blocks int32 ``[n, 2]``: row and column, in blocks of ``block = (b, c)``. Padding has a row of I / b or more. Values are
@@ -82,7 +87,8 @@ def parity(step: Any) -> Any:
     return jax.lax.rem(step, 2)
 
 
-class Tiles(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Tiles:
     """How a kernel goes through ``count`` blocks ``[b, c]`` of a weight: ``group`` tiles ``[rows, c]`` a step.
 
     A block is ``split`` tiles, one below the other, so that any size of block fits in VMEM. The last step may have fewer
@@ -90,13 +96,15 @@ class Tiles(NamedTuple):
     """
 
     count: int
-    block: tuple[int, int]
+    block: tuple[int, ...]
     extents: tuple[int, int]
     rows: int
     group: int
 
     @classmethod
-    def of(cls, n: int, block: tuple[int, int], shape: tuple[int, ...], dtypes: Sequence[Any], nbytes: int) -> Tiles | str:
+    def of(
+        cls, n: int, block: tuple[int, ...], shape: tuple[int, ...], dtypes: Sequence[Any], nbytes: int
+    ) -> Tiles | str:
         """The tiles for a kernel that holds ``nbytes`` of VMEM for each element of a tile, or why there are none.
 
         dtypes: those of all arrays in blocks. Only float32 and bfloat16 have a place in vector registers.
@@ -155,7 +163,9 @@ class Tiles(NamedTuple):
             valid = (tile < self.count * self.split) & (row >= 0) & (row < self.extents[0])
             # A copy from or to beyond the weight would be of other arrays, or end the program.
             valid &= (column >= 0) & (column < self.extents[1])
-            rows = pl.ds(pl.multiple_of((row * self.split + jax.lax.rem(tile, self.split)) * self.rows, self.rows), self.rows)
+            rows = pl.ds(
+                pl.multiple_of((row * self.split + jax.lax.rem(tile, self.split)) * self.rows, self.rows), self.rows
+            )
             width = self.block[1]
             act(j, valid, (rows, pl.ds(pl.multiple_of(column * width, width), width)))
 
@@ -165,8 +175,8 @@ class Tiles(NamedTuple):
 
         width = self.block[1]
         columns = max(size for size in range(LANES, 4 * LANES + 1, LANES) if width % size == 0)
-        # 8 registers of 8 x 128 elements for each array.
-        fits = (size for size in range(1, self.rows + 1) if self.rows % size == 0 and size * columns <= 8 * 8 * LANES)
+        # 16 registers of 8 x 128 elements for each array: with fewer, latencies show.
+        fits = (size for size in range(1, self.rows + 1) if self.rows % size == 0 and size * columns <= 16 * 8 * LANES)
         rows = max(fits)
         across = width // columns
 
@@ -176,29 +186,41 @@ class Tiles(NamedTuple):
             column = pl.multiple_of(jax.lax.rem(i, across) * columns, columns)
             act((pl.ds(row, rows), pl.ds(column, columns)))
 
-    def moves(self, blocks: Any, copy: Callable[[Any, tuple[Any, Any]], Any]) -> tuple[Callable, Callable]:
+    def moves(self, blocks: Any, copy: Callable[[Any, tuple[Any, Any]], Any], counts: Any) -> tuple[Callable, Callable]:
         """``start(step)`` and ``wait(step)`` of the copies of a step, inside a kernel.
 
-        ``copy(place, (rows, columns))`` describes one; place: the buffer, one of two by turns, and the tile in it.
+        ``copy(place, (rows, columns))`` describes one; place: the buffer, one of two by
+        turns, and the tile in it. counts: scalar memory ``[2]``, how many are in flight for each buffer.
         """
         from jax.experimental import pallas as pl
 
-        def every(do: Callable[[Any], None]) -> Callable[[Any], None]:
-            def act(step: Any) -> None:
-                def one(j: Any, valid: Any, at: tuple[Any, Any]) -> None:
-                    pl.when(valid)(lambda: do(copy((parity(step), j), at)))
+        def start(step: Any) -> None:
+            counts[parity(step)] = 0
 
-                self.each(blocks, step, one)
+            def one(j: Any, valid: Any, at: tuple[Any, Any]) -> None:
+                @pl.when(valid)
+                def _() -> None:
+                    copy((parity(step), j), at).start()
+                    counts[parity(step)] += 1
 
-            return act
+            self.each(blocks, step, one)
 
-        return every(lambda move: move.start()), every(lambda move: move.wait())
+        def wait(step: Any) -> None:
+            first = pl.ds(0, self.rows), pl.ds(0, self.block[1])
+
+            @pl.loop(0, counts[parity(step)])
+            def _(_: Any) -> None:
+                # All are of one size, and that is all a wait reads of its copy.
+                copy((parity(step), 0), first).wait()
+
+        return start, wait
 
     def grid(self, inputs: Sequence[str], outputs: Sequence[str], scratch: Sequence[Any]) -> Any:
         """The grid over the steps, of a kernel that has the blocks first, in scalar memory.
 
         inputs and outputs: ``"weight"`` stays in HBM, for copies by hand; ``"tiles"`` come and go step by step;
-        ``"scalars"`` are in scalar memory. scratch: dtypes of two buffers each for the tiles of a step, with a semaphore each.
+        ``"scalars"`` are in scalar memory. scratch: dtypes of two buffers each for the tiles of a step, with
+        semaphores and counts of what is in flight.
         """
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import tpu as pltpu
@@ -214,6 +236,12 @@ class Tiles(NamedTuple):
             in_specs=[specs[place] for place in inputs],
             out_specs=[specs[place] for place in outputs],
             scratch_shapes=[
-                part for dtype in scratch for part in (pltpu.VMEM((2, *self.shape), dtype), pltpu.SemaphoreType.DMA((2,)))
+                part
+                for dtype in scratch
+                for part in (
+                    pltpu.VMEM((2, *self.shape), dtype),
+                    pltpu.SemaphoreType.DMA((2,)),
+                    pltpu.SMEM((2,), jnp.int32),
+                )
             ],
         )

@@ -79,14 +79,9 @@ def sparse_adam(
     tiles = Tiles.of(
         len(blocks), g.shape[1:], w.shape, (w.dtype, *(x.dtype for x in values)), 2 * moved + 4 * w.dtype.itemsize
     )
-    pallas, refusal = None, ""
-    if isinstance(tiles, str):
-        refusal = tiles
-    else:
-        pallas = functools.partial(_adam_pallas, rates=rates, tiles=tiles, interpret=_interpret)
-    scalars = _scalars(lr, count, rates)
-    xla = functools.partial(_adam_xla, rates=rates)
-    return choose(implementation, pallas, xla, refusal, w, blocks, scalars, g, held, origin)
+    args = w, blocks, _scalars(lr, count, rates), g, held, origin
+    forms = (functools.partial(form, rates=rates) for form in (_adam_pallas, _adam_xla))
+    return choose(implementation, tiles, *forms, *args, interpret=_interpret)
 
 
 def _check(w: Array, blocks: Array, compact: dict[str, Array | None], count: Array | int) -> None:
@@ -110,11 +105,12 @@ def _check(w: Array, blocks: Array, compact: dict[str, Array | None], count: Arr
 
 
 def _scalars(lr: Array | float, count: Array | int, rates: Rates) -> Array:
-    """``[lr, 1 / (1 - b1^t), 1 / (1 - b2^t)]``, float32."""
+    """``[lr / (1 - b1^t), 1 / (1 - b2^t), lr * weight_decay]``, float32."""
     t = jnp.asarray(count, jnp.float32)
     # `1 - 0.999**t` in float32 would lose ten of its 24 bits at the first step.
-    corrections = [-1 / jnp.expm1(t * jnp.float32(math.log(b))) if b else jnp.float32(1) for b in (rates.b1, rates.b2)]
-    return jnp.stack([jnp.asarray(lr, jnp.float32), *corrections])
+    first, second = (-jnp.expm1(t * jnp.float32(math.log(b))) if b else 1 for b in (rates.b1, rates.b2))
+    rate = jnp.asarray(lr, jnp.float32)
+    return jnp.stack([rate / first, 1 / jnp.asarray(second), rate * rates.weight_decay])
 
 
 def _step(
@@ -124,11 +120,10 @@ def _step(
     g = g.astype(jnp.float32)
     m = rates.b1 * m + (1 - rates.b1) * g
     v = rates.b2 * v + (1 - rates.b2) * (g * g)
-    update = m * scalars[1] / (jnp.sqrt(v * scalars[2]) + rates.eps)
+    update = m * scalars[0] / (jnp.sqrt(v * scalars[1]) + rates.eps)
     if rates.weight_decay:
-        distance = p if origin is None else p - origin.astype(jnp.float32)
-        update += rates.weight_decay * distance
-    return p - scalars[0] * update, m, v
+        update += scalars[2] * (p if origin is None else p - origin.astype(jnp.float32))
+    return p - update, m, v
 
 
 def _adam_xla(
@@ -171,18 +166,19 @@ def _adam_pallas(
     has_master = len(held) == 3
 
     def kernel(blocks: Any, scalars: Any, _: Any, *refs: Any) -> None:
-        inputs, (w, *outputs), (buffer, sem, *reads) = _split(refs, len(compact), len(held) + 1)
+        inputs, (w, *outputs), (buffer, sem, counts, *reads) = _split(refs, len(compact), len(held) + 1)
         step = pl.program_id(0)
         parts = parity(step)
         start, wait = tiles.moves(
-            blocks, lambda place, at: pltpu.make_async_copy(buffer.at[place], w.at[at], sem.at[place[0]])
+            blocks, lambda place, at: pltpu.make_async_copy(buffer.at[place], w.at[at], sem.at[place[0]]), counts
         )
         # The master holds all that is read of the weight.
         if not has_master:
-            current, current_sem = reads
+            current, current_sem, current_counts = reads
             start_read, wait_read = tiles.moves(
                 blocks,
                 lambda place, at: pltpu.make_async_copy(w.at[at], current.at[place], current_sem.at[place[0]]),
+                current_counts,
             )
             # Blocks are distinct: those of the next step can be read before those of this one are written.
             pl.when(step == 0)(lambda: start_read(step))
@@ -221,6 +217,7 @@ def _adam_pallas(
         # Counted with the blocks and the scalars.
         input_output_aliases={2 + i: i for i in range(len(shapes))},
         interpret=interpret,
+        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
         name="sparse_adam",
     )
     w, *new = call(blocks.T, scalars, w, *(tiles.cut(x) for x in compact))
