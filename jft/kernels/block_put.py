@@ -1,8 +1,8 @@
 """Selected blocks of a weight, read and written in place.
 
-The XLA form is a windowed gather and a windowed scatter: in place on CPU and GPU. On a TPU they are loops of one small block
-after another; the Pallas form there has the copies of several blocks in flight, and touches nothing else of the weight.
-Both have derivatives of either mode.
+The XLA form is a windowed gather and a windowed scatter: in place on a GPU, and of float32 on a CPU, where XLA scatters 2-byte
+types by way of a float32 copy. On a TPU they are loops of one small block after another; the Pallas form there has the copies
+of several blocks in flight, and touches nothing else of the weight. Both have derivatives of either mode.
 """
 
 from __future__ import annotations
@@ -53,19 +53,36 @@ def block_put(
     return _put(w, blocks, values, implementation, _interpret)
 
 
+def fold(w: Array, blocks: Array, block: tuple[int, ...]) -> tuple[Array, Array]:
+    """A stack of matrices ``[L, I, O]`` as one ``[L I, O]``, and its blocks ``[L, n, 2]`` as ``[L n, 2]`` of that.
+
+    Values ``[L, n, b, c]`` go with them as ``[L n, b, c]``. One call then does what ``jax.vmap`` would have a TPU do in L
+    kernels of a loop that copies. Padding stays padding.
+    """
+    stack, height, width = w.shape
+    rows, slots = height // block[0], blocks.shape[1]
+    row, column = blocks[..., 0], blocks[..., 1]
+    layer = jnp.arange(stack, dtype=blocks.dtype)[:, None]
+    # Rows past the end of a matrix are those of the next one, until they are past the end of all; distinct as before.
+    padding = stack * rows + layer * slots + jnp.arange(slots, dtype=blocks.dtype)
+    row = jnp.where(row < rows, layer * rows + row, padding)
+    return w.reshape(stack * height, width), jnp.stack([row, column], axis=-1).reshape(-1, 2)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def _gather(w: Array, blocks: Array, block: tuple[int, ...], implementation: str | None, interpret: Any) -> Array:
     # Two buffers of the weight, and two of the result.
     tiles = Tiles.of(len(blocks), block, w.shape, (w.dtype,), 4 * w.dtype.itemsize)
-    xla = functools.partial(gather_xla, block=block)
-    return choose(implementation, tiles, _gather_pallas, xla, w, blocks, interpret=interpret)
+    pallas = tiles if isinstance(tiles, str) else functools.partial(_gather_pallas, tiles=tiles, interpret=interpret)
+    return choose(implementation, pallas, functools.partial(gather_xla, block=block), w, blocks)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _put(w: Array, blocks: Array, values: Array, implementation: str | None, interpret: Any) -> Array:
     dtypes = w.dtype, values.dtype
     tiles = Tiles.of(len(blocks), values.shape[1:], w.shape, dtypes, 2 * sum(dtype.itemsize for dtype in dtypes))
-    return choose(implementation, tiles, _put_pallas, put_xla, w, blocks, values, interpret=interpret)
+    pallas = tiles if isinstance(tiles, str) else functools.partial(_put_pallas, tiles=tiles, interpret=interpret)
+    return choose(implementation, pallas, put_xla, w, blocks, values)
 
 
 # Tangents go through XLA's operations, which have transposes: both functions are linear in arrays of floats.
@@ -100,21 +117,18 @@ def put_xla(w: Array, blocks: Array, values: Array) -> Array:
 
 def _gather_pallas(w: Array, blocks: Array, *, tiles: Tiles, interpret: Any) -> Array:
     from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
 
-    def kernel(blocks: Any, w: Any, out: Any, buffer: Any, sem: Any, counts: Any) -> None:
+    def kernel(blocks: Any, w: Any, out: Any, buffer: Any, *in_flight: Any) -> None:
         step = pl.program_id(0)
-        start, wait = tiles.moves(
-            blocks, lambda place, at: pltpu.make_async_copy(w.at[at], buffer.at[place], sem.at[place[0]]), counts
-        )
-        # Those of the next step fly while this one is copied out.
+        start, wait = tiles.copies(blocks, w, buffer, *in_flight)
+        # Those of the next step fly while these are copied out.
         pl.when(step == 0)(lambda: start(step))
         pl.when(step + 1 < tiles.steps)(lambda: start(step + 1))
         wait(step)
 
         def one(j: Any, valid: Any, _: Any) -> None:
-            def chunk(at: tuple[Any, Any]) -> None:
-                # A buffer that nothing was copied to may hold anything, NaN too.
+            def chunk(at: Any) -> None:
+                # Where nothing was copied to, a buffer may hold anything, NaN too.
                 x = buffer[(parity(step), j, *at)]
                 out[(j, *at)] = jnp.where(valid, x, jnp.zeros_like(x))
 
@@ -123,50 +137,31 @@ def _gather_pallas(w: Array, blocks: Array, *, tiles: Tiles, interpret: Any) -> 
         tiles.each(blocks, step, one)
 
     shape = jax.ShapeDtypeStruct((tiles.count * tiles.split, *tiles.shape[1:]), w.dtype)
-    call = pl.pallas_call(
-        kernel,
-        grid_spec=tiles.grid(["weight"], ["tiles"], [w.dtype]),
-        out_shape=[shape],
-        interpret=interpret,
-        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
-        name="block_gather",
-    )
-    return tiles.joined(call(blocks.T, w)[0])
+    grid = tiles.grid(["weight"], ["tiles"], [w.dtype])
+    return tiles.joined(tiles.call(kernel, "block_gather", grid, [shape], None, interpret)(blocks.T, w)[0])
 
 
 def _put_pallas(w: Array, blocks: Array, values: Array, *, tiles: Tiles, interpret: Any) -> Array:
     from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
 
-    def kernel(blocks: Any, _: Any, values: Any, w: Any, buffer: Any, sem: Any, counts: Any) -> None:
+    def kernel(blocks: Any, _: Any, values: Any, w: Any, buffer: Any, *in_flight: Any) -> None:
         step = pl.program_id(0)
-        start, wait = tiles.moves(
-            blocks, lambda place, at: pltpu.make_async_copy(buffer.at[place], w.at[at], sem.at[place[0]]), counts
-        )
+        start, wait = tiles.copies(blocks, buffer, w, *in_flight)
         pl.when(step >= 2)(lambda: wait(step - 2))
 
-        def one(j: Any, _: Any, __: Any) -> None:
-            def chunk(at: tuple[Any, Any]) -> None:
+        @pl.loop(0, tiles.group)
+        def one(j: Any) -> None:
+            def chunk(at: Any) -> None:
                 buffer[(parity(step), j, *at)] = values[(j, *at)].astype(w.dtype)
 
             tiles.chunks(chunk)
 
-        tiles.each(blocks, step, one)
         start(step)
 
         @pl.when(step == tiles.steps - 1)
-        def _() -> None:
+        def finish() -> None:
             pl.when(step >= 1)(lambda: wait(step - 1))
             wait(step)
 
-    call = pl.pallas_call(
-        kernel,
-        grid_spec=tiles.grid(["weight", "tiles"], ["weight"], [w.dtype]),
-        out_shape=[jax.ShapeDtypeStruct(w.shape, w.dtype)],
-        # Counted with the blocks.
-        input_output_aliases={1: 0},
-        interpret=interpret,
-        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
-        name="block_put",
-    )
-    return call(blocks.T, w, tiles.cut(values))[0]
+    grid = tiles.grid(["weight", "tiles"], ["weight"], [w.dtype])
+    return tiles.call(kernel, "block_put", grid, [w], 1, interpret)(blocks.T, w, tiles.cut(values))[0]

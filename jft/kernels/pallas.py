@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,37 +13,32 @@ import numpy as np
 from jft.tree import visible
 
 Array = jax.Array
-IMPLEMENTATIONS = (None, "xla", "pallas")
 LANES = 128
-# Bytes of VMEM for the tiles of one kernel: half of what XLA lets one kernel have on a v5e, where nobody asks for more.
+# Bytes of VMEM for the tiles of one kernel: half of what a kernel may have by default on the chip that grants least (v5e).
 VMEM = 8 << 20
 # Copies in flight hide the latency of one; with more tiles a step, filling and draining the pipeline would show.
 MOST_TILES = 8
-
 # 8 bytes each, of a mebibyte of scalar memory.
 MOST_BLOCKS = 1 << 16
 
 
-def choose(
-    implementation: str | None, tiles: Tiles | str, pallas: Callable, xla: Callable, *args: Any, interpret: Any = False
-) -> Any:
-    """The result of one of two forms of a function: ``xla(*args)``, or ``pallas(*args, tiles=, interpret=)``.
+def choose(implementation: str | None, pallas: Callable | str, xla: Callable, *args: Any) -> Any:
+    """``pallas(*args)`` or ``xla(*args)``, two forms of one function.
 
-    ``implementation``: ``"xla"`` or ``"pallas"``, or None for Pallas where the program is lowered for a TPU and XLA
-    elsewhere. tiles may be the reason why the Pallas form cannot take these arguments: then None is XLA everywhere.
+    implementation: ``"pallas"`` or ``"xla"``, or None for Pallas where the program is lowered for a TPU and XLA elsewhere.
+    pallas: its form, or the reason why it cannot take these arguments, with which None is XLA everywhere.
 
     Raises ``ValueError`` for another name, and for ``"pallas"`` where it cannot be.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation {implementation!r} is not one of {', '.join(map(repr, IMPLEMENTATIONS))}")
-    kernel = functools.partial(pallas, tiles=tiles, interpret=interpret)
-    if implementation == "pallas":
-        if isinstance(tiles, str):
-            raise ValueError(f"implementation 'pallas': {tiles}; leave implementation out, or use 'xla'")
-        return kernel(*args)
-    if implementation == "xla" or isinstance(tiles, str):
+    if implementation not in (None, "pallas", "xla"):
+        raise ValueError(f"implementation {implementation!r} is not one of None, 'pallas', 'xla'")
+    if isinstance(pallas, str):
+        if implementation == "pallas":
+            raise ValueError(f"implementation 'pallas': {pallas}; leave implementation out, or use 'xla'")
         return xla(*args)
-    return jax.lax.platform_dependent(*args, tpu=kernel, default=xla)
+    if implementation is None:
+        return jax.lax.platform_dependent(*args, tpu=pallas, default=xla)
+    return (pallas if implementation == "pallas" else xla)(*args)
 
 
 def check_blocks(blocks: Any, shape: tuple[int, ...], block: tuple[int, ...]) -> None:
@@ -82,9 +76,12 @@ def check_blocks(blocks: Any, shape: tuple[int, ...], block: tuple[int, ...]) ->
 
 
 def parity(step: Any) -> Any:
-    """Which of two buffers a step uses."""
-    # `%` of JAX asks for signs, which Pallas lowers for chips that it knows alone.
+    """0 and 1 by turns: the buffer of a step, of two."""
+    # `%` has signs in JAX, which Pallas lowers only for chips it has before it.
     return jax.lax.rem(step, 2)
+
+
+Slices = tuple[Any, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +129,7 @@ class Tiles:
 
     @property
     def steps(self) -> int:
+        """Steps of the grid."""
         return -(-self.count * self.split // self.group)
 
     @property
@@ -147,7 +145,7 @@ class Tiles:
         """The inverse of :meth:`cut`."""
         return x.reshape(self.count, *self.block)
 
-    def each(self, blocks: Any, step: Any, act: Callable[[Any, Any, tuple[Any, Any]], None]) -> None:
+    def each(self, blocks: Any, step: Any, act: Callable[[Any, Any, Slices], None]) -> None:
         """``act(j, valid, (rows, columns))`` for the tiles of a step, inside a kernel: j in the group, slices of the weight.
 
         blocks: the reference to blocks ``[2, n]`` in scalar memory. valid is false for padding and past the last tile,
@@ -155,72 +153,77 @@ class Tiles:
         """
         from jax.experimental import pallas as pl
 
-        @pl.loop(0, self.group)
-        def _(j: Any) -> None:
-            tile = step * self.group + j
-            k = jax.lax.div(jnp.minimum(tile, self.count * self.split - 1), self.split)
-            row, column = blocks[0, k], blocks[1, k]
-            valid = (tile < self.count * self.split) & (row >= 0) & (row < self.extents[0])
-            # A copy from or to beyond the weight would be of other arrays, or end the program.
-            valid &= (column >= 0) & (column < self.extents[1])
-            rows = pl.ds(
-                pl.multiple_of((row * self.split + jax.lax.rem(tile, self.split)) * self.rows, self.rows), self.rows
-            )
-            width = self.block[1]
-            act(j, valid, (rows, pl.ds(pl.multiple_of(column * width, width), width)))
+        width, last = self.block[1], self.count * self.split - 1
 
-    def chunks(self, act: Callable[[tuple[Any, Any]], None]) -> None:
+        @pl.loop(0, self.group)
+        def one(j: Any) -> None:
+            tile = step * self.group + j
+            k = jax.lax.div(jnp.minimum(tile, last), self.split)
+            row, column = blocks[0, k], blocks[1, k]
+            # A copy from or to beyond the weight would be of other arrays, or end the program.
+            valid = (row >= 0) & (row < self.extents[0]) & (column >= 0) & (column < self.extents[1])
+            top = (row * self.split + jax.lax.rem(tile, self.split)) * self.rows
+            rows = pl.ds(pl.multiple_of(top, self.rows), self.rows)
+            act(j, valid & (tile <= last), (rows, pl.ds(pl.multiple_of(column * width, width), width)))
+
+    def chunks(self, act: Callable[[Slices], None]) -> None:
         """``act((rows, columns))`` for parts of a tile that registers hold, inside a kernel."""
         from jax.experimental import pallas as pl
 
         width = self.block[1]
         columns = max(size for size in range(LANES, 4 * LANES + 1, LANES) if width % size == 0)
         # 16 registers of 8 x 128 elements for each array: with fewer, latencies show.
-        fits = (size for size in range(1, self.rows + 1) if self.rows % size == 0 and size * columns <= 16 * 8 * LANES)
-        rows = max(fits)
+        most = 16 * 8 * LANES // columns
+        rows = max(size for size in range(1, self.rows + 1) if self.rows % size == 0 and size <= most)
         across = width // columns
 
         @pl.loop(0, self.rows // rows * across)
-        def _(i: Any) -> None:
+        def one(i: Any) -> None:
             row = pl.multiple_of(jax.lax.div(i, across) * rows, rows)
             column = pl.multiple_of(jax.lax.rem(i, across) * columns, columns)
             act((pl.ds(row, rows), pl.ds(column, columns)))
 
-    def moves(self, blocks: Any, copy: Callable[[Any, tuple[Any, Any]], Any], counts: Any) -> tuple[Callable, Callable]:
-        """``start(step)`` and ``wait(step)`` of the copies of a step, inside a kernel.
+    def copies(self, blocks: Any, source: Any, target: Any, sem: Any, counts: Any) -> tuple[Callable, Callable]:
+        """``start(step)`` and ``wait(step)`` for the copies of a step, inside a kernel.
 
-        ``copy(place, (rows, columns))`` describes one; place: the buffer, one of two by
-        turns, and the tile in it. counts: scalar memory ``[2]``, how many are in flight for each buffer.
+        One of source and target is the weight ``[I, O]``, the other a buffer ``[2, group, rows, c]`` for two steps by turns;
+        sem ``[2]`` and counts ``[2]`` in scalar memory: what is in flight for either.
         """
         from jax.experimental import pallas as pl
+        from jax.experimental.pallas import tpu as pltpu
+
+        def copy(turn: Any, j: Any, at: Slices) -> Any:
+            begin, end = (ref.at[at] if len(ref.shape) == 2 else ref.at[turn, j] for ref in (source, target))
+            return pltpu.make_async_copy(begin, end, sem.at[turn])
 
         def start(step: Any) -> None:
-            counts[parity(step)] = 0
+            turn = parity(step)
+            counts[turn] = 0
 
-            def one(j: Any, valid: Any, at: tuple[Any, Any]) -> None:
+            def one(j: Any, valid: Any, at: Slices) -> None:
                 @pl.when(valid)
-                def _() -> None:
-                    copy((parity(step), j), at).start()
-                    counts[parity(step)] += 1
+                def begin() -> None:
+                    copy(turn, j, at).start()
+                    counts[turn] += 1
 
             self.each(blocks, step, one)
 
         def wait(step: Any) -> None:
-            first = pl.ds(0, self.rows), pl.ds(0, self.block[1])
+            turn = parity(step)
+            anywhere = pl.ds(0, self.rows), pl.ds(0, self.block[1])
 
-            @pl.loop(0, counts[parity(step)])
-            def _(_: Any) -> None:
-                # All are of one size, and that is all a wait reads of its copy.
-                copy((parity(step), 0), first).wait()
+            @pl.loop(0, counts[turn])
+            def one(_: Any) -> None:
+                # A wait takes the size of its copy alone, and all have one size.
+                copy(turn, 0, anywhere).wait()
 
         return start, wait
 
-    def grid(self, inputs: Sequence[str], outputs: Sequence[str], scratch: Sequence[Any]) -> Any:
+    def grid(self, inputs: Sequence[str], outputs: Sequence[str], buffers: Sequence[Any]) -> Any:
         """The grid over the steps, of a kernel that has the blocks first, in scalar memory.
 
-        inputs and outputs: ``"weight"`` stays in HBM, for copies by hand; ``"tiles"`` come and go step by step;
-        ``"scalars"`` are in scalar memory. scratch: dtypes of two buffers each for the tiles of a step, with
-        semaphores and counts of what is in flight.
+        inputs and outputs: ``"weight"`` stays in HBM, for :meth:`copies`; ``"tiles"`` come and go step by step;
+        ``"scalars"`` are in scalar memory. buffers: dtypes of those for :meth:`copies`, which get sem and counts as well.
         """
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import tpu as pltpu
@@ -230,18 +233,34 @@ class Tiles:
             "tiles": pl.BlockSpec(self.shape, lambda step, _: (step, 0, 0)),
             "scalars": pl.BlockSpec(memory_space=pltpu.SMEM),
         }
+        scratch: list[Any] = []
+        for dtype in buffers:
+            scratch += [pltpu.VMEM((2, *self.shape), dtype), pltpu.SemaphoreType.DMA((2,)), pltpu.SMEM((2,), jnp.int32)]
         return pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(self.steps,),
             in_specs=[specs[place] for place in inputs],
             out_specs=[specs[place] for place in outputs],
-            scratch_shapes=[
-                part
-                for dtype in scratch
-                for part in (
-                    pltpu.VMEM((2, *self.shape), dtype),
-                    pltpu.SemaphoreType.DMA((2,)),
-                    pltpu.SMEM((2,), jnp.int32),
-                )
-            ],
+            scratch_shapes=scratch,
+        )
+
+    def call(
+        self, kernel: Callable, name: str, grid: Any, shapes: Sequence[Any], first: int | None, interpret: Any
+    ) -> Any:
+        """``pl.pallas_call`` of a kernel whose results have ``shapes`` and are in place of its operands from ``first`` on.
+
+        Operands are counted with the blocks; first None: results of their own.
+        """
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import tpu as pltpu
+
+        return pl.pallas_call(
+            kernel,
+            grid_spec=grid,
+            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes],
+            input_output_aliases={} if first is None else {first + i: i for i in range(len(shapes))},
+            interpret=interpret,
+            # `each` has checked them, for a quarter of the instructions.
+            compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
+            name=name,
         )

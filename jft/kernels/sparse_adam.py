@@ -79,13 +79,15 @@ def sparse_adam(
     tiles = Tiles.of(
         len(blocks), g.shape[1:], w.shape, (w.dtype, *(x.dtype for x in values)), 2 * moved + 4 * w.dtype.itemsize
     )
+    pallas: Any = tiles
+    if not isinstance(tiles, str):
+        pallas = functools.partial(_adam_pallas, rates=rates, tiles=tiles, interpret=_interpret)
     args = w, blocks, _scalars(lr, count, rates), g, held, origin
-    forms = (functools.partial(form, rates=rates) for form in (_adam_pallas, _adam_xla))
-    return choose(implementation, tiles, *forms, *args, interpret=_interpret)
+    return choose(implementation, pallas, functools.partial(_adam_xla, rates=rates), *args)
 
 
-def _check(w: Array, blocks: Array, compact: dict[str, Array | None], count: Array | int) -> None:
-    shape = compact["g"].shape  # type: ignore[union-attr]  # never None
+def _check(w: Array, blocks: Array, compact: dict[str, Any], count: Any) -> None:
+    shape = compact["g"].shape
     for name, x in compact.items():
         if x is None:
             continue
@@ -142,11 +144,6 @@ def _adam_xla(
     return put_xla(w, blocks, p), m, v, *([p] if master else [])
 
 
-def _split(refs: tuple, *sizes: int) -> list[tuple]:
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return [refs[start:end] for start, end in zip([0, *ends], [*ends, None], strict=True)]
-
-
 def _adam_pallas(
     w: Array,
     blocks: Array,
@@ -160,26 +157,19 @@ def _adam_pallas(
     interpret: Any,
 ) -> tuple[Array, ...]:
     from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
 
     compact = [*held, g] if origin is None else [*held, g, origin]
     has_master = len(held) == 3
 
     def kernel(blocks: Any, scalars: Any, _: Any, *refs: Any) -> None:
-        inputs, (w, *outputs), (buffer, sem, counts, *reads) = _split(refs, len(compact), len(held) + 1)
+        inputs, (w, *outputs) = refs[: len(compact)], refs[len(compact) :][: 1 + len(held)]
+        written, *in_flight = refs[len(compact) + 1 + len(held) :][:3]
         step = pl.program_id(0)
-        parts = parity(step)
-        start, wait = tiles.moves(
-            blocks, lambda place, at: pltpu.make_async_copy(buffer.at[place], w.at[at], sem.at[place[0]]), counts
-        )
-        # The master holds all that is read of the weight.
+        start, wait = tiles.copies(blocks, written, w, *in_flight)
+        # A master is all that is read of the weight.
         if not has_master:
-            current, current_sem, current_counts = reads
-            start_read, wait_read = tiles.moves(
-                blocks,
-                lambda place, at: pltpu.make_async_copy(w.at[at], current.at[place], current_sem.at[place[0]]),
-                current_counts,
-            )
+            current, *reads_in_flight = refs[-3:]
+            start_read, wait_read = tiles.copies(blocks, w, current, *reads_in_flight)
             # Blocks are distinct: those of the next step can be read before those of this one are written.
             pl.when(step == 0)(lambda: start_read(step))
             pl.when(step + 1 < tiles.steps)(lambda: start_read(step + 1))
@@ -187,14 +177,14 @@ def _adam_pallas(
         pl.when(step >= 2)(lambda: wait(step - 2))
 
         @pl.loop(0, tiles.group)
-        def _(j: Any) -> None:
-            def chunk(at: tuple[Any, Any]) -> None:
+        def one(j: Any) -> None:
+            def chunk(at: Any) -> None:
                 m, v, *others = (ref[(j, *at)] for ref in inputs)
-                p = others.pop(0) if has_master else current[(parts, j, *at)].astype(jnp.float32)
+                p = others.pop(0) if has_master else current[(parity(step), j, *at)].astype(jnp.float32)
                 g, origin = others if len(others) == 2 else (*others, None)
-                new = _step([scalars[i] for i in range(3)], rates, p, g, m, v, origin)
-                buffer[(parts, j, *at)] = new[0].astype(w.dtype)
-                for ref, x in zip(outputs, (*new[1:], new[0]), strict=False):
+                p, m, v = _step([scalars[i] for i in range(3)], rates, p, g, m, v, origin)
+                written[(parity(step), j, *at)] = p.astype(w.dtype)
+                for ref, x in zip(outputs, (m, v, p), strict=False):
                     ref[(j, *at)] = x
 
             tiles.chunks(chunk)
@@ -202,23 +192,13 @@ def _adam_pallas(
         start(step)
 
         @pl.when(step == tiles.steps - 1)
-        def _() -> None:
+        def finish() -> None:
             pl.when(step >= 1)(lambda: wait(step - 1))
             wait(step)
 
-    places = ["weight", *["tiles"] * len(held)]
+    inputs, outputs = ["scalars", "weight", *["tiles"] * len(compact)], ["weight", *["tiles"] * len(held)]
+    grid = tiles.grid(inputs, outputs, [w.dtype] * (1 if has_master else 2))
     shapes = [w, *(tiles.cut(x) for x in held)]
-    call = pl.pallas_call(
-        kernel,
-        grid_spec=tiles.grid(
-            ["scalars", "weight", *["tiles"] * len(compact)], places, [w.dtype] * (1 if has_master else 2)
-        ),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes],
-        # Counted with the blocks and the scalars.
-        input_output_aliases={2 + i: i for i in range(len(shapes))},
-        interpret=interpret,
-        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
-        name="sparse_adam",
-    )
+    call = tiles.call(kernel, "sparse_adam", grid, shapes, 2, interpret)
     w, *new = call(blocks.T, scalars, w, *(tiles.cut(x) for x in compact))
     return w, *(tiles.joined(x) for x in new)
