@@ -36,17 +36,13 @@ BLOCK, GRID = (16, 128), (8, 3)
 SHAPE = (BLOCK[0] * GRID[0], BLOCK[1] * GRID[1])
 BITS = {jnp.float32: np.uint32, jnp.bfloat16: np.uint16}
 DTYPES = pytest.mark.parametrize("dtype", list(BITS), ids=lambda dtype: dtype.__name__)
-FORMS = pytest.mark.parametrize("form", ["default", "xla", "pallas"])
+FORMS = pytest.mark.parametrize("form", ["default", "pallas"])
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 
 
 def options(form):
     """Keywords for one form, which a CPU can run."""
-    return {
-        "default": {},
-        "xla": {"implementation": "xla"},
-        "pallas": {"implementation": "pallas", "_interpret": True},
-    }[form]
+    return {"implementation": "pallas", "_interpret": True} if form == "pallas" else {}
 
 
 def bits(x):
@@ -198,7 +194,7 @@ def test_derivatives_are_those_of_slices(form):
         np.testing.assert_array_equal(pulled[1][k], cotangent[at])
 
 
-@pytest.mark.parametrize("form", ["default", "pallas"])
+@FORMS
 def test_shards_and_members_go_by_themselves(form):
     mesh = make_mesh({"fsdp": 2}, jax.devices()[:2])
     w, blocks = poisoned((2, *SHAPE), jnp.float32), np.stack([placed(9, padding=(1,), seed=seed) for seed in (1, 2)])
@@ -274,14 +270,21 @@ def test_values_that_do_not_fit_the_blocks_are_refused():
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_each_platform_is_lowered_its_form(platform):
-    struct = jax.ShapeDtypeStruct
-    for block, kernels in ((BLOCK, int(platform == "tpu")), ((16, 96), 0)):
-        shapes = struct(SHAPE, jnp.bfloat16), struct((5, 2), jnp.int32), struct((5, *block), jnp.float32)
-        put = jax.jit(block_put, donate_argnums=0).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
-        read = jax.jit(functools.partial(block_gather, block=block)).trace(*shapes[:2])
-        read = read.lower(lowering_platforms=(platform,)).as_text()
-        assert put.count("tpu_custom_call") == read.count("tpu_custom_call") == kernels
-        assert ("stablehlo.scatter" in put) == ("stablehlo.gather" in read) == (not kernels)
+    for block, implementation, kernel in (
+        (BLOCK, None, platform == "tpu"),
+        ((16, 96), None, False),
+        (BLOCK, "xla", False),
+    ):
+        shapes = (SHAPE, jnp.bfloat16), ((5, 2), jnp.int32), ((5, *block), jnp.float32)
+        w, blocks, values = (jax.ShapeDtypeStruct(*x) for x in shapes)
+        put = lowered(functools.partial(block_put, implementation=implementation), platform, w, blocks, values)
+        read = lowered(functools.partial(block_gather, block=block, implementation=implementation), platform, w, blocks)
+        assert ("tpu_custom_call" in put) == ("tpu_custom_call" in read) == kernel
+        assert ("stablehlo.scatter" in put) == ("stablehlo.gather" in read) == (not kernel)
+
+
+def lowered(fn, platform, *shapes):
+    return jax.jit(fn).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.optimized
