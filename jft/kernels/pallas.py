@@ -77,7 +77,7 @@ def check_blocks(blocks: Any, shape: tuple[int, ...], block: tuple[int, ...]) ->
 
 def parity(step: Any) -> Any:
     """0 and 1 by turns: the buffer of a step, of two."""
-    # `%` has signs in JAX, which Pallas lowers only for chips it has before it.
+    # `%` takes a sign, which Pallas cannot lower where there is no TPU to ask for its generation.
     return jax.lax.rem(step, 2)
 
 

@@ -61,7 +61,7 @@ def sparse_adam(
     ``[n, b, c]``; master float32 ``[n, b, c]``, of which w holds the rounding, or None; origin ``[n, b, c]``, what weight
     decay pulls to (the base's values), or None for zero. count: steps with this one, 1 at the first; it and lr may be traced.
     implementation as for ``block_put``. Returns ``(w, m, v)``, or ``(w, m, v, master)``, in place if donated. Padding leaves
-    w alone; its compact values follow the same formula.
+    w alone; its compact values follow the same formula. For a stack see :func:`jft.kernels.block_put.fold`.
 
     Raises ``ValueError`` for blocks as ``block_put`` does, for shapes and dtypes other than these, and for a count below 1.
     """
