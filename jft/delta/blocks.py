@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -29,8 +30,9 @@ from jft.delta.selected import (
     whole_coordinates,
 )
 from jft.delta.sparse import Sparse, find, pick, united
+from jft.kernels.block_put import gather_xla, put_xla, stack_put
 from jft.kernels.blocks import cell_spmm
-from jft.kernels.blocks_forms import NO_AXES, Axes
+from jft.kernels.blocks_forms import NO_AXES, Axes, on_devices, spread_names
 from jft.tree import host, visible
 
 Array = jax.Array
@@ -205,30 +207,17 @@ class BlockLayout(Layout):
         return dataclasses.replace(self, mesh_axes=axes)
 
     def gather(self, w: Array, at: Array) -> Array:
-        block = self.height, self.width
-        # Windows by `lax.gather`: plain indexing would make an index for every entry of a block.
-        numbers = jax.lax.GatherDimensionNumbers(offset_dims=(1, 2), collapsed_slice_dims=(), start_index_map=(0, 1))
-
-        def one(cell: Array, at: Array) -> Array:
-            starts = at * jnp.asarray(block, at.dtype)
-            # Unique with the padding too, whose coordinates are distinct (`padded_coordinates`).
-            return jax.lax.gather(cell, starts, numbers, block, mode="fill", fill_value=0, unique_indices=True)
-
+        one = functools.partial(gather_xla, block=(self.height, self.width))
         return over_leading(one, at.ndim - 2)(cells(w, at.shape[-4:-2]), at)
 
     def put(self, w: Array, at: Array, values: Array) -> Array:
-        block = self.height, self.width
-        numbers = jax.lax.ScatterDimensionNumbers(
-            update_window_dims=(1, 2), inserted_window_dims=(), scatter_dims_to_operand_dims=(0, 1)
-        )
-
-        def one(cell: Array, at: Array, values: Array) -> Array:
-            starts = at * jnp.asarray(block, at.dtype)
-            # `drop`: padding lies past the end of the cell.
-            return jax.lax.scatter(cell, starts, values, numbers, mode="drop", unique_indices=True)
-
-        result = over_leading(one, at.ndim - 2)(cells(w, at.shape[-4:-2]), at, values.astype(w.dtype))
-        return joined(result, 2)
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or not spread_names(mesh):
+            return _put(w, at, values)
+        spec = self.mesh_axes.weight(mesh, at.shape)
+        # A Pallas kernel outside `shard_map` would have all of w gathered on every device.
+        put = _put_cells if spec is None else on_devices(_put, mesh, (spec, spec, spec), spec)
+        return put(w, at, values)
 
     def product(self, x: Array, at: Array, values: Array, shape: tuple[int, ...]) -> Array:
         return cell_spmm(x, at, values, shape[-1], self.mesh_axes)
@@ -260,3 +249,15 @@ class BlockLayout(Layout):
 
     def pad(self, at: Array, most: int, shape: tuple[int, ...]) -> Array:
         return padded_coordinates(at, most, shape[-2] // self.height // at.shape[-4])
+
+
+def _put(w: Array, at: Array, values: Array) -> Array:
+    """:meth:`BlockLayout.put` on one device."""
+    if at.shape[-4:-2] != (1, 1):
+        return _put_cells(w, at, values)
+    stack = lambda x, ndim: x.reshape(-1, *x.shape[x.ndim - ndim :])
+    return stack_put(stack(w, 2), stack(at[..., 0, 0, :, :], 2), stack(values[..., 0, 0, :, :, :], 3)).reshape(w.shape)
+
+
+def _put_cells(w: Array, at: Array, values: Array) -> Array:
+    return joined(over_leading(put_xla, at.ndim - 2)(cells(w, at.shape[-4:-2]), at, values), 2)

@@ -53,6 +53,24 @@ def block_put(
     return _put(w, blocks, values, implementation, _interpret)
 
 
+def stack_put(w: Array, blocks: Array, values: Array) -> Array:
+    """:func:`block_put` of matrices ``[L, I, O]``, blocks ``[L, n, 2]``, values ``[L, n, b, c]``; nothing is checked."""
+    (stack, height, width), (count, *sizes) = w.shape, values.shape[1:]
+    block, dtypes = tuple(sizes), (w.dtype, values.dtype)
+    if not values.size:
+        return w
+    nbytes = 2 * sum(dtype.itemsize for dtype in dtypes)
+    tiles = Tiles.of(stack * count, block, (stack * height, width), dtypes, nbytes)
+    if isinstance(tiles, str):
+        return choose(None, tiles, jax.vmap(put_xla), w, blocks, values)
+
+    def pallas(w: Array, blocks: Array, values: Array) -> Array:
+        folded = _put_pallas(*fold(w, blocks, block), values.reshape(-1, *block), tiles=tiles, interpret=False)
+        return folded.reshape(w.shape)
+
+    return choose(None, pallas, jax.vmap(put_xla), w, blocks, values)
+
+
 def fold(w: Array, blocks: Array, block: tuple[int, ...]) -> tuple[Array, Array]:
     """A stack of matrices ``[L, I, O]`` as one ``[L I, O]``, and its blocks ``[L, n, 2]`` as ``[L n, 2]`` of that.
 

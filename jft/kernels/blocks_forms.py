@@ -23,14 +23,24 @@ KERNELS: dict[str, Any] = {"tpu": blocks_tpu}
 
 
 class Axes(NamedTuple):
-    """Names of mesh axes over which a product is cut. tokens: the rows of x; rows, columns: of the weight."""
+    """Names of mesh axes over which a product is cut. tokens: the rows of x; rows, columns, lead: axes of the weight."""
 
     tokens: Names = ()
     rows: Names = ()
     columns: Names = ()
+    lead: tuple[Names, ...] = ()
 
     def transposed(self) -> Axes:
-        return Axes(self.tokens, self.columns, self.rows)
+        return self._replace(rows=self.columns, columns=self.rows)
+
+    def weight(self, mesh: Any, at_shape: Sequence[int]) -> PartitionSpec | None:
+        """The sharding of a weight with cells ``at[*lead, gi, gj, n, 2]``; None where they are not those of devices."""
+        free = spread_names(mesh)
+        # A layer of a stack has none of the leading axes.
+        lead = self.lead[len(self.lead) - (len(at_shape) - 4) :]
+        cut = [tuple(name for name in names if name in free) for names in (*lead, self.rows, self.columns)]
+        ways = [math.prod(mesh.shape[name] for name in names) for names in cut[-2:]]
+        return PartitionSpec(*cut) if free and ways == list(at_shape[-4:-2]) and len(cut) == len(at_shape) - 2 else None
 
     def on(self, mesh: Any, shape: tuple[int, int, int], grid: Sequence[int]) -> Axes | None:
         """Those of them that cut ``(T, I, O)`` of this ``shape`` in ``mesh``; None where devices cannot work by themselves.
@@ -38,7 +48,7 @@ class Axes(NamedTuple):
         grid: cells along the weight's rows and columns; an axis that has not as many cells as devices is whole.
         """
         free = spread_names(mesh)
-        tokens, rows, columns = (tuple(name for name in names if name in free) for names in self)
+        tokens, rows, columns = (tuple(name for name in names if name in free) for names in self[:3])
         ways = lambda names: math.prod(mesh.shape[name] for name in names)
         rows, columns = (names if ways(names) == g else () for names, g in zip((rows, columns), grid, strict=True))
         # Cells that some axes of a tuple share and others cut do not lie beside each other.
@@ -93,7 +103,7 @@ def spmm(
         y = local(x, at, values, columns // math.prod(mesh.shape[name] for name in cut.own[1]))
         return jax.lax.psum(y, cut.own[0]) if cut.own[0] else y
 
-    return _shard_map(on_device, mesh, (cut.inputs, cut.at, cut.cells), cut.outputs)(x, at, values)
+    return on_devices(on_device, mesh, (cut.inputs, cut.at, cut.cells), cut.outputs)(x, at, values)
 
 
 def sddmm(
@@ -135,7 +145,7 @@ def sddmm(
         return sum(acc, g).astype(dtype)  # type: ignore[union-attr]
 
     specs = (cut.inputs, cut.outputs, cut.at, *(cut.cells for _ in acc))
-    return _shard_map(on_device, mesh, specs, cut.cells)(x, dy, at, *acc)
+    return on_devices(on_device, mesh, specs, cut.cells)(x, dy, at, *acc)
 
 
 def _kernel(implementation: Implementation, platform: str | None) -> Any:
@@ -229,7 +239,7 @@ class _Cut(NamedTuple):
 
     @classmethod
     def of(cls, axes: Axes) -> _Cut:
-        tokens, *both = axes
+        tokens, *both = axes[:3]
         own = tuple(() if set(names) & set(tokens) else names for names in both)
         gathered = tuple(names if set(names) & set(tokens) else () for names in both)
         summed = tuple(name for name in tokens if name not in (*gathered[0], *gathered[1]))
@@ -237,6 +247,7 @@ class _Cut(NamedTuple):
         return cls(own, gathered, summed, inputs, outputs, PartitionSpec(*own), PartitionSpec(*both))  # type: ignore[arg-type]
 
 
-def _shard_map(function: Callable, mesh: Any, inputs: tuple, output: Any) -> Callable:
+def on_devices(function: Callable, mesh: Any, inputs: tuple, output: Any) -> Callable:
+    """``function`` of the parts that each device has."""
     # Pallas's interpreter and kernels know nothing of varying axes.
     return functools.partial(jax.shard_map, mesh=mesh, in_specs=inputs, out_specs=output, check_vma=False)(function)

@@ -237,8 +237,8 @@ class Plan:
         for path in self.selects:
             # A PartitionSpec may be shorter than the shape.
             whole = (*specs[path], *(None,) * (len(shapes[path].shape) - len(specs[path])))
-            rows, columns = (parallel.names(axis) for axis in (None, *whole)[-2:])
-            leaves[path] = leaves[path].fitted(mesh_axes=Axes(parallel.BATCH_AXES, rows, columns))
+            *lead, rows, columns = (parallel.names(axis) for axis in ((None, *whole) if len(whole) < 2 else whole))
+            leaves[path] = leaves[path].fitted(mesh_axes=Axes(parallel.BATCH_AXES, rows, columns, tuple(lead)))
         return dataclasses.replace(self, leaves=leaves)
 
     def init(

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from jft import delta, parallel, tree
 from jft.methods import Plan
+from jft.models.core import on_mesh
 
 if TYPE_CHECKING:
     from jft.train.step import Step
@@ -208,7 +209,7 @@ def take_up(
     """All that a run holds that goes on from ``state``: live weights hold its values again, and what settled in them."""
     # Initial values are made and dropped: what is kept may depend on the same draw.
     frozen, live, _ = _start(update, params, state.chosen, seed, donate, overlays, settled)
-    return Holdings(state, _commit(update.recipe.plan, frozen, live, state), frozen)
+    return Holdings(state, _commit(update, frozen, live, state), frozen)
 
 
 def _as_sequence(seed: Seeds) -> Sequence[int]:
@@ -255,12 +256,15 @@ def measured(update: Step, held: Holdings, calibrations: Sequence[Callable[[], A
 
 def go_back(update: Step, held: Holdings, state: State) -> Holdings:
     """Holdings with another state of the same run and live weights that have its values."""
-    return Holdings(state, _commit(update.recipe.plan, held.frozen, held.live, state), held.frozen)
+    return Holdings(state, _commit(update, held.frozen, held.live, state), held.frozen)
 
 
-def _commit(plan: Plan, frozen: Any, live: Any, state: State) -> Any:
+def _commit(update: Step, frozen: Any, live: Any, state: State) -> Any:
+    plan = update.recipe.plan
+
     def write(live: Any, frozen: Any, state: State) -> Any:
-        return plan.detach(plan.commit(plan.attach(frozen, live, state.chosen), state.trained))[1]
+        with on_mesh(update.layout.mesh):
+            return plan.detach(plan.commit(plan.attach(frozen, live, state.chosen), state.trained))[1]
 
     # Donated, or there would be two copies of the live weights for a moment.
     return jax.jit(write, donate_argnums=0)(live, frozen, state) if live else live

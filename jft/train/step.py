@@ -188,7 +188,8 @@ def step(
     # A select, not a branch: the host learns of a bad step only after the next one has been queued.
     new = jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, state)
     # After the select, so that live weights stay as they were with the rest.
-    _, live, _ = plan.detach(plan.commit(kept, new.trained))
+    with on_mesh(mesh):
+        _, live, _ = plan.detach(plan.commit(kept, new.trained))
     metrics = {
         "loss": loss,
         **means,
