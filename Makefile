@@ -8,7 +8,7 @@ PART ?= 1/1
 # Files in the order of their names: the longest come early, so that no worker ends long after the other.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=8
 SMOKE := tests/test_tree.py tests/methods/test_methods.py tests/methods/test_sparse.py tests/select/test_granularity.py tests/delta tests/merge \
-  tests/parallel tests/train/test_loop.py tests/train/test_step.py tests/train/test_selection.py tests/cli tests/models/test_adapters.py
+  tests/parallel tests/train/test_loop.py tests/train/test_step.py tests/train/test_selection.py tests/cli tests/models/test_adapters.py tests/kernels/test_block_sddmm_gpu.py
 
 .PHONY: help install quickstart test test-peers test-newest mutations lint format clean
 
