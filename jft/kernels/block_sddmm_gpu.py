@@ -311,3 +311,29 @@ def candidates(t: int, n: int, block: tuple[int, int], dtype: Any) -> list[Confi
                 if splits <= pl.cdiv(t, tile_t) and shared_memory(config, block) <= SMEM and config not in configs:
                     configs.append(config)
     return configs
+
+
+# As `jft.kernels.blocks_forms` calls the kernels of a platform.
+
+
+def refuses_sddmm(x: Any, dy: Any, n: int, block: tuple[int, int], out_dtype: Any) -> str | None:
+    """What of these shapes, dtypes or the GPU that is here :func:`sddmm` does not take; None where it takes them."""
+    capability = _capability()
+    if capability not in (None, "9.0"):
+        return f"a GPU of compute capability {capability} (9.0 it does: H100, H200)"
+    return supported(x, dy, jax.ShapeDtypeStruct((n, 2), jnp.int32), block, out_dtype)
+
+
+def _capability() -> str | None:
+    """Compute capability of the GPU that is here; None where a program is compiled for one that is not."""
+    return getattr(jax.devices()[0], "compute_capability", None) if jax.default_backend() == "gpu" else None
+
+
+def sddmm(x: Array, dy: Array, row: Array, column: Array, **options: Any) -> Array:
+    """:func:`block_sddmm_gpu` with rows and columns of blocks apart."""
+    return block_sddmm_gpu(x, dy, jnp.stack([row, column], axis=-1), **options)
+
+
+def refuses_spmm(x: Any, n: int, block: tuple[int, int], columns: int) -> str | None:
+    """Why there is no kernel for the product with blocks."""
+    return "a product with blocks on a GPU, where XLA's form is the one there is"

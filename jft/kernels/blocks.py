@@ -21,13 +21,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jft.compiled import program_cache
 from jft.kernels import blocks_forms as forms
 from jft.kernels.blocks_forms import Axes, Implementation
+from jft.kernels.pallas import check_blocks
 
 Array = jax.Array
 
@@ -54,7 +54,8 @@ def block_sddmm(
     """
     if x.ndim != 2 or dy.ndim != 2 or x.shape[0] != dy.shape[0] or x.dtype != dy.dtype:
         raise ValueError(f"block_sddmm takes x [T, I] and dy [T, O] of one dtype, not {_text(x)} and {_text(dy)}")
-    at = _checked(blocks, (x.shape[1], dy.shape[1]), block)
+    check_blocks(blocks, (x.shape[1], dy.shape[1]), block, padding=False)
+    at = jnp.asarray(blocks)[None, None]
     out = jnp.dtype(jnp.promote_types(x.dtype, jnp.float32) if out_dtype is None else out_dtype)
     expected = (at.shape[2], *block)
     if acc is not None and acc.shape != expected:
@@ -74,7 +75,8 @@ def block_spmm(x: Array, blocks: Array, values: Array, columns: int, *, implemen
         raise ValueError(
             f"block_spmm takes x [T, I] and values [n, b, c] of blocks [n, 2], not {_text(x)}, {_text(values)}"
         )
-    at = _checked(blocks, (x.shape[1], columns), values.shape[1:])
+    check_blocks(blocks, (x.shape[1], columns), values.shape[1:], padding=False)
+    at = jnp.asarray(blocks)[None, None]
     return _spmm.bind(x, at, values[None, None], columns=columns, implementation=implementation, axes=Axes(), mesh=None)
 
 
@@ -90,25 +92,6 @@ def cell_spmm(x: Array, at: Array, values: Array, columns: int, axes: Axes) -> A
     # Outside `shard_map` a Pallas kernel would have all of x gathered on every device.
     how["implementation"] = "xla" if spread and cut is None else None
     return _spmm.bind(x, at, values, columns=columns, **how)
-
-
-def _checked(blocks: Array, shape: tuple[int, int], block: Sequence[int]) -> Array:
-    """``blocks`` as the coordinates of one cell, after every check that is possible."""
-    if len(block) != 2 or min(block) < 1 or any(size % b for size, b in zip(shape, block, strict=True)):
-        raise ValueError(f"blocks of {' x '.join(map(str, block))} do not divide a weight of {shape[0]} x {shape[1]}")
-    if blocks.ndim != 2 or blocks.shape[1] != 2 or not jnp.issubdtype(blocks.dtype, jnp.integer):
-        raise ValueError(f"blocks are int32 [n, 2], a row and a column each, not {_text(blocks)}")
-    if not isinstance(blocks, jax.core.Tracer) and blocks.size:
-        host, extents = np.asarray(blocks), tuple(size // b for size, b in zip(shape, block, strict=True))
-        outside = np.flatnonzero(((host < 0) | (host >= extents)).any(axis=1))
-        if outside.size:
-            place = tuple(host[outside[0]].tolist())
-            raise ValueError(f"block {place} lies outside the {extents[0]} x {extents[1]} blocks there are")
-        distinct, counts = np.unique(host, axis=0, return_counts=True)
-        if len(distinct) < len(host):
-            twice = tuple(distinct[counts > 1][0].tolist())
-            raise ValueError(f"block {twice} occurs twice; add the values that belong together, and name it once")
-    return jnp.asarray(blocks, jnp.int32)[None, None]
 
 
 def _text(x: Any) -> str:

@@ -6,6 +6,7 @@ at ``[gi, gj, n, 2]``, values ``[gi, gj, n, b, c]``: cells of a weight, as :mod:
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -14,12 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from jft.kernels import blocks_tpu
-
 Array = jax.Array
 Implementation = Literal["pallas", "xla", "interpret"] | None
 Names = tuple[str, ...]
-KERNELS: dict[str, Any] = {"tpu": blocks_tpu}
+# Modules of Pallas kernels by platform, as XLA names it; imported where they are needed, since that takes a third of a second.
+KERNELS = {"tpu": "jft.kernels.blocks_tpu", "cuda": "jft.kernels.block_sddmm_gpu"}
 
 
 class Axes(NamedTuple):
@@ -152,14 +152,12 @@ def _kernel(implementation: Implementation, platform: str | None) -> Any:
     """The module of Pallas kernels to use, or None for XLA's form."""
     if implementation == "xla":
         return None
-    if implementation == "interpret":
-        return blocks_tpu
-    kernel = KERNELS.get(platform or "")
-    if implementation == "pallas" and kernel is None:
+    name = KERNELS.get("tpu" if implementation == "interpret" else platform or "")
+    if implementation == "pallas" and name is None:
         raise ValueError(
             f"there is no Pallas kernel for {platform or 'this platform'}: leave implementation out, or take 'xla'"
         )
-    return kernel
+    return name and importlib.import_module(name)
 
 
 def _falls_back(implementation: Implementation, refusal: str | None) -> bool:

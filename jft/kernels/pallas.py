@@ -41,15 +41,15 @@ def choose(implementation: str | None, pallas: Callable | str, xla: Callable, *a
     return (pallas if implementation == "pallas" else xla)(*args)
 
 
-def check_blocks(blocks: Any, shape: tuple[int, ...], block: tuple[int, ...]) -> None:
-    """Raise ``ValueError`` unless ``blocks`` are distinct blocks of a matrix of ``shape``, or padding.
+def check_blocks(blocks: Any, shape: tuple[int, ...], block: Sequence[int], padding: bool = True) -> None:
+    """Raise ``ValueError`` unless ``blocks`` are distinct blocks of a matrix of ``shape``, or where allowed padding.
 
     blocks int32 ``[n, 2]``: row and column, in blocks of ``block = (b, c)``. Padding has a row of I / b or more. Values are
     looked at where there are any: not under ``jit``.
     """
-    if len(shape) != 2 or min(block) < 1 or shape[0] % block[0] or shape[1] % block[1]:
+    if len(block) != 2 or len(shape) != 2 or min(block) < 1 or any(n % b for n, b in zip(shape, block, strict=True)):
         raise ValueError(
-            f"blocks of {block[0]} x {block[1]} do not divide a weight of shape {tuple(shape)}; "
+            f"blocks of {' x '.join(map(str, block))} do not divide a weight of shape {tuple(shape)}; "
             "it must be a matrix [I, O] with I a multiple of the first and O of the second"
         )
     if len(blocks.shape) != 2 or blocks.shape[1] != 2 or blocks.dtype != jnp.int32:
@@ -60,8 +60,8 @@ def check_blocks(blocks: Any, shape: tuple[int, ...], block: tuple[int, ...]) ->
         return
     at = np.asarray(blocks)
     extents = np.array([shape[0] // block[0], shape[1] // block[1]])
-    padding = at[:, 0] >= extents[0]
-    outside = ~padding & ((at < 0) | (at >= extents)).any(axis=1)
+    is_padding = padding & (at[:, 0] >= extents[0])
+    outside = ~is_padding & ((at < 0) | (at >= extents)).any(axis=1)
     if outside.any():
         raise ValueError(
             f"block {tuple(at[outside][0].tolist())} is outside a weight of {extents[0]} x {extents[1]} blocks; "

@@ -21,7 +21,7 @@ MUTATIONS = (
     ("jft/kernels/pallas.py", "jax.lax.rem(i, across) * columns", "jax.lax.rem(i, 1) * columns"),
     ("jft/kernels/pallas.py", "tpu=pallas, default=xla", "tpu=xla, default=xla"),
     ("jft/kernels/pallas.py", "counts[turn] += 1", "counts[turn] = 1"),
-    ("jft/kernels/pallas.py", "padding = at[:, 0] >= extents[0]", "padding = at[:, 0] > extents[0]"),
+    ("jft/kernels/pallas.py", "(at[:, 0] >= extents[0])", "(at[:, 0] > extents[0])"),
     ("jft/kernels/pallas.py", "if (counts > 1).any()", "if (counts > 2).any()"),
     ("jft/kernels/pallas.py", "if b % sublanes or c % LANES", "if b % sublanes"),
     ("jft/kernels/block_put.py", "jnp.where(valid, x, jnp.zeros_like(x))", "x"),

@@ -273,11 +273,11 @@ def test_the_sampled_product_has_derivatives_too():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"blocks": np.array([[0, 1], [2, 0]])}, r"block \(2, 0\) lies outside the 2 x 4 blocks"),
-        ({"blocks": np.array([[0, -1]])}, r"block \(0, -1\) lies outside"),
-        ({"blocks": np.array([[0, 1], [1, 1], [0, 1]])}, r"block \(0, 1\) occurs twice"),
-        ({"blocks": np.array([[0.0, 1.0]])}, r"blocks are int32 \[n, 2\]"),
-        ({"block": (96, 128)}, "blocks of 96 x 128 do not divide a weight of 256 x 512"),
+        ({"blocks": np.array([[0, 1], [2, 0]], np.int32)}, r"block \(2, 0\) is outside a weight of 2 x 4 blocks"),
+        ({"blocks": np.array([[0, -1]], np.int32)}, r"block \(0, -1\) is outside"),
+        ({"blocks": np.array([[0, 1], [1, 1], [0, 1]], np.int32)}, r"block \(0, 1\) occurs 2 times"),
+        ({"blocks": np.array([[0.0, 1.0]])}, r"must be int32\[n, 2\]"),
+        ({"block": (96, 128)}, "blocks of 96 x 128 do not divide a weight of shape .256, 512."),
         ({"dy": np.zeros((T, F), np.float16)}, "of one dtype"),
         ({"acc": np.zeros((4, B, B), np.float32)}, r"acc has the shape of the result, \(5, 128, 128\)"),
         ({"block": (64, 64), "implementation": "interpret"}, "does not take blocks of 64 x 64"),
