@@ -267,7 +267,7 @@ def refuses_spmm(x: Any, n: int, block: tuple[int, int], columns: int) -> str | 
 def _spmm_tile(shape: tuple[int, ...], n: int, block: tuple[int, int], columns: int, itemsize: int) -> int | None:
     """Tokens of a grid step of :func:`spmm`; None where not even few fit."""
     tokens, inputs = shape
-    values = 2 * n * math.prod(block) * itemsize
+    values = n * math.prod(block) * itemsize
     for tile in (1024, 512, 256, 128):
         # Two buffers of x and y, and the float32 sums.
         if (
@@ -293,7 +293,8 @@ def spmm(x: Array, row: Array, column: Array, values: Array, *, columns: int, in
             grid=(padded.shape[0] // tile,),
             in_specs=[
                 pl.BlockSpec((tile, inputs), lambda t, *_: (t, 0)),
-                pl.BlockSpec((n, b, c), lambda t, *_: (0, 0, 0)),
+                # They stay, so that a second buffer would stand empty.
+                pl.BlockSpec((n, b, c), lambda t, *_: (0, 0, 0), pipeline_mode=pl.Buffered(1)),
             ],
             out_specs=pl.BlockSpec((tile, columns), lambda t, *_: (t, 0)),
             scratch_shapes=[pltpu.VMEM((tile, columns + c), jnp.float32)],
