@@ -1,4 +1,4 @@
-"""Measure the cost of a training step by method: FLOPs, memory, seconds."""
+"""Measure the cost of a training step by method, or of the kernels: FLOPs, bytes, memory, seconds."""
 
 from __future__ import annotations
 
@@ -71,10 +71,96 @@ def _table(costs: Sequence[Any]) -> None:
     terminal.show(terminal.table(headers, rows, left=("method",), fold=headers))
 
 
+def _case(text: str, density: float, args: dict[str, Any]) -> Any:
+    from jft.bench.kernels import Case
+
+    try:
+        tokens, inputs, outputs = map(int, text.split("x"))
+    except ValueError:
+        raise UsageError(f"jft bench: shape {text!r} is written TOKENSxINPUTSxOUTPUTS: 8192x4096x4096") from None
+    return Case(tokens, inputs, outputs, density, (args["block"], args["block"]), args["dtype"])
+
+
+def _kernel_table(costs: Sequence[Any], clock: float | None) -> None:
+    from jft.parallel.memory import human
+
+    def number(value: Any, scale: float = 1, form: str = ".3g") -> str:
+        return "" if value is None else f"{value * scale:{form}}"
+
+    columns: list[tuple[str, Callable[[Any], str]]] = [
+        ("kernel", lambda c: c.kernel),
+        ("form", lambda c: c.form),
+        ("shape", lambda c: f"{c.case.tokens} x {c.case.inputs} x {c.case.outputs}, {100 * c.case.density:g}%"),
+        ("FLOPs", lambda c: c.refusal or number(c.flops)),
+        ("bytes of floor", lambda c: number(c.to_floor)),
+        ("temporaries", lambda c: "" if c.temporaries is None else human(c.temporaries)),
+    ]
+    optional: list[tuple[str, Callable[[Any], str]]] = [
+        ("us by XLA's model", lambda c: number(c.estimate, 1e6, ".0f")),
+        ("us by bundles", lambda c: number(c.bundles and clock and c.bundles / clock, 1e6, ".0f")),
+        ("us measured", lambda c: number(c.seconds, 1e6, ".0f")),
+    ]
+    columns += [(header, cell) for header, cell in optional if any(cell(c) for c in costs)]
+    headers = [header for header, _ in columns]
+    rows = [[cell(c) for _, cell in columns] for c in costs]
+    terminal.show(terminal.table(headers, rows, left=("kernel", "form", "shape"), fold=headers))
+
+
+def _kernels(argv: Sequence[str]) -> int:
+    parser = Parser(
+        prog="jft bench kernels", description="The kernels for selected blocks beside XLA's and dense forms."
+    )
+    parser.add_argument(
+        "--shapes", nargs="+", default=("8192x4096x4096",), help="tokens x inputs x outputs of a weight"
+    )
+    parser.add_argument(
+        "--density", nargs="+", type=float, default=(0.1,), help="shares of the blocks that are selected"
+    )
+    parser.add_argument("--block", type=int, default=128, help="rows and columns of a block")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--steps", type=int, default=0, help="runs to time on the device that is here; 0 compiles only")
+    parser.add_argument("--topology", default="", help="compile for a TPU that is not here: v5e:2x2, v6e:2x2")
+    parser.add_argument(
+        "--tune", action="store_true", help="time all configurations here, and write the table of this device"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = vars(parser.strict(argv))
+    if args["topology"] and (args["steps"] or args["tune"]):
+        raise UsageError(f"jft bench: nothing can be run on the topology {args['topology']}, whose chips are not here")
+    cases = [_case(text, density, args) for text in args["shapes"] for density in args["density"]]
+    say = lambda line: print(line, file=sys.stderr)
+
+    import jax
+
+    from jft.bench import bundles, kernels
+
+    if args["tune"]:
+        from jft.bench.tune import tune
+
+        print(tune(cases, args["steps"] or 10, say))
+        return 0
+    costs = kernels.measure(cases, args["topology"], args["steps"], say)
+    if args["json"]:
+        rows = [{**dataclasses.asdict(c), "to_floor": c.to_floor} for c in costs]
+        device = args["topology"] or jax.devices()[0].device_kind
+        print(json.dumps({"device": device, "jax": jax.__version__, "costs": rows}, indent=2))
+    else:
+        _kernel_table(costs, bundles.CLOCK.get(args["topology"].split(":")[0]))
+    return 0
+
+
 def main(argv: Sequence[str]) -> int:
-    """``jft bench step [--model NAME] [--methods A,B:option=value ...] [--steps N] [--topology v5e:4x4 --mesh fsdp=16]``."""
+    """``jft bench step [--model NAME] [--methods A,B:option=value ...] [--steps N] [--topology v5e:4x4 --mesh fsdp=16]``,
+    or ``jft bench kernels [--shapes 8192x4096x4096 ...] [--density 0.1 ...] [--topology v5e:2x2 | --steps N | --tune]``.
+    """
+    if argv and argv[0] == "kernels":
+        return _kernels(argv[1:])
     parser = Parser(prog="jft bench", description=__doc__)
-    parser.add_argument("what", choices=["step"], help="step: one training step of each method")
+    parser.add_argument(
+        "what",
+        choices=["step", "kernels"],
+        help="step: one training step of each method; kernels: see jft bench kernels --help",
+    )
     parser.add_argument(
         "--methods",
         nargs="+",

@@ -156,7 +156,9 @@ def _gather_pallas(w: Array, blocks: Array, *, tiles: Tiles, interpret: Any) -> 
 
     shape = jax.ShapeDtypeStruct((tiles.count * tiles.split, *tiles.shape[1:]), w.dtype)
     grid = tiles.grid(["weight"], ["tiles"], [w.dtype])
-    return tiles.joined(tiles.call(kernel, "block_gather", grid, [shape], None, interpret)(blocks.T, w)[0])
+    return tiles.joined(
+        tiles.call(kernel, "block_gather", grid, [shape], None, interpret, 2 * w.dtype.itemsize)(blocks.T, w)[0]
+    )
 
 
 def _put_pallas(w: Array, blocks: Array, values: Array, *, tiles: Tiles, interpret: Any) -> Array:
@@ -182,4 +184,5 @@ def _put_pallas(w: Array, blocks: Array, values: Array, *, tiles: Tiles, interpr
             wait(step)
 
     grid = tiles.grid(["weight", "tiles"], ["weight"], [w.dtype])
-    return tiles.call(kernel, "block_put", grid, [w], 1, interpret)(blocks.T, w, tiles.cut(values))[0]
+    moved = w.dtype.itemsize + values.dtype.itemsize
+    return tiles.call(kernel, "block_put", grid, [w], 1, interpret, moved)(blocks.T, w, tiles.cut(values))[0]

@@ -18,6 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jft.kernels import tuning
+
 Array = jax.Array
 
 SMEM = 232448  # bytes of shared memory that a CTA may have on Hopper
@@ -329,8 +331,10 @@ def _capability() -> str | None:
     return getattr(jax.devices()[0], "compute_capability", None) if jax.default_backend() == "gpu" else None
 
 
-def sddmm(x: Array, dy: Array, row: Array, column: Array, **options: Any) -> Array:
-    """:func:`block_sddmm_gpu` with rows and columns of blocks apart."""
+def sddmm(x: Array, dy: Array, row: Array, column: Array, *, config: Config | None = None, **options: Any) -> Array:
+    """:func:`block_sddmm_gpu` with rows and columns of blocks apart, and the configuration that was timed, if one was."""
+    timed = tuning.lookup(tuning.sddmm_case(x, dy, row.shape[0], options["block"])) if config is None else None
+    options["config"] = Config(**timed) if timed is not None else config
     return block_sddmm_gpu(x, dy, jnp.stack([row, column], axis=-1), **options)
 
 

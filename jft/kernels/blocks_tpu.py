@@ -21,8 +21,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jft.kernels import tuning
+
 Array = jax.Array
 LANES = 128
+# Blocks in one pass of an inner loop: with fewer, the multiplier waits for the first rows of each.
+UNROLL = 8
 
 
 def vmem() -> int:
@@ -42,7 +46,11 @@ class Config:
     tile: int
     panels: int = 1
     groups: int = 1
-    unroll: int = 8
+    unroll: int = UNROLL
+
+    def passes(self, tokens: int, n: int) -> int:
+        """Passes of the inner loop over all steps, if every group meets one panel; others add a part of a pass each."""
+        return -(-tokens // self.tile) * self.groups * math.ceil(math.ceil(n / self.groups) / self.unroll)
 
     def vmem(self, inputs: int, outputs: int, n: int, block: tuple[int, int], itemsize: int, out_itemsize: int) -> int:
         """Bytes of VMEM: two buffers of each tile, the sums, and two blocks on their way out."""
@@ -67,10 +75,25 @@ def heuristic(
     return None
 
 
+def candidates(x: Any, dy: Any, n: int, block: tuple[int, int], out_dtype: Any) -> list[Config]:
+    """Configurations of :func:`sddmm` to be timed, the heuristic's first."""
+    first = config_of(x, dy, n, block, out_dtype)
+    if first is None:
+        return []
+    sizes = jnp.dtype(x.dtype).itemsize, jnp.dtype(out_dtype).itemsize
+    others = (
+        Config(tile, panels, first.groups, unroll)
+        for tile, panels, unroll in itertools.product((256, 512, 1024, 2048), (1, 2, 4), (4, 8))
+        if tile <= x.shape[0] and dy.shape[1] // block[1] % panels == 0
+    )
+    fitting = (config for config in others if config.vmem(x.shape[1], dy.shape[1], n, block, *sizes) <= vmem())
+    return list(dict.fromkeys([first, *fitting]))
+
+
 def refuses_sddmm(x: Any, dy: Any, n: int, block: tuple[int, int], out_dtype: Any) -> str | None:
     """What of these shapes and dtypes :func:`sddmm` does not take; None where it takes them."""
     refusal = _refuses(x, n, block)
-    if refusal is None and not _sddmm_config(x, dy, n, block, out_dtype):
+    if refusal is None and not config_of(x, dy, n, block, out_dtype):
         refusal = f"{n} blocks beside tiles of {x.shape[1]} + {dy.shape[1]} columns, which do not fit into VMEM"
     return refusal
 
@@ -85,7 +108,11 @@ def _refuses(x: Any, n: int, block: tuple[int, int]) -> str | None:
     return None
 
 
-def _sddmm_config(x: Any, dy: Any, n: int, block: tuple[int, int], out_dtype: Any) -> Config | None:
+def config_of(x: Any, dy: Any, n: int, block: tuple[int, int], out_dtype: Any) -> Config | None:
+    """The configuration of :func:`sddmm` that was fastest where it was timed, else the heuristic's; None for none."""
+    timed = tuning.lookup(tuning.sddmm_case(x, dy, n, block))
+    if timed is not None:
+        return Config(**timed)
     sizes = jnp.dtype(x.dtype).itemsize, jnp.dtype(out_dtype).itemsize
     return heuristic(x.shape[0], x.shape[1], dy.shape[1], n, block, *sizes)
 
@@ -108,7 +135,7 @@ def sddmm(
     padded (a copy of x and dy).
     """
     (tokens, inputs), outputs, n = x.shape, dy.shape[1], row.shape[0]
-    config = config or _sddmm_config(x, dy, n, block, out_dtype)
+    config = config or config_of(x, dy, n, block, out_dtype)
     assert config is not None, "refuses_sddmm is asked first"
     missing = -tokens % config.tile
     if missing:
@@ -279,6 +306,12 @@ def _spmm_tile(shape: tuple[int, ...], n: int, block: tuple[int, int], columns: 
     return -(-tokens // sublanes) * sublanes if tokens < 64 and values <= vmem() // 2 else None
 
 
+def spmm_passes(shape: tuple[int, int], n: int, block: tuple[int, int], columns: int, itemsize: int) -> int | None:
+    """Passes of the inner loop of :func:`spmm` over all steps; None where it takes no such shapes."""
+    tile = _spmm_tile(shape, n, block, columns, itemsize)
+    return None if tile is None else math.ceil(shape[0] / tile) * math.ceil(n / UNROLL)
+
+
 def spmm(x: Array, row: Array, column: Array, values: Array, *, columns: int, interpret: Any = False) -> Array:
     """``x @ S``, ``[T, columns]``, for x ``[T, I]``, values ``[n, b, c]`` of its dtype at row and column int32 ``[n]``."""
     (tokens, inputs), (n, b, c) = x.shape, values.shape
@@ -309,12 +342,12 @@ def spmm(x: Array, row: Array, column: Array, values: Array, *, columns: int, in
 
 
 def _spmm_body(row, column, x, values, y, sums, *, n, block, limit, columns):  # type: ignore[no-untyped-def]
-    (b, c), unroll = block, 8
+    b, c = block
     sums[...] = jnp.zeros_like(sums)
 
     def multiply(k, _):  # type: ignore[no-untyped-def]
-        for u in range(unroll):
-            i = k * unroll + u
+        for u in range(UNROLL):
+            i = k * UNROLL + u
             here = jnp.minimum(i, n - 1)
             valid = (i < n) & (row[here] < limit)
             across = pl.multiple_of(jnp.minimum(row[here], limit - 1) * b, b)
@@ -325,5 +358,5 @@ def _spmm_body(row, column, x, values, y, sums, *, n, block, limit, columns):  #
             )
         return _
 
-    jax.lax.fori_loop(0, -(-n // unroll), multiply, None)
+    jax.lax.fori_loop(0, -(-n // UNROLL), multiply, None)
     y[...] = sums[:, :columns].astype(y.dtype)

@@ -245,11 +245,19 @@ class Tiles:
         )
 
     def call(
-        self, kernel: Callable, name: str, grid: Any, shapes: Sequence[Any], first: int | None, interpret: Any
+        self,
+        kernel: Callable,
+        name: str,
+        grid: Any,
+        shapes: Sequence[Any],
+        first: int | None,
+        interpret: Any,
+        moved: int,
     ) -> Any:
         """``pl.pallas_call`` of a kernel whose results have ``shapes`` and are in place of its operands from ``first`` on.
 
-        Operands are counted with the blocks; first None: results of their own.
+        Operands are counted with the blocks; first None: results of their own. moved: bytes that an element of a block is
+        read and written, which XLA is told.
         """
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import tpu as pltpu
@@ -262,5 +270,8 @@ class Tiles:
             interpret=interpret,
             # `each` has checked them, for a quarter of the instructions.
             compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
+            cost_estimate=pl.CostEstimate(
+                flops=0, transcendentals=0, bytes_accessed=moved * self.count * self.block[0] * self.block[1]
+            ),
             name=name,
         )

@@ -199,6 +199,7 @@ def _adam_pallas(
     inputs, outputs = ["scalars", "weight", *["tiles"] * len(compact)], ["weight", *["tiles"] * len(held)]
     grid = tiles.grid(inputs, outputs, [w.dtype] * (1 if has_master else 2))
     shapes = [w, *(tiles.cut(x) for x in held)]
-    call = tiles.call(kernel, "sparse_adam", grid, shapes, 2, interpret)
+    moved = w.dtype.itemsize * (1 if has_master else 2) + sum(x.dtype.itemsize for x in (*compact, *held))
+    call = tiles.call(kernel, "sparse_adam", grid, shapes, 2, interpret, moved)
     w, *new = call(blocks.T, scalars, w, *(tiles.cut(x) for x in compact))
     return w, *(tiles.joined(x) for x in new)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from jft.parallel.mesh import make_mesh
@@ -21,6 +23,10 @@ def topology_mesh(topology: str, shape: Mapping[str, int] | None = None, **optio
     """
     from jax.experimental import topologies
 
+    if jax.default_backend() != "tpu":
+        # Where no chip is, none can be taken twice, and there is no metadata server to wait for.
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     try:
         description = topologies.get_topology_desc(topology_name=topology, platform="tpu", **options)
     except Exception as error:  # the plugin raises RuntimeError, JaxRuntimeError or ValueError, by version and cause

@@ -40,7 +40,7 @@ MUTATIONS = (
     ("jft/kernels/sparse_adam.py", "p = master[0] if master else gather", "p = gather"),
     ("jft/kernels/sparse_adam.py", "others.pop(0) if has_master", "others[-1] if has_master"),
     ("jft/kernels/sparse_adam.py", "pl.when(step >= 2)(lambda: wait", "pl.when(step >= 3)(lambda: wait"),
-    ("jft/kernels/sparse_adam.py", "grid, shapes, 2, interpret)", "grid, shapes, None, interpret)"),
+    ("jft/kernels/sparse_adam.py", "grid, shapes, 2, interpret", "grid, shapes, None, interpret"),
     ("jft/kernels/pallas.py", "counts[turn] += 1", "counts[turn] = 1"),
     ("jft/kernels/sparse_adam.py", "and count < 1", "and count < 0"),
 )
