@@ -96,11 +96,6 @@ class Operation:
     passes: int | None = None
 
 
-def operations(case: Case) -> list[Operation]:
-    """All operations of a case."""
-    return [_sddmm(case), _spmm(case), _put(case), _adam(case)]
-
-
 def _nbytes(*operands: tuple[tuple[int, ...], Any]) -> int:
     return sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in operands)
 
@@ -190,17 +185,33 @@ def _adam(case: Case) -> Operation:
     )
 
 
+OPERATIONS: dict[str, Callable[[Case], Operation]] = {
+    "block_sddmm": _sddmm,
+    "block_spmm": _spmm,
+    "block_put": _put,
+    "sparse_adam": _adam,
+}
+KERNELS = tuple(OPERATIONS)
+
+
 def measure(
-    cases: Sequence[Case], topology: str = "", steps: int = 0, say: Callable[[str], None] = lambda _: None
+    cases: Sequence[Case],
+    kernels: Sequence[str] = KERNELS,
+    topology: str = "",
+    steps: int = 0,
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[Cost]:
-    """The cost of every form of every operation. steps: rounds that are timed on the device that is here (0: none)."""
+    """The cost of every form of these kernels. steps: rounds that are timed on the device that is here (0: none).
+
+    Bundles are told where libtpu was not loaded in this process before.
+    """
     with bundles.dumps(topology) as dumps:
         sharding = None
         if topology:
             sharding = SingleDeviceSharding(parallel.topology_mesh(topology).devices.flat[0])
         costs = []
         for case in cases:
-            for operation in operations(case):
+            for operation in (OPERATIONS[name](case) for name in kernels):
                 for form in operation.forms:
                     costs.append(_cost(operation, form, case, sharding, topology, dumps, steps))
                     say(f"{operation.name}, {form}, {case.inputs} x {case.outputs}, {100 * case.density:g}%: done")

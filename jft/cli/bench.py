@@ -12,6 +12,7 @@ from typing import Any
 
 from jft import terminal
 from jft.cli.errors import Parser, UsageError
+from jft.names import nearest
 
 METHODS = (
     "full", "lora:rank=16", "block_sparse:density=0.05,block=(64,64)", "super_tuning:sparsity=0.99", "lift:rank=4", "s2ft",
@@ -110,6 +111,7 @@ def _kernels(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="jft bench kernels", description="The kernels for selected blocks beside XLA's and dense forms."
     )
+    parser.add_argument("--kernels", nargs="+", help="block_sddmm, block_spmm, block_put, sparse_adam; default: all")
     parser.add_argument(
         "--shapes", nargs="+", default=("8192x4096x4096",), help="tokens x inputs x outputs of a weight"
     )
@@ -139,7 +141,14 @@ def _kernels(argv: Sequence[str]) -> int:
 
         print(tune(cases, args["steps"] or 10, say))
         return 0
-    costs = kernels.measure(cases, args["topology"], args["steps"], say)
+    names = args["kernels"] or kernels.KERNELS
+    for name in names:
+        if name not in kernels.KERNELS:
+            known = ", ".join(kernels.KERNELS)
+            raise UsageError(
+                f"jft bench: kernel {name!r} is unknown{nearest(name, kernels.KERNELS)}; it is one of {known}"
+            )
+    costs = kernels.measure(cases, names, args["topology"], args["steps"], say)
     if args["json"]:
         rows = [{**dataclasses.asdict(c), "to_floor": c.to_floor} for c in costs]
         device = args["topology"] or jax.devices()[0].device_kind
