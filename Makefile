@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --
 SMOKE := tests/test_tree.py tests/methods/test_methods.py tests/methods/test_sparse.py tests/select/test_granularity.py tests/delta tests/merge \
   tests/parallel tests/train/test_loop.py tests/train/test_step.py tests/train/test_selection.py tests/cli tests/models/test_adapters.py tests/kernels/test_block_sddmm_gpu.py
 
-.PHONY: help install quickstart test test-peers test-newest mutations lint format clean
+.PHONY: help install quickstart test test-peers test-cuda test-newest mutations lint format clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -42,6 +42,15 @@ test: $(VENV)/.test  ## Everything but the comparisons with torch and its librar
 
 test-peers: $(VENV)/.peers  ## The comparisons with torch, transformers, peft and libtpu.
 	$(PYTEST) -m peers
+
+# Beside the environment: installed in it, the plugin would look for a GPU whenever a program starts.
+$(VENV)/cuda: $(VENV)/.test
+	version=$$($(BIN)/python -c "import jax; print(jax.__version__)"); \
+	  $(PIP) install -q --no-deps --target $@ jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version
+	@touch $@
+
+test-cuda: $(VENV)/cuda  ## The GPU kernels, compiled by JAX's CUDA plugin for GPUs that need not be here.
+	PYTHONPATH=$(VENV)/cuda $(BIN)/python -m pytest -m peers -k gpu tests/kernels
 
 test-newest: $(VENV)/.test  ## A smoke subset, for another interpreter: make test-newest PYTHON=python3.13 VENV=.venv-newest
 	$(PYTEST) -m "not peers and not slow and not optimized" $(SMOKE)
