@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import methods, parallel, tree
+from jft.bench import cycles
 from jft.bench.shapes import MODELS
 from jft.methods import Method, Plan, select
 from jft.models import Execution, Model
@@ -67,7 +68,7 @@ class Cost:
     optimizer_bytes: gradients, masters and moments, on all devices; full_bytes: what they are of full fine-tuning.
     peak: bytes on each device, all told; temporaries: those of the program. rounds: seconds of each timed step, seconds their
     median, or None. fits: the compiler did not refuse; where it did, temporaries and peak are what it said, a lower bound,
-    and arguments are not told (0).
+    and arguments are not told (0). estimate: seconds by the cycles of XLA's TPU compiler (:mod:`jft.bench.cycles`).
     """
 
     method: str
@@ -81,6 +82,7 @@ class Cost:
     seconds: float | None = None
     rounds: tuple[float, ...] = ()
     fits: bool = True
+    estimate: float | None = None
 
     def times(self, other: Cost) -> float:
         """The median over rounds of this step's seconds over those of ``other``: the machine may drift between rounds."""
@@ -113,17 +115,20 @@ class Candidate:
             self.selection = drawn(plan, params, model, mesh)
         self.update = step.compile_step(self.recipe, self.shapes, self.selection, mesh)
         self.counts_flops = not setting.unroll and not setting.topology
+        self.chip = cycles.CHIPS.get(setting.topology.split(":")[0])
         self.batch = {"tokens": jax.ShapeDtypeStruct((setting.batch, setting.tokens), np.int32)}
 
     def cost(self, label: str) -> Cost:
         """The cost of the compiled step, or the lower bound with which the compiler refused it."""
-        flops, fits = None, True
+        flops, fits, estimate = None, True, None
         try:
             compiled = self.update.compiled(self.batch)
             memory = parallel.estimate(compiled)
             if self.counts_flops:
                 # XLA counts the part of one device.
                 flops = (step.flops(compiled) or 0.0) * self.update.layout.devices
+            if self.chip:
+                estimate = cycles.seconds(compiled.as_text() or "", self.chip)
         except Exception as error:
             lower_bound = parallel.refusal(error)
             if lower_bound is None:
@@ -142,6 +147,7 @@ class Candidate:
             memory.temporaries,
             memory.total,
             fits=fits,
+            estimate=estimate,
         )
 
     def ready(self, params: Any) -> Callable[[Any], None]:

@@ -65,6 +65,11 @@ def _table(costs: Sequence[Any]) -> None:
             ("temporaries / device", lambda c: human(c.temporaries) if c.fits else ""),
         ]
     columns += [("peak / device", lambda c: human(c.peak) if c.fits else f"over {human(c.peak)}, does not fit")]
+    if first.estimate:
+        columns += [
+            ("s by XLA's cycles", lambda c: f"{c.estimate:.3f}" if c.estimate else ""),
+            (relative, share("estimate")),
+        ]
     if first.seconds:
         columns += [("s / step", lambda c: f"{c.seconds:.2f}"), (relative, lambda c: f"{c.times(first):.3g}")]
     headers = [header for header, _ in columns]
