@@ -50,7 +50,7 @@ $(VENV)/cuda: $(VENV)/.test
 	@touch $@
 
 test-cuda: $(VENV)/cuda  ## The GPU kernels, compiled by JAX's CUDA plugin for GPUs that need not be here.
-	PYTHONPATH=$(VENV)/cuda $(BIN)/python -m pytest -m peers -k gpu tests/kernels
+	PYTHONPATH=$(VENV)/cuda $(BIN)/python -m pytest -m peers -k gpu tests/kernels tests/delta/test_compiled.py
 
 test-newest: $(VENV)/.test  ## A smoke subset, for another interpreter: make test-newest PYTHON=python3.13 VENV=.venv-newest
 	$(PYTEST) -m "not peers and not slow and not optimized" $(SMOKE)
