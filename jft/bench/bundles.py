@@ -13,8 +13,8 @@ import re
 import tempfile
 from collections.abc import Iterator
 
-# Bundles a second, by the name that topologies begin with.
-CLOCK = {"v5e": 1.503e9}
+# Bundles a second of one core, by the name that topologies begin with.
+CLOCK = {"v5e": 1.503e9, "v5p": 1.75e9}
 
 
 @contextlib.contextmanager

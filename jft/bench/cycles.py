@@ -21,8 +21,8 @@ class Chip(NamedTuple):
     bandwidth: float
 
 
-# 27.4 GFLOP in 166 us of bundles; the bandwidth is the published one.
-CHIPS = {"v5e": Chip(1.503e9, 165e12, 819e9)}
+# 27.4 GFLOP in 166 us of bundles, and in 143 us of one of a v5p's two cores; bandwidths are the published ones.
+CHIPS = {"v5e": Chip(1.503e9, 165e12, 819e9), "v5p": Chip(1.75e9, 192e12, 2765e9)}
 
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-<>]+) \(.*\{$")
 _CALLED = re.compile(r"(?:to_apply|calls)=%?([\w.\-<>]+)")

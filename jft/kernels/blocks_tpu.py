@@ -185,7 +185,10 @@ def sddmm(
         ),
         out_shape=jax.ShapeDtypeStruct((n, *block), out_dtype),
         input_output_aliases={len(scalars) + 2: 0} if acc is not None else {},
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=vmem() // 15 * 16),
+        # Two cores of a chip (v5p) may share groups, each of which starts and ends by itself.
+        compiler_params=pltpu.CompilerParams(
+            vmem_limit_bytes=vmem() // 15 * 16, dimension_semantics=("parallel", "arbitrary", "arbitrary")
+        ),
         cost_estimate=pl.CostEstimate(
             flops=2 * tokens * n * math.prod(block), bytes_accessed=traffic, transcendentals=0
         ),
@@ -333,7 +336,7 @@ def spmm(x: Array, row: Array, column: Array, values: Array, *, columns: int, in
             scratch_shapes=[pltpu.VMEM((tile, columns + c), jnp.float32)],
         ),
         out_shape=jax.ShapeDtypeStruct((padded.shape[0], columns), x.dtype),
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=vmem() // 15 * 16),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=vmem() // 15 * 16, dimension_semantics=("parallel",)),
         cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=traffic, transcendentals=0),
         interpret=interpret,
         name="block_spmm",
