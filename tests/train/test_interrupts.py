@@ -45,7 +45,7 @@ class Forked:
         self.process = context.Process(target=interrupted.forked, args=(output, str(workdir), str(steps)))
         self.process.start()
         output.close()
-        self.stdout = open(self.output.fileno(), closefd=False)
+        self.stdout = open(self.output.fileno(), closefd=False)  # noqa: SIM115
 
     def send_signal(self, number):
         os.kill(self.process.pid, number)
