@@ -46,6 +46,14 @@ def compile_cheaply() -> None:
 
 
 compile_cheaply()
+# Processes that tests start compile in the same hurry, and keep their programs for each other.
+os.environ |= {
+    "JAX_COMPILATION_CACHE_DIR": os.path.join(CACHE, "optimized" if OPTIMIZED else "processes"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "1",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": str(not OPTIMIZED),
+}
 
 
 def pytest_collection_finish():

@@ -49,7 +49,9 @@ def task_kernel(
     Tau changes the examples' outputs by ``g = J tau``, ``[N, C]``, and ``c_k^2 = sum_c (sum_x phi_k(x) g_c(x))^2`` is its
     part in the k-th eigenfunction. ``E(x) = sum_k c_k^2 |phi_k(x)|^2`` is the local energy of these functions; ``located``
     has the mean of E on the examples of each task, as shares of 1. A task vector whose own task has 1 there cannot disturb
-    the others (Ortiz-Jimenez, Favero and Frossard 2023, arXiv:2305.12827, section 5).
+    the others (Ortiz-Jimenez, Favero and Frossard 2023, arXiv:2305.12827, section 5). The paper's text may also be read as the
+    unweighted sum of ``|phi_k(x)|^2`` over the eigenfunctions that represent a task, :func:`jft.tangent.local_energy` of
+    those functions without weights.
 
     batch: arrays ``[n, ...]`` of the same names and shapes but for n. of: ``trace``, ``sum`` or ``one``: one kernel
     ``[N, N]`` for all outputs, as in :func:`jft.tangent.kernel`, which see for moving and select. Raises ``ValueError`` for

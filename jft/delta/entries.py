@@ -218,6 +218,8 @@ class EntryLayout(Layout):
     def _grid(self, at: Any) -> tuple[int, ...]:
         return at.shape[-2 - at.shape[-1] : -2]
 
+    # Its own program outside of others: a model has as many shapes of `at` as weights.
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
     def gather(self, w: Array, at: Array) -> Array:
         def one(cell: Array, at: Array) -> Array:
             index = tuple(at[:, i] for i in range(at.shape[-1]))
@@ -233,6 +235,7 @@ class EntryLayout(Layout):
             return jax.lax.platform_dependent(w, at, values, tpu=self._put_in_turn, default=self._put)
         return self._put(w, at, values)
 
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
     def _put(self, w: Array, at: Array, values: Array) -> Array:
         def one(cell: Array, at: Array, values: Array) -> Array:
             index = tuple(at[:, i] for i in range(at.shape[-1]))

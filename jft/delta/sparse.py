@@ -71,7 +71,7 @@ class Sparse(Encoding):
 
     def minus(self, base: Array) -> Any:
         # The base is read at these positions only.
-        return self._with(values=wide(self.values) - wide(base.reshape(self.view)[self.at]))
+        return self._with(values=_difference(self, base))
 
     def under(self, above: Encoding) -> Encoding:
         entries: Any = kinds()["entries"]  # by its name: that file imports this one
@@ -87,6 +87,12 @@ class Sparse(Encoding):
     @property
     def nnz(self) -> int:
         return count_nonzero(jnp.asarray(self.values))
+
+
+# One program for each shape: what trains has many shapes, and operation by operation each of them compiles ten.
+@jax.jit
+def _difference(delta: Sparse, base: Array) -> Array:
+    return wide(delta.values) - wide(base.reshape(delta.view)[delta.at])
 
 
 @jax.jit
@@ -143,4 +149,9 @@ def overlaid(x: np.ndarray, y: np.ndarray, of_x: Array, of_y: Array) -> tuple[np
     only_x = np.flatnonzero(~np.isin(x, y))
     keys = np.concatenate([x[only_x], y])
     order = np.argsort(keys)
-    return keys[order], jnp.concatenate([of_x[only_x], of_y])[order]
+    return keys[order], _ordered(of_x, of_y, only_x, order)
+
+
+@jax.jit
+def _ordered(of_x: Array, of_y: Array, only_x: Array, order: Array) -> Array:
+    return jnp.concatenate([of_x[only_x], of_y])[order]

@@ -93,24 +93,26 @@ class StillSmall(Schedule):
 
     def renew(self, standing: Standing) -> Renewal:
         plan, kept, trained = standing.plan, standing.kept, standing.trained
-        small = self._small(plan, kept, trained)
+        largest = None if self.threshold is not None else jax.jit(functools.partial(_largest, plan))(kept, trained)
         chosen = {}
         for path in plan.selects:
-            how, zeros = plan.leaves[path], jnp.zeros(kept[path]["w"].shape, jnp.float32)
-            mask = how.spread(kept[path], small(trained[path]).astype(jnp.float32), zeros) > 0
+            # One program for each leaf, as each has its own count of entries.
+            mask = jax.jit(functools.partial(self._mask, plan.leaves[path]))(kept[path], trained[path], largest)
             unit = plan.granularity(path, mask.shape)
             chosen[path] = unit.locate(mask, standing.calibration.lead(path), standing.grids.get(path, (1, 1)))
         return Renewal(chosen, restart=self.restart)
 
-    def _small(self, plan: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> Callable[[Array], Array]:
-        theta = self.threshold
-        if theta is not None:
-            return lambda x: jnp.abs(x) < theta
-        moved = plan.change(kept, trained)
-        # initial=0: a weight without selected entries has an empty array, of which there is no maximum.
-        first = (jnp.max(jnp.abs(trained[p] - moved[p]), initial=0) for p in plan.selects)
-        largest = functools.reduce(jnp.maximum, first)
-        return lambda x: jnp.abs(x) <= largest
+    def _mask(self, how: Any, kept: Any, values: Array, largest: Any) -> Array:
+        small = jnp.abs(values) <= largest if self.threshold is None else jnp.abs(values) < self.threshold
+        return how.spread(kept, small.astype(jnp.float32), jnp.zeros(kept["w"].shape, jnp.float32)) > 0
+
+
+def _largest(plan: Any, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> Array:
+    """The largest magnitude in the base of all entries that train."""
+    moved = plan.change(kept, trained)
+    # initial=0: a weight without selected entries has an empty array, of which there is no maximum.
+    first = (jnp.max(jnp.abs(trained[p] - moved[p]), initial=0) for p in plan.selects)
+    return functools.reduce(jnp.maximum, first)
 
 
 CARD = Card(

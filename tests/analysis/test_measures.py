@@ -1,5 +1,6 @@
 """Measures of the tangent space against NumPy in float64, on a model whose functions can be written down."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,38 @@ from jft.analysis.interpolation import Forward, scores
 from jft.analysis.linearity import linearity
 from jft.analysis.ntk import task_kernel
 from jft.train.objectives import Classification, LanguageModel, objective
+
+MUTATIONS = (
+    ("jft/analysis/disentangle.py", "self.each.sum(axis=0)", "self.each.mean(axis=0)"),
+    ("jft/analysis/disentangle.py", "self.each.sum(axis=0)", "self.each.sum(axis=1)"),
+    ("jft/analysis/disentangle.py", "(self.grid >= 0)", "(self.grid > 0)"),
+    ("jft/analysis/disentangle.py", "in_range)].mean()", "in_range)].max()"),
+    ("jft/analysis/disentangle.py", "(one != other)", "(one == other)"),
+    ("jft/analysis/disentangle.py", "np.arange(2) == t", "np.arange(2) != t"),
+    ("jft/analysis/disentangle.py", 'indexing="ij"', 'indexing="xy"'),
+    ("jft/analysis/disentangle.py", "values[G * G :], 1 - t)", "values[G * G :], t)"),
+    ("jft/analysis/disentangle.py", "distances * weights", "distances"),
+    ("jft/analysis/disentangle.py", "jnp.argmax(outputs", "jnp.argmin(outputs"),
+    ("jft/analysis/linearity.py", "jnp.square(change - linear_change)", "jnp.square(change + linear_change)"),
+    ("jft/analysis/linearity.py", 'total["apart"] / total["change"]', 'total["apart"] / total["straight"]'),
+    ("jft/analysis/linearity.py", "(weights > 0)", "(weights >= 0)"),
+    ("jft/analysis/linearity.py", "jnp.sum(weights * agree)", "jnp.sum(agree)"),
+    ("jft/analysis/linearity.py", "a[None]", "-a[None]"),
+    ("jft/analysis/ntk.py", "np.square(spectrum.functions", "np.abs(spectrum.functions"),
+    ("jft/analysis/ntk.py", "astype(np.float64) @ g).sum(axis=1)", "astype(np.float64) @ g).max(axis=1)"),
+    ("jft/analysis/ntk.py", "float(energy[tasks == task].mean())", "float(energy[tasks == task].sum())"),
+    (
+        "jft/analysis/ntk.py",
+        "tangent.local_energy(spectrum.functions, weights[name])",
+        "tangent.local_energy(spectrum.functions)",
+    ),
+    ("jft/analysis/ntk.py", "if select is not None:", "if False:"),
+    ("jft/analysis/ntk.py", "np.exp(-np.sum", "np.exp(np.sum"),
+    ("jft/analysis/ntk.py", "np.log(p)", "np.log2(p)"),
+    ("jft/analysis/ntk.py", "p[p > 0] / p.sum()", "p[p > 0] / p.max()"),
+    ("jft/analysis/arithmetic.py", "(nonlinear - linear)", "(linear - nonlinear)"),
+    ("jft/analysis/arithmetic.py", "* classes / (classes - 1)", "* (classes - 1) / classes"),
+)
 
 
 def apply(params, batch):
@@ -192,6 +225,37 @@ def test_kernel_of_tasks_that_share_nothing():
         assert found.located[tau][tau] == pytest.approx(1, abs=1e-5)
         assert sum(found.located[tau].values()) == pytest.approx(1)
         np.testing.assert_allclose(found.weights[tau].sum(), 1)
+
+
+@pytest.mark.parametrize("outputs_of", [None, lambda y, batch: y[:, :2] ** 2])
+def test_kernel_of_tasks_that_overlap(outputs_of):
+    """Against the Jacobian of the model by hand: every eigenfunction lies on both tasks, by how much is what is measured."""
+    rng = np.random.default_rng(3)
+    a, b, x = rng.normal(size=(4, 5)), rng.normal(size=(5, 3)), rng.normal(size=(7, 4))
+    tau = {"a": rng.normal(size=a.shape), "b": rng.normal(size=b.shape)}
+    tasks = np.array(["one"] * 2 + ["two"] * 5)
+    h = np.tanh(x @ a)
+    of_a = np.einsum("ni,nh,hc->ncih", x, 1 - h**2, b).reshape(7, 3, -1)
+    of_b = np.einsum("nh,cd->nchd", h, np.eye(3)).reshape(7, 3, -1)
+    J = np.concatenate([of_a, of_b], axis=2)
+    if outputs_of is not None:
+        J = 2 * (h @ b)[:, :2, None] * J[:, :2]
+    g = J @ np.concatenate([tau["a"].ravel(), tau["b"].ravel()])
+    values, vectors = np.linalg.eigh(np.einsum("acp,bcp->ab", J, J) / J.shape[1])
+    parts = np.array([sum((phi @ g[:, c]) ** 2 for c in range(g.shape[1])) for phi in vectors.T])
+    energy = sum(c * phi**2 for c, phi in zip(parts, vectors.T, strict=True))
+    mean = {task: energy[tasks == task].mean() for task in ("one", "two")}
+    p = values / values.sum()
+    with jax.enable_x64(True):
+        f_lin = jft.linearize(apply, {"a": jnp.asarray(a), "b": jnp.asarray(b)})
+        batches = {task: {"x": x[tasks == task]} for task in ("one", "two")}
+        found = task_kernel(f_lin, batches, {"tau": {k: jnp.asarray(v) for k, v in tau.items()}}, select=outputs_of)
+    np.testing.assert_allclose(found.spectrum.values, values[::-1], rtol=1e-9)
+    np.testing.assert_allclose(found.weights["tau"], parts[::-1] / parts.sum(), rtol=1e-7)
+    share = mean["one"] / (mean["one"] + mean["two"])
+    assert 0.1 < share < 0.9
+    assert found.located["tau"] == pytest.approx({"one": share, "two": 1 - share}, rel=1e-7)
+    assert found.effective_rank == pytest.approx(np.prod(p**-p), rel=1e-7)
 
 
 def test_kernels_of_unlike_data_are_refused():

@@ -10,6 +10,23 @@ from jft.analysis.tasks import text_bytes
 from jft.data.tokenizer import byte_tokenizer
 from jft.delta import TaskVector
 
+MUTATIONS = (
+    ("jft/merge/search.py", "float(control) >= threshold", "float(control) > threshold"),
+    ("jft/merge/search.py", "threshold * float(before)", "threshold"),
+    ("jft/analysis/arithmetic.py", "sum(values.values()) / len(values)", "sum(values.values())"),
+    ("jft/analysis/arithmetic.py", 'value / single["test"][task]', 'value / single["validation"][task]'),
+    ("jft/analysis/arithmetic.py", 'by_coefficient[c], single["validation"]', 'by_coefficient[c], single["test"]'),
+    (
+        "jft/analysis/arithmetic.py",
+        'score(task, "test", taus, [result.best])',
+        'score(task, "validation", taus, [result.best])',
+    ),
+    ("jft/analysis/arithmetic.py", "[[-c] for c in coefficients]", "[[c] for c in coefficients]"),
+    ("jft/analysis/arithmetic.py", "by_coefficient[0.0][1], threshold", "by_coefficient[0.0][0], threshold"),
+    ("jft/analysis/arithmetic.py", 'row["base_target"] - row["target"]', 'row["target"] - row["base_target"]'),
+    ("jft/analysis/arithmetic.py", "taus[i].cosine(taus[j])", "taus[i].dot(taus[j])"),
+)
+
 
 @pytest.fixture(scope="module")
 def blobs():
@@ -91,6 +108,17 @@ def test_negation_keeps_the_control():
     assert row["target"] == pytest.approx(0.56)
     assert row["control"] == pytest.approx(0.86)
     assert row["drop"] == pytest.approx(0.24)
+
+
+def test_a_control_of_exactly_the_threshold_is_kept():
+    controls = {0.0: 1.0, 0.5: 0.95, 1.0: np.nextafter(0.95, 0)}
+
+    def score(task, split, taus, coefficients):
+        moved = [float(-w[0]) for w in weights(taus, coefficients)]
+        return np.array([1 - m if task == "a" else controls[m] for m in moved])
+
+    row = arithmetic.negation(VECTORS["a"], "a", ["b"], score, list(controls), 0.95)
+    assert (row["coefficient"], row["control"]) == (0.5, 0.95)
 
 
 def test_negation_changes_nothing_where_the_control_never_holds():

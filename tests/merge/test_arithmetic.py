@@ -11,6 +11,14 @@ from jft import merge
 from jft.delta import BaseMismatch, TaskVector, describe
 from tests.delta.algebra import KINDS, close, make, reference
 
+MUTATIONS = (
+    ("jft/merge/arithmetic.py", "[scale * w for w in", "[w for w in"),
+    ("jft/merge/arithmetic.py", "[scale * w for w in", "[scale + w for w in"),
+    ("jft/merge/arithmetic.py", "[w / total for w in", "[w / len(taus) for w in"),
+    ("jft/merge/arithmetic.py", "return [value] * count", "return [value / count] * count"),
+    ("jft/merge/arithmetic.py", "return [default] * count", "return [default / count] * count"),
+)
+
 numbers = st.floats(-2, 2, width=32)
 
 

@@ -10,6 +10,18 @@ import pytest
 from jft import merge
 from jft.delta import BaseMismatch, Dense, TaskVector, describe
 
+MUTATIONS = (
+    ("jft/merge/search.py", "np.linspace(0, 1, 21)", "np.linspace(0, 1, 20)"),
+    ("jft/merge/search.py", '-abs(row["coefficient"])', 'abs(row["coefficient"])'),
+    ("jft/merge/search.py", '"score": -float(target)', '"score": float(target)'),
+    ("jft/merge/search.py", "float(a) / float(single[task])", "float(a)"),
+    ("jft/merge/search.py", "sum(normalised.values()) / len(normalised)", "sum(normalised.values())"),
+    ("jft/merge/search.py", "float(sum(accuracies.values())) / len(accuracies)", "float(sum(accuracies.values()))"),
+    ("jft/merge/search.py", "_at_coefficient(base, -tau", "_at_coefficient(base, tau"),
+    ("jft/merge/search.py", "float(control) >= threshold", "float(control) > threshold"),
+    ("jft/merge/search.py", "threshold: float = 0.95,\n    check", "threshold: float = 0.9,\n    check"),
+)
+
 
 def base():
     return {"w": jnp.zeros(2)}
@@ -64,6 +76,14 @@ def test_negation_keeps_the_control():
         base(), vector(1, 0), lambda p: 0.9 + 0.5 * p["w"][0], lambda p: 0.8 - 0.2 * p["w"][0] ** 2, threshold=0.75
     )
     assert loose.best == 1.0
+
+
+def test_a_control_of_exactly_the_threshold_is_kept():
+    control = {0.0: 1.0, -0.5: 0.95, -1.0: np.nextafter(0.95, 0)}
+    found = merge.negation_search(
+        base(), vector(1, 0), lambda p: p["w"][0], lambda p: control[float(p["w"][0])], grid=[0.0, 0.5, 1.0]
+    )
+    assert (found.best, [row["feasible"] for row in found.table]) == (0.5, [True, True, False])
 
 
 def test_control_that_nothing_keeps_gives_zero_and_says_so():

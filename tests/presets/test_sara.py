@@ -22,7 +22,7 @@ MUTATIONS = (
     ("jft/presets/sara.py", "Select(score=", "Select(linear_only=True, score="),
     ("jft/presets/sara.py", "return self.weight * jax.lax.switch", "return -self.weight * jax.lax.switch"),
     ("jft/presets/sara.py", "drawn - jnp.asarray(ends - counts)[which]", "drawn"),
-    ("jft/presets/sara.py", "lambda x: jnp.abs(x) < theta", "lambda x: jnp.abs(x) < 2 * theta"),
+    ("jft/presets/sara.py", "jnp.abs(values) < self.threshold", "jnp.abs(values) < 2 * self.threshold"),
     ("jft/presets/sara.py", "min(shape[-2:]) > self.above", "max(shape[-2:]) > self.above"),
     ("jft/methods/penalties.py", "plan.structured) == 2:", "plan.structured) >= 1:"),
     ("jft/train/reselection.py", "if not found.restart:", "if True:"),

@@ -10,6 +10,21 @@ from jft import delta, tangent, tree
 from tests.tangent import dense, models
 from tests.tangent.dense import TOLERANCES, close, pick
 
+MUTATIONS = (
+    ("jft/tangent/kernel.py", "acp,bdp->acbd", "acp,bdp->adbc"),
+    ("jft/tangent/kernel.py", "product / a.shape[1] if trace", "product if trace"),
+    ("jft/tangent/kernel.py", "jnp.sqrt(jnp.asarray(y.shape[1], y.dtype))", "jnp.asarray(y.shape[1], y.dtype)"),
+    ("jft/tangent/kernel.py", "jnp.mean(K.reshape(M, C, N), axis=1)", "jnp.sum(K.reshape(M, C, N), axis=1)"),
+    ("jft/tangent/kernel.py", "part.transpose(2, 3, 0, 1)", "part.transpose(2, 1, 0, 3)"),
+    ("jft/tangent/kernel.py", "dy[:, c] if", "dy[:, 0] if"),
+    ("jft/tangent/kernel.py", "gradient if total is None else jax.tree.map(jnp.add, total, gradient)", "gradient"),
+    ("jft/tangent/spectrum.py", "values[::-1][:count]", "values[:count]"),
+    ("jft/tangent/spectrum.py", "vectors[:, ::-1][:, :count]", "vectors[:, :count]"),
+    ("jft/tangent/spectrum.py", 'which="LA"', 'which="SA"'),
+    ("jft/tangent/spectrum.py", "return weights @ energy", "return weights @ np.sqrt(energy)"),
+    ("jft/tangent/spectrum.py", "energy[:, tasks == task].mean(axis=1)", "energy[:, tasks == task].sum(axis=1)"),
+)
+
 
 def linearized(name, dtype="float64", **kw):
     model, params, batch = models.model(name, jnp.dtype(dtype))

@@ -13,6 +13,26 @@ from tests.tangent.dense import close, pick
 RNG = np.random.default_rng(0)
 WEIGHTS = np.array([1.0, 0.5])
 
+MUTATIONS = (
+    ("jft/tangent/regression.py", "matrix + penalty * np.eye(size)", "matrix - penalty * np.eye(size)"),
+    ("jft/tangent/regression.py", "s = np.sqrt(weights)[:, None]", "s = weights[:, None]"),
+    ("jft/tangent/regression.py", "(s * b).reshape", "b.reshape"),
+    (
+        "jft/tangent/regression.py",
+        "np.asarray(base, np.float64) + np.tensordot",
+        "np.asarray(base, np.float64) - np.tensordot",
+    ),
+    ("jft/tangent/regression.py", "residual = (y - values)", "residual = (values - y)"),
+    ("jft/tangent/regression.py", "snc,n,tnc->st", "snc,m,tnc->st"),
+    ("jft/tangent/regression.py", "- 2 * alpha @ self.moment", "- alpha @ self.moment"),
+    ("jft/tangent/regression.py", "return total / self.weight", "return total"),
+    ("jft/tangent/regression.py", "self.gram + penalty * np.eye", "self.gram - penalty * np.eye"),
+    ("jft/tangent/regression.py", "penalty * len(self.moment) or 1.0", "penalty or 1.0"),
+    ("jft/tangent/regression.py", "(y - spaces.to_float32(f0)) * w", "(y - spaces.to_float32(f0))"),
+    ("jft/tangent/regression.py", "a + jnp.asarray(penalty, b.dtype) * b", "a - jnp.asarray(penalty, b.dtype) * b"),
+    ("jft/tangent/regression.py", "self.weights[index] * real", "self.weights[index]"),
+)
+
 
 def problem(name, dtype="float64"):
     """``(f_lin, [(batch of one, y, w)], J [N C, P], residual [N C], weights [N C])``."""
@@ -144,6 +164,8 @@ def test_least_squares_over_coefficients(name):
         close(found.solve(0.7), ridged, "float64")
         one = A.sum(1)
         close(found.solve(shared=True), np.full(3, one @ (w * r) / (one @ (w * one))), "float64")
+        ridged = one @ (w * r) / (one @ (w * one) + 3 * 0.7)
+        close(found.solve(0.7, shared=True), np.full(3, ridged), "float64")
         best = found.solve()
         close(best, np.linalg.lstsq(np.sqrt(w)[:, None] * A, np.sqrt(w) * r, rcond=None)[0], "float64")
         grid = np.stack([best, best + 0.1, np.zeros(3)])

@@ -16,6 +16,17 @@ from jft.tangent.sweep import stackable
 from tests.tangent import dense, models
 from tests.tangent.dense import TOLERANCES, close
 
+MUTATIONS = (
+    ("jft/tangent/sweep.py", "(y.astype(precise) + step)", "(y.astype(precise) - step)"),
+    ("jft/tangent/sweep.py", 'value if name == "weight" else value / weight', "value"),
+    ("jft/tangent/sweep.py", "totals.get(name, 0.0) + np.asarray(value, np.float64)", "np.asarray(value, np.float64)"),
+    ("jft/tangent/sweep.py", "np.argsort(~moves", "np.argsort(moves"),
+    ("jft/tangent/sweep.py", "x[np.argsort(order)]", "x[np.asarray(order)]"),
+    ("jft/tangent/sweep.py", "(np.arange(depth) < end)", "(np.arange(depth) <= end)"),
+    ("jft/tangent/sweep.py", "[1.0] * len(taus)", "[0.5] * len(taus)"),
+    ("jft/tangent/sweep.py", "cut[name] = {p: rest.pop(p) for", "cut[name] = {p: rest[p] for"),
+)
+
 
 def score(outputs, batch):
     """Sums that depend on every output, over examples of weight 1 and 2."""

@@ -1,5 +1,6 @@
 """A tiny run in a process (or several) of its own, for tests that stop it: python -m tests.train.interrupted WORKDIR STEPS."""
 
+import os
 import sys
 import time
 
@@ -42,6 +43,13 @@ def main(workdir: str, steps: str) -> None:
     )  # fmt: skip
     heavy = {"torch", "transformers", "tensorflow"} & set(sys.modules)
     print(f"heavy modules: {sorted(heavy)}", flush=True)
+
+
+def forked(output, workdir: str, steps: str) -> None:
+    """The same in a fork of a process that has imported all of it; what it prints goes through the connection ``output``."""
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(output.fileno(), stream.fileno())
+    main(workdir, steps)
 
 
 if __name__ == "__main__":
