@@ -127,8 +127,7 @@ class Candidate:
             if self.counts_flops:
                 # XLA counts the part of one device.
                 flops = (step.flops(compiled) or 0.0) * self.update.layout.devices
-            if self.chip:
-                estimate = cycles.seconds(compiled.as_text() or "", self.chip)
+            estimate = self._estimate(compiled)
         except Exception as error:
             lower_bound = parallel.refusal(error)
             if lower_bound is None:
@@ -149,6 +148,12 @@ class Candidate:
             fits=fits,
             estimate=estimate,
         )
+
+    def _estimate(self, compiled: Any) -> float | None:
+        try:
+            return cycles.seconds(compiled.as_text(), self.chip) if self.chip else None
+        except jax.errors.JaxRuntimeError:  # libtpu does not read back all that it has compiled for a v5p
+            return None
 
     def ready(self, params: Any) -> Callable[[Any], None]:
         """A function that makes one step and waits for it."""
