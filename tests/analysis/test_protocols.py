@@ -87,14 +87,15 @@ def weights(taus, coefficients):
 
 def test_addition_chooses_on_validation():
     def score(task, split, taus, coefficients):
-        """Highest where the task's own coordinate is 0.5."""
-        return np.array([1 - abs(w["ab".index(task)] - 0.5) for w in weights(taus, coefficients)])
+        """Highest where the task's own coordinate is 0.5; half of that on the test data."""
+        highest = {"validation": 1.0, "test": 0.5}[split]
+        return np.array([highest * (1 - abs(w["ab".index(task)] - 0.5)) for w in weights(taus, coefficients)])
 
     single = {"validation": {"a": 0.5, "b": 0.5}, "test": {"a": 0.5, "b": 1.0}}
     row = arithmetic.addition(VECTORS, single, score, [0.0, 0.25, 0.5, 1.0])
     assert row["coefficient"] == 0.5
-    assert row["absolute"] == 1.0
-    assert row["normalised"] == pytest.approx((2.0 + 1.0) / 2)
+    assert row["absolute"] == 0.5
+    assert row["normalised"] == pytest.approx((1.0 + 0.5) / 2)
     assert [point["mean"] for point in row["curve"]] == pytest.approx([1.0, 1.5, 2.0, 1.0])
 
 
@@ -132,6 +133,9 @@ def test_negation_changes_nothing_where_the_control_never_holds():
 
 def test_cosines():
     np.testing.assert_allclose(arithmetic.cosines(VECTORS), np.eye(2), atol=1e-7)
+    a, b = VECTORS.values()
+    expected = [[1, 0.6, -0.8], [0.6, 1, 0], [-0.8, 0, 1]]
+    np.testing.assert_allclose(arithmetic.cosines({"x": 3 * a + 4 * b, "a": 2 * a, "b": -0.5 * b}), expected, atol=1e-6)
 
 
 def test_overlay_replaces_what_is_renamed():
