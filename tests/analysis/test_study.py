@@ -19,7 +19,7 @@ TASKS, METHODS = ["upright", "rotated", "inverted", "parity"], ["full", "bitfit"
 
 
 def shortened(tasks, methods):
-    """The text of a config: the quickstart's, with some of the tasks and methods of its first study."""
+    """The text of a config: the quickstart's, with some of the tasks, methods and scans of its first study."""
     return f"""
 import runpy
 
@@ -28,6 +28,9 @@ def get_config():
     for part, kept in (("tasks", {tasks}), ("methods", {methods})):
         for name in set(config.studies.digits[part]) - set(kept):
             del config.studies.digits[part][name]
+    with config.unlocked():
+        for task in config.studies.digits.tasks.values():
+            task.data.limit = 100  # of each split: two batches, the second filled up
     return config
 """
 
@@ -38,12 +41,15 @@ SMALL = [
     "--config.studies.digits.common.batch_size=64",
     "--config.studies.digits.common.log.every=1",
     "--config.studies.digits.base.train.model.options.layers=1",
+    "--config.studies.digits.base.train.model.options.width=16",
+    "--config.studies.digits.base.train.model.options.hidden=32",
     "--config.studies.digits.arithmetic.points=3",
     "--config.studies.digits.disentangle.points=3",
     "--config.studies.library.base.train.steps=6",
     "--config.studies.library.common.steps=3",
     "--config.studies.library.common.log.every=1",
     "--config.studies.library.base.train.model.options.layers=1",
+    "--config.studies.library.base.train.model.options.width=16",
     "--config.studies.library.seeds=(1,2)",
     "--config.studies.library.tasks.docstrings.test_data.limit=5",
     "--config.studies.library.tasks.docstrings.eval_data.limit=5",

@@ -24,6 +24,7 @@ MUTATIONS = (
     ),
     ("jft/tangent/regression.py", "residual = (y - values)", "residual = (values - y)"),
     ("jft/tangent/regression.py", "snc,n,tnc->st", "snc,m,tnc->st"),
+    ("jft/tangent/regression.py", "tnc,n,nc->t", "tnc,m,nc->t"),
     ("jft/tangent/regression.py", "- 2 * alpha @ self.moment", "- alpha @ self.moment"),
     ("jft/tangent/regression.py", "return total / self.weight", "return total"),
     ("jft/tangent/regression.py", "self.gram + penalty * np.eye", "self.gram - penalty * np.eye"),
@@ -160,6 +161,9 @@ def test_least_squares_over_coefficients(name):
         close(found.gram, A.T @ (w[:, None] * A), "float64")
         close(found.moment, A.T @ (w * r), "float64")
         assert found.weight == WEIGHTS.sum()
+        whole = tangent.least_squares(f_lin, taus, [jax.tree.map(lambda *x: np.concatenate(x), *data)], select=pick)
+        close(whole.gram, found.gram, "float64")
+        close(whole.moment, found.moment, "float64")
         ridged = np.linalg.solve(A.T @ (w[:, None] * A) + 0.7 * np.eye(3), A.T @ (w * r))
         close(found.solve(0.7), ridged, "float64")
         one = A.sum(1)

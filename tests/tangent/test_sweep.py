@@ -211,6 +211,20 @@ def test_sparse_directions_of_different_sizes_go_together(counts, seed):
         np.testing.assert_allclose(found, parts(dense.whole(one), batch)[1], atol=2e-5)
 
 
+def test_directions_of_two_forms_keep_their_order():
+    model, params, batch = models.model("vision")
+    f_lin = jft.linearize(model.apply, params)
+    whole = [densely(params, seed) for seed in range(4)]
+    factors = lambda x: delta.LowRank(x[..., :1], x[..., :1, :])
+    narrow = [delta.TaskVector({p: factors(x) for p, x in w.items() if p.endswith("mlp/up/w")}) for w in whole]
+    # Whole, narrow, narrow, whole: the passes give 0, 3, 1, 2, a permutation that is not its own inverse.
+    taus = [whole[0], narrow[1], narrow[2], whole[3]]
+    assert [members for members, _ in stackable([f_lin.direction(t) for t in taus])] == [(0, 3), (1, 2)]
+    _, moved = tangent.tangents(f_lin, taus, batch)
+    for tau, found in zip([whole[0], dense.whole(narrow[1]), dense.whole(narrow[2]), whole[3]], moved, strict=True):
+        np.testing.assert_allclose(found, jax.jvp(lambda t: f_lin(t, batch), (tau,), (tau,))[1], atol=2e-5)
+
+
 @pytest.mark.parametrize("kind", ["whole", "low rank", "columns"])
 def test_products_are_those_of_one_pass_and_the_directions(kind):
     """Counted in the traced program: 1 + 2 T forward passes with whole weights; 1 + T and what tau holds, else."""
