@@ -104,6 +104,14 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """See :class:`jft.train.Profiling`."""
+
+    steps: int = _key(0, "steps to trace with jax.profiler into workdir/profile, for xprof or perfetto; 0: none")
+    start: int = _key(3, "steps before them, counted from where the run began or went on")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A run."""
 
@@ -126,6 +134,7 @@ class Config:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
 
 
 def default() -> ConfigDict:

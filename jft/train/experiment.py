@@ -80,6 +80,7 @@ def run(config: Any, workdir: str | Path) -> Run:
         workdir=workdir,
         checkpoint=dataclasses.asdict(config.checkpoint),
         log=dataclasses.asdict(config.log),
+        profile=dataclasses.asdict(config.profile),
         tokenizer=tokenizer,
         manifest=manifest,
         # Nobody else holds these parameters; the members of a fleet share them to the end.
