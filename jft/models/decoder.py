@@ -220,6 +220,14 @@ class DecoderConfig:
             h = scope.layers("layers", layer, h, params["layers"], self._per_layer())
         return scope.site("final", self._norm(h, params["final_norm"]))
 
+    def head_states(self, scope: Scope, params: Params, batch: Any) -> Array:
+        """What :meth:`logits` reads, ``[B, T, D]``."""
+        return self.hidden_states(scope, params, batch)
+
+    def head_params(self, params: Params) -> Params:
+        """The part of ``params`` that :meth:`logits` reads."""
+        return {"embed": {"table": params["embed"]["table"]}} if self.tied else {"head": params["head"]}
+
     def _with_memory(self, scope: Scope, layer: Any, h: Array, params: Params, constants: _LayerConstants) -> Array:
         """The layers in order, those with a memory scanned apart from the others, run by run."""
         assert self.memory is not None

@@ -44,6 +44,10 @@ class ModelConfig:
     param_dtype: str = _key("float32", "base weights; what trains has float32 masters whatever this is")
     remat: str = _key("none", "what the backward pass recomputes: none, dots or full")
     attention: str = _key("plain", "plain, or blockwise: in memory linear in the number of tokens")
+    logits_chunk: int = _key(
+        0,
+        "of models that predict tokens: tokens of a row whose logits exist at once in training and evaluation; 0: all",
+    )
     classes: int = _key(0, "a classifier of that many classes on top; 0 for none, -1 for as many as the data has")
     pool: str = _key("auto", "what the classifier reads: cls, mean, last, pooler or auto")
 

@@ -58,7 +58,9 @@ def test_the_steps_and_the_same_run(tmp_path, capsys):
     options = {"checkpoint": 4, "eval_data": tools.batches(), "eval_every": 4, "log": {"every": 1}}
     run = train(tmp_path, profile={"start": 2, "steps": 3}, **options)
     assert traces(tmp_path) == [[2, 3, 4]]
-    assert f"profile of steps 2 to 4 in {tmp_path / 'profile'}: xprof --logdir" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"profile of steps 2 to 4 in {tmp_path / 'profile'}: xprof --logdir" in out
+    assert out.index("profile of") < out.index("train 6/10"), "it stops there, not with the run"
     expected = train(tmp_path / "without", **options)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(run.state), jax.device_get(expected.state))
     assert not (tmp_path / "without" / "profile").exists()
@@ -157,6 +159,20 @@ def test_from_a_config(tmp_path, capsys):
     assert main.call([*argv, "--config.profile.start=1"]) == 0
     assert traces(tmp_path) == [[1, 2]]
     assert "profile of steps 1 to 2" in capsys.readouterr().out
+
+
+def test_steps_end_inside_the_trace(tmp_path, monkeypatch):
+    calls = []
+
+    def recorded(name, call):
+        return lambda *args, **options: (calls.append(name), call(*args, **options))[1]
+
+    run = {"wait": (jax, "block_until_ready")}
+    run |= {name: (jax.profiler, f"{name}_trace") for name in ("start", "stop")}
+    for name, (module, attribute) in run.items():
+        monkeypatch.setattr(module, attribute, recorded(name, getattr(module, attribute)))
+    train(tmp_path, profile={"start": 2, "steps": 3})
+    assert calls == ["wait", "start", "wait", "stop"]
 
 
 def test_refusals(tmp_path):
