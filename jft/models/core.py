@@ -24,6 +24,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jft import tree
 from jft.dot import accumulator, dot
+from jft.kernels.attention import Mask, attention
+from jft.kernels.fused_attention import fused_attention
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -114,7 +116,9 @@ class Execution:
     ``blockwise``, blocks of at most ``attention_block`` queries and keys at a time, their scores computed again where a
     derivative needs them (:mod:`jft.kernels.attention`): memory linear in T, in forward and reverse mode, and blocks that
     a causal mask or a window hides are skipped. Choose it where T is beyond one block; below, plain is the same and
-    compiles sooner. logits_chunk: of a model that predicts tokens, tokens of a row whose logits ``[B, chunk, V]`` exist at
+    compiles sooner. Or ``fused``, a kernel of the platform (:mod:`jft.kernels.fused_attention`): splash attention on TPUs,
+    cuDNN's on GPUs in bfloat16; for ordinary training and evaluation, since it has no forward mode, and not with every
+    model. logits_chunk: of a model that predicts tokens, tokens of a row whose logits ``[B, chunk, V]`` exist at
     once in training steps and evaluation (0: all), for one more product of the head in the backward pass
     (:mod:`jft.models.logits`); ``apply`` gives all of them always.
     """
@@ -123,7 +127,7 @@ class Execution:
     remat: Literal["none", "full", "dots"] = "none"
     unroll: int = 1
     experts: Literal["dense", "ragged"] = "dense"
-    attention: Literal["plain", "blockwise"] = "plain"
+    attention: Literal["plain", "blockwise", "fused"] = "plain"
     attention_block: int = 512
     logits_chunk: int = 0
 
@@ -137,7 +141,7 @@ class Execution:
         choices = {
             "remat": ("none", "full", "dots"),
             "experts": ("dense", "ragged"),
-            "attention": ("plain", "blockwise"),
+            "attention": ("plain", "blockwise", "fused"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -256,6 +260,23 @@ class Scope:
         h, read = self.hooks.value(name, h, self.state.get(name))
         self._collect(name, read)
         return h
+
+    def attention(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Mask | None,
+        *,
+        scale: float | Array,
+        softcap: float | None = None,
+        bias: Array | None = None,
+    ) -> Array:
+        """``softmax(scale * q k^T + bias) v`` as the execution says: see :func:`jft.kernels.attention.attention`."""
+        rest: dict[str, Any] = {"scale": scale, "softcap": softcap, "bias": bias}
+        if self.execution.attention == "fused":
+            return fused_attention(q, k, v, mask, **rest)
+        return attention(q, k, v, mask, **rest, block=self.execution.block)
 
     def _collect(self, name: str, read: Any) -> None:
         if read is None:

@@ -112,8 +112,18 @@ def pair(apply: Apply, build: Build, tangents: Tangents, batch: Any, until: str 
     derivative of second order. until: the name of a site of a jft model (``features``, ``final``, ...): outputs are the
     value there.
     """
+    check_forward_mode(model_of(apply))
     point, direction, at = changed.directions(dict(tangents))
     return jax.jvp(lambda point: outputs(apply, build(at(point)), batch, until), (point,), (direction,))
+
+
+def check_forward_mode(model: Any) -> None:
+    """Refuse a model that runs by kernels without a derivative in forward mode, which a linearized pass is made of."""
+    if is_jft_model(model) and model.execution.attention == "fused":
+        raise ValueError(
+            "attention='fused' has no derivative in forward mode, which forward='linearized' and jft.linearize take; use "
+            "attention='blockwise' or 'plain'"
+        )
 
 
 def outputs(apply: Apply, params: Any, batch: Any, until: str | None = None) -> Any:

@@ -43,7 +43,10 @@ class ModelConfig:
     dtype: str = _key("float32", "activations and products: float32 or bfloat16")
     param_dtype: str = _key("float32", "base weights; what trains has float32 masters whatever this is")
     remat: str = _key("none", "what the backward pass recomputes: none, dots or full")
-    attention: str = _key("plain", "plain, or blockwise: in memory linear in the number of tokens")
+    attention: str = _key(
+        "plain",
+        "plain; blockwise: in memory linear in tokens; fused: a kernel of the platform, not of linearized methods",
+    )
     logits_chunk: int = _key(
         0,
         "of models that predict tokens: tokens of a row whose logits exist at once in training and evaluation; 0: all",
