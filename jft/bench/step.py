@@ -45,6 +45,7 @@ class Setting:
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "plain"
+    logits_chunk: int = 0
     unroll: int = 0
     steps: int = 0
     topology: str = ""
@@ -64,7 +65,8 @@ class Setting:
 class Cost:
     """Of one method. trained: values; density: their share of all weights. flops of a step on all devices.
 
-    flops are None where XLA would count a loop's body once: layers in a scan, and on TPUs products with shards that arrive.
+    flops are None where XLA would count a loop's body once: layers in a scan, chunks of logits, and on TPUs products with
+    shards that arrive.
     optimizer_bytes: gradients, masters and moments, on all devices; full_bytes: what they are of full fine-tuning.
     peak: bytes on each device, all told; temporaries: those of the program. rounds: seconds of each timed step, seconds their
     median, or None. fits: the compiler did not refuse; where it did, temporaries and peak are what it said, a lower bound,
@@ -100,13 +102,15 @@ class Candidate:
             remat=setting.remat,  # type: ignore[arg-type]
             attention=setting.attention,  # type: ignore[arg-type]
             unroll=setting.unroll,
+            logits_chunk=setting.logits_chunk,
         )
         model = Model(MODELS[setting.model](), execution)
         method = by_chance(methods.method(name, **options))
         self.shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.dtype(setting.dtype)))
         plan = method.plan(self.shapes, model)
+        lm = objective("lm")
         self.recipe = step.Recipe(
-            step.apply_of(model, mesh), plan, objective("lm"), optimizer(OPTIMIZER).unscheduled(), dtype=execution.dtype
+            step.apply_for(lm, model, mesh), plan, lm, optimizer(OPTIMIZER).unscheduled(), dtype=execution.dtype
         )
         if params is None:
             grids = reselection.grids(plan, self.shapes, mesh)
@@ -114,7 +118,7 @@ class Candidate:
         else:
             self.selection = drawn(plan, params, model, mesh)
         self.update = step.compile_step(self.recipe, self.shapes, self.selection, mesh)
-        self.counts_flops = not setting.unroll and not setting.topology
+        self.counts_flops = not (setting.unroll or setting.topology or setting.logits_chunk)
         self.chip = cycles.CHIPS.get(setting.topology.split(":")[0])
         self.batch = {"tokens": jax.ShapeDtypeStruct((setting.batch, setting.tokens), np.int32)}
 

@@ -186,7 +186,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--remat", default="none", choices=["none", "full", "dots"])
-    parser.add_argument("--attention", default="plain", choices=["plain", "blockwise"])
+    parser.add_argument("--attention", default="plain", choices=["plain", "blockwise", "fused"])
+    parser.add_argument(
+        "--logits-chunk", type=int, default=0, help="tokens of a row whose logits exist at once; 0: all. Not with FLOPs"
+    )
     parser.add_argument(
         "--unroll", type=int, default=0, help="layers per scan step; 0 unrolls all, without which FLOPs are not counted"
     )

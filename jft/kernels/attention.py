@@ -35,13 +35,15 @@ class Mask:
 
     q_segments int ``[B, T]``, k_segments int ``[B, S]``, B possibly 1 for equal rows; segment 0 is padding, and is
     seen by nobody. Positions count tokens of the row, from 0. causal: ``s <= t``. window: ``|t - s| < window``, an int or a
-    traced scalar, so that layers of a scan may differ.
+    traced scalar, so that layers of a scan may differ. segmented: False where all tokens are of segment 1, which a kernel
+    need not be told.
     """
 
     q_segments: Array
     k_segments: Array
     window: Array | int | None = None
     causal: bool = dataclasses.field(default=False, metadata={"static": True})
+    segmented: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @classmethod
     def within(cls, segments: Array, **rules: Any) -> Mask:
@@ -70,9 +72,8 @@ class Mask:
         def pad(segments: Array, size: int) -> Array:
             return jnp.pad(segments, ((0, 0), (0, size - segments.shape[-1])))
 
-        return dataclasses.replace(
-            self, q_segments=pad(self.q_segments, rows), k_segments=pad(self.k_segments, columns)
-        )
+        q_segments, k_segments = pad(self.q_segments, rows), pad(self.k_segments, columns)
+        return dataclasses.replace(self, q_segments=q_segments, k_segments=k_segments, segmented=True)
 
     def reaches(self, row: Array | int, column: Array | int, rows: int, columns: int) -> Array | bool:
         """Whether a pair of this block has positions that see each other; segments aside."""

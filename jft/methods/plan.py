@@ -68,6 +68,8 @@ class Method:
         shapes = tree.flatten(params)
         if not shapes:
             raise ValueError("the model has no parameters to train")
+        if self.forward == "linearized":
+            tangent.check_forward_mode(model)
         stacked = is_jft_model(model)
         linear = tuple(model.linear_paths(params)) if stacked else _matrices(shapes)
         chosen = self.select.paths(shapes, linear)

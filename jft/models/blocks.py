@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jft import tree
-from jft.kernels.attention import Mask, attention
+from jft.kernels.attention import Mask
 from jft.models import core
 from jft.models.core import Params, Scope
 
@@ -98,7 +98,7 @@ def attend(
 
     q, k, v = project("q", x), project("k", source), project("v", source)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out = attention(q, k, v, mask, scale=scale, bias=bias, block=scope.execution.block)
+    out = scope.attention(q, k, v, mask, scale=scale, bias=bias)
     return scope.dot(f"{name}/o", out.reshape(*out.shape[:-2], -1), params["o"])
 
 

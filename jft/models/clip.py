@@ -65,7 +65,7 @@ class TextConfig:
             f"{prefix}layers",
             h,
             params["layers"],
-            Mask.within(text.segments, causal=True),
+            Mask.within(text.segments, causal=True, segmented=not text.plain),
             heads=self.heads,
             activation=self.activation,
             eps=self.eps,

@@ -24,6 +24,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jft import tree
 from jft.dot import accumulator, dot
+from jft.kernels.attention import Mask, attention
+from jft.kernels.fused_attention import fused_attention
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -114,15 +116,20 @@ class Execution:
     ``blockwise``, blocks of at most ``attention_block`` queries and keys at a time, their scores computed again where a
     derivative needs them (:mod:`jft.kernels.attention`): memory linear in T, in forward and reverse mode, and blocks that
     a causal mask or a window hides are skipped. Choose it where T is beyond one block; below, plain is the same and
-    compiles sooner.
+    compiles sooner. Or ``fused``, a kernel of the platform (:mod:`jft.kernels.fused_attention`): splash attention on TPUs,
+    cuDNN's on GPUs in bfloat16; for ordinary training and evaluation, since it has no forward mode, and not with every
+    model. logits_chunk: of a model that predicts tokens, tokens of a row whose logits ``[B, chunk, V]`` exist at
+    once in training steps and evaluation (0: all), for one more product of the head in the backward pass
+    (:mod:`jft.models.logits`); ``apply`` gives all of them always.
     """
 
     dtype: Any = jnp.float32
     remat: Literal["none", "full", "dots"] = "none"
     unroll: int = 1
     experts: Literal["dense", "ragged"] = "dense"
-    attention: Literal["plain", "blockwise"] = "plain"
+    attention: Literal["plain", "blockwise", "fused"] = "plain"
     attention_block: int = 512
+    logits_chunk: int = 0
 
     @property
     def block(self) -> int | None:
@@ -134,13 +141,15 @@ class Execution:
         choices = {
             "remat": ("none", "full", "dots"),
             "experts": ("dense", "ragged"),
-            "attention": ("plain", "blockwise"),
+            "attention": ("plain", "blockwise", "fused"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
         if self.attention_block < 1:
             raise ValueError(f"attention_block is {self.attention_block}; it must be at least 1")
+        if self.logits_chunk < 0:
+            raise ValueError(f"logits_chunk is {self.logits_chunk}; it must be at least 0")
 
 
 class Architecture(Protocol):
@@ -163,6 +172,14 @@ class Model:
     config: Any
     execution: Execution = Execution()
 
+    def __post_init__(self) -> None:
+        """``ValueError`` for chunks of logits in a model that gives none for each token."""
+        if self.execution.logits_chunk and not self.predicts_tokens:
+            raise ValueError(
+                f"logits_chunk={self.execution.logits_chunk} is of models that predict tokens (decoder, t5), and "
+                f"{type(self.config).__name__} has no logits for each token; leave it 0"
+            )
+
     def with_(self, **execution: Any) -> Model:
         """The same model run another way: any field of :class:`Execution`."""
         return dataclasses.replace(self, execution=dataclasses.replace(self.execution, **execution))
@@ -183,13 +200,29 @@ class Model:
         return self.config.forward(self.execution, params, batch, hooks)
 
     @property
+    def predicts_tokens(self) -> bool:
+        """Whether outputs are logits for each token, by :meth:`head`."""
+        return hasattr(self.config, "head_params")
+
+    @property
     def product_head(self) -> str | None:
         """The site behind which the model is one product with its head's weights, :meth:`head`; None where it is more."""
         return getattr(self.config, "product_head", None)
 
     def head(self, params: Params, h: Array) -> Array:
-        """Outputs from the value at the site :attr:`product_head`."""
-        return self.config.logits(Scope(self.execution), params, h)
+        """Outputs from the value that the head reads: that at the site :attr:`product_head`, where there is one."""
+        # Here, since a caller may have cut or computed `h` after its site.
+        return self.config.logits(Scope(self.execution), params, rows_over_devices(h))
+
+    def head_params(self, params: Params) -> Params:
+        """The part of ``params`` that :meth:`head` reads."""
+        return self.config.head_params(params)
+
+    def head_states(self, params: Params, batch: Any, hooks: Hooks | None = None) -> Any:
+        """What :meth:`head` reads, ``[B, T, D]``; with hooks ``(states, reads)``."""
+        scope = Scope(self.execution, hooks)
+        h = self.config.head_states(scope, params, batch)
+        return h if hooks is None else (h, scope.reads)
 
     def linear_paths(self, params: Params | None = None) -> tuple[str, ...]:
         """Paths of the weight matrices inside the layers: what LoRA and sparse methods target by default."""
@@ -227,6 +260,23 @@ class Scope:
         h, read = self.hooks.value(name, h, self.state.get(name))
         self._collect(name, read)
         return h
+
+    def attention(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Mask | None,
+        *,
+        scale: float | Array,
+        softcap: float | None = None,
+        bias: Array | None = None,
+    ) -> Array:
+        """``softmax(scale * q k^T + bias) v`` as the execution says: see :func:`jft.kernels.attention.attention`."""
+        rest: dict[str, Any] = {"scale": scale, "softcap": softcap, "bias": bias}
+        if self.execution.attention == "fused":
+            return fused_attention(q, k, v, mask, **rest)
+        return attention(q, k, v, mask, **rest, block=self.execution.block)
 
     def _collect(self, name: str, read: Any) -> None:
         if read is None:

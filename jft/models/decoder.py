@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jft import tree
 from jft.dot import take, transpose
-from jft.kernels.attention import Mask, attention
+from jft.kernels.attention import Mask
 from jft.models import core
 from jft.models.core import ACTIVATIONS, Execution, Hooks, Inputs, Params, Scope, inputs, layer_norm, rms_norm
 from jft.models.memory import Memory, remember
@@ -220,6 +220,14 @@ class DecoderConfig:
             h = scope.layers("layers", layer, h, params["layers"], self._per_layer())
         return scope.site("final", self._norm(h, params["final_norm"]))
 
+    def head_states(self, scope: Scope, params: Params, batch: Any) -> Array:
+        """What :meth:`logits` reads, ``[B, T, D]``."""
+        return self.hidden_states(scope, params, batch)
+
+    def head_params(self, params: Params) -> Params:
+        """The part of ``params`` that :meth:`logits` reads."""
+        return {"embed": {"table": params["embed"]["table"]}} if self.tied else {"head": params["head"]}
+
     def _with_memory(self, scope: Scope, layer: Any, h: Array, params: Params, constants: _LayerConstants) -> Array:
         """The layers in order, those with a memory scanned apart from the others, run by run."""
         assert self.memory is not None
@@ -328,14 +336,13 @@ class DecoderConfig:
             tables = constants.rope(xs.get("local"))
             q, k = rotate(q, tables), rotate(k, tables)
         scale = self.attention_scale if self.attention_scale is not None else self.head_size**-0.5
-        out = attention(
+        out = scope.attention(
             q,
             k,
             v,
             constants.mask_for(xs.get("window")),
             scale=scale * xs.get("scale", 1.0),
             softcap=self.attention_softcap,
-            block=scope.execution.block,
         )
         return scope.dot(f"{name}/o", out.reshape(*out.shape[:2], -1), params["o"])
 
@@ -368,7 +375,7 @@ class _LayerConstants:
         windows = set(config.windows or (None,))  # type: ignore[arg-type]
         window = windows.pop() if len(windows) == 1 else None
         # Order and windows count tokens of the row, as transformers does, so explicit positions only steer the embedding.
-        mask = Mask.within(text.segments, causal=True, window=window)
+        mask = Mask.within(text.segments, causal=True, window=window, segmented=not text.plain)
         ropes = [
             rope.tables(text.positions, text.segments, config.head_size, config.max_positions)
             for rope in (config.rope, config.local_rope)

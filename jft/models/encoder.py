@@ -89,7 +89,7 @@ class EncoderConfig:
             "layers",
             h,
             params["layers"],
-            Mask.within(text.segments),
+            Mask.within(text.segments, segmented=not text.plain),
             heads=self.heads,
             activation=self.activation,
             eps=self.eps,

@@ -96,12 +96,22 @@ class T5Config:
     def forward(self, execution: Execution, params: Params, batch: Any, hooks: Hooks | None = None) -> Any:
         """Logits ``[B, T, V]`` of the decoder; with hooks, also what they read."""
         scope = Scope(execution, hooks)
+        return blocks.finish(scope, self.logits(scope, params, self.head_states(scope, params, batch)))
+
+    def head_states(self, scope: Scope, params: Params, batch: Any) -> Array:
+        """What :meth:`logits` reads: last hidden states of the decoder ``[B, T, D]``, scaled."""
         encoder_states = self.hidden_states(scope, params, batch)
         h = self._decode(scope, params, inputs(batch, "decoder_"), encoder_states, inputs(batch))
-        if self.scale_outputs:
-            h = h * self.width**-0.5
+        return h * self.width**-0.5 if self.scale_outputs else h
+
+    def head_params(self, params: Params) -> Params:
+        """The part of ``params`` that :meth:`logits` reads."""
+        return {"embed": {"table": params["embed"]["table"]}} if self.tied else {"head": params["head"]}
+
+    def logits(self, scope: Scope, params: Params, h: Array) -> Array:
+        """The output head on ``h[B, T, D]``."""
         head = {"w": transpose(params["embed"]["table"])} if self.tied else params["head"]
-        return blocks.finish(scope, scope.dot("head", h, head))
+        return scope.dot("head", h, head)
 
     def hidden_states(self, scope: Scope, params: Params, batch: Any) -> Array:
         """Last hidden states of the encoder ``[B, S, D]``, which is what a classifier pools."""

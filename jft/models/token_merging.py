@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jft.kernels.attention import attention
 from jft.models import blocks, core
 from jft.models.core import Model, Params, Scope
 from jft.models.split import collect, cut, length, stack_scope
@@ -141,7 +140,7 @@ def _attend(scope: Scope, name: str, x: Array, params: Params, heads: int) -> tu
         scope.dot(f"{name}/{part}", x, params[part]).reshape(*x.shape[:2], heads, -1) for part in ("q", "k", "v")
     )
     scale = q.shape[-1] ** -0.5
-    out = attention(q, k, v, None, scale=scale, block=scope.execution.block)
+    out = scope.attention(q, k, v, None, scale=scale)
     precise = jnp.promote_types(x.dtype, jnp.float32)
     # The class token's scores once more: ``attention`` may run in blocks and does not return them.
     scores = jnp.einsum("bhk,bshk->bhs", q[:, 0], k, preferred_element_type=precise) * scale

@@ -1,7 +1,7 @@
 """Tangent space: models linearized at their base, ``f(theta0) + J(theta0) tau``, and what can be done with them."""
 
 from jft.tangent.kernel import KernelCost, KernelProduct, kernel, kernel_cost
-from jft.tangent.linearization import Linearized, entered, forward, linearize, pair, together
+from jft.tangent.linearization import Linearized, check_forward_mode, entered, forward, linearize, pair, together
 from jft.tangent.regression import LeastSquares, kernel_predict, kernel_regression, least_squares, ridge
 from jft.tangent.spectrum import Spectrum, local_energy, localisation, spectrum, top_spectrum
 from jft.tangent.sweep import by_layers, by_paths, combined, readings, sweep, tangents
@@ -14,6 +14,7 @@ __all__ = [
     "Spectrum",
     "by_layers",
     "by_paths",
+    "check_forward_mode",
     "combined",
     "entered",
     "forward",

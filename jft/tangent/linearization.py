@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jft import delta, tree
 from jft.delta import changed
 from jft.models.core import Hooks, is_jft_model, model_of, takes_structured
+from jft.models.logits import Logits
 from jft.names import nearest
 
 Apply = Callable[..., Any]
@@ -111,8 +112,18 @@ def pair(apply: Apply, build: Build, tangents: Tangents, batch: Any, until: str 
     derivative of second order. until: the name of a site of a jft model (``features``, ``final``, ...): outputs are the
     value there.
     """
+    check_forward_mode(model_of(apply))
     point, direction, at = changed.directions(dict(tangents))
     return jax.jvp(lambda point: outputs(apply, build(at(point)), batch, until), (point,), (direction,))
+
+
+def check_forward_mode(model: Any) -> None:
+    """Refuse a model that runs by kernels without a derivative in forward mode, which a linearized pass is made of."""
+    if is_jft_model(model) and model.execution.attention == "fused":
+        raise ValueError(
+            "attention='fused' has no derivative in forward mode, which forward='linearized' and jft.linearize take; use "
+            "attention='blockwise' or 'plain'"
+        )
 
 
 def outputs(apply: Apply, params: Any, batch: Any, until: str | None = None) -> Any:
@@ -133,6 +144,8 @@ def forward(
 
     after: the parameters of what follows the site.
     """
+    if until is None and getattr(apply, "chunk", None):
+        return _in_chunks(apply, build, tangents, batch)
     site = getattr(model_of(apply), "product_head", None)
     if until is None and site is not None:
         return _through_head(apply, build, tangents, batch, site)
@@ -146,7 +159,30 @@ def _through_head(apply: Apply, build: Build, tangents: Tangents, batch: Any, si
     With many outputs (a vocabulary) the head is most of what a pass holds at once, and a good part of its cost.
     """
     head = getattr(apply, "head", model_of(apply).head)
-    h, dh = pair(apply, build, tangents, batch, site)
+    return _product(head, build, tangents, *pair(apply, build, tangents, batch, site))
+
+
+def _in_chunks(apply: Any, build: Build, tangents: Tangents, batch: Any) -> Logits:
+    """:func:`forward` of an ``apply`` whose outputs are :class:`~jft.models.logits.Logits`."""
+    model = model_of(apply)
+    states = pair(lambda params, batch: apply(params, batch).states, build, tangents, batch)
+    # All others would be arguments of every chunk, and get a gradient of zeros from each.
+    reads = jax.tree.leaves(model.head_params(tree.unflatten({p: p for p in tree.flatten(model.abstract())})))
+    moving = {p: w for p, w in tangents.items() if p in reads}
+
+    def head(moving: Tangents, states: tuple[Any, Any]) -> Any:
+        if model.product_head is not None:
+            return _product(apply.head, build, moving, *states)
+        h, dh = states
+        point, direction, at = changed.directions(dict(moving))
+        along = lambda point, h: apply.head(build(at(point)), h)
+        return together(*jax.jvp(along, (point, h), (direction, dh)))
+
+    return Logits(states, moving, head, apply.chunk)
+
+
+def _product(head: Apply, build: Build, tangents: Tangents, h: Any, dh: Any) -> Any:
+    """A head that is one product W, linearized: ``(h + dh) W + h dW``."""
     base = build(jax.tree.map(changed.base, dict(tangents), is_leaf=changed.is_changed))
     _, from_head = pair(head, build, tangents, h)
     return head(base, h + dh) + from_head

@@ -6,6 +6,7 @@ from jft.train.metrics import Logging
 from jft.train.objectives import Objective, objective, objectives
 from jft.train.optimizers import Optimizer, optimizer
 from jft.train.preemption import Preempted
+from jft.train.run_config import Profiling
 from jft.train.state import State
 from jft.train.training import NonFiniteError, Run
 
@@ -15,6 +16,7 @@ __all__ = [
     "Objective",
     "Optimizer",
     "Preempted",
+    "Profiling",
     "Run",
     "State",
     "evaluate",

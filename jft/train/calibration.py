@@ -25,7 +25,7 @@ from jft.train.objectives import Objective
 from jft.train.optimizers import beginning
 from jft.train.per_example import Each, squares, tapped
 from jft.train.state import find_mesh
-from jft.train.step import Recipe, apply_of, dtype_of
+from jft.train.step import Recipe, apply_for, apply_of, dtype_of, in_chunks
 
 Array = jax.Array
 Weights = dict[str, Array]
@@ -68,10 +68,11 @@ def _gradient(setting: Setting, rest: Weights, chosen: Weights, batch: Any) -> W
     """The step's gradient: of the sum of losses over the weight of the whole batch, in ``chosen`` alone."""
     # Of the whole batch, before the split: microbatches with unequal weights then still add up to its gradient.
     weight = setting.objective.weight(batch)
+    apply = in_chunks(setting.objective, setting.apply)
 
     def loss(chosen: Weights, part: Any) -> Array:
         # Penalties of the method are left out: scores are of the data.
-        return setting.objective.loss(setting.apply(setting.tree(rest, chosen), part), part)[0] / weight
+        return setting.objective.loss(apply(setting.tree(rest, chosen), part), part)[0] / weight
 
     def one(part: Any) -> Weights:
         gradients = jax.grad(loss)(chosen, part)
@@ -398,7 +399,7 @@ def calibration_of(
         if eval_data is None or hasattr(eval_data, "__next__"):
             raise ValueError("this method chooses by evaluation, again and again; give eval_data, a list or a loader")
         # One compiled program for all candidates: equal models are equal arguments.
-        compute = evaluation.sums(apply_of(model, mesh), recipe.objective)
+        compute = evaluation.sums(apply_for(recipe.objective, model, mesh), recipe.objective)
         return evaluation.mean(compute, params, eval_data, recipe.objective, mesh, eval_batches)
 
     return RunCalibration(

@@ -43,7 +43,14 @@ class ModelConfig:
     dtype: str = _key("float32", "activations and products: float32 or bfloat16")
     param_dtype: str = _key("float32", "base weights; what trains has float32 masters whatever this is")
     remat: str = _key("none", "what the backward pass recomputes: none, dots or full")
-    attention: str = _key("plain", "plain, or blockwise: in memory linear in the number of tokens")
+    attention: str = _key(
+        "plain",
+        "plain; blockwise: in memory linear in tokens; fused: a kernel of the platform, not of linearized methods",
+    )
+    logits_chunk: int = _key(
+        0,
+        "of models that predict tokens: tokens of a row whose logits exist at once in training and evaluation; 0: all",
+    )
     classes: int = _key(0, "a classifier of that many classes on top; 0 for none, -1 for as many as the data has")
     pool: str = _key("auto", "what the classifier reads: cls, mean, last, pooler or auto")
 
@@ -104,6 +111,14 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """See :class:`jft.train.Profiling`."""
+
+    steps: int = _key(0, "steps to trace with jax.profiler into workdir/profile, for xprof or perfetto; 0: none")
+    start: int = _key(3, "steps before them, counted from where the run began or went on")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A run."""
 
@@ -126,6 +141,7 @@ class Config:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
 
 
 def default() -> ConfigDict:

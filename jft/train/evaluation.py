@@ -17,7 +17,7 @@ from jft.train import feed
 from jft.train.objectives import Objective
 from jft.train.objectives import objective as find_objective
 from jft.train.state import find_mesh
-from jft.train.step import apply_of
+from jft.train.step import apply_for
 
 
 # Bound by `partial` below: jit's cache knows a program by its function, and `sums` caches the partial.
@@ -81,4 +81,4 @@ def evaluate(model: Any, params: Any, batches: Iterable, objective: Any = "lm", 
     objective = find_objective(objective)
     # Batches must lie on the devices of the parameters: jit refuses arrays on two sets of devices.
     mesh = mesh or find_mesh(params)
-    return mean(sums(apply_of(model, mesh), objective), params, batches, objective, mesh)
+    return mean(sums(apply_for(objective, model, mesh), objective), params, batches, objective, mesh)

@@ -80,6 +80,7 @@ def run(config: Any, workdir: str | Path) -> Run:
         workdir=workdir,
         checkpoint=dataclasses.asdict(config.checkpoint),
         log=dataclasses.asdict(config.log),
+        profile=dataclasses.asdict(config.profile),
         tokenizer=tokenizer,
         manifest=manifest,
         # Nobody else holds these parameters; the members of a fleet share them to the end.
@@ -156,7 +157,8 @@ def build_model(
         model, params = _from_scratch(config, seed, mesh, count, tokenizer)
     _check_vocabulary(params, tokenizer)
     # Execution only: parameters stay in `param_dtype`, which loading has set.
-    return model.with_(dtype=jnp.dtype(config.dtype), remat=config.remat, attention=config.attention), params
+    execution = {"remat": config.remat, "attention": config.attention, "logits_chunk": config.logits_chunk}
+    return model.with_(dtype=jnp.dtype(config.dtype), **execution), params
 
 
 def _directory(workdir: str | Path) -> Path:

@@ -18,8 +18,9 @@ from jft.train.members import Fleet, Members, listed, member
 from jft.train.metrics import Logging
 from jft.train.objectives import Objective
 from jft.train.preemption import Preempted, Watch
+from jft.train.profile import Profile
 from jft.train.report import Report
-from jft.train.run_config import RunConfig, options
+from jft.train.run_config import Profiling, RunConfig, options
 from jft.train.training import Pending, Run, Training
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def finetune(
     workdir: str | Path | None = None,
     checkpoint: int | Mapping[str, Any] | Checkpointing | None = None,
     log: int | Mapping[str, Any] | Logging | None = None,
+    profile: int | Mapping[str, Any] | Profiling | None = None,
     tokenizer: Any = None,
     manifest: Mapping[str, Any] | None = None,
     donate: bool = False,
@@ -68,6 +70,7 @@ def finetune(
     ``params`` where they have one.
     workdir: where metrics, checkpoints and the task vector go; a run found there is taken up where it stood.
     checkpoint, log: see :class:`Checkpointing` and :class:`Logging` (an object, a dict, or a number for ``every``).
+    profile: steps to write a jax.profiler trace of into ``workdir/profile``, see :class:`Profiling` (or a number of steps).
     manifest: written into checkpoints and task vector; what stands under ``data`` must not change on resuming, what stands
     under ``config`` goes to ``config.json`` once the run may start.
     donate: the run may take over the memory of ``params``, which cannot be used afterwards; methods that train parts of
@@ -83,8 +86,19 @@ def finetune(
     """
     # What to do.
     config = RunConfig(
-        model, steps, objective, mesh, dtype, accumulate, eval_every, eval_batches, options(Logging, log)
+        model,
+        steps,
+        objective,
+        mesh,
+        dtype,
+        accumulate,
+        eval_every,
+        eval_batches,
+        options(Logging, log),
+        options(Profiling, profile),
     )
+    if config.profile.steps and workdir is None:
+        raise ValueError("profile is given, but no workdir to write to")
     # One run goes the way of a fleet's member without a name, so that there is one loop.
     shared = {"data": data, "eval_data": eval_data, "seed": seed, "optimizer": optimizer, "method": method}
     shared |= {"manifest": manifest, "workdir": workdir}
@@ -123,9 +137,13 @@ def finetune(
         # Closed in the reverse order: checkpoints first, which wait for the last write.
         for closing in (report, streams, *([training.checkpoints] if training.checkpoints else [])):
             stack.callback(closing.close)
+        folder = None if workdir is None else workdir / "profile"
+        trace = Profile(config.profile, training, report, begin, folder)
+        # Also on an error or interrupt: the trace of the steps so far is whole.
+        stack.callback(trace.close)
         # Without checkpoints nothing can be saved, and a signal is best left to end the run.
         watch = stack.enter_context(Watch()) if training.checkpoints else None
-        scores = _loop(training, report, watch, begin)
+        scores = _loop(training, report, watch, trace, begin)
     # After the stack has closed, so that metrics are on disk before the task vector that ends the run.
     runs = [training.result(i, scores[i], report.rows(i)) for i in range(len(members))]
     if watch is not None:
@@ -134,7 +152,9 @@ def finetune(
     return runs if members.stacked else runs[0]  # type: ignore[return-value]
 
 
-def _loop(training: Training, report: Report, watch: Watch | None, begin: int) -> list[dict[str, float]]:
+def _loop(
+    training: Training, report: Report, watch: Watch | None, trace: Profile, begin: int
+) -> list[dict[str, float]]:
     """All steps from ``begin``, for all members; the evaluation of the state that each ends with.
 
     Metrics are fetched one step late, so that the next step is queued before the host waits for this one.
@@ -161,19 +181,20 @@ def _loop(training: Training, report: Report, watch: Watch | None, begin: int) -
         training.reselect(n)
         # Of before the batch, for a checkpoint of the state without it.
         positions = streams.positions()
-        try:
-            first, batch = streams.next(n, config.objective)
-        except ValueError as error:
-            if pending is not None:
-                fetch(pending)
-            # One process cannot save alone, and the others do not know of its data.
-            if checkpoints is None or jax.process_count() > 1:
-                raise
-            training.save(n, positions)
-            raise ValueError(f"{error}; the state after step {n} is saved in {checkpoints.directory}") from error
-        # On the host: a schedule is then no part of the compiled program.
-        rates = [m.optimizer.rate(n, config.steps) for m in training.members]
-        metrics, done = training.step(batch, rates), n + 1
+        with trace.step(n):
+            try:
+                first, batch = streams.next(n, config.objective)
+            except ValueError as error:
+                if pending is not None:
+                    fetch(pending)
+                # One process cannot save alone, and the others do not know of its data.
+                if checkpoints is None or jax.process_count() > 1:
+                    raise
+                training.save(n, positions)
+                raise ValueError(f"{error}; the state after step {n} is saved in {checkpoints.directory}") from error
+            # On the host: a schedule is then no part of the compiled program.
+            rates = [m.optimizer.rate(n, config.steps) for m in training.members]
+            metrics, done = training.step(batch, rates), n + 1
         report.count(done, first)
         if pending is not None:
             fetch(pending)

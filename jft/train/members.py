@@ -163,9 +163,9 @@ class Members(list[Member]):
                 raise ValueError(f"{m.label}data is None; only a fleet whose members all have their own needs none")
             config.check_evaluation(m.eval_data)
 
-    def apply(self, model: Any, mesh: Any) -> Any:
+    def apply(self, model: Any, mesh: Any, objective: Any) -> Any:
         """The model in the step."""
-        return step.apply_of(model, mesh)
+        return step.apply_for(objective, model, mesh)
 
     def plans(self, plans: list[Plan]) -> list[Plan]:
         """The members' plans as one program can train them."""
@@ -197,8 +197,8 @@ class Fleet(Members):
 
     stacked = True
 
-    def apply(self, model: Any, mesh: Any) -> Any:
-        return step.apply_of(model)  # members may lie over the mesh where rows would
+    def apply(self, model: Any, mesh: Any, objective: Any) -> Any:
+        return step.apply_for(objective, model)  # members may lie over the mesh where rows would
 
     def plans(self, plans: list[Plan]) -> list[Plan]:
         plans = [_shared_plan(plan) for plan in plans]

@@ -14,6 +14,9 @@ from jft.methods import Plan
 from jft.models.core import is_jft_model
 from jft.train import feed, step
 
+CHUNKS = 8
+"""Chunks into which a remedy cuts the logits of a row: few products, and an eighth of the logits."""
+
 
 def remedies(update: step.Step, batch: Any, model: Any, params: Any) -> Iterator[tuple[str, int]]:
     """(what to change, bytes with it), from what costs the user least."""
@@ -25,20 +28,31 @@ def remedies(update: step.Step, batch: Any, model: Any, params: Any) -> Iterator
         chosen = {p: at for p, at in update.holdings.state.chosen.items() if p in recipe.plan.selects}
         return step.compile_step(recipe, params, chosen, layout.mesh).memory(batch, params).total
 
+    def rerun(**execution: Any) -> step.Recipe:
+        apply = step.apply_for(recipe.objective, model.with_(**execution), layout.mesh)
+        return dataclasses.replace(recipe, apply=apply)
+
     # Shapes alone: nothing may be allocated where memory is short.
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     # First what keeps every number of the run, then what changes numbers or the method.
     if is_jft_model(model) and model.execution.remat != "full":
-        changed = dataclasses.replace(recipe, apply=step.apply_of(model.with_(remat="full"), layout.mesh))
-        yield "model.remat='full'", total(changed, abstract)
+        yield "model.remat='full'", total(rerun(remat="full"), abstract)
     if (
         is_jft_model(model)
         and model.execution.attention == "plain"
         # Rows of one block gain nothing from blocks.
         and _longest(batch) > model.execution.attention_block
     ):
-        changed = dataclasses.replace(recipe, apply=step.apply_of(model.with_(attention="blockwise"), layout.mesh))
-        yield "model.attention='blockwise'", total(changed, abstract)
+        yield "model.attention='blockwise'", total(rerun(attention="blockwise"), abstract)
+    chunk = _longest(batch) // CHUNKS
+    if (
+        is_jft_model(model)
+        and model.predicts_tokens
+        and step.takes_chunks(recipe.objective)
+        and not model.execution.logits_chunk
+        and chunk
+    ):
+        yield f"model.logits_chunk={chunk}", total(rerun(logits_chunk=chunk), abstract)
     rows = feed.rows(batch)
     shards = parallel.batch_shards(layout.mesh)
     # Two tries only: each is a compilation.

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from jft.models.logits import per_position
 from jft.names import nearest
 
 Array = jax.Array
@@ -26,7 +27,8 @@ class Objective(Protocol):
 
     splits: whether the loss of a batch is the sum of its examples' losses, so that microbatches add up. One that also has
     ``sampled_loss(key, outputs, batch)`` can be asked for its true Fisher information (:mod:`jft.select.scores`), one with
-    ``weights(batch, xp)`` says how much each prediction counts (:mod:`jft.analysis` compares predictions one by one).
+    ``weights(batch, xp)`` says how much each prediction counts (:mod:`jft.analysis` compares predictions one by one), one with
+    a true ``chunks`` takes :class:`jft.models.logits.Logits` where others take arrays.
     """
 
     splits: ClassVar[bool]
@@ -84,19 +86,31 @@ def token_nll(logits: Array, targets: Array) -> tuple[Array, Array]:
     return partition - target_logits.astype(jnp.float32), partition
 
 
-def _sampled(key: Array, logits: Array, weights: Array) -> tuple[Array, Array]:
-    """``(sum of -log p(y), weight)`` with each target y drawn from ``softmax(logits)``, for Fisher information."""
-    # Drawn targets are constants of the gradient: it is that of -log p at these targets.
-    sampled = jax.random.categorical(key, jax.lax.stop_gradient(logits.astype(jnp.float32)), axis=-1)
-    return jnp.sum(weights * token_nll(logits, sampled)[0]), jnp.sum(weights)
+def _sampled(key: Array, outputs: Any, weights: Array) -> tuple[Array, Array]:
+    """``(sum of -log p(y), weight)`` with each target y drawn from ``softmax(outputs)``, for Fisher information.
+
+    Every prediction has a key of its own, by its place in ``weights``: draws are the same whole and in chunks.
+    """
+
+    def losses(logits: Array, index: Array) -> Array:
+        # Drawn targets are constants of the gradient: it is that of -log p at these targets.
+        constant = jax.lax.stop_gradient(logits.astype(jnp.float32))
+        draw = lambda i, z: jax.random.categorical(jax.random.fold_in(key, i), z)
+        return token_nll(logits, jnp.vectorize(draw, signature="(),(v)->()")(index, constant))[0]
+
+    index = jnp.arange(weights.size).reshape(weights.shape)
+    return jnp.sum(weights * per_position(losses, outputs, index)), jnp.sum(weights)
 
 
-def _soft_cross_entropy(outputs: Array, reference: Array, weights: Array) -> tuple[Array, Array, dict[str, Array]]:
+def _soft_cross_entropy(outputs: Any, reference: Any, weights: Array) -> tuple[Array, Array, dict[str, Array]]:
     """Weighted cross entropy of ``outputs`` to the predictions ``softmax(reference)``; both are logits."""
-    log_p = jax.nn.log_softmax(outputs.astype(jnp.float32))
-    # Cross entropy, not KL: they differ by the entropy of the reference, which has no gradient.
-    losses = -jnp.sum(jax.nn.softmax(reference.astype(jnp.float32)) * log_p, axis=-1)
-    return jnp.sum(weights * losses), jnp.sum(weights), {}
+
+    def losses(logits: Array, reference: Array) -> Array:
+        log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+        # Cross entropy, not KL: they differ by the entropy of the reference, which has no gradient.
+        return -jnp.sum(jax.nn.softmax(reference.astype(jnp.float32)) * log_p, axis=-1)
+
+    return jnp.sum(weights * per_position(losses, outputs, reference)), jnp.sum(weights), {}
 
 
 def _hits(logits: Array, targets: Array) -> Array:
@@ -127,6 +141,7 @@ class _NextToken:
 
     z_loss: float = 0.0
     splits: ClassVar[bool] = True
+    chunks: ClassVar[bool] = True
     field: ClassVar[str]
 
     def weights(self, batch: Batch, xp: Any = jnp) -> Any:
@@ -142,8 +157,9 @@ class _NextToken:
 
     def loss(self, outputs: Any, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
         targets = _next(_field(batch, self.field), jnp)
-        nll, partition = token_nll(outputs, targets)
-        return _sums(nll, partition, _hits(outputs, targets), self.weights(batch), self.z_loss)
+        each = lambda logits, targets: (*token_nll(logits, targets), _hits(logits, targets))
+        nll, partition, hits = per_position(each, outputs, targets)
+        return _sums(nll, partition, hits, self.weights(batch), self.z_loss)
 
     def toward(self, outputs: Any, reference: Any, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
         """The loss with the predictions of ``reference`` (outputs of another model) as soft targets."""

@@ -99,7 +99,7 @@ class Report:
 
     def evaluation(self, done: int, results: list[dict[str, float]], seconds: float) -> None:
         """Results of each member, nothing for one without evaluation data; what they took does not count as training."""
-        self._meter.pause(seconds)
+        self.pause(seconds)
         for member, metrics, result in zip(self._training.members, self._metrics, results, strict=True):
             if result:
                 metrics.write(done, "eval", result)
@@ -107,6 +107,10 @@ class Report:
                 self.say(f"{member.name}: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()))
             elif result:
                 self._progress.show(done, "eval", result)
+
+    def pause(self, seconds: float) -> None:
+        """Leave out of all rates ``seconds`` that have just gone into something else than training."""
+        self._meter.pause(seconds)
 
     def close(self) -> None:
         for metrics in self._metrics:

@@ -116,7 +116,8 @@ def find(config: RunConfig, members: Members, streams: Streams, params: Any, wor
     made = max(before.step - 1, 0)
     plans = [method_at(m.method, made, config.steps).plan(m.start(params), config.model) for m in members]
     # Of the first member: a fleet's optimizers differ in their rates alone.
-    apply, loss, optimizer = members.apply(config.model, config.mesh), config.objective, members[0].optimizer
+    loss, optimizer = config.objective, members[0].optimizer
+    apply = members.apply(config.model, config.mesh, loss)
     # From the whole base, so that a new selection decays what a first one would.
     decayed = optimizer.decayed(tree.flatten(params))
     recipe = step.Recipe(apply, plans[0], loss, optimizer.unscheduled(), config.accumulate, config.dtype, decayed)

@@ -21,6 +21,21 @@ from jft.train.state import State, find_mesh
 
 
 @dataclasses.dataclass(frozen=True)
+class Profiling:
+    """Options of the profile. steps: how many to trace, 0 for none. start: steps before them, since the run began or went on.
+
+    The first steps of a run warm up the devices, hence those that are passed over.
+    """
+
+    steps: int = 0
+    start: int = 3
+
+    def __post_init__(self):
+        if self.steps < 0 or self.start < 0:
+            raise ValueError(f"profile.steps is {self.steps} and start {self.start}; they must be at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Arguments of :func:`jft.finetune`, where they are described; None until :meth:`filled`."""
 
@@ -33,12 +48,18 @@ class RunConfig:
     eval_every: int
     eval_batches: int
     log: Logging
+    profile: Profiling
 
     def __post_init__(self):
         for name, least in (("steps", 1), ("eval_every", 0), ("eval_batches", 0)):
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
+        # A run that goes on may have fewer steps left, and traces those.
+        if self.profile.steps and self.profile.start + self.profile.steps > self.steps:
+            raise ValueError(
+                f"profile.start ({self.profile.start}) + profile.steps ({self.profile.steps}) is beyond steps={self.steps}"
+            )
 
     def filled(self, params: Any, batch: Any) -> RunConfig:
         """The same with the objective, dtype and mesh that the model, its parameters and ``batch``, the first, suggest."""
@@ -62,9 +83,9 @@ class RunConfig:
 
 
 def options(kind: type, value: Any) -> Any:
-    """An options object from itself, a mapping of its fields, a number (``every``) or None."""
+    """An options object from itself, a mapping of its fields, a number (its first field) or None."""
     if value is None or isinstance(value, int):
-        return kind() if value is None else kind(every=value)
+        return kind() if value is None else kind(value)
     if isinstance(value, Mapping):
         known = [f.name for f in dataclasses.fields(kind)]
         for key in value:

@@ -16,7 +16,8 @@ import optax
 from jft import parallel, tree
 from jft.compiled import program_cache
 from jft.methods import Plan
-from jft.models.core import is_jft_model, on_mesh
+from jft.models.core import is_jft_model, model_of, on_mesh
+from jft.models.logits import Logits
 from jft.train import feed
 from jft.train.metrics import Work, peak_flops
 from jft.train.objectives import LanguageModel, Objective, Seq2Seq, TowardBase
@@ -28,14 +29,24 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Apply:
-    """A model's ``apply(params, batch)`` on a mesh, as a value: of equal models equal, which Python's bound methods are not."""
+    """A model's ``apply(params, batch)`` on a mesh, as a value: of equal models equal, which Python's bound methods are not.
+
+    chunk: outputs are :class:`~jft.models.logits.Logits` of so many tokens of a row at a time; 0: arrays.
+    """
 
     model: Any
     mesh: Any = None
+    chunk: int = 0
 
-    def __call__(self, params: Any, batch: Any, **hooks: Any) -> Any:
+    def __call__(self, params: Any, batch: Any, hooks: Any = None) -> Any:
         with on_mesh(self.mesh):
-            return (self.model.apply if hasattr(self.model, "apply") else self.model)(params, batch, **hooks)
+            # A hook on products sees that of the head only where the model itself makes it.
+            if self.chunk and (hooks is None or hooks.product is None):
+                found = self.model.head_states(params, batch, hooks)
+                logits = lambda states: Logits(states, self.model.head_params(params), self.head, self.chunk)
+                return logits(found) if hooks is None else (logits(found[0]), found[1])
+            rest = {} if hooks is None else {"hooks": hooks}
+            return (self.model.apply if hasattr(self.model, "apply") else self.model)(params, batch, **rest)
 
     def head(self, params: Any, h: Any) -> Any:
         """A jft model's :meth:`~jft.models.Model.head`."""
@@ -46,6 +57,33 @@ class Apply:
 def apply_of(model: Any, mesh: Any = None) -> Callable[[Any, Any], Any]:
     """``apply(params, batch)`` of a jft model, or of a callable, which is that already, traced for ``mesh``."""
     return Apply(model, mesh) if mesh is not None or hasattr(model, "apply") else model
+
+
+def apply_for(objective: Objective, model: Any, mesh: Any = None) -> Callable[[Any, Any], Any]:
+    """:func:`apply_of` whose outputs are for ``objective`` alone: those of a jft model are in chunks, where it says so.
+
+    Raises ``ValueError`` where the objective takes no chunks.
+    """
+    chunk = model.execution.logits_chunk if is_jft_model(model) else 0
+    if chunk and not takes_chunks(objective):
+        raise ValueError(
+            f"logits_chunk={chunk}: {type(objective).__name__} takes all logits at once; use logits_chunk=0, or an objective "
+            "that reads its outputs through jft.models.logits.per_position and says so by chunks = True"
+        )
+    return in_chunks(objective, apply_of(model, mesh))
+
+
+def takes_chunks(objective: Objective) -> bool:
+    """Whether an objective takes :class:`~jft.models.logits.Logits`."""
+    return getattr(objective, "chunks", False)
+
+
+def in_chunks(objective: Objective, apply: Any) -> Callable[[Any, Any], Any]:
+    """``apply`` of :func:`apply_of`, with outputs in chunks where the model says so and ``objective`` takes them."""
+    model = model_of(apply)
+    if not is_jft_model(model) or not takes_chunks(objective):
+        return apply
+    return dataclasses.replace(apply, chunk=model.execution.logits_chunk)
 
 
 def dtype_of(model: Any, params: Any) -> Any:

@@ -10,6 +10,7 @@ import pytest
 
 import jft
 from jft import parallel
+from jft.kernels import fused_attention
 from jft.models import ClipConfig, DecoderConfig, EncoderConfig, Execution, Model, T5Config, VisionConfig
 from jft.models.clip import TextConfig
 from jft.models.core import on_mesh
@@ -80,6 +81,51 @@ def test_a_model_is_the_same(name):
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * max(1.0, np.abs(b).max())),
         *jax.device_get((found, expected)),
     )
+
+
+FUSED = Execution(attention="fused")
+REFUSED = {"cpu": {"gemma": "a softcap"}, "tpu": {"gemma": "windows that differ", "t5": "a bias"}}
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in REFUSED["cpu"]])
+def test_a_fused_model_is_the_same(name):
+    config, batch = MODELS[name]
+    params = config.init(jax.random.key(0), jnp.float32)
+
+    def run(execution):
+        def ordinary(params):
+            outputs = Model(config, execution).apply(params, batch)
+            return real(name, outputs, batch), outputs
+
+        (value, outputs), gradient = jax.jit(jax.value_and_grad(ordinary, has_aux=True))(params)
+        return value, jax.tree.map(lambda y: y * real_positions(y, batch), outputs), gradient
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * max(1.0, np.abs(b).max())),
+        *jax.device_get((run(FUSED), run(Execution()))),
+    )
+
+
+def real_positions(outputs, batch):
+    """1 where an output is not of padding, whose value is nobody's."""
+    key = "decoder_segments" if "decoder_segments" in batch else "segments"
+    given = isinstance(batch, dict) and key in batch and outputs.ndim == 3
+    return (batch[key] > 0)[..., None] if given else 1.0
+
+
+@pytest.mark.parametrize("platform", REFUSED)
+def test_models_that_no_kernel_of_a_platform_has(platform, monkeypatch):
+    monkeypatch.setattr(fused_attention, "_platform", lambda: platform)
+    for name, (config, batch) in MODELS.items():
+        shapes = jax.eval_shape(lambda config=config: config.init(jax.random.key(0), jnp.float32))
+        run = lambda config=config, batch=batch, shapes=shapes: jax.eval_shape(
+            lambda params: Model(config, FUSED).apply(params, batch), shapes
+        )
+        if name in REFUSED[platform]:
+            with pytest.raises(ValueError, match=f"has no {REFUSED[platform][name]}.* on {platform}"):
+                run()
+        else:
+            run()
 
 
 @pytest.mark.optimized
