@@ -117,10 +117,11 @@ class Execution:
     derivative needs them (:mod:`jft.kernels.attention`): memory linear in T, in forward and reverse mode, and blocks that
     a causal mask or a window hides are skipped. Choose it where T is beyond one block; below, plain is the same and
     compiles sooner. Or ``fused``, a kernel of the platform (:mod:`jft.kernels.fused_attention`): splash attention on TPUs,
-    cuDNN's on GPUs in bfloat16; for ordinary training and evaluation, since it has no forward mode, and not with every
-    model. logits_chunk: of a model that predicts tokens, tokens of a row whose logits ``[B, chunk, V]`` exist at
-    once in training steps and evaluation (0: all), for one more product of the head in the backward pass
-    (:mod:`jft.models.logits`); ``apply`` gives all of them always.
+    cuDNN's on GPUs in bfloat16; for ordinary training and evaluation, since it has no forward mode, not with every model, and
+    on several TPUs only where the model is traced for their mesh (:func:`on_mesh`), as training does. logits_chunk: of a
+    model that predicts tokens, tokens of a row whose logits ``[B, chunk, V]`` exist at once in training steps and evaluation
+    (0: all), for one more product of the head in the backward pass (:mod:`jft.models.logits`); ``apply`` gives all of them
+    always.
     """
 
     dtype: Any = jnp.float32

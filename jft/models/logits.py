@@ -43,8 +43,10 @@ def per_position(function: Callable[..., Any], *values: Any) -> Any:
     values: arrays ``[B, T, ...]`` and :class:`Logits`; function gets them as arrays ``[B, t, ...]`` with t up to T, and gives
     arrays ``[B, t, ...]``. Without :class:`Logits` among them that is one call. With them it is a scan over chunks of T of even
     size, whose logits exist for one chunk at a time and are computed again where a derivative needs them: in the backward
-    pass that costs the head's product once more. Rows stay where they are on a mesh. Gradients of the head's weights are
-    added up over chunks in the dtype in which the model multiplies by them.
+    pass that costs the head's product once more. Rows stay where they are on a mesh; where it divides the head's weights XLA
+    may gather them, and add up their gradient, for every chunk, so few large chunks are best. Gradients of the head's
+    weights are added up over chunks in the dtype in which the model multiplies by them: in bfloat16 their relative error,
+    0.4% with all logits at once, is 0.5% with 8 chunks and 0.8% with 32.
     """
     logits = [value for value in values if isinstance(value, Logits)]
     if not logits:
@@ -52,7 +54,7 @@ def per_position(function: Callable[..., Any], *values: Any) -> Any:
     T = logits[0].tokens
     count = -(-T // min(value.chunk for value in logits))
     size = -(-T // count)
-    # A static value of each, where the arrays are that the scan cuts.
+    # Apart from the arrays that the scan cuts: every chunk reads all of the head's weights.
     heads = [(value.head, value.params) if isinstance(value, Logits) else None for value in values]
     arrays = [value.states if isinstance(value, Logits) else value for value in values]
 

@@ -19,6 +19,7 @@ import numpy as np
 from jft import methods, tree
 from jft.methods import Method, Plan
 from jft.methods.parametrise import Parametrisation
+from jft.models.core import is_jft_model
 from jft.names import nearest
 from jft.select.granularity import Granularity
 from jft.train import memory_check, stacked, step
@@ -198,6 +199,11 @@ class Fleet(Members):
     stacked = True
 
     def apply(self, model: Any, mesh: Any, objective: Any) -> Any:
+        # Across the members' axis nothing tells a kernel for TPUs which rows are a device's own.
+        if is_jft_model(model) and model.execution.attention == "fused" and mesh is not None and mesh.size > 1:
+            raise ValueError(
+                "attention='fused' does not go with a fleet on several devices; use 'blockwise' or 'plain'"
+            )
         return step.apply_for(objective, model)  # members may lie over the mesh where rows would
 
     def plans(self, plans: list[Plan]) -> list[Plan]:

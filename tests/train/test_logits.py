@@ -226,6 +226,12 @@ def test_fleets():
         close(a.params, b.params)
 
 
+def test_fused_attention_of_a_fleet_on_a_mesh_is_refused():
+    model, mesh = Model(CONFIGS["tied"], Execution(attention="fused")), parallel.make_mesh({"data": 2, "fsdp": 4})
+    with pytest.raises(ValueError, match="attention='fused' does not go with a fleet on several devices"):
+        jft.finetune(model, drawn(CONFIGS["tied"]), [BATCH], steps=1, mesh=mesh, fleet=[{"name": "a"}, {"name": "b"}])
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="logits_chunk is -1"):
         Execution(logits_chunk=-1)
