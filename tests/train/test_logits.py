@@ -13,7 +13,7 @@ import pytest
 import jft
 from jft import methods, parallel, tree
 from jft.cli import main
-from jft.models import Classifier, DecoderConfig, Execution, Model, T5Config
+from jft.models import Classifier, DecoderConfig, Execution, Hooks, Model, T5Config
 from jft.models.logits import Logits, per_position
 from jft.train import evaluation, step
 from jft.train.config import ModelConfig
@@ -95,6 +95,11 @@ def gradients(chunk, name, objective, mesh=None, **options):
     return jax.device_get(run(kept, trained, batch))
 
 
+def times(factor, batch):
+    """Other tokens of the same vocabulary."""
+    return tree.map_with_path(lambda p, x: (x * factor) % VOCAB if "tokens" in p else x, batch)
+
+
 def close(found, expected, tolerance=2e-5):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max()), found, expected
@@ -109,6 +114,38 @@ def test_a_step(name, z_loss):
     head = "embed/table" if CONFIGS[name].tied else "head/w"
     assert max(np.abs(g).max() for g in jax.tree.leaves(found[0][head])) > 1e-3
     close(found, expected)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_formula(name):
+    """In float64, from the last hidden states: their product with the head, and each target by itself."""
+    config, given, objective = case(name)
+    params, model = drawn(config), Model(config, Execution(logits_chunk=CHUNK))
+    t5 = name.startswith("t5")
+    site = "decoder/final" if t5 else "final"
+    hooks = Hooks(value=lambda name, h, state: (h, h if name == site else None))
+    w = np.asarray(params["embed"]["table"].T if config.tied else params["head"]["w"], np.float64)
+    right = 0.0
+    for factor in range(1, 13):  # of tokens that are drawn at random few are predicted
+        batch = times(factor, given)
+        h = np.asarray(model.apply(params, batch, hooks)[1][site], np.float64)
+        z = (h / 4 if name == "t5 tied" else h) @ w  # the root of a width of 16
+        z = 0.7 * np.tanh(z / 0.7) if name == "softcap" else z
+        tokens = batch["decoder_tokens"] if t5 else batch["tokens"]
+        segments = (tokens != 0) | (np.arange(T) == 0) if t5 else batch["segments"]
+        loss = hits = weight = 0.0
+        for b in range(4 if t5 else 3):  # the last row is not valid
+            for t in range(T - 1):
+                if segments[b, t] == segments[b, t + 1] != 0:
+                    share, partition = float(batch["loss_mask"][b, t + 1]), np.log(np.sum(np.exp(z[b, t])))
+                    loss += share * (partition - z[b, t, tokens[b, t + 1]] + 0.1 * partition**2)
+                    hits += share * (np.argmax(z[b, t]) == tokens[b, t + 1])
+                    weight += share
+        found = step.apply_for(objective(), model)(params, batch)
+        total, count, sums = objective(z_loss=0.1).loss(found, batch)
+        np.testing.assert_allclose([total, count, sums["accuracy"]], [loss, weight, hits], rtol=1e-5, atol=1e-6)
+        right += hits
+    assert right > 0
 
 
 @pytest.mark.parametrize("name", ["untied", "softcap", "t5 tied"])
@@ -169,9 +206,7 @@ def test_evaluation():
     for name in ("tied", "softcap", "t5 tied"):
         config, batch, objective = case(name)
         params = drawn(config)
-        batches = [
-            tree.map_with_path(lambda p, x, k=k: (x * k) % VOCAB if "tokens" in p else x, batch) for k in range(1, 20)
-        ]
+        batches = [times(factor, batch) for factor in range(1, 20)]
         found, expected = (
             evaluation.evaluate(Model(config, Execution(logits_chunk=chunk)), params, batches, objective())
             for chunk in (CHUNK, 0)
@@ -208,7 +243,7 @@ def test_per_position_of_arrays_and_logits():
 
 def finetuned(chunk, **options):
     model = Model(CONFIGS["tied"], Execution(logits_chunk=chunk))
-    data = [{**BATCH, "tokens": (BATCH["tokens"] * k) % VOCAB} for k in (1, 2, 3)]
+    data = [times(factor, BATCH) for factor in (1, 2, 3)]
     options = {"optimizer": {"name": "sgd", "lr": 1e-2}, "log": {"every": 1, "progress": False}} | options
     return jft.finetune(model, drawn(CONFIGS["tied"]), data, steps=3, eval_data=data, **options)
 
@@ -227,7 +262,7 @@ def test_fleets():
 
 
 def test_fused_attention_of_a_fleet_on_a_mesh_is_refused():
-    model, mesh = Model(CONFIGS["tied"], Execution(attention="fused")), parallel.make_mesh({"data": 2, "fsdp": 4})
+    model, mesh = Model(CONFIGS["tied"], Execution(attention="fused")), parallel.make_mesh({"fsdp": 4, "tensor": 2})
     with pytest.raises(ValueError, match="attention='fused' does not go with a fleet on several devices"):
         jft.finetune(model, drawn(CONFIGS["tied"]), [BATCH], steps=1, mesh=mesh, fleet=[{"name": "a"}, {"name": "b"}])
 
