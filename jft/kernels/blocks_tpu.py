@@ -22,9 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jft.kernels import tuning
+from jft.kernels.pallas import LANES, parity
 
 Array = jax.Array
-LANES = 128
 # Blocks in one pass of an inner loop: with fewer, the multiplier waits for the first rows of each.
 UNROLL = 8
 
@@ -147,13 +147,7 @@ def sddmm(
     order = jnp.argsort(panel, stable=True).astype(jnp.int32) if config.panels > 1 else jnp.arange(n, dtype=jnp.int32)
     row, column, panel = row[order], column[order], panel[order]
     starts = _starts(panel, m, config)
-    last = jnp.maximum(
-        jax.lax.cummax(jnp.where(starts[:, 1:] > starts[:, :-1], jnp.arange(config.panels), 0), axis=1), 0
-    )
-    # The panel that each step of the grid reads: of empty ones the one before, which is not fetched again.
-    reads = last.astype(jnp.int32)
-
-    scalars = (row, column, order, starts.astype(jnp.int32), reads)
+    scalars = row, column, order, starts, _reads(starts)
     body = functools.partial(
         _sddmm_body,
         n=n,
@@ -266,7 +260,7 @@ def _sddmm_body(row, column, order, starts, reads, x, dy, *rest, n, m, block, wi
     @pl.when((t == pl.num_programs(1) - 1) & (p == config.panels - 1))
     def _finish():
         def send(i, _):  # type: ignore[no-untyped-def]
-            slot = i & 1
+            slot = parity(i)
             copy = pltpu.make_async_copy(stage.at[slot], o.at[order[first + i]], sent.at[slot])
 
             # The buffer is free once the copy before the last has left it.

@@ -17,6 +17,7 @@ BLOCKS = np.array([[1, 3], [0, 0], [1, 0], [0, 2], [0, 3]], np.int32)  # not sor
 FORMS = ("xla", "interpret")
 
 MUTATIONS = (
+    ("jft/kernels/blocks_tpu.py", "order, starts, _reads(starts)", "order, starts, 0 * _reads(starts)"),
     ("jft/kernels/blocks_tpu.py", "valid = (i < end) & (row[here] < limit)", "valid = i < end"),
     ("jft/kernels/blocks_tpu.py", "jnp.clip(column[here] * c - p * width", "jnp.clip(column[here] * c"),
     ("jft/kernels/blocks_tpu.py", "o.at[order[first + i]], sent", "o.at[first + i], sent"),
