@@ -37,6 +37,9 @@ def tune(cases: Sequence[Case], steps: int = 10, say: Callable[[str], None] = la
                 say(f"{config}: {str(error).splitlines()[0]}")
             else:
                 say(f"{config}: {1e6 * times[config]:.0f} us")
+        if not times:
+            say("no configuration of the kernel compiles here")
+            continue
         best = min(times, key=lambda config: times[config])
         fastest[tuning.sddmm_case(x, dy, case.count, case.block)] = dataclasses.asdict(best)
     return tuning.write(kind, fastest)
