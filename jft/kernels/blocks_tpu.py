@@ -202,6 +202,9 @@ def _starts(panel: Array, m: int, config: Config) -> Array:
 def _reads(starts: Array) -> Array:
     """The panel of dy that each step of a group reads, ``[groups, panels]``: one without blocks is not fetched."""
     full = starts[:, 1:] > starts[:, :-1]
+    # A constant, where XLA would make a program of its own for nothing.
+    if full.shape[1] == 1:
+        return jnp.zeros(full.shape, jnp.int32)
     before = jax.lax.cummax(jnp.where(full, jnp.arange(full.shape[1], dtype=jnp.int32), -1), axis=1)
     # What is read already is not fetched again; ahead of the first panel with blocks that is this one.
     return jnp.where(before < 0, jnp.argmax(full, axis=1, keepdims=True).astype(jnp.int32), before)
