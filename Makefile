@@ -40,7 +40,13 @@ test: $(VENV)/.test  ## Everything but the comparisons with torch and its librar
 	$(PYTEST) -m "not peers and not optimized"
 	JFT_TEST_OPTIMIZED=1 $(PYTEST) -m "not peers and optimized"
 
-test-peers: $(VENV)/.peers  ## The comparisons with torch, transformers, peft and libtpu.
+# Beside the environment, with what its modules import: the rest of what it depends on is a training stack and its servers.
+$(VENV)/fusionbench: $(VENV)/.peers
+	$(PIP) install -q --no-deps --target $@ fusion-bench==0.2.33 bidict hydra-core omegaconf==2.3.0 antlr4-python3-runtime==4.9.3 \
+	  lightning lightning-utilities pytorch-lightning torchmetrics
+	@touch $@
+
+test-peers: $(VENV)/.peers $(VENV)/fusionbench  ## The comparisons with torch, transformers, peft, mergekit and libtpu.
 	$(PYTEST) -m peers
 
 # Beside the environment: installed in it, the plugin would look for a GPU whenever a program starts.

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from jft.delta import TaskVector
-
-Vectors = Sequence[TaskVector] | Mapping[str, TaskVector]
+from jft.merge.rule import Vectors, listed, weights_of
 
 
 def task_arithmetic(vectors: Vectors, weights: Any = None, scale: Any = 1.0) -> TaskVector:
@@ -38,33 +34,3 @@ def average(vectors: Vectors, weights: Any = None) -> TaskVector:
     if total == 0:
         raise ValueError(f"weights {coefficients} sum to zero: there is no average")
     return TaskVector.combine(taus, [w / total for w in coefficients])
-
-
-def listed(vectors: Vectors) -> list[TaskVector]:
-    """The vectors as a list; ``ValueError`` where there are none, or something else is among them."""
-    if isinstance(vectors, TaskVector):
-        raise ValueError("merging takes a list of task vectors, not one; [tau] is a list of one")
-    taus = list(vectors.values() if isinstance(vectors, Mapping) else vectors)
-    if not taus:
-        raise ValueError("merging needs at least one task vector")
-    for i, vector in enumerate(taus):
-        if not isinstance(vector, TaskVector):
-            raise ValueError(
-                f"vectors[{i}] is a {type(vector).__name__}, not a TaskVector; load files with TaskVector.load"
-            )
-    return taus
-
-
-def weights_of(value: Any, count: int, name: str = "weights", default: float = 1.0) -> list[Any]:
-    """One number per vector from an option that may be None, one number, or one per vector.
-
-    Numbers may be traced scalars (learned coefficients). Raises ``ValueError`` naming the option where the count differs.
-    """
-    if value is None:
-        return [default] * count
-    # np.ndim and np.shape take traced scalars as well.
-    if np.ndim(value) == 0:
-        return [value] * count
-    if np.ndim(value) != 1 or len(value) != count:
-        raise ValueError(f"{name} must be one number or one per vector ({count} of them), not shape {np.shape(value)}")
-    return list(value)

@@ -1,0 +1,230 @@
+"""Merging of task vectors that are in memory, sharded or not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jft import tree
+from jft.compiled import program_cache
+from jft.delta import Dense, TaskVector
+from jft.delta import manifest as manifests
+from jft.delta.numeric import wide
+from jft.merge.rule import Rule, Tensor
+from jft.select import threshold
+
+Array = jax.Array
+Options = tuple[tuple[str, Hashable], ...]
+
+
+def merge(
+    rule: Rule,
+    vectors: Sequence[TaskVector],
+    *,
+    scale: Any = 1.0,
+    base: Any = None,
+    seed: int = 0,
+    note: Mapping[str, Any] | None = None,
+) -> Any:
+    """The task vector that ``rule`` makes of ``vectors``, times ``scale``; with :attr:`Rule.each` a list, one per vector.
+
+    A path that a vector lacks is a zero change of it. Layers of a stack, and experts, are tensors of their own. One path is
+    dense at a time, in float32, sharded as the first of its deltas. base: the parameters the vectors are changes of, for
+    rules that read them and for masks and gates. note: entries of the manifest.
+
+    Raises ``ValueError`` where the rule reads a base and there is none, or a change is relative to one;
+    :class:`jft.delta.BaseMismatch` for vectors of different bases, or of another than ``base``.
+    """
+    taus = list(vectors)
+    values = rule.values(len(taus))
+    flat = _base(rule, taus, base)
+    if rule.coefficients is not None:
+        coefficients = [scale * c for c in rule.coefficients(values)]
+        return TaskVector.combine(taus, coefficients)
+    manifest = manifests.derive([t.manifest for t in taus], "merge", **(note or {}))
+    tensors = _Tensors(rule, taus, values, flat, seed)
+    if rule.scope == "model" and rule.ranks is not None:
+        tensors.thresholds = tensors.of_model(rule.ranks)
+    if rule.totals is not None:
+        tensors.totals = tensors.summed(rule.totals)
+    results = {path: tensors.run(path, rule.merge, scale) for path in tensors.paths}
+    if not rule.each:
+        return TaskVector({path: Dense(x) for path, x in results.items()}, manifest)
+    return [TaskVector({p: Dense(x[i]) for p, x in results.items()}, manifest) for i in range(len(taus))]
+
+
+def stack_axes(path: str, ndim: int) -> int:
+    """How many leading axes of a weight count tensors: layers, and the experts in them. 0 outside stacks.
+
+    >>> stack_axes("layers/mlp/up/w", 3), stack_axes("layers/experts/up/w", 4), stack_axes("embed/w", 2)
+    (1, 2, 0)
+    """
+    # Other libraries number their layers; there every weight is a tensor.
+    if tree.stack_of(path) is None or tree.layer_of(path) is not None:
+        return 0
+    return max(1, ndim - 2)
+
+
+class _Tensors:
+    """The tensors of several task vectors, path by path."""
+
+    def __init__(
+        self,
+        rule: Rule,
+        taus: Sequence[TaskVector],
+        values: Mapping[str, Sequence[Any]],
+        base: Mapping[str, Array] | None,
+        seed: int,
+    ) -> None:
+        self.rule, self.taus, self.values, self.base = rule, taus, values, base
+        self.options: Options = tuple(sorted(rule.options.items()))
+        self.key = jax.random.key(seed)
+        self.paths = list(dict.fromkeys(path for tau in taus for path in tau))
+        self.shapes = {path: next(tau[path].shape for tau in taus if path in tau) for path in self.paths}
+        self.thresholds: Array | None = None
+        self.totals: Any = None
+
+    def dense(self, path: str) -> tuple[Array, ...]:
+        """The delta of ``path`` of every vector, float32."""
+        deltas: list[Array | None] = []
+        for tau in self.taus:
+            if path not in tau:
+                deltas.append(None)
+                continue
+            delta = tau[path]
+            if delta.relative and self.base is not None:
+                delta = delta.resolve(self.base[path])
+            if delta.shape != self.shapes[path]:
+                raise ValueError(f"{path!r} has shape {self.shapes[path]} in one vector and {delta.shape} in another")
+            try:
+                deltas.append(delta.dense())
+            except ValueError as error:
+                raise ValueError(f"{path!r}: {error}; or merge with base=params") from None
+        present = next(x for x in deltas if x is not None)
+        return tuple(jnp.zeros_like(present) if x is None else x for x in deltas)
+
+    def run(self, path: str, function: Callable[..., Any], scale: Any = 1.0) -> Any:
+        """``scale * function(tensor, **options)`` for every tensor of a path, stacked as the path is."""
+        deltas = self.dense(path)
+        stack = self.shapes[path][: stack_axes(path, len(self.shapes[path]))]
+        size = math.prod(self.shapes[path][len(stack) :])
+        ranks = None
+        if self.rule.ranks is not None:
+            numbers = {name: np.asarray(v, np.float64) for name, v in self.values.items() if _concrete(v)}
+            ranks = jnp.asarray(self.rule.ranks(size, numbers), jnp.uint32)
+        call = _Call(
+            base=wide(jnp.asarray(self.base[path])) if self.rule.base and self.base is not None else None,
+            parameters={name: jnp.stack([jnp.asarray(x, jnp.float32) for x in v]) for name, v in self.values.items()},
+            ranks=ranks,
+            thresholds=self.thresholds,
+            totals=self.totals,
+            key=tree.key_for(self.key, path),
+            scale=jnp.asarray(scale, jnp.float32),
+        )
+        each = self.rule.each and function is self.rule.merge
+        program = _program(
+            function,
+            self.options,
+            len(stack),
+            each,
+            _sharding(deltas[0]) if function is self.rule.merge and not each else None,
+        )
+        return program(deltas, call)
+
+    def summed(self, function: Callable[..., Any]) -> Any:
+        """The sum over all tensors of a pytree of sums."""
+        total = None
+        for path in self.paths:
+            stack = stack_axes(path, len(self.shapes[path]))
+            part = self.run(path, function)
+            part = jax.tree.map(lambda x, n=stack: jnp.sum(x, axis=tuple(range(n))), part)
+            total = part if total is None else jax.tree.map(jnp.add, total, part)
+        return total
+
+    def of_model(self, ranks: Callable[[int, Mapping[str, np.ndarray]], np.ndarray]) -> Array:
+        """The magnitudes ``[N, R]`` of the ranks among the entries of each whole vector."""
+        size = sum(math.prod(shape) for shape in self.shapes.values())
+        numbers = {name: np.asarray(v, np.float64) for name, v in self.values.items() if _concrete(v)}
+        rows = []
+        for i, row in enumerate(np.asarray(ranks(size, numbers))):
+            magnitudes = {path: jnp.abs(self.dense(path)[i]) for path in self.paths}
+            rows.append([threshold.threshold(magnitudes, int(k))[0] if k > 0 else math.inf for k in row])
+        return jnp.asarray(rows, jnp.float32)
+
+
+class _Call(NamedTuple):
+    """The arguments of a program beside the deltas."""
+
+    base: Array | None
+    parameters: dict[str, Array]
+    ranks: Array | None
+    thresholds: Array | None
+    totals: Any
+    key: Array
+    scale: Array
+
+
+@program_cache(maxsize=256)
+def _program(
+    function: Callable[..., Any], options: Options, stack: int, each: bool, sharding: Any
+) -> Callable[..., Any]:
+    def program(deltas: tuple[Array, ...], call: _Call) -> Any:
+        # [..., N, tensor]: the stack first, for it is what is mapped over.
+        models = jnp.stack(deltas, axis=stack)
+        shape = models.shape[:stack]
+
+        def one(delta: Array, base: Array | None, index: Array) -> Any:
+            layer = index // math.prod(shape[1:]) if stack else index
+            tensor = Tensor(
+                deltas=delta,
+                base=base,
+                parameters=call.parameters,
+                ranks=call.ranks,
+                thresholds=call.thresholds,
+                totals=call.totals,
+                key=jax.random.fold_in(call.key, index),
+                layer=layer,
+                layers=jnp.int32(shape[0] if stack else 0),
+            )
+            return jax.tree.map(lambda x: call.scale * x, function(tensor, **dict(options)))
+
+        indices = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
+        # Experts side by side, so that a mesh may spread them; layers one after the other, so that one is dense at a time.
+        for _ in range(stack - 1):
+            one = jax.vmap(one)
+        if stack:
+            result = jax.lax.map(lambda args: one(*args), (models, call.base, indices))
+        else:
+            result = one(models, call.base, indices)
+        # One result for each model: the axis of models stands behind the stack.
+        return jnp.moveaxis(result, stack, 0) if each else result
+
+    return jax.jit(program) if sharding is None else jax.jit(program, out_shardings=sharding)
+
+
+def _sharding(delta: Array) -> Any:
+    sharding = getattr(delta, "sharding", None)
+    return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
+
+
+def _concrete(values: Sequence[Any]) -> bool:
+    return not any(isinstance(x, jax.core.Tracer) for x in values)
+
+
+def _base(rule: Rule, taus: Sequence[TaskVector], base: Any) -> dict[str, Array] | None:
+    if base is None:
+        if rule.base:
+            raise ValueError("this rule reads the base; give its parameters: base=params")
+        return None
+    flat = tree.flatten(base)
+    for tau in taus:
+        manifests.verify(tau.manifest, flat)
+    missing = [path for tau in taus for path in tau if path not in flat]
+    if missing:
+        raise ValueError(f"a task vector changes {missing[0]!r}, which the base does not have")
+    return flat

@@ -1,0 +1,118 @@
+"""A merging rule: what it does to one tensor of several models, and what it has to know of the others first."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from jft.delta import TaskVector
+
+Array = jax.Array
+Vectors = Sequence[TaskVector] | Mapping[str, TaskVector]
+
+
+class Tensor(NamedTuple):
+    """What a rule sees of one tensor: a matrix, a vector, one layer or one expert of a stack.
+
+    deltas: ``[N, ...]`` float32, the change of each of the N models. base: ``[...]`` float32, or None where the rule does not
+    read it. parameters: name -> ``[N]`` float32, a number that all models share standing N times. ranks: ``[N, R]`` uint32, or
+    None, as :attr:`Rule.ranks` gives them. thresholds: ``[N, R]`` float32, the magnitude of the ``ranks``-th largest entry of
+    each delta, infinity for rank 0; None where nobody has computed them. totals: what :attr:`Rule.totals` sums up to, over all
+    tensors. key: a random key that depends on the seed and the name of the tensor alone. layer, layers: its position in its
+    stack and the length of that, int32; 0 and 0 outside stacks.
+    """
+
+    deltas: Array
+    base: Array | None
+    parameters: dict[str, Array]
+    ranks: Array | None
+    thresholds: Array | None
+    totals: Any
+    key: Array
+    layer: Array
+    layers: Array
+
+    def weighted(self, name: str = "weight") -> Array:
+        """The parameter ``[N]`` with axes of size one, to be multiplied with ``deltas``."""
+        return self.parameters[name].reshape(-1, *(1,) * (self.deltas.ndim - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A merging rule with its options, for any number of models, sizes and ways to run.
+
+    merge: ``merge(tensor, **options) -> [...]``, the merged delta, float32. It is traced. With ``each``, ``[N, ...]``: one
+        result for every model.
+    options: choices that a program is compiled for; hashable.
+    parameters: numbers that may differ by model and by tensor, each one number or one per model: :attr:`Tensor.parameters`.
+    ranks: ``ranks(entries, parameters) -> [N, R]`` integers, for rules that trim by magnitude: how many of the ``entries`` of
+        a tensor (``scope="tensor"``) or of the whole model (``scope="model"``) come before the threshold. Computed on the host,
+        in float64, because that is where published counts come from.
+    totals: ``totals(tensor, **options) -> pytree`` of sums over all tensors, known before ``merge`` runs.
+    coefficients: for rules that are ``sum_i c_i delta_i`` with the same c everywhere: ``parameters -> [N]``. Encodings then
+        stay what they are.
+    base: whether ``merge`` reads the base. models: the least and the largest number of models; None is no limit.
+    """
+
+    merge: Callable[..., Array]
+    options: Mapping[str, Hashable] = dataclasses.field(default_factory=dict)
+    parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    ranks: Callable[[int, Mapping[str, np.ndarray]], np.ndarray] | None = None
+    scope: Literal["tensor", "model"] = "tensor"
+    totals: Callable[..., Any] | None = None
+    coefficients: Callable[[Mapping[str, Sequence[Any]]], Sequence[Any]] | None = None
+    base: bool = False
+    each: bool = False
+    models: tuple[int, int | None] = (1, None)
+
+    def check_models(self, count: int, name: str) -> None:
+        """Raise ``ValueError`` for a number of models that the rule is not defined for."""
+        least, most = self.models
+        if count < least or (most is not None and count > most):
+            wanted = f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}"
+            raise ValueError(f"{name} merges {wanted} models, not {count}")
+
+    def values(self, count: int) -> dict[str, list[Any]]:
+        """Each parameter as one number per model. Raises ``ValueError`` naming one of another length."""
+        return {name: weights_of(value, count, name) for name, value in self.parameters.items()}
+
+
+def listed(vectors: Vectors) -> list[TaskVector]:
+    """The vectors as a list; ``ValueError`` where there are none, or something else is among them."""
+    if isinstance(vectors, TaskVector):
+        raise ValueError("merging takes a list of task vectors, not one; [tau] is a list of one")
+    taus = list(vectors.values() if isinstance(vectors, Mapping) else vectors)
+    if not taus:
+        raise ValueError("merging needs at least one task vector")
+    for i, vector in enumerate(taus):
+        if not isinstance(vector, TaskVector):
+            raise ValueError(
+                f"vectors[{i}] is a {type(vector).__name__}, not a TaskVector; load files with TaskVector.load"
+            )
+    return taus
+
+
+def weights_of(value: Any, count: int, name: str = "weights", default: float = 1.0) -> list[Any]:
+    """One number per vector from an option that may be None, one number, or one per vector.
+
+    Numbers may be traced scalars (learned coefficients). Raises ``ValueError`` naming the option where the count differs.
+    """
+    if value is None:
+        return [default] * count
+    # np.ndim and np.shape take traced scalars as well.
+    if np.ndim(value) == 0:
+        return [value] * count
+    if np.ndim(value) != 1 or len(value) != count:
+        raise ValueError(f"{name} must be one number or one per vector ({count} of them), not shape {np.shape(value)}")
+    return list(value)
+
+
+def in_range(name: str, value: Any, low: float, high: float) -> None:
+    """Raise ``ValueError`` unless every number of ``value``, one or one per model, lies in ``[low, high]``."""
+    for number in np.ravel(value):
+        if not low <= float(number) <= high:
+            raise ValueError(f"{name} must be between {low:g} and {high:g}, not {float(number):g}")

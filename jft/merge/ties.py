@@ -1,0 +1,112 @@
+"""TIES: trim by magnitude, elect a sign for every entry, average the models that have it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jft.merge.registry import register
+from jft.merge.rule import Rule, Tensor, in_range
+from jft.merge.trim import largest
+
+Array = jax.Array
+
+
+@register(
+    paper="Yadav et al. 2023, arXiv:2306.01708",
+    presets={
+        "paper": {},
+        "mergekit": {
+            "scope": "tensor",
+            "density": 1.0,
+            "elect": "weighted",
+            "divide": "weights",
+            "zero": "plus",
+            "at_least_one": True,
+        },
+        "peft": {"scope": "tensor", "zero": "plus"},
+        "fusionbench": {"divide": "none"},
+    },
+)
+def ties(
+    *,
+    density: Any = 0.2,
+    scope: Literal["model", "tensor"] = "model",
+    elect: Literal["sum", "weighted", "count"] = "sum",
+    divide: Literal["count", "weights", "none"] = "count",
+    zero: Literal["majority", "plus"] = "majority",
+    at_least_one: bool = False,
+) -> Rule:
+    """``tau_i <- trim(tau_i)``; ``sign = sgn(sum_i tau_i)``; the mean of ``w_i tau_i`` over the models with that sign.
+
+    density: the fraction of entries that each model keeps, one number or one per model. scope: those of the largest
+    magnitude of the whole ``model`` (the paper, its code, FusionBench: every entry that reaches the threshold, which is the
+    k-th largest of d with ``k = d - (d - int(d density)) + 1``, so one more than ``int(d density)``), or of each ``tensor``
+    (mergekit, peft: exactly ``int(n density)``; ``at_least_one``, mergekit's, where that is none). elect: the sign of the
+    sum of deltas, of ``weighted`` deltas (mergekit, which also asks these whether they agree), or the majority ``count`` of
+    signs (peft's "frequency"). zero: a sum of exactly zero takes the sign that most entries of the model have
+    (``majority``) or ``plus``. divide: by the ``count`` of models that agree, by the sum of their ``weights`` (mergekit's
+    ``normalize: true``), or ``none``: the sum, FusionBench's default.
+
+    Yadav et al. 2023, arXiv:2306.01708; released code prateeky2806/ties-merging. Presets of one name differ by 8 to 50%.
+    """
+    in_range("density", density, 0, 1)
+    options = {"scope": scope, "elect": elect, "divide": divide, "zero": zero}
+    return Rule(
+        merge=_ties,
+        options=options,
+        parameters={"density": density},
+        ranks=_ranks_of_model if scope == "model" else functools.partial(_ranks_of_tensor, least=int(at_least_one)),
+        scope=scope,
+        # The majority of the signs of a whole model is known only once all of it was seen.
+        totals=_signs if zero == "majority" else None,
+    )
+
+
+def _ranks_of_model(entries: int, parameters: Mapping[str, np.ndarray]) -> np.ndarray:
+    # The released code keeps what reaches the (d - int(d K))-th smallest: one entry more than int(d K).
+    kept = (entries * parameters["density"]).astype(np.int64)
+    return np.minimum(kept + 1, entries)[:, None]
+
+
+def _ranks_of_tensor(entries: int, parameters: Mapping[str, np.ndarray], least: int) -> np.ndarray:
+    kept = (parameters["density"] * entries).astype(np.int64)
+    return np.where(parameters["density"] > 0, np.maximum(kept, min(least, entries)), 0)[:, None]
+
+
+def _trimmed(tensor: Tensor, scope: str) -> Array:
+    return jnp.where(largest(tensor, exact=scope == "tensor"), tensor.deltas, 0)
+
+
+def _elected(tensor: Tensor, trimmed: Array, elect: str) -> Array:
+    """The sign -1, 0 or 1 of each entry."""
+    terms = {"sum": trimmed, "weighted": trimmed * tensor.weighted(), "count": jnp.sign(trimmed)}[elect]
+    return jnp.sign(jnp.sum(terms, axis=0))
+
+
+def _signs(tensor: Tensor, scope: str, elect: str, **_: Any) -> Array:
+    return jnp.sum(_elected(tensor, _trimmed(tensor, scope), elect))
+
+
+def _ties(tensor: Tensor, scope: str, elect: str, divide: str, zero: str) -> Array:
+    trimmed = _trimmed(tensor, scope)
+    sign = _elected(tensor, trimmed, elect)
+    sign = jnp.where(sign == 0, jnp.sign(tensor.totals) if zero == "majority" else 1.0, sign)
+    # A negative weight turns the sign of a model around where signs are those of weighted deltas.
+    signs = jnp.sign(trimmed * tensor.weighted() if elect == "weighted" else trimmed)
+    return disjoint_mean(tensor, trimmed, (signs == sign) & (trimmed != 0), divide)
+
+
+def disjoint_mean(tensor: Tensor, deltas: Array, agree: Array, divide: str) -> Array:
+    """The sum of ``w_i deltas_i`` over the models that ``agree``, by their ``count``, by their ``weights`` or by ``none``."""
+    weights = tensor.weighted()
+    total = jnp.sum(jnp.where(agree, weights * deltas, 0), axis=0)
+    if divide == "none":
+        return total
+    share = jnp.sum(jnp.where(agree, weights if divide == "weights" else 1.0, 0.0), axis=0)
+    return total / jnp.where(share == 0, 1, share)
