@@ -14,11 +14,11 @@ import jft
 from jft import methods, parallel, tree
 from jft.cli import main
 from jft.models import Classifier, DecoderConfig, Execution, Hooks, Model, T5Config
-from jft.models.logits import Logits, per_position
+from jft.models.logits import Logits
 from jft.train import evaluation, step
 from jft.train.config import ModelConfig
 from jft.train.experiment import build_model
-from jft.train.objectives import Classification, LanguageModel, Seq2Seq, TowardBase
+from jft.train.objectives import Classification, LanguageModel, Seq2Seq, TowardBase, per_position
 from jft.train.optimizers import optimizer
 from tests.train import tools
 
