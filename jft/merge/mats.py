@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.scipy.sparse.linalg import cg
 
 from jft.merge.fisher import mean
-from jft.merge.regmean import check_gram, reduced
 from jft.merge.registry import register
+from jft.merge.regmean import check_gram, reduced
 from jft.merge.rule import Rule, Tensor, in_range
 
 Array = jax.Array
@@ -60,9 +60,7 @@ def mats(
     )
 
 
-def _mats(
-    tensor: Tensor, curvature: str, init: Any, iterations: int, off_diagonal: float, tolerance: float
-) -> Array:
+def _mats(tensor: Tensor, curvature: str, init: Any, iterations: int, off_diagonal: float, tolerance: float) -> Array:
     deltas, weights = tensor.deltas, tensor.weighted()
     if tensor.statistics is None and curvature != "identity":
         return mean(deltas, weights)
@@ -87,7 +85,9 @@ def _curvature(tensor: Tensor, curvature: str, off_diagonal: float) -> Callable[
     wanted = ("inputs", "outputs") if curvature == "kfac" else ("inputs",)
     for name, axis in zip(wanted, (-2, -1), strict=False):
         if name not in factors:
-            raise ValueError(f"curvature={curvature!r} needs statistics with {name!r}; jft.select.grams.factors gives them")
+            raise ValueError(
+                f"curvature={curvature!r} needs statistics with {name!r}; jft.select.grams.factors gives them"
+            )
         check_gram(f"matrix of {name}", factors[name], tensor.deltas, axis)
     inputs = reduced(factors["inputs"], off_diagonal)
     if curvature == "gram":

@@ -28,11 +28,11 @@ def regmean(*, off_diagonal: float = 0.9) -> Rule:
     """``(sum_i w_i G_i)^-1 sum_i w_i G_i tau_i``, G_i = X_i^T X_i the Gram matrix of the inputs of a matrix ``[in, out]``.
 
     The minimum of ``sum_i |X_i W - X_i W_i|^2``; of parameters the formula is the same, the base drops out. statistics:
-    ``{path: [..., I, I]}`` per model from :func:`jft.select.grams.grams`; paths without are averaged with the weights. Entries of
-    G off its diagonal are first multiplied by ``off_diagonal``: 0.9 in the paper (0.1 for T5), 0.95 in FusionBench for CLIP
-    (0.6 for GPT-2). Where the sum of the G is singular (inputs that are always zero, fewer tokens than inputs), the change is
-    that of least norm, by eigenvalues above ``I * 1.2e-7`` of the largest; an inverse has none. Raises ``ValueError`` for
-    ``off_diagonal`` outside [0, 1] and statistics of another shape.
+    ``{path: [..., I, I]}`` per model from :func:`jft.select.grams.grams`; paths without are averaged with the weights.
+    Entries of G off its diagonal are first multiplied by ``off_diagonal``: 0.9 in the paper (0.1 for T5), 0.95 in FusionBench
+    for CLIP (0.6 for GPT-2). Where the sum of the G is singular (inputs that are always zero, fewer tokens than inputs), the
+    change is that of least norm, by eigenvalues above ``I * 1.2e-7`` of the largest; an inverse has none. Raises
+    ``ValueError`` for ``off_diagonal`` outside [0, 1] and statistics of another shape.
     """
     in_range("off_diagonal", off_diagonal, 0, 1)
     return Rule(merge=_regmean, options={"off_diagonal": float(off_diagonal)}, statistics=True)
@@ -103,7 +103,11 @@ def regmean_plus_plus(
     inside = [p for p in deltas if tree.stack_of(p) == stack]
     for layer in range(layers):
         measured = [
-            {p: g[layer] for p, g in grams(c.at(_weights(flat, deltas, tau, inside, layer)), batches).items() if p in inside}
+            {
+                p: g[layer]
+                for p, g in grams(c.at(_weights(flat, deltas, tau, inside, layer)), batches).items()
+                if p in inside
+            }
             for c, tau in zip(calibrations, taus, strict=True)
         ]
         one = regmean(
@@ -118,9 +122,13 @@ def regmean_plus_plus(
     if outside:
         merged = _weights(flat, deltas, taus[0], [], 0)
         measured = [{p: g for p, g in grams(c.at(merged), batches).items() if p in outside} for c in calibrations]
-        last = regmean([tau.map(lambda p, d: d if p in outside else None, "select") for tau in taus], statistics=measured, **options)
+        last = regmean(
+            [tau.map(lambda p, d: d if p in outside else None, "select") for tau in taus],
+            statistics=measured,
+            **options,
+        )
         deltas |= dict(last.items())
-    note = {"rule": "regmean_plus_plus", "off_diagonal": off_diagonal, "batches": batches}
+    note: dict[str, Any] = {"rule": "regmean_plus_plus", "off_diagonal": off_diagonal, "batches": batches}
     manifest = manifests.derive([t.manifest for t in taus], "merge", **note)
     merged_tau = TaskVector(deltas, manifest)
     return merged_tau if isinstance(scale, float) and scale == 1.0 else scale * merged_tau

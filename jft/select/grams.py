@@ -105,11 +105,11 @@ _identity.defvjp(_forward, _backward)
 
 
 def grams(calibration: Calibration, batches: int) -> dict[str, Array]:
-    """``{path: mean over real tokens of x^T x}`` of the inputs x of the candidates' products: ``[..., I, I]``, led as the weight.
+    """``{path: mean over real tokens of x^T x}`` of the inputs x of the candidates' products, ``[..., I, I]``.
 
-    The candidates are weights of products, ``.../w`` (``model.linear_paths()``). Of experts ``[L, E, I, I]``: sums over the tokens
-    sent to each, divided by all tokens of the layer. Jin et al. 2023, arXiv:2212.09849, take the sum, their code and others
-    the mean; with equal data for all models it is the same. Raises ``ValueError`` for a weight that is no product's.
+    The candidates are weights of products, ``.../w`` (``model.linear_paths()``). Of experts ``[L, E, I, I]``: sums over the
+    tokens sent to each, divided by all tokens of the layer. Jin et al. 2023, arXiv:2212.09849, take the sum, their code and
+    others the mean; with equal data for all models it is the same. Raises ``ValueError`` for a weight that is no product's.
     """
     names = _names(calibration.paths)
     sums = calibration.sums(_Grams(hookable(calibration), frozenset(names.values())), batches)
@@ -141,7 +141,9 @@ def _names(paths: Iterable[str]) -> dict[str, str]:
 def _check(names: dict[str, str], sums: Any) -> None:
     missing = sorted(set(names.values()) - set(sums))
     if missing:
-        raise ValueError(f"{missing[0]!r} is no product of the model, so it has no inputs; choose weights that end in /w")
+        raise ValueError(
+            f"{missing[0]!r} is no product of the model, so it has no inputs; choose weights that end in /w"
+        )
 
 
 def _mean(total: Array, tokens: Array) -> Array:

@@ -32,14 +32,18 @@ def vectors(count=3, seed=0):
     rng = np.random.default_rng(seed)
     draw = lambda shape: rng.normal(size=shape).astype(np.float32)
     taus = [TaskVector({p: Dense(jnp.asarray(draw(s))) for p, s in SHAPES.items()}) for _ in range(count)]
-    information = [{p: draw(s) ** 2 * 10.0**-i * (rng.random(s) < 0.7) for p, s in SHAPES.items()} for i in range(count)]
+    information = [
+        {p: draw(s) ** 2 * 10.0**-i * (rng.random(s) < 0.7) for p, s in SHAPES.items()} for i in range(count)
+    ]
     for each in information:
         each["a"][0] = 0
     return taus, [{p: np.asarray(f, np.float32) for p, f in each.items()} for each in information]
 
 
 def flat(tree):
-    return np.concatenate([np.asarray(getattr(tree[p], "dense", lambda p=p: tree[p])(), np.float64).ravel() for p in SHAPES])
+    return np.concatenate(
+        [np.asarray(getattr(tree[p], "dense", lambda p=p: tree[p])(), np.float64).ravel() for p in SHAPES]
+    )
 
 
 def reference(taus, information, weights, floor_by, norm_floor=None):
@@ -100,7 +104,7 @@ def test_weights_that_cancel():
 
 def test_wrong_uses():
     taus, information = vectors()
-    with pytest.raises(ValueError, match="statistics=\\[...\\]"):
+    with pytest.raises(ValueError, match="give one tree per model"):
         fisher(taus)
     with pytest.raises(ValueError, match="2 models"):
         fisher(taus, statistics=information[:2])
@@ -122,7 +126,8 @@ def gradients(params, batch):
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     one = lambda i, y: tools.reference_gradient(params, {"images": batch["images"][[i]], "labels": np.array([y])})[1]
     return [
-        [(p[i, y], {k: -g for k, g in one(i, y).items()}) for y in range(tools.CLASSES)] for i in range(len(batch["images"]))
+        [(p[i, y], {k: -g for k, g in one(i, y).items()}) for y in range(tools.CLASSES)]
+        for i in range(len(batch["images"]))
     ]
 
 
@@ -132,10 +137,10 @@ def test_diagonal_and_batch_sums():
     every = [gradients(params, b) for b in batches]
     paths = list(every[0][0][0][1])
     exact = {k: sum(p * g[k] ** 2 for rows in every for row in rows for p, g in row) / 8 for k in paths}
-    of_data = {
-        k: sum(row[y][1][k] ** 2 for b, rows in zip(batches, every, strict=True) for y, row in zip(b["labels"], rows, strict=True)) / 8
-        for k in paths
-    }  # fmt: skip
+    labelled = [
+        row[y][1] for b, rows in zip(batches, every, strict=True) for y, row in zip(b["labels"], rows, strict=True)
+    ]
+    of_data = {k: sum(g[k] ** 2 for g in labelled) / 8 for k in paths}
     sums = {k: sum(sum(p**0.5 * g[k] for row in rows for p, g in row) ** 2 for rows in every) / 8 for k in paths}
     expected = tangent.fisher_diagonal(tools.apply, params, batches, chunk=2)
     empirical = tangent.fisher_diagonal(tools.apply, params, batches, labels="data")
