@@ -98,21 +98,14 @@ def localize(
     kept = top(magnitudes, int(density * sum(map(tree.size, magnitudes.values()))))
     logits = {path: jnp.where(mask, bias, -bias).astype(jnp.float32) for path, mask in kept.items()}
     del magnitudes, kept
-    descend = _Descent(objective, learning_rate, strength, regulariser)
+    descent = _Descent(objective, learning_rate, strength, regulariser)
     best = (score(_masked(base, tau, _masks(logits))), _masks(logits)) if score else None
     losses: list[float] = []
     for _ in range(steps):
-        gradient, loss = None, 0.0
-        for batch in batches:
-            one, part = descend.gradient(logits, tau, base, batch)
-            gradient = one if gradient is None else jax.tree.map(jnp.add, gradient, one)
-            loss += float(part) / len(batches)
+        logits, loss = descent.step(logits, tau, base, batches)
         if not math.isfinite(loss):
-            raise ValueError(
-                f"the objective is {loss} at step {len(losses)}; look at the batches and the learning rate"
-            )
+            raise ValueError(f"the objective is {loss} at step {len(losses)}; look at batches and learning rate")
         losses.append(loss)
-        logits = descend.update(logits, gradient, len(batches))
         if score and best is not None:
             now = score(_masked(base, tau, _masks(logits)))
             best = (now, _masks(logits)) if now > best[0] else best
@@ -179,24 +172,30 @@ def localize_and_stitch(
 
 
 class _Descent:
-    """The gradient in the logits of a batch, and the step with the mean of such gradients, compiled."""
+    """Steps of gradient descent on the logits of a mask, compiled."""
 
     def __init__(self, objective: learned.Objective, learning_rate: float, strength: float, regulariser: str) -> None:
         def loss(logits: Masks, tau: TaskVector, base: Any, batch: Any) -> Array:
             changes = {p: jax.nn.sigmoid(s) * tau[p].dense().astype(jnp.float32) for p, s in logits.items()}
             return objective(learned.added(base, changes), batch)
 
-        def gradient(logits: Masks, tau: TaskVector, base: Any, batch: Any) -> tuple[Masks, Array]:
-            value, slope = jax.value_and_grad(loss)(logits, tau, base, batch)
-            return slope, value
-
         def update(logits: Masks, total: Masks, count: int) -> Masks:
             return {
                 p: s - learning_rate * total[p] / count - strength * _push(s, regulariser) for p, s in logits.items()
             }
 
-        self.gradient: Callable[..., tuple[Masks, Array]] = jax.jit(gradient)
-        self.update: Callable[..., Masks] = jax.jit(update, donate_argnums=(0, 1))
+        self._gradient: Callable[..., tuple[Array, Masks]] = jax.jit(jax.value_and_grad(loss))
+        # One set of logits, as large as the model, at a time.
+        self._update: Callable[..., Masks] = jax.jit(update, donate_argnums=0)
+
+    def step(self, logits: Masks, tau: TaskVector, base: Any, batches: Sequence[Any]) -> tuple[Masks, float]:
+        """The logits after one step on all batches, and the mean of the objective before it."""
+        total, loss = None, 0.0
+        for batch in batches:
+            value, gradient = self._gradient(logits, tau, base, batch)
+            total = gradient if total is None else jax.tree.map(jnp.add, total, gradient)
+            loss += float(value) / len(batches)
+        return self._update(logits, total, len(batches)), loss
 
 
 def _push(s: Array, regulariser: str) -> Array:

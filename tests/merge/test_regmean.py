@@ -22,7 +22,7 @@ from jft.train.objectives import LanguageModel
 from tests.merge import peers
 
 MUTATIONS = [
-    ("jft/merge/regmean.py", '"nij,njo->io"', '"nji,njo->io"'),
+    ("jft/merge/regmean.py", "least_norm(jnp.sum(gram, axis=0), target)", "least_norm(jnp.mean(gram, axis=0), target)"),
     ("jft/merge/regmean.py", "bool), 1.0, off_diagonal", "bool), off_diagonal, 1.0"),
     ("jft/merge/regmean.py", "change = change.at[layer].set(_dense(tau, p, base)[layer])", "pass"),
     ("jft/merge/mats.py", "init * jnp.sum(deltas, axis=0)", "init * jnp.mean(deltas, axis=0)"),
