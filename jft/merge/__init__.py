@@ -9,6 +9,7 @@ from jft.merge.half_reset import half_reset
 from jft.merge.learned import cross_entropy, entropy, learn
 from jft.merge.localize import graft, localize, localize_and_stitch, stitch
 from jft.merge.mats import mats
+from jft.merge.pleas import align, pleas
 from jft.merge.registry import RULES, MergingRule, register
 from jft.merge.regmean import regmean, regmean_plus_plus
 from jft.merge.rule import Rule, Tensor, weights_of
@@ -25,6 +26,7 @@ __all__ = [
     "adarank",
     "addition_row",
     "addition_search",
+    "align",
     "atlas",
     "average",
     "cross_entropy",
@@ -38,6 +40,7 @@ __all__ = [
     "mats",
     "negation_row",
     "negation_search",
+    "pleas",
     "register",
     "regmean",
     "regmean_plus_plus",

@@ -160,6 +160,40 @@ def test_stacked_layers_have_coefficients_of_their_own():
     assert np.shape(ranked.manifest["components"]["layers/mlp/up/w"]) == (2, 2)
 
 
+def test_scalars_vectors_and_experts():
+    """Every tensor of a stack of layers or experts has its own coefficient; scalars and single columns have one."""
+    shapes = {"layers/experts/w": (2, 3, 4, 2), "layers/scale": (2, 4), "column": (5, 1), "s": ()}
+    draw = lambda seed: {p: np.random.default_rng(seed).normal(size=s).astype(np.float32) for p, s in shapes.items()}
+    base = {p: jnp.zeros(s) for p, s in shapes.items()}
+    taus = [TaskVector({p: Dense(jnp.asarray(x)) for p, x in draw(seed).items()}) for seed in (1, 2)]
+    target = draw(3)
+    objective = lambda params, batch: sum(jnp.sum((x - target[p]) ** 2) for p, x in params.items()) * batch
+    how = {
+        "base": base,
+        "objective": objective,
+        "batches": [jnp.ones(())],
+        "data": "x",
+        "learning_rate": 0.1,
+        "steps": 30,
+    }
+    for rule, options in (
+        (adamerging, {"clamp": ()}),
+        (atlas, {"weight_decay": 0.0}),
+        (atlas, {"partitions": 3}),
+        (adarank, {}),
+    ):
+        merged = rule(taus, **how, **options)
+        assert merged.manifest["objective"]["last"] < merged.manifest["objective"]["first"]
+        assert all(np.isfinite(merged[p].dense()).all() for p in shapes)
+        if "coefficients" in merged.manifest:
+            found = merged.manifest["coefficients"]
+            assert {p: np.shape(c) for p, c in found.items()} == {
+                "layers/experts/w": (2, 2, 3), "layers/scale": (2, 2), "column": (2,), "s": (2,)
+            }  # fmt: skip
+    assert np.shape(merged.manifest["components"]["layers/experts/w"]) == (2, 2, 3)
+    assert set(merged.manifest["components"]) == {"layers/experts/w", "column"}
+
+
 def test_ties_split_adds_up_to_ties():
     _, taus, _ = problem()
     split = ties_split(taus, density=0.4)

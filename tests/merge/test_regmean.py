@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.sparse.linalg
 
 from jft import tree
 from jft.delta import Dense, TaskVector
@@ -157,6 +158,14 @@ def test_mats_starts_where_it_is_told():
     sums = sum(np.asarray(t["w"].dense()) for t in taus)
     np.testing.assert_allclose(run(init=0.3, iterations=0)["w"].dense(), 0.3 * sums, atol=1e-6)
     np.testing.assert_allclose(run(iterations=0)["w"].dense(), sums / 3, atol=1e-6)
+    # The steps are those of SciPy's conjugate gradients, which the released code takes from parameters, not task vectors.
+    base = np.random.default_rng(9).normal(size=SHAPES["w"])
+    deltas = [np.asarray(t["w"].dense(), np.float64) for t in taus]
+    g = [s["w"].astype(np.float64) for s in statistics]
+    system = scipy.sparse.linalg.LinearOperator((15, 15), lambda x: (sum(g) @ x.reshape(5, 3)).ravel())
+    target = sum(m @ (base + t) for m, t in zip(g, deltas, strict=True)).ravel()
+    theirs = scipy.sparse.linalg.cg(system, target, x0=(base + sum(deltas) / 3).ravel(), rtol=0, maxiter=3)[0]
+    np.testing.assert_allclose(base + run(iterations=3)["w"].dense(), theirs.reshape(5, 3), atol=1e-5)
     # Each step takes it nearer to the solution.
     exact = regmean(taus, statistics=statistics, off_diagonal=1.0)["w"].dense()
     errors = [np.linalg.norm(run(iterations=n)["w"].dense() - exact) for n in (0, 1, 3)]
