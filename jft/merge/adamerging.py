@@ -68,8 +68,8 @@ def adamerging(
         return {path: weighted(taus, path, jnp.clip(c, *bounds) if bounds else c) for path, c in coefficients.items()}
 
     how = {"base": base, "objective": objective, "batches": batches, "steps": options["steps"]}
-    found = learned.learn(change, values, taus, optimizer=optax.adam(learning_rate), **how)
-    clipped = jax.tree.map(lambda c: jnp.clip(c, *bounds) if bounds else c, found.values)
+    solution = learned.learn(change, values, taus, optimizer=optax.adam(learning_rate), **how)
+    clipped = jax.tree.map(lambda c: jnp.clip(c, *bounds) if bounds else c, solution.values)
     note = {
         "preset": preset,
         "by": by,
@@ -77,8 +77,8 @@ def adamerging(
         "density": density,
         "coefficients": learned.described(clipped),
     }
-    deltas = jax.jit(change)(found.values, taus)
-    return learned.result(taus, deltas, found, base=base, rule="adamerging", data=data, scale=scale, **note)
+    deltas = jax.jit(change)(solution.values, taus)
+    return learned.result(taus, deltas, solution, base=base, rule="adamerging", data=data, scale=scale, **note)
 
 
 def weighted(taus: Sequence[TaskVector], path: str, coefficients: Array) -> Array:

@@ -70,10 +70,15 @@ def adarank(
         return {path: _merged(value, parts[path], temperature) for path, value in values.items()}
 
     how = {"base": base, "objective": objective, "batches": batches, "steps": steps}
-    found = learned.learn(change, values, parts, optimizer=optax.adam(learning_rate), **how)
-    note = {"centred": centred, "density": density, "temperature": temperature, "components": _components(found.values)}
-    deltas = jax.jit(change)(found.values, parts)
-    return learned.result(taus, deltas, found, base=base, rule="adarank", data=data, scale=scale, **note)
+    solution = learned.learn(change, values, parts, optimizer=optax.adam(learning_rate), **how)
+    note = {
+        "centred": centred,
+        "density": density,
+        "temperature": temperature,
+        "components": _components(solution.values),
+    }
+    deltas = jax.jit(change)(solution.values, parts)
+    return learned.result(taus, deltas, solution, base=base, rule="adarank", data=data, scale=scale, **note)
 
 
 def _start(shape: tuple[int, ...], density: float) -> Array:

@@ -63,12 +63,12 @@ def atlas(
 
     how = {"base": base, "objective": objective, "batches": batches, "steps": steps}
     optimizer = optax.adamw(learning_rate, weight_decay=weight_decay)
-    found = learned.learn(change, start, (taus, sets), optimizer=optimizer, **how)
+    solution = learned.learn(change, start, (taus, sets), optimizer=optimizer, **how)
     note = {"partitions": partitions, "matrices_only": matrices_only, "seed": seed}
     if partitions == 1:
-        note["coefficients"] = learned.described({path: c[..., 0] for path, c in found.values.items()})
-    deltas = jax.jit(change)(found.values, (taus, sets))
-    return learned.result(taus, deltas, found, base=base, rule="atlas", data=data, scale=scale, **note)
+        note["coefficients"] = learned.described({path: c[..., 0] for path, c in solution.values.items()})
+    deltas = jax.jit(change)(solution.values, (taus, sets))
+    return learned.result(taus, deltas, solution, base=base, rule="atlas", data=data, scale=scale, **note)
 
 
 def _partition(key: Array, shape: tuple[int, ...], partitions: int) -> Array | None:

@@ -112,9 +112,9 @@ class _Tensors:
         present = next(x for x in deltas if x is not None)
         return tuple(jnp.zeros_like(present) if x is None else x for x in deltas)
 
-    def measured(self, path: str, stack: tuple[int, ...]) -> Any:
+    def statistics_of(self, path: str, stack: tuple[int, ...]) -> Any:
         """The statistics of ``path``, arrays ``[stack, N, ...]``; None where there are none."""
-        trees = [statistics[path] for statistics in self.statistics if path in statistics]
+        trees = [one[path] for one in self.statistics if path in one]
         if not trees:
             return None
         if len(trees) < len(self.statistics):
@@ -141,7 +141,7 @@ class _Tensors:
             totals=self.totals,
             key=tree.key_for(self.key, path),
             scale=jnp.asarray(scale, jnp.float32),
-            statistics=self.measured(path, stack),
+            statistics=self.statistics_of(path, stack),
         )
         each = self.rule.each and function is self.rule.merge
         program = _program(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jft import tree
 from jft.delta import Dense, TaskVector
 from jft.delta import manifest as manifests
+from jft.delta.numeric import wide
 from jft.merge.fisher import mean
 from jft.merge.registry import register
 from jft.merge.rule import Rule, Tensor, Vectors, in_range, listed
@@ -97,64 +98,39 @@ def regmean_plus_plus(
     stacks = tree.stacks(flat)
     if len(stacks) != 1:
         raise ValueError(f"layers are merged one after the other in models with one stack of them, not {len(stacks)}")
-    (stack, layers), products = next(iter(stacks.items())), calibrations[0].paths
+    for tau in taus:
+        manifests.verify(tau.manifest, flat)
     options = {"off_diagonal": off_diagonal, "weights": weights}
-    deltas = {p: Dense(x) for p, x in _averaged(taus, flat, weights).items()}
-    inside = [p for p in deltas if tree.stack_of(p) == stack]
+    averages = regmean(taus, statistics=[{}] * len(taus), **options)
+    merged = {path: delta.dense() for path, delta in averages.items()}
+    ((stack, layers),) = stacks.items()
+    inside = [path for path in merged if tree.stack_of(path) == stack]
     for layer in range(layers):
-        measured = [
-            {
-                p: g[layer]
-                for p, g in grams(c.at(_weights(flat, deltas, tau, inside, layer)), batches).items()
-                if p in inside
-            }
-            for c, tau in zip(calibrations, taus, strict=True)
-        ]
-        one = regmean(
-            # Under names without the stack: here they are the tensors of one layer.
-            [TaskVector({_flat(p): Dense(_dense(tau, p, flat)[layer]) for p in inside}) for tau in taus],
-            statistics=[{_flat(p): g for p, g in each.items()} for each in measured],
-            **options,
-        )
-        for p in inside:
-            deltas[p] = Dense(deltas[p].dense().at[layer].set(one[_flat(p)].dense()))
-    outside = [p for p in products if p in deltas and p not in inside]
-    if outside:
-        merged = _weights(flat, deltas, taus[0], [], 0)
-        measured = [{p: g for p, g in grams(c.at(merged), batches).items() if p in outside} for c in calibrations]
-        last = regmean(
-            [tau.map(lambda p, d: d if p in outside else None, "select") for tau in taus],
-            statistics=measured,
-            **options,
-        )
-        deltas |= dict(last.items())
+        # Stacks of one layer, so that experts stay apart.
+        one = [{path: _dense(tau, path, flat)[layer : layer + 1] for path in inside} for tau in taus]
+        statistics = []
+        for changes, calibration in zip(one, calibrations, strict=True):
+            mixed = merged | {path: merged[path].at[layer].set(x[0]) for path, x in changes.items()}
+            every = grams(calibration.at(_added(flat, mixed)), batches)
+            statistics.append({path: every[path][layer : layer + 1] for path in inside if path in every})
+        vectors_of_layer = [TaskVector({path: Dense(x) for path, x in changes.items()}) for changes in one]
+        for path, delta in regmean(vectors_of_layer, statistics=statistics, **options).items():
+            merged[path] = merged[path].at[layer].set(delta.dense()[0])
+    rest = [path for path in calibrations[0].paths if path in merged and path not in inside]
+    if rest:
+        last_grams = [grams(calibration.at(_added(flat, merged)), batches) for calibration in calibrations]
+        others = [TaskVector({path: Dense(_dense(tau, path, flat)) for path in rest}) for tau in taus]
+        last = regmean(others, statistics=[{path: g[path] for path in rest} for g in last_grams], **options)
+        merged |= {path: delta.dense() for path, delta in last.items()}
     note: dict[str, Any] = {"rule": "regmean_plus_plus", "off_diagonal": off_diagonal, "batches": batches}
     manifest = manifests.derive([t.manifest for t in taus], "merge", **note)
-    merged_tau = TaskVector(deltas, manifest)
-    return merged_tau if isinstance(scale, float) and scale == 1.0 else scale * merged_tau
-
-
-def _flat(path: str) -> str:
-    return path.replace(tree.SEPARATOR, ".")
+    return TaskVector({path: Dense(scale * x) for path, x in merged.items()}, manifest)
 
 
 def _dense(tau: TaskVector, path: str, base: dict[str, Any]) -> Array:
-    return tau[path].dense().astype(jnp.float32) if path in tau else jnp.zeros(base[path].shape, jnp.float32)
+    return wide(tau[path].dense()) if path in tau else jnp.zeros(base[path].shape, jnp.float32)
 
 
-def _averaged(taus: Sequence[TaskVector], base: dict[str, Any], weights: Any) -> dict[str, Array]:
-    averaged = regmean(taus, weights, statistics=[{}] * len(taus))
-    return {p: averaged[p].dense() for p in averaged}
-
-
-def _weights(
-    base: dict[str, Any], merged: dict[str, Any], tau: TaskVector, inside: Sequence[str], layer: int
-) -> dict[str, Array]:
-    """The merged weights so far, layer ``layer`` that of a model."""
-    out = {}
-    for p, delta in merged.items():
-        change = delta.dense()
-        if p in inside:
-            change = change.at[layer].set(_dense(tau, p, base)[layer])
-        out[p] = (base[p].astype(jnp.float32) + change).astype(base[p].dtype)
-    return out
+def _added(base: dict[str, Any], deltas: dict[str, Array]) -> dict[str, Array]:
+    """The weights that change, in the dtypes of the base."""
+    return {path: (wide(base[path]) + x).astype(base[path].dtype) for path, x in deltas.items()}
