@@ -41,11 +41,12 @@ def adamerging(
 ) -> TaskVector:
     """``sum_i c_i tau_i`` with the coefficients that Adam finds for ``objective`` on unlabelled data (arXiv:2310.02575).
 
-    objective: ``objective(params, batch)``, of the paper :func:`jft.merge.entropy` of one function per task. by: a coefficient
-    for every ``task``, or for every task and tensor, ``layer`` (a "layer" of the paper is a tensor; one of a stack of layers or
-    experts is a tensor). clamp: the bounds of a coefficient where it is used: [0, 1] in the paper's code, ``()`` for none, as
-    in FusionBench's configuration. steps: 500 in the paper, 1000 in FusionBench; Adam with betas 0.9 and 0.999 in both.
-    density: AdaMerging++, of vectors that :func:`ties_split` has made (0.2 in the paper); None: of the vectors as they are.
+    objective: ``objective(params, batch)``, of the paper :func:`jft.merge.entropy` of one function per task. by: a
+    coefficient for every ``task``, or for every task and tensor, ``layer`` (a "layer" of the paper is a tensor; one of a
+    stack of layers or experts is a tensor). clamp: the bounds of a coefficient where it is used: [0, 1] in the paper's code,
+    ``()`` for none, as in FusionBench's configuration. steps: 500 in the paper, 1000 in FusionBench (None of either: that of
+    the preset); Adam with betas 0.9 and 0.999 in both. density: AdaMerging++, of vectors that :func:`ties_split` has made
+    (0.2 in the paper); None: of the vectors as they are.
 
     data: a name for what ``batches`` hold, written into the manifest with the coefficients. The paper learns on the test
     inputs themselves; that is for the caller to choose, and to say. Yang et al. 2024; code EnnengYang/AdaMerging. Raises

@@ -66,13 +66,12 @@ def learn(
     for _, batch in zip(range(steps), _cycled(batches, steps), strict=True):
         values, state, loss = step(values, state, held, base, batch)
         losses.append(loss)
-    measured = np.asarray(jnp.stack(losses), np.float64)
-    if not np.isfinite(measured).all():
-        first = int(np.flatnonzero(~np.isfinite(measured))[0])
-        raise ValueError(
-            f"the objective is {measured[first]} at step {first}; look at the batches and the learning rate"
-        )
-    return Learned(values, measured)
+    # Read once, at the end: each step would else wait for the host.
+    curve = np.asarray(jnp.stack(losses), np.float64)
+    if not np.isfinite(curve).all():
+        first = int(np.flatnonzero(~np.isfinite(curve))[0])
+        raise ValueError(f"the objective is {curve[first]} at step {first}; look at the batches and the learning rate")
+    return Learned(values, curve)
 
 
 def _cycled(batches: Iterable[Any], steps: int) -> Iterator[Any]:

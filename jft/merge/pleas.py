@@ -71,12 +71,17 @@ def pleas(
     ``paths`` are the candidates. batches: of each; their activations in all layers and models are held at once. permute:
     False for models whose units correspond, as they mostly do when fine-tuned from one base.
 
-    Raises ``ValueError`` for no calibrations, and as :func:`align` does.
+    Raises ``ValueError`` for no calibrations, for candidates that are experts or no products, and as :func:`align` does.
     """
     taus = listed(vectors)
     if not calibrations:
         raise ValueError("activations are fitted on data: give at least one calibration")
-    model = hookable(calibrations[0])
+    model, products = hookable(calibrations[0]), calibrations[0].paths
+    for path in products:
+        if "/experts/" in path or not path.endswith("/w"):
+            raise ValueError(
+                f"{path!r} is not fitted: choose weights of products, .../w, outside experts, as candidates"
+            )
     manifests.verify(manifests.derive([t.manifest for t in taus], "merge"), base)
     start: Flat = {p: wide(x) for p, x in tree.flatten(base).items()}
     models = [start | {p: start[p] + d.dense() for p, d in tau.items()} for tau in taus]
@@ -85,9 +90,9 @@ def pleas(
         models = [models[0], *(tree.flatten(align(model, tree.unflatten(m), first)) for m in models[1:])]
     merged: Flat = {p: jnp.mean(jnp.stack([m[p] for m in models]), axis=0) for p in start}
     trees = [tree.like(base, m) for m in models]
-    compute = _Averages(model, frozenset(p.removesuffix("/w") for p in calibrations[0].paths))
+    compute = _Averages(model, frozenset(p.removesuffix("/w") for p in products))
     sums = [c.sums(compute, batches, trees) for c in calibrations]
-    for path in calibrations[0].paths:
+    for path in products:
         gram, cross = (sum(s[path.removesuffix("/w")][i] for s in sums) for i in (0, 1))
         fitted = _fit if gram.ndim == 2 else lambda *x: jax.lax.map(lambda x: _fit(*x), x)
         merged[path] = fitted(gram, cross, merged[path])
@@ -127,9 +132,9 @@ def _heads(model: Any) -> tuple[int, int]:
     """Query heads, and heads of keys and values."""
     config = getattr(model.config, "backbone", model.config)
     if getattr(config, "experts", None) is not None:
-        raise ValueError("the units of experts are not aligned; merge mixtures with permute=False")
+        raise ValueError("the units of experts are not aligned; permute=False keeps their order")
     if not hasattr(config, "heads"):
-        raise ValueError(f"a {type(config).__name__} has no number of heads of its own; merge it with permute=False")
+        raise ValueError(f"a {type(config).__name__} has no number of heads to align; permute=False keeps their order")
     return config.heads, getattr(config, "kv_heads", None) or config.heads
 
 

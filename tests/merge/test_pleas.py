@@ -125,6 +125,11 @@ def test_wrong_uses():
         align(mixture, params, params)
     with pytest.raises(ValueError, match="have none"):
         align(MODEL, {"w": jnp.ones((2, 2))}, {"w": jnp.ones((2, 2))})
+    base, paths = mixture.init(jax.random.key(1)), ("layers/mlp/experts/up/w",)
+    with pytest.raises(ValueError, match="outside experts"):
+        pleas(
+            [TaskVector.between(base, params)], calibrations(mixture, base, paths), base=base, batches=1, permute=False
+        )
     base = weights(0)
     with pytest.raises(ValueError, match="at least one calibration"):
         pleas([TaskVector.between(base, weights(1))], [], base=base, batches=1)
