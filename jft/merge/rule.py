@@ -22,7 +22,9 @@ class Tensor(NamedTuple):
     read it. parameters: name -> ``[N]`` float32, a number that all models share standing N times. ranks: ``[N, R]`` uint32, or
     None, as :attr:`Rule.ranks` gives them. thresholds: ``[N, R]`` float32, the magnitude of the ``ranks``-th largest entry of
     each delta, infinity for rank 0; None where nobody has computed them. totals: what :attr:`Rule.totals` sums up to, over all
-    tensors. key: a random key that depends on the seed and the name of the tensor alone. layer, layers: its position in its
+    tensors. statistics: what was measured of each model on its data, a pytree of float32 arrays ``[N, ...]``; None where
+    nothing was measured of this tensor.
+    key: a random key that depends on the seed and the name of the tensor alone. layer, layers: its position in its
     stack and the length of that, int32; 0 and 0 outside stacks.
     """
 
@@ -35,6 +37,7 @@ class Tensor(NamedTuple):
     key: Array
     layer: Array
     layers: Array
+    statistics: Any = None
 
     def weighted(self, name: str = "weight") -> Array:
         """The parameter ``[N]`` with axes of size one, to be multiplied with ``deltas``."""
@@ -55,6 +58,7 @@ class Rule:
     totals: ``totals(tensor, **options) -> pytree`` of sums over all tensors, known before ``merge`` runs.
     coefficients: for rules that are ``sum_i c_i delta_i`` with the same c everywhere: ``parameters -> [N]``. Encodings then
         stay what they are.
+    statistics: whether ``merge`` reads statistics of data, one tree per model.
     base: whether ``merge`` reads the base. models: the least and the largest number of models; None is no limit.
     """
 
@@ -65,6 +69,7 @@ class Rule:
     scope: Literal["tensor", "model"] = "tensor"
     totals: Callable[..., Any] | None = None
     coefficients: Callable[[Mapping[str, Sequence[Any]]], Sequence[Any]] | None = None
+    statistics: bool = False
     base: bool = False
     each: bool = False
     models: tuple[int, int | None] = (1, None)
