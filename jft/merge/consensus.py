@@ -23,8 +23,8 @@ def tall_masks(
     """``M_i tau`` for every task i, with ``M_i = |tau_i| > lambda_i |tau - tau_i|``: a list of task vectors, one per model.
 
     tau is the multi-task vector: ``sum_i w_i tau_i`` (``task_arithmetic``), or what TIES makes with the sum in place of the
-    mean (``ties``: the whole model trimmed to ``density``, zero signs by majority). mask_lambda: one number or one per task; the
-    paper chooses it for each task from 0.2, 0.3 ... 0.6 by validation accuracy. The smaller, the more of tau stays.
+    mean (``ties``: the whole model trimmed to ``density``, zero signs by majority). mask_lambda: one number or one per task;
+    the paper chooses it for each task from 0.2, 0.3 ... 0.6 by validation accuracy. The smaller, the more of tau stays.
 
     Wang et al. 2024, arXiv:2405.07813; released code nik-dim/tall_masks.
     """

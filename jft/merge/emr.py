@@ -21,9 +21,9 @@ def emr(*, rescale: Literal["sum", "mean"] = "sum", zero: Literal["none", "minus
     """``lambda_i M_i tau_uni`` for every task i: a list of task vectors, one per model.
 
     Elect: ``sign = sgn(sum_i tau_i)``, and ``tau_uni = sign max_i |tau_i|`` over the models that have it. Mask: ``M_i`` is
-    where ``tau_i tau_uni > 0``. Rescale: ``lambda_i = sum |tau_i| / sum |M_i tau_uni|`` over the whole model. weights multiply the
-    deltas first. rescale: the ``sum`` over all entries (the paper), or the sum over tensors of their ``mean``, in which a small
-    tensor counts as much as a large one (released code, FusionBench). zero: where the deltas sum to exactly zero no sign is
+    where ``tau_i tau_uni > 0``. Rescale: ``lambda_i = sum |tau_i| / sum |M_i tau_uni|`` over the whole model. weights multiply
+    the deltas first. rescale: the ``sum`` over all entries (the paper), or the sum over tensors of their ``mean``, in which a
+    small tensor counts as much as a large one (released code, FusionBench). zero: where deltas sum to exactly zero no sign is
     elected (``none``: sgn(0) = 0), or ``minus`` (released code, FusionBench).
 
     Huang et al. 2024, arXiv:2405.17461; released code harveyhuang18/EMR_Merging.

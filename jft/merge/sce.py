@@ -24,7 +24,7 @@ def sce(*, density: Any = 0.1, least_energy: float = 0.0) -> Rule:
 
     Select: the ``density`` of the entries whose variance over the models is not zero, of the largest variance (mergekit's
     ``select_topk``); the others become zero. Calculate: ``e_i``, the mean of the squares of what is selected of ``tau_i``,
-    over the sum of all models'. Erase: at each entry the models whose sign is not that of the sum of deltas (zero is taken as plus).
+    over the sum of all models'. Erase: at each entry the models whose sign is not that of the sum (zero is taken as plus).
     weights multiply the deltas first. least_energy: models whose mean squares sum to less are weighed equally, and shares of
     energy at an entry that sum to less are divided by it: 1e-6 in mergekit, to which the authors gave the rule, and where
     deltas of a size of 1e-3 are therefore averaged; 0 has no such scale, and treats ``c tau`` as it treats ``tau``.

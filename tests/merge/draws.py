@@ -10,8 +10,8 @@ from jft import tree
 from jft.delta import Dense, TaskVector
 from jft.merge.trim import uniform
 
-SHAPES = {"a": (6, 9), "b": (5,), "layers/w": (2, 4, 3)}
-ODD = {"scalar": (), "column": (6, 1), "one": (1,), "few": (3,)}
+SHAPES = {"a": (6, 9), "layers/w": (2, 4, 3)}
+ODD = {"scalar": (), "column": (6, 1), "few": (3,)}
 
 
 def vectors(count=3, seed=0, shapes=SHAPES, distinct=False):

@@ -227,12 +227,12 @@ def test_density_one_is_task_arithmetic(name):
 
 
 def test_trimming_twice_is_trimming_once():
-    tau = vectors(1)
-    once = magnitude(tau, density=0.4)
-    assert_close(magnitude([once], density=0.4), once, atol=0)
-    # What is left of magnitudes is still their middle where no outlier is removed.
-    once = breadcrumbs(tau, density=0.4, gamma=0.0)
-    assert_close(breadcrumbs([once], density=0.4, gamma=0.0), once, atol=0)
+    tau = vectors(1)[0]
+    nothing = 0.0 * tau
+    once = magnitude([tau, nothing, nothing], density=0.4)
+    assert_close(magnitude([once, nothing, nothing], density=0.4), once, atol=0)
+    # Where no outlier is removed, breadcrumbs are the largest entries.
+    assert_close(breadcrumbs([tau, nothing, nothing], density=0.4, gamma=0.0), once, atol=0)
 
 
 @pytest.mark.parametrize("rule", [magnitude, breadcrumbs, breadcrumbs_ties])
@@ -244,7 +244,8 @@ def test_order_does_not_matter(rule):
 
 @pytest.mark.parametrize("rule", [magnitude, dare, dare_ties, della, della_linear, breadcrumbs])
 def test_scale_of_the_deltas(rule):
-    taus = vectors()
+    # Without sums of exactly zero, whose sign some presets take for plus.
+    taus = vectors(distinct=True)
     assert_close(rule([-2 * tau for tau in taus], density=0.5), -2 * rule(taus, density=0.5), atol=5e-6)
 
 
@@ -252,9 +253,9 @@ def test_scale_of_the_deltas(rule):
 def test_odd_shapes(rule):
     """Scalars, columns, few entries, and a model that changes nothing: finite, and zero where all deltas are."""
     taus = vectors(2, shapes=ODD)
-    merged = flat(rule([taus[0], 0.0 * taus[0]], density=0.5))
-    assert np.all(np.isfinite(merged))
-    assert not np.any(flat(rule([0.0 * taus[0]], density=0.5)))
+    nothing = 0.0 * taus[0]
+    assert np.all(np.isfinite(flat(rule([taus[0], nothing], density=0.5))))
+    assert not np.any(flat(rule([nothing, nothing], density=0.5)))
 
 
 @pytest.mark.parametrize("name", ["magnitude", "dare", "dare_ties", "della", "della_linear", "breadcrumbs"])
@@ -325,7 +326,7 @@ def test_mergekit(kind, tmp_path, monkeypatch):
         ("breadcrumbs", breadcrumbs, {"density": [0.4, 0.9, 1.0], "gamma": [0.01, 0.2, 0.1]}, {}, {}),
         ("breadcrumbs_ties", breadcrumbs_ties, {"density": [0.4, 0.9, 1.0], "gamma": [0.01, 0.2, 0.1]}, {}, {}),
         ("ties", ties, {"density": [0.3, 0.001, 1.0]}, {"normalize": False}, {"divide": "none"}),
-        ("ties", ties, {"density": [0.3, 0.001, 1.0]}, {"rescale": True}, {"rescale": True}),
+        ("ties", ties, {"density": [0.3, 0.2, 1.0]}, {"rescale": True}, {"rescale": True}),
     ]
     for i, (name, rule, options, parameters, ours) in enumerate(cases):
         each = [{"weight": w} | {k: v[j] for k, v in options.items()} for j, w in enumerate(weights)]
