@@ -19,20 +19,21 @@ def largest(tensor: Tensor, r: int = 0, exact: bool = True, axis: int | None = N
 
     exact: of entries equal to the last, only the first in row-major order, so that the count is the rank; otherwise all of
     them, which is what ``|delta| >= threshold`` means in released code (and needs ``tensor.thresholds``). axis: among the
-    entries along this axis of the tensor rather than among all of them; a vector is one row, whatever the axis.
+    entries along this axis of the tensor rather than among all of them, to which thresholds do not apply; a vector is one
+    row, whatever the axis.
     """
     magnitudes = jnp.abs(tensor.deltas)
     assert tensor.ranks is not None, "a rule that trims has `ranks`"
     ranks = tensor.ranks[:, r]
-    if tensor.thresholds is not None:
-        limit = _expanded(tensor.thresholds[:, r], magnitudes)
-        return magnitudes >= limit if not exact else _first(magnitudes, limit, ranks)
-    if axis is None or magnitudes.ndim < 3:
+    if axis is not None and magnitudes.ndim > 2:
+        axis = along(magnitudes, axis)
+        rows = jnp.moveaxis(magnitudes, axis, -1)
+        counts = jnp.broadcast_to(_expanded(ranks, rows[..., 0]), rows.shape[:-1])
+        return jnp.moveaxis(top_each(rows, counts, rows.ndim - 1), -1, axis)
+    if tensor.thresholds is None:
         return top_each(magnitudes, ranks, 1)
-    axis = along(magnitudes, axis)
-    rows = jnp.moveaxis(magnitudes, axis, -1)
-    counts = jnp.broadcast_to(_expanded(ranks, rows[..., 0]), rows.shape[:-1])
-    return jnp.moveaxis(top_each(rows, counts, rows.ndim - 1), -1, axis)
+    limit = _expanded(tensor.thresholds[:, r], magnitudes)
+    return magnitudes >= limit if not exact else _first(magnitudes, limit, ranks)
 
 
 def along(x: Array, axis: int) -> int:

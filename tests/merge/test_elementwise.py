@@ -1,9 +1,10 @@
 """Rules that weigh entries one by one: MagMax, RAM, SCE, PCB, Arcee Fusion; NumPy, then mergekit and FusionBench."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jft.delta import TaskVector
+from jft.delta import Dense, TaskVector
 from jft.merge import RULES, task_arithmetic
 from jft.merge.arcee_fusion import arcee_fusion
 from jft.merge.magmax import magmax
@@ -135,8 +136,15 @@ def test_ram():
     assert_equal(ramplus(taus, preset="mergekit", **options), local)
 
 
+def sparse(taus):
+    """The same, zero in two of three entries, the same ones in all models: nothing varies there."""
+    rng = np.random.default_rng(7)
+    masks = {path: rng.random(taus[0][path].shape) < 1 / 3 for path in taus[0]}
+    return [TaskVector({path: Dense(jnp.where(masks[path], tau[path].dense(), 0)) for path in tau}) for tau in taus]
+
+
 def test_sce():
-    for taus in (vectors(), vectors(distinct=True)):
+    for taus in (vectors(), sparse(vectors(distinct=True))):
         for density in (0.5, 1.0):
             expected = each_tensor(lambda xs, d=density: sce_reference(weighed(xs), d, 0.0), taus)
             assert_equal(sce(taus, WEIGHTS, density=density), expected)

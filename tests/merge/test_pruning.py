@@ -226,6 +226,14 @@ def test_density_one_is_task_arithmetic(name):
     assert_close(merged, task_arithmetic(taus, WEIGHTS))
 
 
+@pytest.mark.parametrize("rule", [magnitude, dare, della_linear, breadcrumbs])
+def test_linear_in_the_weights(rule):
+    """Without signs to elect, a merge is the weighted sum of what is left of each vector."""
+    taus = vectors()
+    alone = [rule(taus, list(one), density=0.5) for one in np.eye(3)]
+    assert_close(rule(taus, WEIGHTS, density=0.5), task_arithmetic(alone, WEIGHTS), atol=5e-6)
+
+
 def test_trimming_twice_is_trimming_once():
     tau = vectors(1)[0]
     nothing = 0.0 * tau
