@@ -21,7 +21,7 @@ def ram(*, epsilon: float = 1e-5) -> Rule:
     A change that is unique to a model is so not diluted by the others, as an average would. Made for models of
     reinforcement learning, whose changes are sparse.
 
-    Yuan et al. 2026, arXiv:2601.13572.
+    Yuan et al. 2026, arXiv:2601.13572; released code xiangchi-yuan/mrl, mode "arm".
     """
     in_range("epsilon", epsilon, 0, float("inf"))
     return Rule(merge=_ram, options={"epsilon": epsilon})
@@ -34,9 +34,10 @@ def ramplus(
     """:func:`ram`, unique changes of model i multiplied by ``1 + r min(rho_i, alpha)``: RAM+.
 
     ``rho_i`` is the number of entries that model i shares with others over the number that it changes alone, counted in the
-    whole ``model`` or in each ``tensor`` (mergekit's ``ramplus_tl``, "tensor-local"). r, alpha: one number or one per model.
+    whole ``model`` or in each ``tensor`` (mergekit's ``ramplus_tl``, "tensor-local"). r, alpha: one number or one per model;
+    r = 0.1 and alpha = 0.2 are mergekit's, the released code has alpha = 1 and calls ``1 + r`` its rescale factor (1.2).
 
-    Yuan et al. 2026, arXiv:2601.13572.
+    Yuan et al. 2026, arXiv:2601.13572; released code xiangchi-yuan/mrl, mode "arm-r-v2".
     """
     in_range("r", r, 0, float("inf"))
     in_range("alpha", alpha, 0, float("inf"))

@@ -1,5 +1,6 @@
 """Rules that prune deltas first: magnitude, DARE, DELLA, breadcrumbs; references in NumPy, then mergekit, peft, FusionBench."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -141,6 +142,18 @@ def test_dare_is_unbiased():
     assert np.all(np.abs(rows.mean(1) - 1) < 5 * np.sqrt(0.7 / 0.3 / 3000))
     correlation = np.corrcoef(rows) - np.eye(len(rows))
     assert np.abs(correlation).max() < 0.1
+
+
+def test_masks_are_the_same_on_eight_devices():
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("x",))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    one = np.random.default_rng(0).normal(size=(16, 5)).astype(np.float32)
+    found = []
+    for x in (jnp.asarray(one), jax.device_put(one, spread)):
+        tau = TaskVector({"a": Dense(x)})
+        found.append([rule([tau], density=0.5, rescale="none")["a"].dense() for rule in (dare, della_linear)])
+    assert found[1][0].sharding.is_equivalent_to(spread, 2)
+    np.testing.assert_array_equal(found[0], found[1])
 
 
 def test_dare_ties_trims_the_whole_model():
