@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jft.delta import TaskVector
 from jft.merge import learned
-from jft.merge.registry import register
-from jft.merge.rule import Rule, Tensor, Vectors, in_range, listed
-from jft.merge.trim import largest
+from jft.merge.rule import Vectors, listed
+from jft.merge.ties import ties_split
 
 Array = jax.Array
 PRESETS: dict[str, dict[str, Any]] = {
@@ -93,45 +91,3 @@ def _bounds(clamp: Any) -> tuple[float, ...]:
     if len(bounds) not in (0, 2) or (bounds and not bounds[0] < bounds[1]):
         raise ValueError(f"clamp is {clamp!r}; give a lower and an upper bound, or () for none")
     return bounds
-
-
-@register(paper="Yang et al. 2024, arXiv:2310.02575")
-def ties_split(*, density: Any = 0.2) -> Rule:
-    """One vector for each: its entries that TIES would add up, and zero elsewhere. What AdaMerging++ learns coefficients of.
-
-    Trim and elected sign are those of :func:`jft.merge.ties` by its paper (arXiv:2306.01708): entries of the whole model that
-    reach the threshold, the sign of their sum, for a sum of zero that of most entries.
-    """
-    in_range("density", density, 0, 1)
-    return Rule(
-        merge=_ties_split,
-        parameters={"density": density},
-        ranks=_ranks,
-        scope="model",
-        totals=_signs,
-        each=True,
-    )
-
-
-def _ranks(entries: int, parameters: Mapping[str, np.ndarray]) -> np.ndarray:
-    # As in `ties`: the released code keeps one entry more than int(d K).
-    return np.minimum((entries * parameters["density"]).astype(np.int64) + 1, entries)[:, None]
-
-
-def _trimmed(tensor: Tensor) -> Array:
-    return jnp.where(largest(tensor, exact=False), tensor.deltas, 0)
-
-
-def _elected(trimmed: Array) -> Array:
-    return jnp.sign(jnp.sum(trimmed, axis=0))
-
-
-def _signs(tensor: Tensor) -> Array:
-    return jnp.sum(_elected(_trimmed(tensor)))
-
-
-def _ties_split(tensor: Tensor) -> Array:
-    trimmed = _trimmed(tensor)
-    sign = _elected(trimmed)
-    sign = jnp.where(sign == 0, jnp.sign(tensor.totals), sign)
-    return tensor.weighted() * jnp.where(jnp.sign(trimmed) == sign, trimmed, 0)

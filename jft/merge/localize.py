@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,8 +16,7 @@ from jft.delta import manifest as manifests
 from jft.merge import learned
 from jft.merge.registry import register
 from jft.merge.rule import Rule, Tensor, Vectors, in_range, listed
-from jft.merge.ties import disjoint_mean
-from jft.merge.trim import largest
+from jft.merge.ties import disjoint_mean, ranks_of_tensor, trimmed_by_model
 from jft.select.threshold import top
 
 Array = jax.Array
@@ -38,17 +37,13 @@ def stitch(*, density: Any = 1.0) -> Rule:
         merge=_stitch,
         options={"whole": whole},
         parameters={} if whole else {"density": density},
-        ranks=None if whole else _ranks,
+        ranks=None if whole else ranks_of_tensor,
         scope="model",
     )
 
 
-def _ranks(entries: int, parameters: Mapping[str, np.ndarray]) -> np.ndarray:
-    return (parameters["density"] * entries).astype(np.int64)[:, None]
-
-
 def _stitch(tensor: Tensor, whole: bool) -> Array:
-    deltas = tensor.deltas if whole else jnp.where(largest(tensor, exact=False), tensor.deltas, 0)
+    deltas = tensor.deltas if whole else trimmed_by_model(tensor)
     return disjoint_mean(tensor, deltas, deltas != 0, "count")
 
 

@@ -23,7 +23,11 @@ MUTATIONS = [
         "max(loss(f(params, batch[task]), batch[task])",
     ),
     ("jft/merge/adamerging.py", '"clamp": (0.0, 1.0)', '"clamp": (0.0, 0.9)'),
-    ("jft/merge/adamerging.py", "jnp.sign(trimmed) == sign", "jnp.sign(trimmed) == -sign"),
+    (
+        "jft/merge/ties.py",
+        'agreeing(tensor, trimmed, "sum", "majority"), t',
+        '~agreeing(tensor, trimmed, "sum", "majority"), t',
+    ),
     ("jft/merge/adamerging.py", 'learned.stack_of(path, shape) if by == "layer" else ()', "()"),
     ("jft/merge/atlas.py", "0, partitions, jnp.int32", "0, 1, jnp.int32"),
     ("jft/merge/atlas.py", "weight_decay=weight_decay)", "weight_decay=0.0)"),
