@@ -83,6 +83,7 @@ def _rule(merge: Any, density: Any, gamma: Any, axis: Any, exact_density: bool, 
         ranks=functools.partial(_ranks, exact_density=exact_density),
         scope="model" if axis == "model" else "tensor",
         axis=number,
+        elementwise=number is None and not options["rescale"],
     )
 
 

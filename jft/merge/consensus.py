@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jft.merge.registry import register
-from jft.merge.rule import Rule, Tensor, in_range
+from jft.merge.rule import Rule, Tensor, in_range, over_models
 from jft.merge.ties import disjoint_merge, ranks_of_model, signs_of_model, trimmed_by_model
 
 Array = jax.Array
@@ -61,6 +61,7 @@ def _rule(merge: Any, mask_lambda: Any, multi_task: str, density: Any, each: boo
         ranks=ranks_of_model if trims else None,
         scope="model" if trims else "tensor",
         totals=signs_of_model if trims else None,
+        elementwise=True,
         each=each,
     )
 
@@ -70,7 +71,7 @@ def _masks(tensor: Tensor, multi_task: str) -> tuple[Array, Array]:
     if multi_task == "ties":
         merged = disjoint_merge(tensor, trimmed_by_model(tensor), elect="sum", divide="none", zero="majority")
     else:
-        merged = jnp.sum(tensor.weighted() * tensor.deltas, axis=0)
+        merged = over_models(tensor.weighted() * tensor.deltas)
     distance = jnp.abs(merged - tensor.deltas)
     return jnp.abs(tensor.deltas) > tensor.weighted("mask_lambda") * distance, merged
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jft.merge.registry import register
-from jft.merge.rule import Rule, Tensor
+from jft.merge.rule import Rule, Tensor, over_models
 
 Array = jax.Array
 
@@ -28,13 +28,14 @@ def emr(*, rescale: Literal["sum", "mean"] = "sum", zero: Literal["none", "minus
 
     Huang et al. 2024, arXiv:2405.17461; released code harveyhuang18/EMR_Merging.
     """
-    return Rule(merge=_emr, options={"rescale": rescale, "zero": zero}, totals=_sizes, each=True)
+    options = {"rescale": rescale, "zero": zero}
+    return Rule(merge=_emr, options=options, totals=_sizes, elementwise=rescale == "sum", each=True)
 
 
 def _unified(tensor: Tensor, zero: str) -> tuple[Array, Array, Array]:
     """The deltas, the masks ``[N, ...]`` and the unified delta."""
     deltas = tensor.weighted() * tensor.deltas
-    sign = jnp.sign(jnp.sum(deltas, axis=0))
+    sign = jnp.sign(over_models(deltas))
     if zero == "minus":
         sign = jnp.where(sign == 0, -1, sign)
     masks = deltas * sign > 0

@@ -19,7 +19,7 @@ def magmax() -> Rule:
 
     Marczak et al. 2024, arXiv:2407.06322; released code danielm1405/magmax, which FusionBench follows.
     """
-    return Rule(merge=_magmax)
+    return Rule(merge=_magmax, elementwise=True)
 
 
 def _magmax(tensor: Tensor) -> Array:

@@ -44,6 +44,7 @@ def magnitude(
         parameters={"density": density},
         ranks=ranks_of_model if scope == "model" else functools.partial(ranks_of_tensor, least=int(at_least_one)),
         scope=scope,
+        elementwise=not rescale,
     )
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.merge.registry import register
-from jft.merge.rule import Rule, Tensor, in_range
+from jft.merge.rule import Rule, Tensor, in_range, over_models
 from jft.merge.trim import kth_largest
 
 Array = jax.Array
@@ -75,8 +75,8 @@ def _pcb(tensor: Tensor, balance: str) -> Array:
         magnitudes = jnp.abs(deltas)
         high, low = (kth_largest(magnitudes, ranks[:, r]) for r in (1, 2))
         magnitudes = jnp.clip(magnitudes, low, high)
-        beta = jnp.exp(len(deltas) * jnp.square(_normed(magnitudes))) * jnp.tanh(deltas * jnp.sum(deltas, axis=0))
+        beta = jnp.exp(len(deltas) * jnp.square(_normed(magnitudes))) * jnp.tanh(deltas * over_models(deltas))
         beta = _normed(jnp.maximum(beta, kth_largest(beta, ranks[:, 0])))
         deltas = jnp.sign(deltas) * magnitudes
-    share = jnp.sum(beta, axis=0)
-    return jnp.sum(beta * deltas, axis=0) / jnp.where(share > 0, share, 1)
+    share = over_models(beta)
+    return over_models(beta * deltas) / jnp.where(share > 0, share, 1)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jft.merge.registry import register
-from jft.merge.rule import Rule, Tensor, in_range
+from jft.merge.rule import Rule, Tensor, in_range, over_models
 
 Array = jax.Array
 _PAPER = "Yuan et al. 2026, arXiv:2601.13572"
@@ -24,7 +24,7 @@ def ram(*, epsilon: float = 1e-5) -> Rule:
     Yuan et al. 2026, arXiv:2601.13572; released code xiangchi-yuan/mrl, mode "arm".
     """
     in_range("epsilon", epsilon, 0, float("inf"))
-    return Rule(merge=_ram, options={"epsilon": epsilon})
+    return Rule(merge=_ram, options={"epsilon": epsilon}, elementwise=True)
 
 
 @register(paper=_PAPER, presets={"paper": {}, "mergekit": {"scope": "tensor"}})
@@ -47,6 +47,7 @@ def ramplus(
         options={"epsilon": epsilon, "scope": scope},
         parameters={"r": r, "alpha": alpha},
         totals=_counts if scope == "model" else None,
+        elementwise=scope == "model",
     )
 
 
@@ -59,7 +60,7 @@ def _changed(tensor: Tensor, epsilon: float) -> tuple[Array, Array, Array]:
 
 def _ram(tensor: Tensor, epsilon: float) -> Array:
     deltas, _, models = _changed(tensor, epsilon)
-    return jnp.sum(deltas, axis=0) / jnp.maximum(models, 1)
+    return over_models(deltas) / jnp.maximum(models, 1)
 
 
 def _counts(tensor: Tensor, epsilon: float, scope: str) -> tuple[Array, Array]:
@@ -77,4 +78,4 @@ def _ramplus(tensor: Tensor, epsilon: float, scope: str) -> Array:
     rho = shared / jnp.maximum(unique, 1)
     factor = 1 + tensor.parameters["r"] * jnp.minimum(rho, tensor.parameters["alpha"])
     factor = jnp.where(models == 1, factor.reshape(-1, *(1,) * models.ndim), 1)
-    return jnp.sum(factor * deltas, axis=0) / jnp.maximum(models, 1)
+    return over_models(factor * deltas) / jnp.maximum(models, 1)

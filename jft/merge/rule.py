@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jft.delta import TaskVector
@@ -45,6 +47,11 @@ class Tensor(NamedTuple):
         return self.parameters[name].reshape(-1, *(1,) * (self.deltas.ndim - 1))
 
 
+def over_models(x: Array) -> Array:
+    """The sum of ``[N, ...]`` over the models, as N - 1 additions: on CPUs XLA takes 30 times longer for ``jnp.sum(x, 0)``."""
+    return functools.reduce(jnp.add, [x[i] for i in range(len(x))])
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """A merging rule with its options, for any number of models, sizes and ways to run.
@@ -63,6 +70,9 @@ class Rule:
     coefficients: for rules that are ``sum_i c_i delta_i`` with the same c everywhere: ``parameters -> [N]``. Encodings then
         stay what they are.
     statistics: whether ``merge`` reads statistics of data, one tree per model.
+    elementwise: whether ``merge`` (and ``totals``) treats entries one by one but for trimming by
+        :func:`jft.merge.trim.largest`, draws nothing at random, and gives 0 where all deltas are: a tensor may then be merged
+        in pieces, padded with zeros.
     base: whether ``merge`` reads the base. models: the least and the largest number of models; None is no limit.
     """
 
@@ -76,6 +86,7 @@ class Rule:
     totals: Callable[..., Any] | None = None
     coefficients: Callable[[Mapping[str, Sequence[Any]]], Sequence[Any]] | None = None
     statistics: bool = False
+    elementwise: bool = False
     base: bool = False
     each: bool = False
     models: tuple[int, int | None] = (1, None)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.merge.registry import register
-from jft.merge.rule import Rule, Tensor, in_range
+from jft.merge.rule import Rule, Tensor, in_range, over_models
 from jft.select.threshold import top_each
 
 Array = jax.Array
@@ -49,10 +49,10 @@ def _sce(tensor: Tensor, least_energy: float) -> Array:
     total = jnp.sum(energy)
     small = total <= least_energy
     share = jnp.where(small, 1 / len(deltas), energy / jnp.where(small, 1, total))
-    sign = jnp.where(jnp.sum(deltas, axis=0) >= 0, 1.0, -1.0)
+    sign = jnp.where(over_models(deltas) >= 0, 1.0, -1.0)
     shares = jnp.where(jnp.sign(deltas) == sign, share.reshape(-1, *(1,) * (deltas.ndim - 1)), 0)
-    divisor = jnp.maximum(jnp.sum(shares, axis=0), least_energy)
-    return jnp.sum(shares * deltas, axis=0) / jnp.where(divisor == 0, 1, divisor)
+    divisor = jnp.maximum(over_models(shares), least_energy)
+    return over_models(shares * deltas) / jnp.where(divisor == 0, 1, divisor)
 
 
 def _selected(deltas: Array, density: Array) -> Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.merge.registry import register
-from jft.merge.rule import Rule, Tensor, in_range
+from jft.merge.rule import Rule, Tensor, in_range, over_models
 from jft.merge.trim import l1_matched, largest
 
 Array = jax.Array
@@ -68,6 +68,7 @@ def ties(
         scope=scope,
         # The majority of the signs of a whole model is known only once all of it was seen.
         totals=_signs if zero == "majority" else None,
+        elementwise=not rescale,
     )
 
 
@@ -99,7 +100,7 @@ def _ties(tensor: Tensor, scope: str, rescale: bool, elect: str, divide: str, ze
 def elected(tensor: Tensor, deltas: Array, elect: str) -> Array:
     """The sign -1, 0 or 1 of each entry."""
     terms = {"sum": deltas, "weighted": deltas * tensor.weighted(), "count": jnp.sign(deltas)}[elect]
-    return jnp.sign(jnp.sum(terms, axis=0))
+    return jnp.sign(over_models(terms))
 
 
 def disjoint_merge(tensor: Tensor, deltas: Array, elect: str, divide: str, zero: str) -> Array:
@@ -125,10 +126,10 @@ def disjoint_mean(tensor: Tensor, deltas: Array, agree: Array, divide: str) -> A
     terms = jnp.where(agree, weights * deltas, 0)
     if divide == "max":
         return jnp.take_along_axis(terms, jnp.argmax(jnp.abs(terms), axis=0)[None], axis=0)[0]
-    total = jnp.sum(terms, axis=0)
+    total = over_models(terms)
     if divide == "none":
         return total
-    share = jnp.sum(jnp.where(agree, weights if divide == "weights" else 1.0, 0.0), axis=0)
+    share = over_models(jnp.where(agree, weights if divide == "weights" else 1.0, 0.0))
     return total / jnp.where(share == 0, 1, share)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jft.merge.rule import Tensor
+from jft.merge.rule import Tensor, over_models
 from jft.select.threshold import top_each
 
 Array = jax.Array
@@ -85,7 +85,7 @@ def rescaled(deltas: Array, mask: Array, rescale: str, probability: Array) -> Ar
 
 def weighted_sum(tensor: Tensor, deltas: Array, normalize: bool = False) -> Array:
     """``sum_i w_i deltas_i``; with ``normalize`` by the sum of the weights, where that is not zero."""
-    total = jnp.sum(tensor.weighted() * deltas, axis=0)
+    total = over_models(tensor.weighted() * deltas)
     if not normalize:
         return total
     weights = jnp.sum(tensor.parameters["weight"])

@@ -47,8 +47,8 @@ def test_masks(kind):
     assert kind == "ties" or any(
         np.any(np.abs(x) == lam * np.abs(merged - x)) for x, lam in zip(xs, lambdas, strict=True)
     )
-    found = tall_masks(taus, WEIGHTS, mask_lambda=lambdas, multi_task=kind)
-    for mask, tau in zip(needed, found, strict=True):
+    result = tall_masks(taus, WEIGHTS, mask_lambda=lambdas, multi_task=kind)
+    for mask, tau in zip(needed, result, strict=True):
         np.testing.assert_allclose(flat(tau), mask * merged, atol=5e-7)
     for least in (1, 2) if kind == "task_arithmetic" else (2,):
         tau = consensus(taus, WEIGHTS, mask_lambda=lambdas, multi_task=kind, least=least)

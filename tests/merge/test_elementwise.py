@@ -17,11 +17,11 @@ from tests.merge.draws import ODD, assert_close, assert_equal, each_tensor, flat
 MUTATIONS = [
     ("jft/merge/magmax.py", "len(terms) - 1 - jnp.argmax(jnp.abs(terms)[::-1]", "jnp.argmax(jnp.abs(terms)"),
     ("jft/merge/magmax.py", "tensor.weighted() * tensor.deltas", "tensor.deltas"),
-    ("jft/merge/ram.py", "return jnp.sum(deltas, axis=0) / jnp.maximum(models, 1)", "return jnp.mean(deltas, axis=0)"),
+    ("jft/merge/ram.py", "return over_models(deltas) / jnp.maximum(models, 1)", "return jnp.mean(deltas, axis=0)"),
     ("jft/merge/ram.py", "jnp.abs(deltas) > epsilon", "jnp.abs(deltas) >= epsilon"),
     ("jft/merge/ram.py", "rho = shared / jnp.maximum(unique, 1)", "rho = unique / jnp.maximum(shared, 1)"),
     ("jft/merge/ram.py", "jnp.minimum(rho, tensor", "jnp.maximum(rho, tensor"),
-    ("jft/merge/sce.py", "axis=0) >= 0, 1.0, -1.0", "axis=0) > 0, 1.0, -1.0"),
+    ("jft/merge/sce.py", "over_models(deltas) >= 0, 1.0", "over_models(deltas) > 0, 1.0"),
     ("jft/merge/sce.py", "jnp.sum(variance != 0) * density", "variance.size * density"),
     ("jft/merge/sce.py", "small = total <= least_energy", "small = total < 0"),
     ("jft/merge/pcb.py", "_softmax(len(deltas) * _normed", "_softmax(_normed"),

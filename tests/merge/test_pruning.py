@@ -36,6 +36,11 @@ MUTATIONS = [
     ("jft/merge/breadcrumbs.py", "np.minimum(outliers, entries - kept)", "outliers"),
     ("jft/merge/breadcrumbs.py", "tensor.deltas.ndim == 1", "tensor.deltas.ndim == 0"),
     ("jft/merge/ties.py", "jnp.argmax(jnp.abs(terms), axis=0)", "jnp.argmax(terms, axis=0)"),
+    (
+        "jft/merge/ties.py",
+        "l1_matched(tensor.deltas, mask) if rescale",
+        "l1_matched(tensor.deltas, mask) if not rescale",
+    ),
 ]
 WEIGHTS = [1.0, 0.5, -0.7]
 
@@ -148,12 +153,12 @@ def test_masks_are_the_same_on_eight_devices():
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("x",))
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     one = np.random.default_rng(0).normal(size=(16, 5)).astype(np.float32)
-    found = []
+    result = []
     for x in (jnp.asarray(one), jax.device_put(one, spread)):
         tau = TaskVector({"a": Dense(x)})
-        found.append([rule([tau], density=0.5, rescale="none")["a"].dense() for rule in (dare, della_linear)])
-    assert found[1][0].sharding.is_equivalent_to(spread, 2)
-    np.testing.assert_array_equal(found[0], found[1])
+        result.append([rule([tau], density=0.5, rescale="none")["a"].dense() for rule in (dare, della_linear)])
+    assert result[1][0].sharding.is_equivalent_to(spread, 2)
+    np.testing.assert_array_equal(result[0], result[1])
 
 
 def test_dare_ties_trims_the_whole_model():
@@ -164,8 +169,8 @@ def test_dare_ties_trims_the_whole_model():
     signs = np.sign(sum(trimmed)).sum()
     for preset, divide in (("paper", "count"), ("fusionbench", "none")):
         expected = elect(trimmed, WEIGHTS, divide, majority=np.sign(signs))
-        found = flat(dare_ties(taus, WEIGHTS, density=0.5, preset=preset))
-        np.testing.assert_allclose(found, expected, atol=2e-6)
+        result = flat(dare_ties(taus, WEIGHTS, density=0.5, preset=preset))
+        np.testing.assert_allclose(result, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("axis", [0, 1, None])
@@ -173,14 +178,14 @@ def test_magprune(axis):
     shapes = {"a": (6, 9), "column": (6, 1), "b": (5,)}
     taus = vectors(shapes=shapes, distinct=True)
     u = uniforms(taus)
-    for rescale in ("probability", "l1"):
-        pruned = []
-        for i, tau in enumerate(taus):
-            p = {n: magprune_probability(x, 0.6, 0.3, axis) for n, x in split(tau).items()}
-            pruned.append({n: draw(x, u[n][i], p[n], rescale) for n, x in split(tau).items()})
-        options = {"density": 0.6, "epsilon": 0.3, "axis": axis, "rescale": rescale}
-        expected = {n: sum(w * p[n] for w, p in zip(WEIGHTS, pruned, strict=True)) for n in shapes}
-        assert_equal(della_linear(taus, WEIGHTS, **options), expected, atol=2e-6)
+    pruned = []
+    for i, tau in enumerate(taus):
+        p = {n: magprune_probability(x, 0.6, 0.3, axis) for n, x in split(tau).items()}
+        pruned.append({n: draw(x, u[n][i], p[n], "probability") for n, x in split(tau).items()})
+    options = {"density": 0.6, "epsilon": 0.3, "axis": axis}
+    expected = {n: sum(w * p[n] for w, p in zip(WEIGHTS, pruned, strict=True)) for n in shapes}
+    assert_equal(della_linear(taus, WEIGHTS, **options), expected, atol=2e-6)
+    if axis == 0:
         expected = {n: elect([p[n] for p in pruned], [1] * 3, "count") for n in shapes}
         assert_equal(della(taus, **options), expected, atol=2e-6)
 
@@ -212,6 +217,17 @@ def test_breadcrumbs_of_the_whole_model():
     tau = vectors(1, distinct=True)
     expected = middle(flat(tau[0]), 0.3, 0.1, False)
     np.testing.assert_allclose(flat(breadcrumbs(tau, density=0.3, gamma=0.1, axis="model")), expected, atol=5e-7)
+
+
+def test_ties_rescaled():
+    def merged(xs):
+        kept = [l1(x, x * top(x, max(int(0.3 * x.size), 1))) for x in xs]
+        return elect(kept, WEIGHTS, "weights")
+
+    taus = vectors()
+    assert_equal(
+        ties(taus, WEIGHTS, density=0.3, rescale=True, preset="mergekit"), each_tensor(merged, taus), atol=2e-6
+    )
 
 
 def test_ties_of_the_largest():
@@ -272,7 +288,7 @@ def test_scale_of_the_deltas(rule):
 
 @pytest.mark.parametrize("rule", [magnitude, dare, dare_ties, della, della_linear, breadcrumbs, breadcrumbs_ties])
 def test_odd_shapes(rule):
-    """Scalars, columns, few entries, and a model that changes nothing: finite, and zero where all deltas are."""
+    """Scalars, columns, and a model that changes nothing: finite, and zero where all deltas are."""
     taus = vectors(2, shapes=ODD)
     nothing = 0.0 * taus[0]
     assert np.all(np.isfinite(flat(rule([taus[0], nothing], density=0.5))))
@@ -392,8 +408,8 @@ def test_fusionbench(monkeypatch):
         tensors = {name: torch.tensor(x, dtype=torch.float32) for name, x in split(tau).items()}
         drop(tensors, 0.5, True)
         dropped.append(torch.cat([x.reshape(-1) for x in tensors.values()]))
-    found = dare(taus, preset="fusionbench")
-    np.testing.assert_allclose(flat(found), torch.stack(dropped).sum(0).numpy(), atol=5e-7)
+    result = dare(taus, preset="fusionbench")
+    np.testing.assert_allclose(flat(result), torch.stack(dropped).sum(0).numpy(), atol=5e-7)
     expected = merging(torch.stack(dropped), 20, "sum").numpy()
     np.testing.assert_allclose(flat(dare_ties(taus, preset="fusionbench")), expected, atol=5e-7)
     x = torch.tensor(np.stack([flat(tau) for tau in taus]), dtype=torch.float32)
