@@ -31,8 +31,8 @@ class MergingRule:
         self,
         vectors: Vectors,
         weights: Any = None,
-        *,
         scale: Any = 1.0,
+        *,
         base: Any = None,
         preset: str | None = None,
         seed: int = 0,
@@ -54,6 +54,8 @@ class MergingRule:
                 hint = nearest(option, self.options, otherwise=f"; it has {', '.join(self.options) or 'none'}")
                 raise ValueError(f"{self.name} has no option {option!r}{hint}")
         rule = self.factory(**{**self.presets[preset], **options})
+        if weights is not None and not rule.weighted:
+            raise ValueError(f"{self.name} has no weights; it was given {weights!r}")
         return dataclasses.replace(rule, parameters={"weight": 1.0 if weights is None else weights, **rule.parameters})
 
     @property
@@ -67,7 +69,7 @@ class MergingRule:
         """What ``help`` and editors show."""
         common = [p for p in inspect.signature(type(self).__call__).parameters.values() if p.name != "self"]
         options = list(inspect.signature(self.factory).parameters.values())
-        return inspect.Signature([*common[:2], *options, *(p for p in common[2:] if p.kind is not p.VAR_KEYWORD)])
+        return inspect.Signature([*common[:3], *options, *(p for p in common[3:] if p.kind is not p.VAR_KEYWORD)])
 
 
 RULES: dict[str, MergingRule] = {}

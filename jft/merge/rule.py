@@ -54,8 +54,9 @@ class Rule:
         in float64, because that is where published counts come from.
     totals: ``totals(tensor, **options) -> pytree`` of sums over all tensors, known before ``merge`` runs.
     coefficients: for rules that are ``sum_i c_i delta_i`` with the same c everywhere: ``parameters -> [N]``. Encodings then
-        stay what they are.
-    base: whether ``merge`` reads the base. models: the least and the largest number of models; None is no limit.
+        stay what they are. One more, with ``base``, is that of the base: the result then changes all of its weights.
+    base: whether ``merge`` reads the base. models: the least and the largest number of models; None is no limit. weighted:
+        whether the rule has the parameter ``weight``.
     """
 
     merge: Callable[..., Array]
@@ -68,6 +69,7 @@ class Rule:
     base: bool = False
     each: bool = False
     models: tuple[int, int | None] = (1, None)
+    weighted: bool = True
 
     def check_models(self, count: int, name: str) -> None:
         """Raise ``ValueError`` for a number of models that the rule is not defined for."""
