@@ -141,7 +141,7 @@ def _points(tensor: Tensor, origin: Origin) -> Array:
 
 
 def _change(tensor: Tensor, point: Array, origin: Origin) -> Array:
-    return point if origin == "base" else point - tensor.base
+    return point if origin == "base" or tensor.base is None else point - tensor.base
 
 
 def _dot(a: Array, b: Array, axis: int | None = None) -> Array:
