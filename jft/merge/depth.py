@@ -80,7 +80,8 @@ def _by_layer(change: delta.Encoding, scales: Array) -> delta.Encoding:
         # Rows of entries are counted through all layers.
         rows_per_layer = math.prod(change.shape[1:-1])
         return dataclasses.replace(change, values=change.values * scales[change.rows // rows_per_layer])
-    return delta.Dense(change.dense() * expanded(change))
+    dense = change.dense()
+    return delta.Dense(dense * expanded(dense))
 
 
 def _numbered_layers(tau: TaskVector) -> dict[str, int]:

@@ -66,7 +66,7 @@ def test_equal_means_are_added_only_where_that_is_allowed():
 
 def test_the_bar_rises_with_the_soup():
     # Means 4, 2, 4/3 of scores 6, 8, 7: the third is better than the first alone, and does not go in.
-    scores = {4.0: 6.0, 0.0: 5.0, -0.0: 5.0, 2.0: 8.0}
+    scores = {4.0: 6.0, 0.0: 5.0, 2.0: 8.0}
     value = lambda params: scores.get(float(params["w"][0]), 7.0)
     vectors = [vector(4, 0), vector(0, 0), vector(0, 1)]
     assert greedy_soup(BASE, vectors, value).manifest["ingredients"] == [0, 1]

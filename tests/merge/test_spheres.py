@@ -122,7 +122,7 @@ def test_nuslerp(axis, origin):
 
 
 def test_nuslerp_weights_that_sum_to_nothing_count_the_same():
-    base, taus = models(2)
+    _, taus = models(2)
     one, other = merge.nuslerp(taus, [1.0, -1.0]), merge.nuslerp(taus)
     np.testing.assert_array_equal(one["a"].dense(), other["a"].dense())
 
@@ -236,12 +236,12 @@ def test_model_stock_of_two_is_the_papers_formula_and_opposites_stay_at_the_base
     expected = 2 * cosine / (1 + cosine) * np.array([1.0, 0.5])
     np.testing.assert_allclose(merge.model_stock([a, b])["w"].dense(), expected, atol=1e-7)
     for preset in merge.model_stock.presets:
-        assert not merge.model_stock([a, -a], preset=preset)["w"].dense().any()
-        assert not merge.model_stock([0.0 * a, b], preset=preset)["w"].dense().any()
+        for pair in ([a, -a], [0.0 * a, b]):
+            np.testing.assert_allclose(merge.model_stock(pair, preset=preset)["w"].dense(), np.zeros(2), atol=1e-6)
 
 
 def test_model_stock_presets_differ():
-    base, taus = models(seed=4)
+    _, taus = models(seed=4)
     paper, mergekit, fusionbench = (
         np.asarray(merge.model_stock(taus, preset=p)["a"].dense()) for p in ("paper", "mergekit", "fusionbench")
     )
@@ -285,13 +285,11 @@ def test_wrong_options(build, message):
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_mergekit(kind, tmp_path):
-    base, tuned = peers.models(tmp_path, kind)
+def test_mergekit(tmp_path):
+    base, tuned = peers.models(tmp_path, "llama")
     params, taus = peers.vectors(base, tuned)
     weights = [0.6, 0.9, 0.5]
     each = [{"weight": w} for w in weights]
-    other = [{}, *each[:2]]
     worst = {}
 
     def compare(name, merged, *recipe, **options):
