@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jft.delta import TaskVector, apply
 from jft.delta.manifest import verify
 from jft.merge.rule import Vectors, listed
 from jft.merge.sums import average
+
+if TYPE_CHECKING:
+    import optax
 
 
 def greedy_soup(
@@ -64,6 +66,9 @@ def learned_soup(
     ``ingredients`` and their ``weights``. The paper also learns a temperature of the logits: that is part of an objective.
     Wortsman et al. 2022, arXiv:2203.05482, appendix. Raises ``ValueError`` where the weights do not stay finite.
     """
+    # Imported here: nothing else of merging trains.
+    import optax
+
     candidates = _named(vectors)
     _verify(base, candidates, check)
     taus = list(candidates.values())

@@ -323,10 +323,15 @@ def test_fusionbench():
     whole = [{k: torch.tensor(np.asarray(base[k] + tau[k].dense())) for k in base} for tau in taus]
     origin = {k: torch.tensor(np.asarray(w)) for k, w in base.items()}
     merged = merge.slerp(taus[:2], base=base, t=0.3, preset="fusionbench")
-    two = merge.model_stock(taus[:2], preset="fusionbench")
+    two, three = (merge.model_stock(taus[:n], preset="fusionbench") for n in (2, 3))
     for path in ("a", "b", "c"):
         expected = slerp(0.3, whole[0][path], whole[1][path]).numpy()
         np.testing.assert_allclose(base[path] + merged[path].dense(), expected, atol=5e-7)
         ratios = stock.compute_ratio(stock.compute_angle(whole[0], whole[1], origin), 2)
         expected = stock.merge_weights(whole[0], whole[1], origin, ratios)[path].numpy()
-        np.testing.assert_allclose(base[path] + two[path].dense(), expected, atol=2e-6)
+        np.testing.assert_allclose(base[path] + two[path].dense(), expected, atol=5e-7)
+        # Of three: the mean of the angles, and its formula for the ratio.
+        angles = [stock.compute_angle(whole[i], whole[j], origin)[path] for i, j in ((0, 1), (0, 2), (1, 2))]
+        ratio = stock.compute_ratio({path: float(np.mean(angles))}, 3)[path]
+        expected = ratio * np.mean([np.asarray(tau[path].dense(), np.float64) for tau in taus], axis=0)
+        np.testing.assert_allclose(three[path].dense(), expected, atol=5e-7)
