@@ -3,12 +3,12 @@
 from jft.merge.adamerging import adamerging
 from jft.merge.adarank import adarank
 from jft.merge.arcee_fusion import arcee_fusion
-from jft.merge.arithmetic import average, task_arithmetic
 from jft.merge.atlas import atlas
 from jft.merge.breadcrumbs import breadcrumbs, breadcrumbs_ties
 from jft.merge.consensus import consensus, tall_masks
 from jft.merge.dare import dare, dare_ties
 from jft.merge.della import della, della_linear
+from jft.merge.depth import lines, with_lines
 from jft.merge.emr import emr
 from jft.merge.fisher import fisher
 from jft.merge.half_reset import half_reset
@@ -20,12 +20,17 @@ from jft.merge.mats import mats
 from jft.merge.pcb import pcb
 from jft.merge.pleas import align, pleas
 from jft.merge.ram import ram, ramplus
+from jft.merge.realign import irr
 from jft.merge.registry import RULES, MergingRule, register
 from jft.merge.regmean import regmean, regmean_plus_plus
 from jft.merge.rule import Rule, Tensor, weights_of
 from jft.merge.sce import sce
 from jft.merge.search import Search, addition_row, addition_search, negation_row, negation_search, search
+from jft.merge.soups import greedy_soup, learned_soup
+from jft.merge.spheres import karcher, model_stock, multislerp, nearswap, nuslerp, slerp
+from jft.merge.sums import average, expo, linear, momentum_interpolation, passthrough, task_arithmetic, wise_ft
 from jft.merge.ties import ties, ties_split
+from jft.merge.transfer import explained_variance, pre_post, re_adapt, recycle, relative_gap, shadow_ft, transfer
 
 __all__ = [
     "RULES",
@@ -51,30 +56,53 @@ __all__ = [
     "della_linear",
     "emr",
     "entropy",
+    "explained_variance",
+    "expo",
     "fisher",
     "graft",
+    "greedy_soup",
     "half_reset",
+    "irr",
+    "karcher",
     "learn",
+    "learned_soup",
+    "linear",
+    "lines",
     "localize",
     "localize_and_stitch",
     "magmax",
     "magnitude",
     "mats",
+    "model_stock",
+    "momentum_interpolation",
+    "multislerp",
+    "nearswap",
     "negation_row",
     "negation_search",
+    "nuslerp",
+    "passthrough",
     "pcb",
     "pleas",
+    "pre_post",
     "ram",
     "ramplus",
+    "re_adapt",
+    "recycle",
     "register",
     "regmean",
     "regmean_plus_plus",
+    "relative_gap",
     "sce",
     "search",
+    "shadow_ft",
+    "slerp",
     "stitch",
     "tall_masks",
     "task_arithmetic",
     "ties",
     "ties_split",
+    "transfer",
     "weights_of",
+    "wise_ft",
+    "with_lines",
 ]
