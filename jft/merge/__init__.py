@@ -1,6 +1,8 @@
 """Merging: rules that make one task vector of several, and the search for its coefficient."""
 
 from jft.merge.arithmetic import average, task_arithmetic
+from jft.merge.compress import METHODS as COMPRESSIONS
+from jft.merge.compress import compress
 from jft.merge.half_reset import half_reset
 from jft.merge.registry import RULES, MergingRule, register
 from jft.merge.rule import Rule, Tensor, weights_of
@@ -8,6 +10,7 @@ from jft.merge.search import Search, addition_row, addition_search, negation_row
 from jft.merge.ties import ties
 
 __all__ = [
+    "COMPRESSIONS",
     "RULES",
     "MergingRule",
     "Rule",
@@ -16,6 +19,7 @@ __all__ = [
     "addition_row",
     "addition_search",
     "average",
+    "compress",
     "half_reset",
     "negation_row",
     "negation_search",
