@@ -110,15 +110,15 @@ def reference(encoding):
         return sum(reference(part) for part in encoding.parts)
     out = np.zeros(encoding.shape)
     matrices = out.reshape(-1, *encoding.shape[-2:])  # a view
-    values = f64(encoding.values)
     if isinstance(encoding, Ternary):
-        for row, column, minus in zip(
-            *map(np.asarray, (encoding.rows, encoding.columns, encoding.negative)), strict=True
-        ):
-            scale = f64(encoding.scale)
-            scale = scale[row // (out.size // out.shape[-1] // len(scale))] if scale.ndim else scale
-            matrices[row // out.shape[-2], row % out.shape[-2], column] = -scale if minus else scale
-    elif isinstance(encoding, Entries):
+        scale = np.broadcast_to(f64(encoding.scale).reshape(-1, *(1,) * (len(out.shape) - 1)), out.shape)
+        coordinates = map(np.asarray, (encoding.rows, encoding.columns, encoding.negative))
+        for row, column, minus in zip(*coordinates, strict=True):
+            at = row // out.shape[-2], row % out.shape[-2], column
+            matrices[at] = (-1 if minus else 1) * scale.reshape(matrices.shape)[at]
+        return out
+    values = f64(encoding.values)
+    if isinstance(encoding, Entries):
         for row, column, value in zip(np.asarray(encoding.rows), np.asarray(encoding.columns), values, strict=True):
             matrices[row // out.shape[-2], row % out.shape[-2], column] = value
     elif isinstance(encoding, Blocks):
