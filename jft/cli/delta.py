@@ -1,4 +1,4 @@
-"""Task vectors in files: what is in one, how two differ, apply one to a model."""
+"""Task vectors in files: what is in one, how two differ, apply one to a model, make one smaller."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import collections
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ examples:
   jft delta diff first.safetensors second.safetensors --json
   jft delta apply gpt2/ run/task_vector.safetensors merged/ --scale 0.4
   jft delta apply gpt2/ run/task_vector.safetensors forgot/ --scale=-0.4      (negation)
+  jft delta compress run/task_vector.safetensors small.safetensors --method compeft --density 0.05
 """
 INFO = """\
 Show the manifest of a task vector, and for every path it changes: encoding, shape, density (non-zero entries / all
@@ -30,6 +31,48 @@ entries either changes). Paths that one of them does not change count as zero th
 APPLY = """\
 Write the model BASE + scale * TAU to OUT, a directory that transformers loads. The base must be, bit for bit, the one the
 vector was made from; it is read in the dtype it had then."""
+COMPRESS = """\
+Write FILE compressed to OUT, and print for every path: encoding, bytes in the file and norm before and after, and the cosine
+between the two. The options of a method, and what it computes, are those of jft.merge.compress:
+
+  compeft     --density --alpha --scope            largest entries as plus or minus one scale     arXiv:2311.13171
+  bitdelta    --zero                               a sign for each weight, a scale for a matrix   arXiv:2402.10193
+  delta_come  --bits 8,3,2 --ranks 2,32 --ratio --group   singular vectors of mixed precision     arXiv:2406.08903
+  low_rank    --rank, --energy                     truncated singular value decompositions (LoRA)
+  magnitude   --density --scope --rescale          the largest entries
+  random      --density --rescale                  random entries, 1/density times what they were (DARE)
+  quantize    --bits --group --search              integers of 2 to 8 bits, a scale for each group"""
+
+
+def _number_or_word(value: str) -> float | str:
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def _integers(value: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in value.split(","))
+
+
+def _bits(value: str) -> int | tuple[int, ...]:
+    return _integers(value) if "," in value else int(value)
+
+
+_METHOD_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "density": (float, "the fraction of entries that stay"),
+    "alpha": (_number_or_word, "the scale in standard deviations, or stc for the mean magnitude"),
+    "scope": (str, "model or tensor: what the density is of"),
+    "rescale": (str, "none, density, l1 or l2"),
+    "zero": (str, "minus or plus: the sign of zeros"),
+    "bits": (_bits, "of an integer; for delta_come one for each group of vectors, as 8,3,2"),
+    "ranks": (_integers, "of all groups but the last, as 2,32"),
+    "ratio": (float, "bytes as a fraction of those in 16 bits"),
+    "group": (int, "entries with a common scale"),
+    "search": (bool, "scales with the least squared error"),
+    "rank": (int, "singular values that stay"),
+    "energy": (float, "the fraction of their squares that stays"),
+}
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
@@ -60,7 +103,19 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         help="read the base in this dtype (default: that of the vector's base; as stored where it is not known)",
     )
     apply.add_argument("--no-check", action="store_true", help="do not verify that BASE is the base of the vector")
-    for action in (info, diff, apply):
+
+    compress = actions.add_parser("compress", help="a task vector made smaller", description=COMPRESS)
+    compress.add_argument("file", help="a task vector (.safetensors)")
+    compress.add_argument("out", help="the file to write; must not exist")
+    compress.add_argument("--method", required=True, help="one of those above")
+    compress.add_argument(
+        "--include", action="append", metavar="PATTERN", help="compress only paths matching this (repeatable)"
+    )
+    compress.add_argument("--seed", type=int, default=0, help="of random methods (default 0)")
+    for name, (kind, text) in _METHOD_OPTIONS.items():
+        more: dict[str, Any] = {"action": "store_true", "default": None} if kind is bool else {"type": kind}
+        compress.add_argument(f"--{name}", help=text, **more)
+    for action in (info, diff, apply, compress):
         action.add_argument("--json", action="store_true", help="print JSON")
     options, rest = parser.parse_known_args(argv)
     if rest:
@@ -154,6 +209,48 @@ def apply(options: argparse.Namespace) -> int:
     return 0
 
 
+def compress(options: argparse.Namespace) -> int:
+    """``jft delta compress FILE OUT``."""
+    from jft.delta import TaskVector, file
+    from jft.merge import compress as compressed
+
+    # Before the file is read, which may take minutes.
+    if Path(options.out).exists():
+        raise UsageError(f"{options.out!r} exists; nothing was written")
+    given = {name: getattr(options, name) for name in _METHOD_OPTIONS if getattr(options, name) is not None}
+    before = TaskVector.load(options.file)
+    after = compressed(before, options.method, include=options.include, seed=options.seed, **given)
+    after.save(options.out)
+    # As they lie in the files: positions and signs take less there.
+    headers = [file.inspect(name).entries for name in (options.file, options.out)]
+    rows = []
+    for path, delta in after.items():
+        row: dict[str, Any] = {"path": path}
+        for side, tau, header in zip(("before", "after"), (before, after), headers, strict=True):
+            entry = header[path]
+            row |= {f"encoding_{side}": entry.kind, f"bytes_{side}": entry.nbytes, f"norm_{side}": _norm(tau[path])}
+        rows.append(row | {"cosine": _cosine(before[path], delta)})
+    total: dict[str, Any] = {key: sum(row[key] for row in rows) for key in ("bytes_before", "bytes_after")}
+    if not before.relative:
+        total |= {"norm_before": float(before.norm()), "norm_after": float(after.norm())}
+        total |= {"cosine": float(before.cosine(after))}
+    if options.json:
+        report = {"file": options.file, "out": options.out, "method": options.method, "options": given}
+        print(json.dumps({**report, "total": total, "paths": rows}, indent=2))
+        return 0
+    columns = ["path", *(f"{what}_{side}" for what in ("encoding", "bytes", "norm") for side in ("before", "after"))]
+    _print_table([*columns, "cosine"], [*rows, {"path": f"{len(rows)} paths", **total}])
+    return 0
+
+
+def _cosine(first: Any, second: Any) -> float | None:
+    """The cosine of two deltas; None where only the base could tell, 0 where one is zero."""
+    if first.relative or second.relative:
+        return None
+    lengths = float(first.norm()) * float(second.norm())
+    return float(first.dot(second)) / lengths if lengths else 0.0
+
+
 def _comparison(first: Any, second: Any) -> dict[str, Any]:
     """The row of one path; None stands for a delta that is zero."""
     if first is None:
@@ -219,20 +316,22 @@ def _print_table(columns: list[str], rows: list[dict[str, Any]]) -> None:
     """Rows under headers; the last row is the total."""
     headers = [column.replace("_", " ") for column in columns]
     cells = [[_cell(column, row.get(column, "")) for column in columns] for row in rows]
-    terminal.show(terminal.table(headers, cells, left=("path", "encoding"), total=True))
+    terminal.show(
+        terminal.table(headers, cells, left=("path", "encoding", "encoding before", "encoding after"), total=True)
+    )
 
 
 def _cell(column: str, value: Any) -> str:
     if column == "shape" and value != "":
         return "x".join(map(str, value)) or "scalar"
-    if column == "nbytes":
-        return f"{value:,}"
     if value is None:
         return "-"
+    if "bytes" in column and value != "":
+        return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def main(argv: Sequence[str]) -> int:
-    """``jft delta info|diff|apply ...``."""
+    """``jft delta info|diff|apply|compress ...``."""
     options = _options(argv)
-    return {"info": info, "diff": diff, "apply": apply}[options.action](options)
+    return {"info": info, "diff": diff, "apply": apply, "compress": compress}[options.action](options)

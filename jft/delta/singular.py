@@ -46,11 +46,11 @@ def svd(delta: Encoding, rank: int | None = None, energy: float | None = None) -
         raise ValueError(f"rank must be an integer of 1 or more, not {rank!r}")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy must be above 0 and at most 1, not {energy:g}")
-    factors = _factors(delta)
+    product = factors(delta)
     lead = delta.shape[:-2]
-    given = (delta.dense(),) if factors is None else (factors.a, factors.b)
+    given = (delta.dense(),) if product is None else (product.a, product.b)
     arrays = tuple(wide(x).reshape(math.prod(lead), *x.shape[-2:]) for x in given)
-    most = min(arrays[0].shape[1:] if factors is None else (*delta.shape[-2:], factors.rank))
+    most = min(arrays[0].shape[1:] if product is None else (*delta.shape[-2:], product.rank))
     kept = np.full(len(arrays[0]), most if rank is None else min(int(rank), most))
     if energy is not None:
         kept = np.minimum(kept, _ranks(host(_values(arrays)), energy))
@@ -60,12 +60,12 @@ def svd(delta: Encoding, rank: int | None = None, energy: float | None = None) -
     return tuple(x.reshape(*lead, *x.shape[1:]) for x in (u, s, vt))  # type: ignore[return-value]
 
 
-def _factors(delta: Encoding) -> LowRank | None:
-    """``delta`` as factors, where it is made of such."""
+def factors(delta: Encoding) -> LowRank | None:
+    """``delta`` as one pair of factors, exactly, where it is one, or a sum of such; None where it is not."""
     if isinstance(delta, Product):
         return delta.low_rank
     if isinstance(delta, Sum):
-        parts = [_factors(part) for part in delta.parts]
+        parts = [factors(part) for part in delta.parts]
         if any(part is None for part in parts):
             return None
         join = lambda name, axis: jnp.concatenate([wide(getattr(part, name)) for part in parts], axis=axis)

@@ -111,7 +111,7 @@ def bitdelta(deltas: Deltas, key: Array, zero: str = "minus") -> dict[str, Encod
 def delta_come(
     deltas: Deltas,
     key: Array,
-    bits: tuple[int, ...] = (8, 3, 2),
+    bits: int | tuple[int, ...] = (8, 3, 2),
     ranks: tuple[int, ...] = (2, 32),
     ratio: float = 1 / 16,
     group: int = 128,
@@ -124,6 +124,7 @@ def delta_come(
     minimises the squared error; the paper's rounds with GPTQ and calibration data. S enters the scales. Stored as a sum of
     :class:`jft.delta.Product`. Ping et al. 2024, arXiv:2406.08903.
     """
+    bits = (bits,) if isinstance(bits, int) else tuple(bits)
     if len(ranks) != len(bits) - 1 or any(r < 1 for r in ranks):
         raise ValueError(f"ranks must be positive, one for each of bits {bits} but the last, not {ranks}")
     if not 0 < ratio <= 1:

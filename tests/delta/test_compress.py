@@ -26,7 +26,7 @@ MUTATIONS = [
     ("jft/delta/quantized.py", "map(plane, range(bits - 1))) - plane", "map(plane, range(bits - 1))) + plane"),
     ("jft/delta/quantized.py", "2 ** (bits - 1) - 1\n", "2 ** (bits - 1)\n"),
     ("jft/delta/quantized.py", "better = error < best[0]", "better = error > best[0]"),
-    ("jft/delta/singular.py", "total < energy * total", "total <= energy * total"),
+    ("jft/delta/singular.py", "s.astype(np.float64) ** 2", "s.astype(np.float64) ** 1"),
 ]
 SHAPES = {
     "embed/w": (9, 13),
