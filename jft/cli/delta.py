@@ -20,6 +20,7 @@ examples:
   jft delta apply gpt2/ run/task_vector.safetensors merged/ --scale 0.4
   jft delta apply gpt2/ run/task_vector.safetensors forgot/ --scale=-0.4      (negation)
   jft delta compress run/task_vector.safetensors small.safetensors --method compeft --density 0.05
+  jft delta extract-lora gpt2/ run/task_vector.safetensors adapter/ --rank 16 --select 'layers/.*/w$'
 """
 INFO = """\
 Show the manifest of a task vector, and for every path it changes: encoding, shape, density (non-zero entries / all
@@ -42,6 +43,10 @@ between the two. The options of a method, and what it computes, are those of jft
   magnitude   --density --scope --rescale          the largest entries
   random      --density --rescale                  random entries, 1/density times what they were (DARE)
   quantize    --bits --group --search              integers of 2 to 8 bits, a scale for each group"""
+EXTRACT = """\
+Write FILE as a LoRA adapter, OUT, that peft loads: the truncated singular value decomposition of the change of every matrix.
+Changes of low rank keep their factors where neither --rank nor --energy is given. An adapter holds no norms, biases or
+embeddings: leave them out with --select or --exclude. Prints for every path the rank, and the cosine to the change before."""
 
 
 def _number_or_word(value: str) -> float | str:
@@ -92,12 +97,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     apply.add_argument("file", help="a task vector (.safetensors)")
     apply.add_argument("out", help="directory to write; must not exist or be empty")
     apply.add_argument("--scale", type=float, default=1.0, help="coefficient (default 1; negative to subtract)")
-    apply.add_argument(
-        "--select", action="append", metavar="PATTERN", help="apply only to paths matching this (repeatable)"
-    )
-    apply.add_argument(
-        "--exclude", action="append", metavar="PATTERN", help="leave out paths matching this (repeatable)"
-    )
+    _add_selection(apply)
     apply.add_argument(
         "--dtype",
         help="read the base in this dtype (default: that of the vector's base; as stored where it is not known)",
@@ -115,12 +115,30 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     for name, (kind, text) in _METHOD_OPTIONS.items():
         more: dict[str, Any] = {"action": "store_true", "default": None} if kind is bool else {"type": kind}
         compress.add_argument(f"--{name}", help=text, **more)
-    for action in (info, diff, apply, compress):
+
+    extract = actions.add_parser("extract-lora", help="an adapter that peft loads", description=EXTRACT)
+    extract.add_argument("base", help="directory or hub id of the base model")
+    extract.add_argument("file", help="a task vector (.safetensors)")
+    extract.add_argument("out", help="directory to write; must not exist or be empty")
+    extract.add_argument("--rank", type=int, help="singular values that stay of each matrix")
+    extract.add_argument("--energy", type=float, help="the fraction of their squares that stays")
+    _add_selection(extract)
+    for action in (info, diff, apply, compress, extract):
         action.add_argument("--json", action="store_true", help="print JSON")
     options, rest = parser.parse_known_args(argv)
     if rest:
         actions.choices[options.action].unknown(rest[0])
     return options
+
+
+def _add_selection(action: argparse.ArgumentParser) -> None:
+    action.add_argument("--select", action="append", metavar="PATTERN", help="only paths matching this (repeatable)")
+    action.add_argument("--exclude", action="append", metavar="PATTERN", help="no paths matching this (repeatable)")
+
+
+def _selected(tau: Any, options: argparse.Namespace) -> Any:
+    tau = tau.select(options.select) if options.select else tau
+    return tau.exclude(options.exclude) if options.exclude else tau
 
 
 def info(options: argparse.Namespace) -> int:
@@ -189,13 +207,8 @@ def apply(options: argparse.Namespace) -> int:
     from jft import delta
     from jft.models import load, save
 
-    out = Path(options.out)
-    # Before the base is loaded, which may take minutes.
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{options.out!r} exists and is not an empty directory; nothing was written")
-    tau = delta.TaskVector.load(options.file)
-    tau = tau.select(options.select) if options.select else tau
-    tau = tau.exclude(options.exclude) if options.exclude else tau
+    _check_directory(options.out)
+    tau = _selected(delta.TaskVector.load(options.file), options)
     dtype = options.dtype or _dtype(tau.manifest)
     model, base = load(options.base, dtype=dtype)
     params = delta.apply(base, tau, options.scale, check=not options.no_check)
@@ -241,6 +254,37 @@ def compress(options: argparse.Namespace) -> int:
     columns = ["path", *(f"{what}_{side}" for what in ("encoding", "bytes", "norm") for side in ("before", "after"))]
     _print_table([*columns, "cosine"], [*rows, {"path": f"{len(rows)} paths", **total}])
     return 0
+
+
+def extract_lora(options: argparse.Namespace) -> int:
+    """``jft delta extract-lora BASE TAU OUT``."""
+    from jft.delta import TaskVector
+    from jft.merge import compress as compressed
+    from jft.models import load, save_adapter
+
+    _check_directory(options.out)
+    before = after = _selected(TaskVector.load(options.file), options)
+    if options.rank is not None or options.energy is not None:
+        after = compressed(before, "low_rank", rank=options.rank, energy=options.energy)
+    model, _ = load(options.base)
+    save_adapter(model, after, options.out, base=options.base)
+    rows = [
+        {"path": path, "rank": getattr(delta, "rank", None), "cosine": _cosine(before[path], delta)}
+        for path, delta in after.items()
+    ]
+    total = {"cosine": float(before.cosine(after))}
+    if options.json:
+        print(json.dumps({"file": options.file, "out": options.out, "total": total, "paths": rows}, indent=2))
+        return 0
+    _print_table(["path", "rank", "cosine"], [*rows, {"path": f"{len(rows)} paths", **total}])
+    return 0
+
+
+def _check_directory(name: str) -> None:
+    """Refuse an occupied directory, before a base is loaded, which may take minutes."""
+    out = Path(name)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{name!r} exists and is not an empty directory; nothing was written")
 
 
 def _cosine(first: Any, second: Any) -> float | None:
@@ -332,6 +376,7 @@ def _cell(column: str, value: Any) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """``jft delta info|diff|apply|compress ...``."""
+    """``jft delta info|diff|apply|compress|extract-lora ...``."""
     options = _options(argv)
-    return {"info": info, "diff": diff, "apply": apply, "compress": compress}[options.action](options)
+    actions = {"info": info, "diff": diff, "apply": apply, "compress": compress, "extract-lora": extract_lora}
+    return actions[options.action](options)

@@ -16,6 +16,10 @@ def task_arithmetic(vectors: Vectors, weights: Any = None, scale: Any = 1.0) -> 
     an analogy "A is to B as C is to ?" is ``C + B - A``, weights ``[1, 1, -1]`` of ``[C, B, A]``. Computed in float32;
     every delta keeps its closest encoding. Ilharco et al. 2022, arXiv:2212.04089.
 
+    Of LoRAs it is the sum of their products, exactly, as one of the summed rank (peft's ``combination_type="cat"``), dense
+    once that is smaller; :func:`jft.merge.compress` with ``"low_rank"`` gives it a small rank again ("svd"). Adding the
+    factors ("linear") is another change and not offered.
+
     Raises ``ValueError`` for no vectors, for weights that do not fit, and for vectors of different bases.
     """
     taus = listed(vectors)

@@ -36,8 +36,7 @@ _CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 class _Place:
     """Where one matrix of a leaf lies in the weight of a torch module: the module, and the inputs and outputs it has there."""
 
-    module: str
-    aliases: tuple[str, ...]
+    modules: tuple[str, ...]  # its names, that which is written first
     inputs: np.ndarray
     outputs: np.ndarray
     total: tuple[int, int]  # inputs and outputs of the module
@@ -70,9 +69,11 @@ def save_adapter(model: Model, tau: TaskVector, directory: str | os.PathLike, ba
                 "rank=...) makes them of matrices, tau.select or tau.exclude leaves other paths out"
             )
         for position, place in _places(path, table[path], delta.shape):
-            parts[place.module].append((place, host(low.a[position]), host(low.b[position])))
-            templates[place.module] = table[path].name
-    tensors, ranks, linear = {}, {}, True
+            parts[place.modules[0]].append((place, host(low.a[position]), host(low.b[position])))
+            templates[place.modules[0]] = table[path].name
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    linear = True
     for module, pieces in parts.items():
         a, b = _joined(pieces)
         tensors |= {f"{PREFIX}{module}.lora_A.weight": a, f"{PREFIX}{module}.lora_B.weight": b}
@@ -106,7 +107,9 @@ def load_adapter(model: Model, directory: str | os.PathLike, base: Any = None) -
         raise LoadError(f"{folder} has no {WEIGHTS}; save the adapter with safe_serialization=True")
     tensors = safetensors.numpy.load_file(folder / WEIGHTS)
     shapes = tree.flatten(model.abstract())
-    deltas, known = {}, set()
+    stabilised = bool(config.get("use_rslora"))
+    deltas: dict[str, LowRank] = {}
+    known: set[str] = set()
     for path, source in _table(model).items():
         try:
             places = list(_places(path, source, shapes[path].shape))
@@ -114,16 +117,16 @@ def load_adapter(model: Model, directory: str | os.PathLike, base: Any = None) -
             continue  # no matrix that an adapter could change
         pairs = {}
         for position, place in places:
-            for module in (place.module, *place.aliases):
-                names = [f"{PREFIX}{module}.lora_{factor}.weight" for factor in "AB"]
-                if names[0] in tensors and names[1] in tensors:
-                    known.update(names)
-                    a, b = (tensors[name] for name in names)
-                    pairs[position] = a[:, place.inputs].T, _scaled(b[place.outputs].T, _scale(config, module, len(a)))
-                    break
+            module = next((m for m in place.modules if f"{PREFIX}{m}.lora_A.weight" in tensors), None)
+            if module is not None:
+                first, second = (f"{PREFIX}{module}.lora_{factor}.weight" for factor in "AB")
+                known |= {first, second}
+                alpha = _alpha(config, module)
+                pairs[position] = _pair(place, tensors[first], tensors.get(second), alpha, stabilised)
         if pairs:
             deltas[path] = _stacked(pairs, shapes[path].shape)
-    unknown = [name for name in tensors if name not in known]
+    # Beside the factors of an output head peft may write the base's weight, which has not changed.
+    unknown = [name for name in tensors if name not in known and not name.endswith(".base_layer.weight")]
     if unknown:
         raise LoadError(
             f"{folder / WEIGHTS}: {unknown[0]!r} is no factor of a matrix of this {model.config.family!r} model"
@@ -159,12 +162,11 @@ def _places(path: str, source: Source, shape: tuple[int, ...]) -> Iterator[tuple
     # A table that is looked up lies as a Conv1D does, but outside the layers.
     if not linear and tree.stack_of(path) is None:
         raise ValueError(refusal)
-    total = source.shape[::-1] if linear else source.shape
+    total = (source.shape[1], source.shape[0]) if linear else (source.shape[0], source.shape[1])
     for position in reader.stack_indices(source, shape):
-        module, *aliases = (
-            reader.tensor_name(name, position).removesuffix(".weight") for name in (source.name, *source.aliases)
-        )
-        yield position, _Place(module, tuple(aliases), inputs, outputs, total, linear)
+        names = (reader.tensor_name(name, position) for name in (source.name, *source.aliases))
+        modules = tuple(name.removesuffix(".weight") for name in names)
+        yield position, _Place(modules, inputs, outputs, total, linear)
 
 
 def _joined(pieces: list[tuple[_Place, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -196,19 +198,25 @@ def _config(ranks: Mapping[str, int], templates: Mapping[str, str]) -> dict[str,
     }  # fmt: skip
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """What ``B @ A`` is multiplied by: ``alpha / r``, or with rank stabilisation ``alpha / sqrt(r)``."""
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _alpha(config: Mapping[str, Any], module: str) -> float:
+    """The ``lora_alpha`` of a module, as peft finds it."""
+    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
+    return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), config["lora_alpha"])
 
 
-def _scaled(b: np.ndarray, scale: float) -> np.ndarray:
+def _pair(
+    place: _Place, a: np.ndarray, b: np.ndarray | None, alpha: float, stabilised: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The factors ``[I, r]`` and ``[r, O]`` of a part of a module; ``alpha / r``, or ``alpha / sqrt(r)``, is in the second."""
+    if b is None or (a.shape[1], b.shape[0]) != place.total:
+        raise LoadError(
+            f"the factors of {place.modules[0]!r} are {a.shape} and {None if b is None else b.shape}, its weight has "
+            f"{place.total[0]} inputs and {place.total[1]} outputs; the adapter is for another model"
+        )
+    scale = alpha / (math.sqrt(len(a)) if stabilised else len(a))
     # In float32, or a scale that is no power of two would round bfloat16 anew.
-    return b if scale == 1 else b.astype(np.promote_types(b.dtype, np.float32)) * scale
+    scaled = b if scale == 1 else b.astype(np.promote_types(b.dtype, np.float32)) * np.float32(scale)
+    return a[:, place.inputs].T, scaled[place.outputs].T
 
 
 def _stacked(pairs: Mapping[tuple[int, ...], tuple[np.ndarray, np.ndarray]], shape: tuple[int, ...]) -> LowRank:
@@ -218,6 +226,6 @@ def _stacked(pairs: Mapping[tuple[int, ...], tuple[np.ndarray, np.ndarray]], sha
     dtype = np.result_type(*(x.dtype for pair in pairs.values() for x in pair))
     a, b = np.zeros((*lead, inputs, rank), dtype), np.zeros((*lead, rank, outputs), dtype)
     for position, (left, right) in pairs.items():
-        a[(*position, slice(None), slice(left.shape[1]))] = left
-        b[(*position, slice(right.shape[0]))] = right
+        a[position][:, : left.shape[1]] = left  # views: a position names whole matrices
+        b[position][: right.shape[0]] = right
     return LowRank(jnp.asarray(a), jnp.asarray(b))

@@ -163,6 +163,29 @@ def test_compress_refuses_before_it_writes(files, tmp_path):
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_extract_lora(tmp_path, capsys, monkeypatch):
+    from jft.models import DecoderConfig, Model, load_adapter
+
+    shape = {"vocab": 20, "width": 8, "layers": 2, "heads": 2, "hidden": 16, "max_positions": 32}
+    model = Model(DecoderConfig(family="llama", **shape))
+    monkeypatch.setattr("jft.models.load", lambda name: (model, None))
+    name, out = str(tmp_path / "tau.safetensors"), str(tmp_path / "out")
+    q = np.random.default_rng(0).normal(size=(2, 8, 8)).astype(np.float32)
+    TaskVector({"layers/attn/q/w": Dense(jnp.asarray(q)), "final_norm/scale": Dense(jnp.ones(8))}).save(name)
+    with pytest.raises(ValueError, match="'final_norm/scale' is dense"):
+        command.main(["extract-lora", "base", name, out, "--rank", "2"])
+    argv = ("extract-lora", "base", name, out, "--rank", "2", "--select", "/w$")
+    report = json.loads(run(capsys, *argv, "--json"))
+    u, s, vt = np.linalg.svd(q)
+    want = (u[..., :2] * s[:, None, :2]) @ vt[:, :2]
+    cosine = np.linalg.norm(want) / np.linalg.norm(q)
+    assert report["paths"] == [{"path": "layers/attn/q/w", "rank": 2, "cosine": pytest.approx(cosine)}]
+    np.testing.assert_allclose(load_adapter(model, out)["layers/attn/q/w"].dense(), want, atol=1e-5)
+    with pytest.raises(UsageError, match="nothing was written"):
+        command.main(list(argv))
+    assert "rank" in run(capsys, *argv[:3], str(tmp_path / "second"), *argv[4:])
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
