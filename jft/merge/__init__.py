@@ -5,6 +5,8 @@ from jft.merge.adarank import adarank
 from jft.merge.arcee_fusion import arcee_fusion
 from jft.merge.atlas import atlas
 from jft.merge.breadcrumbs import breadcrumbs, breadcrumbs_ties
+from jft.merge.compress import METHODS as COMPRESSIONS
+from jft.merge.compress import compress
 from jft.merge.consensus import consensus, tall_masks
 from jft.merge.dare import dare, dare_ties
 from jft.merge.della import della, della_linear
@@ -33,6 +35,7 @@ from jft.merge.ties import ties, ties_split
 from jft.merge.transfer import explained_variance, pre_post, re_adapt, recycle, relative_gap, shadow_ft, transfer
 
 __all__ = [
+    "COMPRESSIONS",
     "RULES",
     "MergingRule",
     "Rule",
@@ -48,6 +51,7 @@ __all__ = [
     "average",
     "breadcrumbs",
     "breadcrumbs_ties",
+    "compress",
     "consensus",
     "cross_entropy",
     "dare",

@@ -25,6 +25,10 @@ def task_arithmetic(*, normalize: bool = False) -> Rule:
     every delta keeps its closest encoding. Ilharco et al. 2022, arXiv:2212.04089. normalize: divide by the sum of the
     weights, unless it is below 1e-8 (an option of mergekit's, off there too); the presets agree.
 
+    Of LoRAs it is the sum of their products, exactly, as one of the summed rank (peft's ``combination_type="cat"``), dense
+    once that is smaller; :func:`jft.merge.compress` with ``"low_rank"`` gives it a small rank again ("svd"). Adding the
+    factors ("linear") is another change and not offered.
+
     Raises ``ValueError`` for no vectors, for weights that do not fit, and for vectors of different bases.
     """
     return _sum(_normalized if normalize else _weights)
