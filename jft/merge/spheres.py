@@ -51,12 +51,13 @@ def nuslerp(*, origin: Origin = "base", axis: int | None = None) -> Rule:
 
 @register(paper="mergekit 0.1.5, goddard.blog/posts/multislerp-wow-what-a-cool-idea", presets={"mergekit": {}})
 def multislerp(*, origin: Origin = "base", normalize: bool = True, eps: float = 1e-8) -> Rule:
-    """The weighted mean of N tensors on a sphere, in the plane that touches it at their mean direction.
+    """``sum_i w_i |x_i|`` in the direction of ``sum_i w_i x_i / |x_i|``: the mean of N tensors' directions and lengths apart.
 
-    With unit vectors u_i, weights w_i and ``m`` the direction of ``sum w_i u_i``: the tangent ``v = sum w_i (u_i - (u_i . m)
-    m)`` and ``(cos(|v|) m + sin(|v|) v / |v|) * sum w_i |x_i|``. origin: the ``base`` (task vectors) or ``zero`` (whole
-    weights), as in :func:`nuslerp`. normalize: weights by their sum, where that is not zero. Where the unit vectors cancel
-    the mean is linear; there mergekit refuses more than two models. One model is what it is.
+    The post goes from the mean direction along the weighted mean of the directions in its tangent plane, which is zero there:
+    what is added is rounding, and is left out. origin: the ``base`` (task vectors) or ``zero`` (whole weights), as in
+    :func:`nuslerp`. normalize: weights by their sum, where that is not zero. eps: added to every norm; where the mean of
+    directions is shorter, they cancel, and the mean is linear (mergekit refuses that of more than two models). One model is
+    what it is.
     """
     return Rule(
         merge=_multislerp,
@@ -141,7 +142,7 @@ def _points(tensor: Tensor, origin: Origin) -> Array:
 
 
 def _change(tensor: Tensor, point: Array, origin: Origin) -> Array:
-    return point if origin == "base" else point - tensor.base
+    return point if origin == "base" or tensor.base is None else point - tensor.base
 
 
 def _dot(a: Array, b: Array, axis: int | None = None) -> Array:
@@ -193,12 +194,10 @@ def _multislerp(tensor: Tensor, origin: Origin, normalize: bool, eps: float) -> 
     units = points / (norms + eps)
     mean = jnp.sum(weights * units, axis=0)
     length = _norm(mean)
-    direction = mean / jnp.where(length < eps, 1, length)
-    tangent = jnp.sum(weights * (units - jax.vmap(lambda u: _dot(u, direction))(units) * direction), axis=0)
-    angle = _norm(tangent) + eps
-    arc = (direction * jnp.cos(angle) + tangent * jnp.sin(angle) / angle) * jnp.sum(weights * norms, axis=0)
-    chord = jnp.sum(weights * points, axis=0)
-    return _change(tensor, jnp.where(length < eps, chord, arc), origin)
+    cancel = length < eps
+    lengths = jnp.sum(weights * norms, axis=0)
+    point = jnp.where(cancel, jnp.sum(weights * points, axis=0), mean / jnp.where(cancel, 1, length) * lengths)
+    return _change(tensor, point, origin)
 
 
 def _karcher(tensor: Tensor, steps: int, tol: float, origin: Origin) -> Array:

@@ -1,6 +1,8 @@
 """Task arithmetic and averages against float64."""
 
 import dataclasses
+import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +90,12 @@ def test_manifest_names_runs_and_coefficients():
 def test_learned_weights_are_differentiable():
     taus = vectors(["low_rank", "rows"], 3)
     slope = jax.grad(lambda w: jnp.sum(merge.task_arithmetic(taus, w)["w"].dense()))(jnp.ones(2))
-    close(slope, [reference(t["w"]).sum() for t in taus], 100)
+    sums = np.array([reference(t["w"]).sum() for t in taus])
+    close(slope, sums, 100)
+    # Of the mean at equal weights: half of each, less half of the mean.
+    for rule in (merge.average, functools.partial(merge.task_arithmetic, normalize=True)):
+        slope = jax.grad(lambda w, rule=rule: jnp.sum(rule(taus, w)["w"].dense()))(jnp.ones(2))
+        close(slope, sums / 2 - sums.sum() / 4, 100)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +233,12 @@ def test_fusionbench_expo():
     merged = merge.expo([TaskVector.between(base, tuned)], alpha=0.3, preset="fusionbench")
     expected = state(expo.expo_merge(first, second, 0.3))
     assert peers.largest_difference(base, merged, expected) <= 5e-7
+
+
+def test_vectors_weights_and_scale_may_stand_by_position():
+    for rule in (merge.task_arithmetic, merge.ties):
+        parameters = inspect.signature(rule).parameters.values()
+        assert [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY] == ["vectors", "weights", "scale"]
 
 
 def test_different_bases_are_refused():
