@@ -29,9 +29,9 @@ def core_space(
     P ``[in, N r]``: the left singular vectors of the factors ``[a_1 .. a_N]`` side by side; Q ``[out, N r]``: the right ones
     of the factors b below each other. Nothing is lost, ``P M_i Q^T = a_i b_i``, and no matrix of the size of the weight is
     formed: the result is low rank. rule: any rule of this package, called with ``weights`` and ``rule_options``. A rule that
-    turns with the bases (task arithmetic, TSV-M, CART) gives what it gives on the whole matrices; one of entries (TIES) or
-    of the mean of all singular values (Iso-C) does not, which is where the paper's gains are. Paths whose delta is not low
-    rank in every vector are merged by the rule as they are.
+    turns with the bases (task arithmetic; TSV-M where ranks are equal) gives what it gives on the whole matrices; one of
+    entries (TIES) or of the mean of all singular values (Iso-C) does not, which is where the paper's gains are. Paths whose
+    delta is not low rank in every vector are merged by the rule as they are.
 
     Panariello et al. 2025, arXiv:2509.17786. Raises ``ValueError`` as ``rule`` does, and where shapes differ.
     """

@@ -72,7 +72,13 @@ def esm(
         results |= tsv_m(outside, weights).deltas
     if between_layers:
         results = {path: _polarised(path, delta, power) for path, delta in results.items()}
-    note = {"rule": "esm", "power": power, "spread": spread, "gain": gain, "between_layers": between_layers}
+    note: dict[str, Any] = {
+        "rule": "esm",
+        "power": power,
+        "spread": spread,
+        "gain": gain,
+        "between_layers": between_layers,
+    }
     manifest = manifests.derive([tau.manifest for tau in taus], "merge", **note)
     return TaskVector({path: results[path].scaled(scale) for path in paths}, manifest)
 

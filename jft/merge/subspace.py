@@ -37,7 +37,7 @@ def merged_in_subspace(
     """``scale * rule`` on the ``coordinates`` of every matrix; what has none goes to ``rule`` as it is, in a call of its own.
 
     coordinates: from the deltas of one path, one per model, to their coordinates; None leaves the path as it is. A path that
-    a vector lacks is a zero of rank 1. Raises ``ValueError`` where shapes of a path differ.
+    a vector lacks is a zero. Raises ``ValueError`` where shapes of a path differ.
     """
     taus = listed(vectors)
     paths = list(dict.fromkeys(path for tau in taus for path in tau))
@@ -68,13 +68,14 @@ def _deltas(path: str, taus: Sequence[TaskVector]) -> list[Encoding]:
     for tau in taus:
         if path in tau and tau[path].shape != present.shape:
             raise ValueError(f"{path!r} has shape {present.shape} in one vector and {tau[path].shape} in another")
-    return [tau[path] if path in tau else _zero(present.shape) for tau in taus]
+    return [tau[path] if path in tau else _zero(present) for tau in taus]
 
 
-def _zero(shape: tuple[int, ...]) -> Encoding:
-    if len(shape) < 2:
-        return Dense(jnp.zeros(shape, jnp.float32))
-    return LowRank(jnp.zeros((*shape[:-1], 1), jnp.float32), jnp.zeros((*shape[:-2], 1, shape[-1]), jnp.float32))
+def _zero(delta: Encoding) -> Encoding:
+    """No change, as low-rank as ``delta`` is: rules count directions."""
+    return (
+        LowRank(0 * delta.a, 0 * delta.b) if isinstance(delta, LowRank) else Dense(jnp.zeros(delta.shape, jnp.float32))
+    )
 
 
 def name_of(rule: MergeRule) -> str:
