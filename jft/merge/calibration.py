@@ -50,7 +50,7 @@ def svc(
         options=options(side=side, matrices=matrices),
         parameters={"alpha": alpha},
     )
-    note = {"rule": "svc", "of": getattr(rule, "__name__", str(rule)), "alpha": alpha}
+    note = {"rule": "svc", "alpha": alpha, "side": side}
     return merge(calibration, [merged, *taus], scale=scale, note=note)
 
 

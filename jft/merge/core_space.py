@@ -13,7 +13,7 @@ from jft.delta.numeric import wide
 from jft.merge.rule import Vectors
 from jft.merge.singular_vectors import tsv_m
 from jft.merge.spectral import product, transposed
-from jft.merge.subspace import Coordinates, MergeRule, merged_in_subspace, name_of
+from jft.merge.subspace import Coordinates, MergeRule, merged_in_subspace
 
 
 def core_space(
@@ -35,8 +35,7 @@ def core_space(
 
     Panariello et al. 2025, arXiv:2509.17786. Raises ``ValueError`` as ``rule`` does, and where shapes differ.
     """
-    note = {"rule": "core_space", "of": name_of(rule)}
-    return merged_in_subspace(vectors, weights, _cores, rule, scale, note, rule_options)
+    return merged_in_subspace(vectors, weights, _cores, rule, scale, {"rule": "core_space"}, rule_options)
 
 
 def _cores(deltas: Sequence[Encoding]) -> Coordinates | None:

@@ -29,7 +29,7 @@ def esm(
     power: float = 2.0,
     spread: float = 0.15,
     gain: float = 2.0,
-    between_layers: bool = True,
+    layer_power: float = 2.0,
     scale: Any = 1.0,
 ) -> TaskVector:
     """ESM: the leading principal directions of each model's change of the outputs, polarised in scale, made orthogonal.
@@ -44,11 +44,11 @@ def esm(
         V          [V_1 .. V_N] / (mean ||D||)^power, its rows times (row norm / mean row norm)^power
         merged     gain  mean s(V)  mean s(U)  polar(V) polar(U)^T,   s being singular values
 
-    and with ``between_layers`` every layer of a stack is multiplied by (norm / mean norm over the layers)^power. Layers that
-    no stack holds are left alone. weights multiply the deltas first.
+    and every layer of a stack is multiplied by (norm / mean norm over the layers)^layer_power, those merged by ``tsv_m`` too.
+    Layers that no stack holds are left alone. weights multiply the deltas first.
 
-    Li et al. 2026, arXiv:2602.20208 and 2606.19164; the constants are those of the code released for CLIP, kiddo127/ESM,
-    which is where this formula is from. Raises ``ValueError`` where moments do not fit the vectors.
+    Li et al. 2026, arXiv:2602.20208 and 2606.19164. The formula and its constants are those of the code released for CLIP,
+    kiddo127/ESM; that for RoBERTa is ``power=0, gain=1``. Raises ``ValueError`` where moments do not fit the vectors.
     """
     taus = listed(vectors)
     given = _checked(taus, moments, list(vectors) if isinstance(vectors, Mapping) else None)
@@ -70,16 +70,10 @@ def esm(
         results |= merge(rule, [*within, *shifts]).deltas
     if any(len(tau) for tau in outside):
         results |= tsv_m(outside, weights).deltas
-    if between_layers:
-        results = {path: _polarised(path, delta, power) for path, delta in results.items()}
-    note: dict[str, Any] = {
-        "rule": "esm",
-        "power": power,
-        "spread": spread,
-        "gain": gain,
-        "between_layers": between_layers,
-    }
-    manifest = manifests.derive([tau.manifest for tau in taus], "merge", **note)
+    if layer_power:
+        results = {path: _polarised(path, delta, layer_power) for path, delta in results.items()}
+    constants: dict[str, Any] = {"power": power, "spread": spread, "gain": gain, "layer_power": layer_power}
+    manifest = manifests.derive([tau.manifest for tau in taus], "merge", rule="esm", **constants)
     return TaskVector({path: results[path].scaled(scale) for path in paths}, manifest)
 
 

@@ -13,7 +13,7 @@ from jft.delta.encoding import Encoding
 from jft.delta.numeric import wide
 from jft.merge.rule import Vectors
 from jft.merge.spectral import Side, options, product, svd, transposed
-from jft.merge.subspace import Coordinates, MergeRule, merged_in_subspace, name_of
+from jft.merge.subspace import Coordinates, MergeRule, merged_in_subspace
 from jft.merge.ties import ties
 
 Array = jax.Array
@@ -44,7 +44,7 @@ def knots(
     here below 1e-6 of the largest. Raises ``ValueError`` as ``rule`` does, and where shapes differ.
     """
     options(side=side)
-    note = {"rule": "knots", "of": name_of(rule), "scaled": scaled}
+    note = {"rule": "knots", "scaled": scaled, "side": side}
     coordinates = lambda deltas: _coordinates(deltas, scaled, side)
     return merged_in_subspace(vectors, weights, coordinates, rule, scale, note, rule_options)
 

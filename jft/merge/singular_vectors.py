@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -56,7 +54,7 @@ def side_by_side(x: Array) -> Array:
 
 
 @register(paper=PAPER)
-def tsv_compress(*, fraction: Any = None, matrices: Matrices = "all") -> Rule:
+def tsv_compress(*, fraction: float | None = None, matrices: Matrices = "all") -> Rule:
     """TSV-Compress: each model's own best approximation of rank ``int(r fraction)``; a list, one result per vector.
 
     r is the smaller side of the matrix. fraction: of the singular values that stay; None is ``1 / N``. What is no matrix

@@ -48,18 +48,22 @@ def merged_in_subspace(
         one = coordinates(deltas) if len(shape) - stack_axes(path, len(shape)) == 2 else None
         if one is not None:
             aligned[path] = one
-    manifest = manifests.derive([tau.manifest for tau in taus], "merge", **note)
     inside = [
         TaskVector({path: Dense(one.each[i]) for path, one in aligned.items()}, tau.manifest)
         for i, tau in enumerate(taus)
     ]
     rest = [TaskVector({p: d for p, d in tau.items() if p not in aligned}, tau.manifest) for tau in taus]
     results: dict[str, Encoding] = {}
+    merges = []
     if aligned:
         merged = rule(inside, weights, **options)
+        merges.append(merged)
         results = {path: one.back(merged[path].dense()) for path, one in aligned.items()}
     if any(len(tau) for tau in rest):
-        results |= rule(rest, weights, **options).deltas
+        merges.append(rule(rest, weights, **options))
+        results |= merges[-1].deltas
+    # The parents are merges by the rule, whose manifests name it and its options.
+    manifest = manifests.derive([x.manifest for x in merges or taus], "merge", **note)
     return TaskVector({path: results[path].scaled(scale) for path in paths}, manifest)
 
 
@@ -76,8 +80,3 @@ def _zero(delta: Encoding) -> Encoding:
     return (
         LowRank(0 * delta.a, 0 * delta.b) if isinstance(delta, LowRank) else Dense(jnp.zeros(delta.shape, jnp.float32))
     )
-
-
-def name_of(rule: MergeRule) -> str:
-    """What a manifest calls the rule."""
-    return getattr(rule, "__name__", None) or str(rule)

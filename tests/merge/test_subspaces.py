@@ -129,6 +129,16 @@ def test_core_space_of_rules_that_turn():
     np.testing.assert_allclose(ratio, 15 / 6, rtol=1e-3)
 
 
+def test_manifests_name_the_rule_inside():
+    taus = low_rank(shapes={"a": (24, 15)})
+    for around, inner in ((knots, ties), (core_space, tsv_m), (svc, ties)):
+        options = {} if inner is tsv_m else {"density": 0.3}
+        manifest = around(taus, rule=inner, **options).manifest
+        parent = manifest["parents"][0]["manifest"]
+        assert (manifest["rule"], parent["rule"]) == (around.__name__, inner.__name__)
+        assert parent.get("density") == options.get("density")
+
+
 def test_mixed_encodings_and_missing_paths():
     """A path that is dense in one vector is merged whole; one that a vector lacks is a zero."""
     first, second = low_rank(2)
@@ -180,7 +190,7 @@ def test_svc_counts_once():
         svc([tau], alpha=0.0)
 
 
-def esm_released(deltas, inputs):
+def esm_released(deltas, inputs, power=2, gain=2):
     """What kiddo127/ESM computes for one weight, from the inputs of the layer in each model."""
     u, v, norms = [], [], []
     kept = len(deltas[0]) // len(deltas)
@@ -190,12 +200,12 @@ def esm_released(deltas, inputs):
         growth /= growth.mean()
         norms.append(np.linalg.norm(delta))
         u.append(vt[:kept].T * growth)
-        v.append(vt[:kept] @ delta * norms[-1] ** 2 * growth[:, None])
-    u, v = np.concatenate(u, axis=1), np.concatenate(v) / np.mean(norms) ** 2
+        v.append(vt[:kept] @ delta * norms[-1] ** power * growth[:, None])
+    u, v = np.concatenate(u, axis=1), np.concatenate(v) / np.mean(norms) ** power
     columns = np.linalg.norm(v, axis=0)
-    v = v * (columns / columns.mean()) ** 2
+    v = v * (columns / columns.mean()) ** power
     (a, s, b), (c, t, d) = (np.linalg.svd(x, full_matrices=False) for x in (u, v))
-    return 2 * s.mean() * t.mean() * a @ b @ c @ d
+    return gain * s.mean() * t.mean() * a @ b @ c @ d
 
 
 def test_esm():
@@ -209,6 +219,9 @@ def test_esm():
     merged = esm(taus, moments=moments, scale=0.5)
     expected = esm_released([dense(tau, "a").T for tau in taus], [x["a"] for x in inputs]).T
     assert np.linalg.norm(dense(merged, "a") - 0.5 * expected) < 1e-4 * np.linalg.norm(expected)
+    plain = dense(esm(taus, moments=moments, power=0, gain=1, layer_power=0), "layers/w")[1]
+    roberta = [dense(tau, "layers/w")[1].T for tau in taus], [x["layers/w"][1] for x in inputs]
+    np.testing.assert_allclose(plain, esm_released(*roberta, power=0, gain=1).T, atol=1e-5)
     layers = [
         esm_released([dense(tau, "layers/w")[i].T for tau in taus], [x["layers/w"][i] for x in inputs]).T
         for i in (0, 1)
