@@ -12,7 +12,7 @@ from jft.delta import TaskVector
 from jft.merge.arithmetic import task_arithmetic
 from jft.merge.in_memory import merge
 from jft.merge.rule import Rule, Tensor, Vectors, listed
-from jft.merge.spectral import Matrices, Side, on_matrices, options, product, side_first, svd
+from jft.merge.spectral import TOLERANCE, Matrices, Side, on_matrices, options, product, side_first, svd
 
 Array = jax.Array
 
@@ -32,7 +32,7 @@ def svc(
 
     ``merged = U diag(s) V^T``, written [out, in]; ``a_ri = u_r^T delta_i`` is what model i does along the direction r, and
     ``p_ri = <s_r v_r, a_ri> / ||a_ri||^2`` how often the merge contains it: above 1 where several models add to it. A model
-    that does nothing along r counts as alpha. rule: any rule of this package, called with ``weights`` and
+    that does nothing along r (less than 1e-6 of its norm) counts as alpha. rule: any rule of this package, called with ``weights`` and
     ``rule_options``; one with a scale of its own is ``functools.partial(rule, scale=0.3)``, which calibration sees, while
     ``scale`` multiplies the result. alpha: above 0; at 1 nothing grows. side: where the directions u lie, at the
     ``outputs`` (released code: U of a weight of torch, [out, in]) or the ``inputs``. matrices: all, or those of ``layers``;
@@ -65,6 +65,8 @@ def _of_matrix(tensor: Tensor, side: Side) -> Array:
     # [N, r, other side]
     responses = product(u.T, deltas[1:])
     squares = jnp.sum(responses**2, axis=2)
-    projections = s * jnp.sum(responses * vt, axis=2) / jnp.where(squares == 0, 1, squares)
+    # What rounding leaves of an orthogonal direction, divided by its own square, would outweigh everything.
+    present = squares > TOLERANCE**2 * jnp.sum(deltas[1:] ** 2, axis=(1, 2))[:, None]
+    projections = jnp.where(present, s * jnp.sum(responses * vt, axis=2) / jnp.where(present, squares, 1), 0)
     shares = jnp.maximum(projections, tensor.parameters["alpha"][0])
     return side_first(product(u * (s * len(shares) / jnp.sum(shares, axis=0)), vt), side)

@@ -71,7 +71,8 @@ def _common_and_specific(tensor: Tensor, fraction: float, side: Side, matrices: 
         deltas = side_first(weighted(tensor), side)
         common, specific = sizes(min(deltas.shape[1:]), len(deltas), fraction)
         u, s, vt = (x[..., :common] for x in _columns(jnp.sum(deltas, axis=0)))
-        us, ss, vts = (x[..., :specific] for x in _columns(deltas - product(u, transposed(u), deltas)))
+        rest = deltas - product(u, transposed(u), deltas)
+        us, ss, vts = (x[..., :specific] for x in _columns(rest, jnp.linalg.norm(deltas, axis=(1, 2))))
         left = polar(jnp.concatenate([u, side_by_side(us)], axis=1))
         right = polar(jnp.concatenate([vt, side_by_side(vts)], axis=1))
         mean = (jnp.sum(s) + jnp.sum(ss)) / max(common + len(deltas) * specific, 1)
@@ -80,9 +81,9 @@ def _common_and_specific(tensor: Tensor, fraction: float, side: Side, matrices: 
     return on_matrices(tensor, merge, matrices, lambda: combined(tensor, others))
 
 
-def _columns(x: Array) -> tuple[Array, Array, Array]:
+def _columns(x: Array, size: Array | None = None) -> tuple[Array, Array, Array]:
     """U, s and V, singular vectors as columns."""
-    u, s, vt = svd(x)
+    u, s, vt = svd(x, size)
     return u, s, transposed(vt)
 
 

@@ -19,14 +19,15 @@ Side = Literal["inputs", "outputs"]
 TOLERANCE = 1e-6
 
 
-def svd(x: Array) -> tuple[Array, Array, Array]:
+def svd(x: Array, size: Array | None = None) -> tuple[Array, Array, Array]:
     """``x = u @ diag(s) @ vt`` of ``[..., I, O]``, thin, with vectors of zero where the singular value is zero.
 
     A decomposition leaves the vectors of zero singular values open, and libraries fill in what they like. Zeros in their
-    place make what is computed from them a function of the matrix.
+    place make what is computed from them a function of the matrix. size: ``[...]``, the norm of what x was computed from,
+    where x may be nothing but the rounding errors of that; None is x itself.
     """
     u, s, vt = jnp.linalg.svd(x, full_matrices=False)
-    support = s > TOLERANCE * s[..., :1]
+    support = s > TOLERANCE * (s[..., :1] if size is None else size[..., None])
     return u * support[..., None, :], s * support, vt * support[..., :, None]
 
 

@@ -11,7 +11,6 @@ import optax
 from jft.merge.registry import register
 from jft.merge.rule import Rule, Tensor
 from jft.merge.spectral import (
-    TOLERANCE,
     Matrices,
     Others,
     Side,
@@ -20,6 +19,7 @@ from jft.merge.spectral import (
     options,
     product,
     side_first,
+    svd,
     transposed,
     weighted,
 )
@@ -47,10 +47,10 @@ def wudi(
 
         A D = C,    A = sum_i tau_i tau_i^T / ||tau_i||^2,    C = sum_i tau_i tau_i^T tau_i / ||tau_i||^2
 
-    by the eigenvectors of A with ``ridge`` added to its eigenvalues, whose sum is N; directions that no delta has are zero,
-    which is the pseudo-inverse of Wei et al. 2026, arXiv:2606.07289, where it does worse than a few hundred steps, for it
-    amplifies the small eigenvalues that the steps leave alone. A larger ridge leaves them alone as well. side: whether A is
-    of the ``inputs`` (the paper) or the ``outputs``. matrices, others: as in ``tsv_m``.
+    with ``ridge`` added to the eigenvalues of A, whose sum is N; directions that no delta has are zero. Without a ridge this
+    is the pseudo-inverse of Wei et al. 2026, arXiv:2606.07289, who report that it does worse than a few hundred steps: it
+    amplifies the small eigenvalues that the steps leave alone, as a larger ridge does. side: whether A is of the ``inputs``
+    (the paper) or the ``outputs``. matrices, others: as in ``tsv_m``.
     """
     if steps < 0:
         raise ValueError(f"steps must be 0 or more, not {steps}")
@@ -72,23 +72,20 @@ def _wudi(
     others: str,
 ) -> Array:
     def merge() -> Array:
-        a, c, start = normal_equation(side_first(weighted(tensor), side))
-        solution = descended(a, c, start, steps, learning_rate) if solver == "adam" else solved(a, c, ridge)
+        taus = side_first(weighted(tensor), side)
+        solution = descended(taus, steps, learning_rate) if solver == "adam" else solved(taus, ridge)
         return side_first(solution, side)
 
     return on_matrices(tensor, merge, matrices, lambda: combined(tensor, others))
 
 
-def normal_equation(taus: Array) -> tuple[Array, Array, Array]:
-    """A ``[I, I]``, C ``[I, O]`` and the sum of ``taus [N, I, O]``; a model without a change has no part in A and C."""
-    squares = jnp.sum(taus**2, axis=(1, 2), keepdims=True)
-    gram = product(taus, transposed(taus)) / jnp.where(squares == 0, 1, squares)
-    return jnp.sum(gram, axis=0), jnp.sum(product(gram, taus), axis=0), jnp.sum(taus, axis=0)
-
-
-def descended(a: Array, c: Array, start: Array, steps: int, learning_rate: float) -> Array:
-    """``steps`` of Adam from ``start`` on the quadratic with the gradient ``2 (a x - c)``."""
+def descended(taus: Array, steps: int, learning_rate: float) -> Array:
+    """``steps`` of Adam from the sum of ``taus [N, I, O]``; the gradient is ``2 (A x - C)``."""
+    unit = normalised(taus)
+    gram = product(unit, transposed(unit))
+    a, c = jnp.sum(gram, axis=0), jnp.sum(product(gram, taus), axis=0)
     adam = optax.adam(learning_rate)
+    start = jnp.sum(taus, axis=0)
 
     def step(_: Array, state: tuple[Array, optax.OptState]) -> tuple[Array, optax.OptState]:
         x, moments = state
@@ -98,9 +95,17 @@ def descended(a: Array, c: Array, start: Array, steps: int, learning_rate: float
     return jax.lax.fori_loop(0, steps, step, (start, adam.init(start)))[0]
 
 
-def solved(a: Array, c: Array, ridge: float) -> Array:
-    """``(a + ridge)^-1 c`` where ``a`` is not singular, and 0 where it is."""
-    values, vectors = jnp.linalg.eigh(a)
-    support = values > TOLERANCE * values[-1]
-    inverse = jnp.where(support, 1 / jnp.where(support, values + ridge, 1), 0)
-    return product(vectors * inverse, product(transposed(vectors), c))
+def solved(taus: Array, ridge: float) -> Array:
+    """The minimum, by least squares: A is never formed, whose eigenvalues are squares and lose half of the digits."""
+    unit = transposed(normalised(taus))
+    # Rows B of all models, [N O, I], and what they should give: A = B^T B and C = B^T goals.
+    u, s, vt = svd(unit.reshape(-1, unit.shape[2]))
+    goals = product(unit, taus).reshape(-1, taus.shape[2])
+    inverse = s / jnp.where(s == 0, 1, s**2 + ridge)
+    return product(transposed(vt) * inverse, product(transposed(u), goals))
+
+
+def normalised(taus: Array) -> Array:
+    """Each of ``taus [N, I, O]`` by its norm; a model without a change has no part in the problem."""
+    norms = jnp.linalg.norm(taus, axis=(1, 2), keepdims=True)
+    return taus / jnp.where(norms == 0, 1, norms)

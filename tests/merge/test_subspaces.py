@@ -22,7 +22,8 @@ MUTATIONS = [
     ("jft/merge/core_space.py", "LowRank(p, product(core, qt))", "LowRank(p, product(transposed(core), qt))"),
     ("jft/merge/core_space.py", "if len(factors) < len(deltas)", "if len(factors) < 1"),
     ("jft/merge/calibration.py", "jnp.maximum(projections", "jnp.minimum(projections"),
-    ("jft/merge/calibration.py", "projections = s * jnp.sum", "projections = jnp.sum"),
+    ("jft/merge/calibration.py", "s * jnp.sum(responses * vt", "jnp.sum(responses * vt"),
+    ("jft/merge/calibration.py", "squares > TOLERANCE**2 *", "squares > 0 *"),
     ("jft/merge/calibration.py", "svd(merged)", "svd(deltas[1])"),
     ("jft/merge/essential_subspace.py", "norms = jnp.linalg.norm(deltas", "norms = jnp.linalg.norm(shifts"),
     ("jft/merge/essential_subspace.py", "s[:, :kept] ** 2, _mean", "s[:, :kept], _mean"),
@@ -188,6 +189,15 @@ def test_svc_counts_once():
     np.testing.assert_allclose(result, dense(svc([tau, other]), "a"), atol=1e-5)
     with pytest.raises(ValueError, match="alpha"):
         svc([tau], alpha=0.0)
+
+
+def test_svc_of_orthogonal_models():
+    """Models that change different outputs are counted once as they are, whatever rounding leaves of the others."""
+    rng = np.random.default_rng(4)
+    outputs = np.linalg.qr(rng.normal(size=(15, 15)))[0]
+    parts = [rng.normal(size=(24, 2)) @ outputs[i : i + 2] for i in (0, 2, 4)]
+    taus = [TaskVector({"a": Dense(jnp.asarray(x, jnp.float32))}) for x in parts]
+    np.testing.assert_allclose(dense(svc(taus), "a"), sum(parts), atol=1e-5)
 
 
 def esm_released(deltas, inputs, power=2, gain=2):
