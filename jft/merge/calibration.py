@@ -32,11 +32,11 @@ def svc(
 
     ``merged = U diag(s) V^T``, written [out, in]; ``a_ri = u_r^T delta_i`` is what model i does along the direction r, and
     ``p_ri = <s_r v_r, a_ri> / ||a_ri||^2`` how often the merge contains it: above 1 where several models add to it. A model
-    that does nothing along r (less than 1e-6 of its norm) counts as alpha. rule: any rule of this package, called with ``weights`` and
-    ``rule_options``; one with a scale of its own is ``functools.partial(rule, scale=0.3)``, which calibration sees, while
-    ``scale`` multiplies the result. alpha: above 0; at 1 nothing grows. side: where the directions u lie, at the
-    ``outputs`` (released code: U of a weight of torch, [out, in]) or the ``inputs``. matrices: all, or those of ``layers``;
-    everything else is as ``rule`` merges it.
+    that does nothing along r (less than 1e-6 of its norm) counts as alpha. rule: any rule of this package, called with
+    ``weights`` and ``rule_options``; one with a scale of its own is ``functools.partial(rule, scale=0.3)``, which
+    calibration sees, while ``scale`` multiplies the result. alpha: above 0; at 1 nothing grows. side: where the directions
+    u lie, at the ``outputs`` (released code: U of a weight of torch, [out, in]) or the ``inputs``. matrices: all, or those
+    of ``layers``; everything else is as ``rule`` merges it.
 
     "When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging" 2026, arXiv:2602.05536. FusionBench takes
     ``||a_ri||^2`` below 1e-12 as 1e-12. Raises ``ValueError`` for an ``alpha`` of 0 or less.

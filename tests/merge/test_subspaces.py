@@ -192,10 +192,10 @@ def test_svc_counts_once():
 
 
 def test_svc_of_orthogonal_models():
-    """Models that change different outputs are counted once as they are, whatever rounding leaves of the others."""
+    """Models of different inputs and outputs are counted once as they are, whatever rounding leaves of the others."""
     rng = np.random.default_rng(4)
-    outputs = np.linalg.qr(rng.normal(size=(15, 15)))[0]
-    parts = [rng.normal(size=(24, 2)) @ outputs[i : i + 2] for i in (0, 2, 4)]
+    inputs, outputs = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (24, 15))
+    parts = [inputs[:, [i, i + 1]] * [3 + i, 2.5 + i] @ outputs[[i, i + 1]] for i in (0, 2, 4)]
     taus = [TaskVector({"a": Dense(jnp.asarray(x, jnp.float32))}) for x in parts]
     np.testing.assert_allclose(dense(svc(taus), "a"), sum(parts), atol=1e-5)
 
