@@ -49,8 +49,8 @@ def wudi(
 
     with ``ridge`` added to the eigenvalues of A, whose sum is N; directions that no delta has are zero. Without a ridge this
     is the pseudo-inverse of Wei et al. 2026, arXiv:2606.07289, who report that it does worse than a few hundred steps: it
-    amplifies the small eigenvalues that the steps leave alone, as a larger ridge does. side: whether A is of the ``inputs``
-    (the paper) or the ``outputs``. matrices, others: as in ``tsv_m``.
+    amplifies directions of small eigenvalues, which few steps, or a larger ridge, do not. side: whether A is of the
+    ``inputs`` (the paper) or the ``outputs``. matrices, others: as in ``tsv_m``.
     """
     if steps < 0:
         raise ValueError(f"steps must be 0 or more, not {steps}")
