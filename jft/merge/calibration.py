@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from jft.delta import TaskVector
-from jft.merge.arithmetic import task_arithmetic
 from jft.merge.in_memory import merge
 from jft.merge.rule import Rule, Tensor, Vectors, listed
 from jft.merge.spectral import TOLERANCE, Matrices, Side, on_matrices, options, product, side_first, svd
+from jft.merge.sums import task_arithmetic
 
 Array = jax.Array
 
