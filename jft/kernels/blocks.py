@@ -187,7 +187,18 @@ def _put_jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Array, Ar
     return _put.bind(w, blocks, values), moved
 
 
-ad.primitive_jvps[_put] = _put_jvp
+def _put_transpose(ct: Any, w: Any, blocks: Any, values: Any) -> tuple:
+    from_w, from_values = ad.is_undefined_primal(w), ad.is_undefined_primal(values)
+    if type(ct) is ad.Zero:
+        return ad.Zero(w.aval) if from_w else None, None, ad.Zero(values.aval) if from_values else None
+    aval = values.aval if from_values else values
+    back = jax.vmap(functools.partial(forms.gather_xla, block=aval.shape[-2:]))(ct, blocks).astype(aval.dtype)
+    # What was overwritten had no part in the result.
+    kept = _put.bind(ct, blocks, jnp.zeros_like(back)) if from_w else None
+    return kept, None, back if from_values else None
+
+
+ad.primitive_jvps[_put], ad.primitive_transposes[_put] = _put_jvp, _put_transpose
 ad.primitive_jvps[_spmm], ad.primitive_jvps[_sddmm] = _spmm_jvp, _sddmm_jvp
 ad.primitive_transposes[_spmm], ad.primitive_transposes[_sddmm] = _spmm_transpose, _sddmm_transpose
 

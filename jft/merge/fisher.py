@@ -32,8 +32,6 @@ def fisher(*, floor: float = 1e-6, floor_by: Literal["max", "sum", "first"] = "m
     Raises ``ValueError`` for a floor below 0.
     """
     in_range("floor", floor, 0, float("inf"))
-    if floor_by not in ("max", "sum", "first"):
-        raise ValueError(f"floor_by is {floor_by!r}; choose one of max, sum, first")
     return Rule(
         merge=_fisher,
         options={"floor": float(floor), "floor_by": floor_by, "normalise": normalise},

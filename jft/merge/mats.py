@@ -40,8 +40,6 @@ def mats(
     in :func:`jft.merge.regmean`, for both matrices. Released code: r-three/mats. Where the system is singular the solution
     is the one nearest to init. Raises ``ValueError`` for options out of range and statistics of another shape.
     """
-    if curvature not in CURVATURES:
-        raise ValueError(f"curvature is {curvature!r}; choose one of {', '.join(CURVATURES)}")
     if init != "average" and not isinstance(init, int | float):
         raise ValueError(f"init is {init!r}; give average, or the coefficient of the sum of task vectors")
     if iterations < 0:

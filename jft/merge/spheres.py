@@ -45,7 +45,7 @@ def nuslerp(*, origin: Origin = "base", axis: int | None = None) -> Rule:
     stores them, ``[out, in]``, -1 is mergekit's ``nuslerp_flatten: false`` and 0 its ``nuslerp_row_wise: true``. Weights
     that sum to less than 1e-6 count the same. Parallel vectors are interpolated linearly.
     """
-    options = {"origin": _origin(origin), "axis": _axis(axis)}
+    options = {"origin": origin, "axis": _axis(axis)}
     return Rule(merge=_nuslerp, options=options, base=origin == "zero", models=(2, 2))
 
 
@@ -61,7 +61,7 @@ def multislerp(*, origin: Origin = "base", normalize: bool = True, eps: float = 
     """
     return Rule(
         merge=_multislerp,
-        options={"origin": _origin(origin), "normalize": normalize, "eps": eps},
+        options={"origin": origin, "normalize": normalize, "eps": eps},
         base=origin == "zero",
     )
 
@@ -78,7 +78,7 @@ def karcher(*, steps: int = 100, tol: float = 1e-5, origin: Origin = "zero") -> 
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
-    options = {"steps": steps, "tol": tol, "origin": _origin(origin)}
+    options = {"steps": steps, "tol": tol, "origin": origin}
     return Rule(merge=_karcher, options=options, base=origin == "zero")
 
 
@@ -115,16 +115,8 @@ def model_stock(
     least product of two norms and what is added to it, which matter for tiny changes alone. Where the denominator is below
     1e-6 the base stays. Two models or more; without weights. Jang, Yun and Han 2024, arXiv:2403.19522.
     """
-    if mean not in ("cosine", "angle"):
-        raise ValueError(f"mean must be 'cosine' or 'angle', not {mean!r}")
     options = {"axis": _axis(axis), "mean": mean, "floor": floor, "eps": eps}
     return Rule(merge=_model_stock, options=options, models=(2, None), weighted=False)
-
-
-def _origin(origin: Any) -> Any:
-    if origin not in ("base", "zero"):
-        raise ValueError(f"origin must be 'base' or 'zero', not {origin!r}")
-    return origin
 
 
 def _axis(axis: Any) -> Any:

@@ -32,6 +32,7 @@ MUTATIONS = (
     ("jft/kernels/blocks_forms.py", 'mode="drop", unique', 'mode="clip", unique'),
     ("jft/kernels/block_put.py", "put_xla(tangents[0], blocks, tangents[2])", "put_xla(tangents[0], blocks, values)"),
     ("jft/kernels/blocks.py", "ad.instantiate_zeros(dvalues))\n", "values)\n"),
+    ("jft/kernels/blocks.py", "_put.bind(ct, blocks, jnp.zeros_like(back))", "ct"),
     ("jft/kernels/blocks.py", ".reshape(whole[0].shape), 0\n", ".reshape(whole[0].shape), 1\n"),
     ("jft/kernels/block_put.py", "jnp.where(row < rows, layer * rows + row, padding)", "layer * rows + row"),
 )
@@ -242,6 +243,11 @@ def test_stacks_of_members_and_their_tangents():
         for m in range(2):
             np.testing.assert_array_equal(bits(members[m, i]), bits(block_put(w[m, i], blocks[i], values[m, i])))
     np.testing.assert_array_equal(bits(stack_put(w[0], blocks[:, :0], values[0, :, :0])), bits(w[0]))
+    # <put(dw, dv), y> = <dw, a> + <dv, b> for the transpose (a, b) of y.
+    y = np.nan_to_num(np.roll(w[0], 3, -1), nan=0.25)
+    a, b = jax.linear_transpose(lambda w, v: stack_put(w, blocks, v), dw[0], dvalues[0])(y)
+    inner = lambda p, q: np.sum(np.asarray(p, np.float64) * np.asarray(q, np.float64))
+    np.testing.assert_allclose(inner(tangent, y), inner(dw[0], a) + inner(dvalues[0], b), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

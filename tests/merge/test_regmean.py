@@ -177,7 +177,7 @@ def test_mats_starts_where_it_is_told():
     [
         (regmean, {"off_diagonal": 1.5}, "off_diagonal"),
         (regmean, {}, "Gram matrix has shape"),
-        (mats, {"curvature": "hessian"}, "curvature is 'hessian'"),
+        (mats, {"curvature": "hessian"}, "curvature of mats is 'hessian'"),
         (mats, {"init": "zero"}, "init is 'zero'"),
         (mats, {"iterations": -1}, "iterations"),
         (mats, {}, "'outputs'"),
