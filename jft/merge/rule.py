@@ -55,6 +55,9 @@ class Rule:
     totals: ``totals(tensor, **options) -> pytree`` of sums over all tensors, known before ``merge`` runs.
     coefficients: for rules that are ``sum_i c_i delta_i`` with the same c everywhere: ``parameters -> [N]``. Encodings then
         stay what they are.
+    elementwise: whether ``merge`` (and ``totals``) treats entries one by one but for trimming by
+        :func:`jft.merge.trim.largest`, draws nothing at random, and gives 0 where all deltas are: a tensor may then be merged
+        in pieces, padded with zeros.
     base: whether ``merge`` reads the base. models: the least and the largest number of models; None is no limit.
     """
 
@@ -65,6 +68,7 @@ class Rule:
     scope: Literal["tensor", "model"] = "tensor"
     totals: Callable[..., Any] | None = None
     coefficients: Callable[[Mapping[str, Sequence[Any]]], Sequence[Any]] | None = None
+    elementwise: bool = False
     base: bool = False
     each: bool = False
     models: tuple[int, int | None] = (1, None)

@@ -65,6 +65,7 @@ def ties(
         scope=scope,
         # The majority of the signs of a whole model is known only once all of it was seen.
         totals=_signs if zero == "majority" else None,
+        elementwise=True,
     )
 
 
