@@ -42,6 +42,11 @@ class Output:
         """The tensors of shards that are not finished."""
         return set().union(*self._missing.values())
 
+    def close(self) -> None:
+        """Close what is not finished."""
+        for handle in self._files.values():
+            handle.close()
+
     def write(self, name: str, value: np.ndarray) -> None:
         """A whole tensor, in its dtype and C order."""
         handle, offset = self._open(self._shard[name]), self._offsets[name]

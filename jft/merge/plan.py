@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -73,7 +74,8 @@ def merge_to_disk(
     described = planned.manifest | {"shard_bytes": shard_bytes}
     with output.unfinished(target, described, overwrite) as directory:
         written = output.Output(directory, planned.tensors, shard_bytes)
-        streaming.run(planned.jobs, written, recipe.seed, workers, progress(planned) if progress else None)
+        with contextlib.closing(written):
+            streaming.run(planned.jobs, written, recipe.seed, workers, progress(planned) if progress else None)
         writer.write_index(directory, written.shards)
         writer.write_json(directory / "config.json", planned.config)
         writer.write_json(directory / MANIFEST, planned.manifest)

@@ -114,7 +114,7 @@ class Directory(Source):
 
     def _extra(self, base: Directory) -> list[str]:
         """Tensors that the base lacks; a head that is its embedding, and buffers, are none."""
-        tied = base.config.get("tie_word_embeddings", False)
+        tied = all(d.config.get("tie_word_embeddings", False) for d in (self, base))
         extra = (n for n in self.entries if n not in base.entries and not base.buffers.fullmatch(n))
         return [n for n in extra if not (n in HEADS and tied)]
 

@@ -50,9 +50,10 @@ def models(tmp_path_factory):
     return [str(n) for n in names]
 
 
-def recipe(models, method="ties", **changes):
+def recipe(models, method="ties", each=None, **changes):
     base, *tuned = models
-    value = {"merge_method": method, "base_model": base, "models": [{"model": m} for m in tuned], "dtype": "float32"}
+    value = {"merge_method": method, "base_model": base, "dtype": "float32"}
+    value["models"] = each or [{"model": m} for m in tuned]
     return parse(value | changes)
 
 
@@ -92,13 +93,13 @@ def test_elementwise_rules_give_the_bits_of_merges_in_memory(models, tmp_path, p
     options = {"density": [0.1, 0.3, 0.5]}
     weights = [1.0, 0.5, -0.25]
     each = [{"model": m, "parameters": {"weight": w, "density": d}} for m, w, d in zip(models[1:], weights, options["density"])]
-    out, _ = merged(tmp_path, recipe(models, models=each, preset=preset, parameters={"lambda": 0.7}))
+    out, _ = merged(tmp_path, recipe(models, each=each, preset=preset, parameters={"lambda": 0.7}))
     assert_same(out, in_memory(models, RULES["ties"].build(preset=preset, weights=weights, **options), 0.7))
 
 
 def test_weighted_sums_give_the_bits_of_merges_in_memory(models, tmp_path):
     each = [{"model": m, "parameters": {"weight": w}} for m, w in zip(models[1:], [0.3, 1.0, -0.7])]
-    out, _ = merged(tmp_path, recipe(models, "task_arithmetic", models=each, dtype=None))
+    out, _ = merged(tmp_path, recipe(models, "task_arithmetic", each=each, dtype=None))
     rule = Rule(lambda t: None, parameters={"weight": [0.3, 1.0, -0.7]}, coefficients=lambda v: v["weight"])
     assert_same(out, in_memory(models, rule, dtype=ml_dtypes.bfloat16))
     assert next(iter(out.values())).dtype == ml_dtypes.bfloat16
@@ -180,7 +181,7 @@ def test_widening_and_rounding(dtype):
     host.narrow(x, out)
     np.testing.assert_array_equal(out[2:], x[2:].astype(dtype))
     host.narrow(x[2:], out[2:])
-    np.testing.assert_array_equal(out, x.astype(dtype))
+    np.testing.assert_array_equal(out.astype(np.float32), x.astype(dtype).astype(np.float32))
     np.testing.assert_array_equal(host.widen(out), out.astype(np.float32))
 
 
@@ -188,7 +189,7 @@ def test_output_is_a_model(models, tmp_path):
     (jft_path(models[0]) / "tokenizer.json").write_text("{}")
     out, planned = merged(tmp_path, recipe(models, dtype=None), shard_bytes=20_000)
     directory = tmp_path / "out"
-    assert len(list(directory.glob("*.safetensors"))) > 3
+    assert len(list(directory.glob("*.safetensors"))) == 3
     assert (directory / "tokenizer.json").read_text() == "{}"
     model, params = jft.load(directory, dtype=None)
     assert params["head"]["w"].dtype == jnp.bfloat16
