@@ -56,11 +56,13 @@ def subtract(x: np.ndarray, base: np.ndarray, out: np.ndarray) -> None:
 
 
 class Cut(NamedTuple):
-    """Where the ``rank`` largest magnitudes end: the ``limit``, infinity for rank 0; ``kept`` of the ``equal`` ones belong to them."""
+    """The ``rank`` entries of the largest magnitude: above ``limit``, or equal to it and before the position ``end``.
+
+    Infinity for rank 0.
+    """
 
     limit: float
-    kept: int
-    equal: int
+    end: int
 
 
 def cuts(x: np.ndarray, ranks: Sequence[int]) -> list[Cut]:
@@ -72,25 +74,33 @@ def cuts(x: np.ndarray, ranks: Sequence[int]) -> list[Cut]:
     size = x.size
     if size <= 4 * SAMPLE:
         magnitudes = np.abs(x)
-        return [_cut(magnitudes, 0, int(k)) for k in ranks]
+        return [_cut(x, magnitudes, 0, int(k)) for k in ranks]
     # An odd stride, so that it does not walk down one column.
     sample = np.sort(np.abs(x[:: size // SAMPLE | 1]))
     return [_bracketed(x, sample, int(k)) for k in ranks]
 
 
-def _cut(candidates: np.ndarray, above: int, rank: int) -> Cut:
-    """The cut among ``candidates``, of which no other entry but ``above`` larger ones is needed."""
+def _cut(x: np.ndarray, candidates: np.ndarray, above: int, rank: int) -> Cut:
+    """The cut in ``x``, whose limit is among the magnitudes ``candidates``, all but ``above`` larger ones."""
     if rank <= 0:
-        return Cut(math.inf, 0, 0)
+        return Cut(math.inf, 0)
     position = candidates.size - (rank - above)
     limit = np.partition(candidates, position)[position]
-    above += int(np.count_nonzero(candidates > limit))
-    return Cut(float(limit), rank - above, int(np.count_nonzero(candidates == limit)))
+    missing = rank - above - int(np.count_nonzero(candidates > limit))
+    if missing == np.count_nonzero(candidates == limit):
+        return Cut(float(limit), x.size)
+    # Of equal magnitudes the first ones stay.
+    for part in blocks(x.size):
+        equal = np.flatnonzero(np.abs(x[part]) == limit)
+        if equal.size > missing:
+            return Cut(float(limit), part.start + int(equal[missing]))
+        missing -= equal.size
+    raise AssertionError("more entries equal the limit than are missing")
 
 
 def _bracketed(x: np.ndarray, sample: np.ndarray, rank: int) -> Cut:
     if rank <= 0:
-        return Cut(math.inf, 0, 0)
+        return Cut(math.inf, 0)
     count = sample.size
     expected = count * (1 - rank / x.size)
     # Six standard deviations of the share of a random sample.
@@ -107,8 +117,8 @@ def _bracketed(x: np.ndarray, sample: np.ndarray, rank: int) -> Cut:
         candidates.append(magnitudes[inside])
     inner = np.concatenate(candidates)
     if above < rank <= above + inner.size:
-        return _cut(inner, above, rank)
-    return _cut(np.abs(x), 0, rank)
+        return _cut(x, inner, above, rank)
+    return _cut(x, np.abs(x), 0, rank)
 
 
 Visit = Callable[[Callable[[Sequence[np.ndarray]], np.ndarray]], Iterable[np.ndarray]]

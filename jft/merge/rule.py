@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jft.delta import TaskVector
@@ -23,7 +25,8 @@ class Tensor(NamedTuple):
     None, as :attr:`Rule.ranks` gives them. thresholds: ``[N, R]`` float32, the magnitude of the ``ranks``-th largest entry of
     each delta, infinity for rank 0; None where nobody has computed them. totals: what :attr:`Rule.totals` sums up to, over all
     tensors. key: a random key that depends on the seed and the name of the tensor alone. layer, layers: its position in its
-    stack and the length of that, int32; 0 and 0 outside stacks.
+    stack and the length of that, int32; 0 and 0 outside stacks. ends: ``[N, R]`` uint32, the flat position from which on
+    entries equal to a threshold are not among the ranks; None where that has to be counted.
     """
 
     deltas: Array
@@ -35,10 +38,16 @@ class Tensor(NamedTuple):
     key: Array
     layer: Array
     layers: Array
+    ends: Array | None = None
 
     def weighted(self, name: str = "weight") -> Array:
         """The parameter ``[N]`` with axes of size one, to be multiplied with ``deltas``."""
         return self.parameters[name].reshape(-1, *(1,) * (self.deltas.ndim - 1))
+
+
+def over_models(x: Array) -> Array:
+    """The sum of ``[N, ...]`` over the models, as N - 1 additions: on CPUs XLA takes 30 times longer for ``jnp.sum(x, 0)``."""
+    return functools.reduce(jnp.add, [x[i] for i in range(len(x))])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jft import tree
@@ -239,71 +238,33 @@ class _Stream:
         """``scale * function(tensor)`` of the tensor, or of its pieces where the rule is elementwise."""
         rule = job.rule
         assert rule is not None
-        ranks = _ranks(job, job.size) if rule.ranks is not None else None
-        found = None
+        ranks = None if rule.ranks is None else _ranks(job, job.size)
+        limits, ends = self.thresholds, None
         if ranks is not None and rule.scope == "tensor":
-            found = [host.cuts(x, row) for x, row in zip(deltas, ranks, strict=True)]
+            cuts = [host.cuts(x, row) for x, row in zip(deltas, ranks, strict=True)]
+            limits = np.asarray([[cut.limit for cut in row] for row in cuts], np.float32)
+            ends = np.asarray([[cut.end for cut in row] for row in cuts])
         program = _program(function, tuple(sorted(rule.options.items())))
         common = {
-            "parameters": {n: jnp.asarray(v, jnp.float32) for n, v in job.values.items()},
-            "totals": None if self.totals is None else jax.tree.map(jnp.float32, self.totals),
+            "parameters": {n: np.asarray(v, np.float32) for n, v in job.values.items()},
+            "ranks": None if ranks is None else ranks.astype(np.uint32),
+            "thresholds": limits,
+            "totals": None if self.totals is None else jax.tree.map(np.float32, self.totals),
             "key": jax.random.fold_in(tree.key_for(self.key, job.name), 0),
-            "layer": jnp.int32(job.layer),
-            "layers": jnp.int32(job.layers),
+            "layer": np.int32(job.layer),
+            "layers": np.int32(job.layers),
         }
-        kept = _Kept(found, ranks, self.thresholds, rule.elementwise)
         for part in host.blocks(job.size, CHUNKS[-1]) if rule.elementwise else (slice(0, job.size),):
-            piece, length = deltas[:, part], part.stop - part.start
-            thresholds, counts = kept.of(piece)
+            length = part.stop - part.start
             size = next(n for n in CHUNKS if n >= length) if rule.elementwise else length
             shape = (size,) if rule.elementwise else job.shape
             tensor = Tensor(
-                deltas=_padded(piece, size).reshape(len(deltas), *shape),
+                deltas=_padded(deltas[:, part], size).reshape(len(deltas), *shape),
                 base=_padded(base[None, part], size).reshape(shape) if rule.base else None,
-                ranks=counts,
-                thresholds=thresholds,
+                ends=None if ends is None else np.clip(ends - part.start, 0, size).astype(np.uint32),
                 **common,
             )
             yield part, jax.device_get(program(tensor, np.float32(scale)))
-
-
-class _Kept:
-    """The thresholds and ranks of one piece after the other: together the pieces keep what the whole tensor keeps."""
-
-    def __init__(
-        self,
-        cuts: list[list[host.Cut]] | None,
-        ranks: np.ndarray | None,
-        thresholds: np.ndarray | None,
-        pieces: bool,
-    ) -> None:
-        self.cuts, self.ranks, self.thresholds = cuts if pieces else None, ranks, thresholds
-        if cuts is not None:
-            self.left = [[cut.kept for cut in row] for row in cuts]
-            if not pieces:
-                self.thresholds = np.asarray([[cut.limit for cut in row] for row in cuts], np.float32)
-
-    def of(self, piece: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """``(thresholds, ranks)``, both ``[N, R]``."""
-        if self.cuts is None or self.ranks is None:
-            return self.thresholds, None if self.ranks is None else self.ranks.astype(np.uint32)
-        limits = np.full(self.ranks.shape, np.inf, np.float32)
-        # More than there are: every entry that reaches the threshold stays.
-        ranks = np.full(self.ranks.shape, piece.shape[1], np.uint32)
-        for (i, j), _ in np.ndenumerate(ranks):
-            cut = self.cuts[i][j]
-            limits[i, j] = cut.limit
-            if cut.kept == cut.equal:
-                continue
-            # Of equal magnitudes the first ones stay: those of this piece, until none is left to keep.
-            magnitudes = np.abs(piece[i]) if self.left[i][j] else None
-            equal = 0 if magnitudes is None else int(np.count_nonzero(magnitudes == limits[i, j]))
-            if magnitudes is None:
-                limits[i, j] = np.nextafter(limits[i, j], np.float32(np.inf))
-            elif equal > self.left[i][j]:
-                ranks[i, j] = np.count_nonzero(magnitudes > limits[i, j]) + self.left[i][j]
-            self.left[i][j] -= min(equal, self.left[i][j])
-        return limits, ranks
 
 
 @program_cache(maxsize=256)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.merge.registry import register
-from jft.merge.rule import Rule, Tensor, in_range
+from jft.merge.rule import Rule, Tensor, in_range, over_models
 from jft.merge.trim import largest
 
 Array = jax.Array
@@ -87,7 +87,7 @@ def _trimmed(tensor: Tensor, scope: str) -> Array:
 def _elected(tensor: Tensor, trimmed: Array, elect: str) -> Array:
     """The sign -1, 0 or 1 of each entry."""
     terms = {"sum": trimmed, "weighted": trimmed * tensor.weighted(), "count": jnp.sign(trimmed)}[elect]
-    return jnp.sign(jnp.sum(terms, axis=0))
+    return jnp.sign(over_models(terms))
 
 
 def _signs(tensor: Tensor, scope: str, elect: str, **_: Any) -> Array:
@@ -106,8 +106,8 @@ def _ties(tensor: Tensor, scope: str, elect: str, divide: str, zero: str) -> Arr
 def disjoint_mean(tensor: Tensor, deltas: Array, agree: Array, divide: str) -> Array:
     """The sum of ``w_i deltas_i`` over the models that ``agree``, by their ``count``, by their ``weights`` or by ``none``."""
     weights = tensor.weighted()
-    total = jnp.sum(jnp.where(agree, weights * deltas, 0), axis=0)
+    total = over_models(jnp.where(agree, weights * deltas, 0))
     if divide == "none":
         return total
-    share = jnp.sum(jnp.where(agree, weights if divide == "weights" else 1.0, 0.0), axis=0)
+    share = over_models(jnp.where(agree, weights if divide == "weights" else 1.0, 0.0))
     return total / jnp.where(share == 0, 1, share)
