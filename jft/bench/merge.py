@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -121,7 +122,7 @@ def _write(directory: Path, params: str, number: int) -> Path:
 
 def _run(tool: str, method: str, recipe: Path, out: Path) -> Run:
     if out.exists():
-        subprocess.run(["rm", "-r", str(out)], check=True)
+        shutil.rmtree(out)
     began = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-c", TOOLS[tool], str(recipe), str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT

@@ -30,6 +30,8 @@ CHUNKS = (1 << 12, 1 << 16, 1 << 20)
 """Sizes of the pieces that elementwise rules are compiled for."""
 BUDGET = 640 << 20
 """Bytes of tensors in memory at once; one that needs more is merged alone."""
+KEPT = 96 << 20
+"""Bytes that each thread keeps from one tensor to the next: fresh memory is as slow to touch as a file."""
 Options = tuple[tuple[str, Any], ...]
 
 
@@ -128,6 +130,7 @@ class _Stream:
         self.used = 0
         self.thresholds: np.ndarray | None = None
         self.totals: Any = None
+        self.local = threading.local()
 
     def __enter__(self) -> _Stream:
         return self
@@ -199,16 +202,24 @@ class _Stream:
         return jax.tree.map(lambda *x: np.sum(np.stack(x).astype(np.float64), axis=0), *parts)
 
     def changes(self, job: Job) -> tuple[np.ndarray, np.ndarray]:
-        """The base and the change of every model, flat float32."""
+        """The base and the change of every model, flat float32, in memory that the thread's next tensor gets."""
+        base, *deltas = rows = self._memory(1 + len(job.models), job.size)
         if job.base is None:
-            base = np.zeros(job.size, np.float32)
+            base[...] = 0
         else:
             assert isinstance(job.base.source, Directory), "a base is a model directory"
-            base = host.widen(job.base.source.array(job.base.name))
-        deltas = np.empty((len(job.models), job.size), np.float32)
+            host.widen(job.base.source.array(job.base.name), base)
         for part, out in zip(job.models, deltas, strict=True):
             part.source.delta(part.name, base, out)
-        return base, deltas
+        return base, rows[1:]
+
+    def _memory(self, rows: int, size: int) -> np.ndarray:
+        count = rows * size
+        if 4 * count > KEPT:
+            return np.empty((rows, size), np.float32)
+        if not hasattr(self.local, "kept"):
+            self.local.kept = _aligned(KEPT // 4)
+        return self.local.kept[:count].reshape(rows, size)
 
     def merged(self, job: Job) -> np.ndarray:
         """The tensor of the output, flat."""
@@ -255,16 +266,30 @@ class _Stream:
             "layers": np.int32(job.layers),
         }
         for part in host.blocks(job.size, CHUNKS[-1]) if rule.elementwise else (slice(0, job.size),):
-            length = part.stop - part.start
-            size = next(n for n in CHUNKS if n >= length) if rule.elementwise else length
-            shape = (size,) if rule.elementwise else job.shape
+            piece, own = deltas[:, part], base[None, part]
+            shape: tuple[int, ...] = job.shape
+            if rule.elementwise:
+                shape = (next(n for n in CHUNKS if n >= piece.shape[1]),)
+                piece, own = self._piece("deltas", piece, *shape), self._piece("base", own, *shape) if rule.base else own
             tensor = Tensor(
-                deltas=_padded(deltas[:, part], size).reshape(len(deltas), *shape),
-                base=_padded(base[None, part], size).reshape(shape) if rule.base else None,
-                ends=None if ends is None else np.clip(ends - part.start, 0, size).astype(np.uint32),
+                # Not copied where it is aligned, and not needed any more once the result is there.
+                deltas=jax.device_put(piece.reshape(-1, *shape), may_alias=True),
+                base=own.reshape(shape) if rule.base else None,
+                ends=None if ends is None else np.clip(ends - part.start, 0, math.prod(shape)).astype(np.uint32),
                 **common,
             )
             yield part, jax.device_get(program(tensor, np.float32(scale)))
+
+    def _piece(self, name: str, x: np.ndarray, size: int) -> np.ndarray:
+        """``x`` ``[N, n]`` padded with zeros to ``size``, in memory of this thread."""
+        buffer = getattr(self.local, name, None)
+        if buffer is None or len(buffer) < len(x) * size:
+            buffer = _aligned(len(x) * size)
+            setattr(self.local, name, buffer)
+        piece = buffer[: len(x) * size].reshape(len(x), size)
+        piece[:, : x.shape[1]] = x
+        piece[:, x.shape[1] :] = 0
+        return piece
 
 
 @program_cache(maxsize=256)
@@ -279,8 +304,11 @@ def _ranks(job: Job, size: int) -> np.ndarray:
     return np.asarray(job.rule.ranks(size, numbers), np.int64)
 
 
-def _padded(x: np.ndarray, size: int) -> np.ndarray:
-    return x if x.shape[1] == size else np.pad(x, ((0, 0), (0, size - x.shape[1])))
+def _aligned(size: int) -> np.ndarray:
+    """Float32 memory that XLA takes as it is."""
+    memory = np.empty(size + 16, np.float32)
+    start = -memory.ctypes.data // 4 % 16
+    return memory[start : start + size]
 
 
 def _combined(deltas: np.ndarray, coefficients: Sequence[float]) -> np.ndarray:
