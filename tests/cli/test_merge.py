@@ -7,6 +7,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
+from jft.bench import merge as benchmark
 from jft.cli import bench, main
 from jft.cli import merge as command
 from jft.cli.errors import UsageError
@@ -90,7 +91,7 @@ def test_refusals(models, tmp_path, capsys):
 
 
 def test_bench(capsys, monkeypatch):
-    monkeypatch.setitem(__import__("jft.bench.merge").bench.merge.SHAPES, "tiny", (16, 32, 1, 2, 1, 32))
+    monkeypatch.setitem(benchmark.SHAPES, "tiny", (16, 32, 1, 2, 1, 32))
     assert bench.main(["merge", "--params", "tiny", "--methods", "task_arithmetic", "--tools", "jft", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [(r["method"], r["tool"]) for r in report["runs"]] == [("task_arithmetic", "jft")]
