@@ -112,7 +112,7 @@ class _Tensors:
         """``scale * function(tensor, **options)`` for every tensor of a path, stacked as the path is."""
         deltas = self.dense(path)
         stack = self.shapes[path][: stack_axes(path, len(self.shapes[path]))]
-        size = math.prod(self.shapes[path][len(stack) :])
+        size = self.rule.entries(self.shapes[path][len(stack) :])
         ranks = None
         if self.rule.ranks is not None:
             numbers = {name: np.asarray(v, np.float64) for name, v in self.values.items() if _concrete(v)}
@@ -146,13 +146,20 @@ class _Tensors:
             total = part if total is None else jax.tree.map(jnp.add, total, part)
         return total
 
+    def score(self, path: str, i: int) -> Array:
+        """What entries of model ``i`` are ranked by, of the shape of the weight."""
+        if self.rule.score is None:
+            return jnp.abs(self.dense(path)[i])
+        stack = stack_axes(path, len(self.shapes[path]))
+        return jnp.take(self.run(path, self.rule.score), i, axis=stack)
+
     def of_model(self, ranks: Callable[[int, Mapping[str, np.ndarray]], np.ndarray]) -> Array:
         """The magnitudes ``[N, R]`` of the ranks among the entries of each whole vector."""
         size = sum(math.prod(shape) for shape in self.shapes.values())
         numbers = {name: np.asarray(v, np.float64) for name, v in self.values.items() if _concrete(v)}
         rows = []
         for i, row in enumerate(np.asarray(ranks(size, numbers))):
-            magnitudes = {path: jnp.abs(self.dense(path)[i]) for path in self.paths}
+            magnitudes = {path: self.score(path, i) for path in self.paths}
             rows.append([threshold.threshold(magnitudes, int(k))[0] if k > 0 else math.inf for k in row])
         return jnp.asarray(rows, jnp.float32)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import types
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -53,8 +54,18 @@ class MergingRule:
             if option not in self.options:
                 hint = nearest(option, self.options, otherwise=f"; it has {', '.join(self.options) or 'none'}")
                 raise ValueError(f"{self.name} has no option {option!r}{hint}")
+        self._check_choices(options)
         rule = self.factory(**{**self.presets[preset], **options})
         return dataclasses.replace(rule, parameters={"weight": 1.0 if weights is None else weights, **rule.parameters})
+
+    def _check_choices(self, options: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` for a value that the annotation of its option, a ``Literal``, does not list."""
+        for name, hint in typing.get_type_hints(self.factory).items():
+            choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+            if choices and name in options and options[name] not in choices:
+                raise ValueError(
+                    f"{name} of {self.name} is {options[name]!r}; it may be {', '.join(map(repr, choices))}"
+                )
 
     @property
     def options(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -61,6 +62,9 @@ class Rule:
     ranks: ``ranks(entries, parameters) -> [N, R]`` integers, for rules that trim by magnitude: how many of the ``entries`` of
         a tensor (``scope="tensor"``) or of the whole model (``scope="model"``) come before the threshold. Computed on the host,
         in float64, because that is where published counts come from.
+    axis: the ``entries`` that ``ranks`` is told of are those along this axis of a tensor; None, and for vectors: all of them.
+    score: ``score(tensor, **options) -> [N, ...]``, what is ranked instead of the magnitude of each delta where the scope is
+        the model.
     totals: ``totals(tensor, **options) -> pytree`` of sums over all tensors, known before ``merge`` runs.
     coefficients: for rules that are ``sum_i c_i delta_i`` with the same c everywhere: ``parameters -> [N]``. Encodings then
         stay what they are.
@@ -75,6 +79,8 @@ class Rule:
     parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ranks: Callable[[int, Mapping[str, np.ndarray]], np.ndarray] | None = None
     scope: Literal["tensor", "model"] = "tensor"
+    axis: int | None = None
+    score: Callable[..., Array] | None = None
     totals: Callable[..., Any] | None = None
     coefficients: Callable[[Mapping[str, Sequence[Any]]], Sequence[Any]] | None = None
     elementwise: bool = False
@@ -88,6 +94,14 @@ class Rule:
         if count < least or (most is not None and count > most):
             wanted = f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}"
             raise ValueError(f"{name} merges {wanted} models, not {count}")
+
+    def entries(self, shape: tuple[int, ...]) -> int:
+        """How many entries of a tensor are ranked together. Raises ``ValueError`` where it has no such axis."""
+        if self.axis is None or len(shape) < 2:
+            return math.prod(shape)
+        if not -len(shape) <= self.axis < len(shape):
+            raise ValueError(f"axis is {self.axis}, and a tensor of shape {shape} has axes 0 to {len(shape) - 1}")
+        return shape[self.axis]
 
     def values(self, count: int) -> dict[str, list[Any]]:
         """Each parameter as one number per model. Raises ``ValueError`` naming one of another length."""

@@ -188,11 +188,20 @@ class _Stream:
         def visit(count: Callable[[Sequence[np.ndarray]], np.ndarray]) -> Iterator[np.ndarray]:
             def counted(job: Job) -> np.ndarray:
                 with self.taken(job):
-                    return count(list(self.changes(job)[1]))
+                    return count(list(self._scores(job)))
 
             return self.each(jobs, counted)
 
         return host.limits(visit, ranks[0])
+
+    def _scores(self, job: Job) -> np.ndarray:
+        """What the whole model is trimmed by: the changes, or the rule's score of them."""
+        base, deltas = self.changes(job)
+        if job.rule is None or job.rule.score is None:
+            return deltas
+        parts = self._run(job, job.rule.score, base, deltas)
+        flat = [np.reshape(x, (len(deltas), -1))[:, : part.stop - part.start] for part, x in parts]
+        return np.ascontiguousarray(np.concatenate(flat, axis=1))
 
     def _total(self, job: Job) -> Any:
         assert job.rule is not None
@@ -249,9 +258,10 @@ class _Stream:
         """``scale * function(tensor)`` of the tensor, or of its pieces where the rule is elementwise."""
         rule = job.rule
         assert rule is not None
-        ranks = None if rule.ranks is None else _ranks(job, job.size)
+        ranks = None if rule.ranks is None else _ranks(job, rule.entries(job.shape))
         limits, ends = self.thresholds, None
-        if ranks is not None and rule.scope == "tensor":
+        # Ranks along an axis are counted in the program.
+        if ranks is not None and rule.scope == "tensor" and (rule.axis is None or len(job.shape) < 2):
             cuts = [host.cuts(x, row) for x, row in zip(deltas, ranks, strict=True)]
             limits = np.asarray([[cut.limit for cut in row] for row in cuts], np.float32)
             ends = np.asarray([[cut.end for cut in row] for row in cuts])

@@ -12,7 +12,7 @@ import numpy as np
 
 from jft.merge.registry import register
 from jft.merge.rule import Rule, Tensor, in_range, over_models
-from jft.merge.trim import largest
+from jft.merge.trim import l1_matched, largest
 
 Array = jax.Array
 
@@ -38,9 +38,10 @@ def ties(
     density: Any = 0.2,
     scope: Literal["model", "tensor"] = "model",
     elect: Literal["sum", "weighted", "count"] = "sum",
-    divide: Literal["count", "weights", "none"] = "count",
+    divide: Literal["count", "weights", "none", "max"] = "count",
     zero: Literal["majority", "plus"] = "majority",
     at_least_one: bool = False,
+    rescale: bool = False,
 ) -> Rule:
     """``tau_i <- trim(tau_i)``; ``sign = sgn(sum_i tau_i)``; the mean of ``w_i tau_i`` over the models with that sign.
 
@@ -51,62 +52,72 @@ def ties(
     sum of deltas, of ``weighted`` deltas (mergekit, which also asks these whether they agree), or the majority ``count`` of
     signs (peft's "frequency"). zero: a sum of exactly zero takes the sign that most entries of the model have
     (``majority``) or ``plus``. divide: by the ``count`` of models that agree, by the sum of their ``weights`` (mergekit's
-    ``normalize: true``), or ``none``: the sum, FusionBench's default.
+    ``normalize: true``), or ``none``: the sum, FusionBench's default and mergekit's ``normalize: false``. ``max``: no sum,
+    but of the models that agree the ``w_i tau_i`` of the largest magnitude (FusionBench, ``merge_func: max``). rescale
+    (mergekit): what trimming leaves of a tensor is multiplied by what makes the sum of its magnitudes what it was.
 
     Yadav et al. 2023, arXiv:2306.01708; released code prateeky2806/ties-merging. Presets of one name differ by 8 to 50%.
     """
     in_range("density", density, 0, 1)
-    options = {"scope": scope, "elect": elect, "divide": divide, "zero": zero}
+    options = {"scope": scope, "rescale": rescale, "elect": elect, "divide": divide, "zero": zero}
     return Rule(
         merge=_ties,
         options=options,
         parameters={"density": density},
-        ranks=_ranks_of_model if scope == "model" else functools.partial(_ranks_of_tensor, least=int(at_least_one)),
+        ranks=ranks_of_model if scope == "model" else functools.partial(ranks_of_tensor, least=int(at_least_one)),
         scope=scope,
         # The majority of the signs of a whole model is known only once all of it was seen.
         totals=_signs if zero == "majority" else None,
-        elementwise=True,
+        elementwise=not rescale,
     )
 
 
-def _ranks_of_model(entries: int, parameters: Mapping[str, np.ndarray]) -> np.ndarray:
-    # The released code keeps what reaches the (d - int(d K))-th smallest: one entry more than int(d K).
+def ranks_of_model(entries: int, parameters: Mapping[str, np.ndarray]) -> np.ndarray:
+    """How many of all entries reach the threshold of the released code, the (d - int(d K))-th smallest."""
     kept = (entries * parameters["density"]).astype(np.int64)
     return np.minimum(kept + 1, entries)[:, None]
 
 
-def _ranks_of_tensor(entries: int, parameters: Mapping[str, np.ndarray], least: int) -> np.ndarray:
+def ranks_of_tensor(entries: int, parameters: Mapping[str, np.ndarray], least: int = 0) -> np.ndarray:
+    """``int(density entries)``, or ``least`` where that is less and the density not zero."""
     kept = (parameters["density"] * entries).astype(np.int64)
     return np.where(parameters["density"] > 0, np.maximum(kept, min(least, entries)), 0)[:, None]
 
 
-def _trimmed(tensor: Tensor, scope: str) -> Array:
-    return jnp.where(largest(tensor, exact=scope == "tensor"), tensor.deltas, 0)
+def _trimmed(tensor: Tensor, scope: str, rescale: bool) -> Array:
+    mask = largest(tensor, exact=scope == "tensor")
+    return l1_matched(tensor.deltas, mask) if rescale else jnp.where(mask, tensor.deltas, 0)
 
 
-def _elected(tensor: Tensor, trimmed: Array, elect: str) -> Array:
+def _signs(tensor: Tensor, scope: str, rescale: bool, elect: str, **_: Any) -> Array:
+    return jnp.sum(elected(tensor, _trimmed(tensor, scope, rescale), elect))
+
+
+def _ties(tensor: Tensor, scope: str, rescale: bool, elect: str, divide: str, zero: str) -> Array:
+    return disjoint_merge(tensor, _trimmed(tensor, scope, rescale), elect, divide, zero)
+
+
+def elected(tensor: Tensor, deltas: Array, elect: str) -> Array:
     """The sign -1, 0 or 1 of each entry."""
-    terms = {"sum": trimmed, "weighted": trimmed * tensor.weighted(), "count": jnp.sign(trimmed)}[elect]
+    terms = {"sum": deltas, "weighted": deltas * tensor.weighted(), "count": jnp.sign(deltas)}[elect]
     return jnp.sign(over_models(terms))
 
 
-def _signs(tensor: Tensor, scope: str, elect: str, **_: Any) -> Array:
-    return jnp.sum(_elected(tensor, _trimmed(tensor, scope), elect))
+def disjoint_merge(tensor: Tensor, deltas: Array, elect: str, divide: str, zero: str) -> Array:
+    """Of ``deltas [N, ...]`` the mean over the models that have the elected sign; the options are those of :func:`ties`.
 
-
-def _ties(tensor: Tensor, scope: str, elect: str, divide: str, zero: str) -> Array:
-    trimmed = _trimmed(tensor, scope)
-    sign = _elected(tensor, trimmed, elect)
+    With ``zero="majority"`` the totals are the sum of the elected signs of the whole model.
+    """
+    weights = tensor.weighted()
+    sign = elected(tensor, deltas, elect)
     sign = jnp.where(sign == 0, jnp.sign(tensor.totals) if zero == "majority" else 1.0, sign)
     # A negative weight turns the sign of a model around where signs are those of weighted deltas.
-    signs = jnp.sign(trimmed * tensor.weighted() if elect == "weighted" else trimmed)
-    return disjoint_mean(tensor, trimmed, (signs == sign) & (trimmed != 0), divide)
-
-
-def disjoint_mean(tensor: Tensor, deltas: Array, agree: Array, divide: str) -> Array:
-    """The sum of ``w_i deltas_i`` over the models that ``agree``, by their ``count``, by their ``weights`` or by ``none``."""
-    weights = tensor.weighted()
-    total = over_models(jnp.where(agree, weights * deltas, 0))
+    signs = jnp.sign(deltas * weights if elect == "weighted" else deltas)
+    agree = (signs == sign) & (deltas != 0)
+    terms = jnp.where(agree, weights * deltas, 0)
+    if divide == "max":
+        return jnp.take_along_axis(terms, jnp.argmax(jnp.abs(terms), axis=0)[None], axis=0)[0]
+    total = over_models(terms)
     if divide == "none":
         return total
     share = over_models(jnp.where(agree, weights if divide == "weights" else 1.0, 0.0))
