@@ -25,6 +25,14 @@ import numpy as np
 import jft
 
 
+# jft's method and its options, and what torch's side trains: there block-sparse training has no peer, LoRA is what people use.
+METHODS = {
+    "full": ("full", {}, "full"),
+    "lora": ("lora", {"rank": "RANK"}, "lora"),
+    "block_sparse": ("block_sparse", {"density": 0.05}, "lora"),
+}
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
@@ -36,7 +44,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=7, help="timed steps of each side, after two to warm up")
-    parser.add_argument("--methods", nargs="+", default=["full", "lora"], choices=["full", "lora"])
+    parser.add_argument("--methods", nargs="+", default=["full", "lora"], choices=list(METHODS))
+    parser.add_argument("--attention", default="plain", choices=["plain", "blockwise"], help="jft's form of attention")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--unroll", type=int, default=1, help="layers per scan step on jft's side; 0 for all")
     parser.add_argument("--out", type=pathlib.Path, help="write the figures here as JSON")
@@ -93,16 +102,20 @@ def torch_step(model, method: str, args: argparse.Namespace):
 
 def jft_step(model, params, method: str, args: argparse.Namespace):
     """A function of tokens that makes one step and returns the loss: the step that :func:`jft.finetune` runs."""
+    from jft.bench.step import by_chance, drawn
     from jft.train import feed, step
     from jft.train.objectives import objective
     from jft.train.optimizers import optimizer
     from jft.train.state import hold
 
-    plan = jft.method(method, **({"rank": args.rank} if method == "lora" else {})).plan(params, model)
-    chosen = optimizer({"name": "adamw", "lr": 1e-4, "weight_decay": 0.0, "clip": 1.0})
-    recipe = step.Recipe(model.apply, plan, objective("lm"), chosen, dtype=model.execution.dtype)
-    update = step.compile_step(recipe, params, {}, None)
-    held = hold(update, params, {}, seed=0)
+    name, options, _ = METHODS[method]
+    options = {k: args.rank if v == "RANK" else v for k, v in options.items()}
+    plan = by_chance(jft.method(name, **options)).plan(params, model)
+    chosen = drawn(plan, params, model)
+    adamw = optimizer({"name": "adamw", "lr": 1e-4, "weight_decay": 0.0, "clip": 1.0})
+    recipe = step.Recipe(model.apply, plan, objective("lm"), adamw, dtype=model.execution.dtype)
+    update = step.compile_step(recipe, params, chosen, None)
+    held = hold(update, params, chosen, seed=0)
     sound = np.asarray(True)
 
     def run(tokens: np.ndarray) -> float:
@@ -118,8 +131,8 @@ def compare(method: str, args: argparse.Namespace, folder: str, theirs) -> dict:
     """Alternate steps of both sides; medians in seconds, tokens/s, and jft's speed over torch's."""
     model, params = jft.load(folder, dtype=args.dtype)
     sides = {
-        "jft": jft_step(model.with_(unroll=args.unroll), params, method, args),
-        "torch": torch_step(theirs, method, args),
+        "jft": jft_step(model.with_(unroll=args.unroll, attention=args.attention), params, method, args),
+        "torch": torch_step(theirs, METHODS[method][2], args),
     }
     rng = np.random.default_rng(0)
     batches = [rng.integers(0, args.vocab, (args.batch, args.tokens)) for _ in range(args.steps + 2)]

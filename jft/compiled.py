@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, overload
 
+import jax
+
+_MAPS, _MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 Maker = TypeVar("Maker", bound=Callable[..., Any])
 
 
@@ -42,3 +46,21 @@ def program_cache(make: Any = None, *, maxsize: int = 32) -> Any:
     # functools.wraps copies the attributes of `make`, which has none of these.
     cached.cache_clear, cached.cache_info = cache.cache_clear, cache.cache_info  # type: ignore[attr-defined]
     return cached
+
+
+def forget_if_crowded(share: float = 0.5) -> bool:
+    """Forget all compiled programs where the process has more than ``share`` of the memory maps that Linux grants it.
+
+    A program of XLA's CPU backend has about five maps as long as it is kept. At the limit, 65530 by default, the next
+    compilation ends the process without an exception; a study of hundreds of runs gets there. What is needed again is
+    compiled again. Returns whether anything was forgotten; never where there is no such limit.
+    """
+    try:
+        most = int(_MOST_MAPS.read_text())
+        count = _MAPS.read_bytes().count(b"\n")
+    except (OSError, ValueError):  # not Linux, or not readable
+        return False
+    if count <= share * most:
+        return False
+    jax.clear_caches()
+    return True

@@ -2,7 +2,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jft.compiled import program_cache
+from jft import compiled
+from jft.compiled import forget_if_crowded, program_cache
 
 
 def scaling(**options):
@@ -80,3 +81,16 @@ def test_forgotten_programs_are_made_anew():
 def test_a_maker_keeps_its_name_and_docstring():
     make, _ = scaling()
     assert make.__name__ == "make" and "factor * x" in make.__doc__
+
+
+def test_programs_are_forgotten_where_they_crowd_the_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "_MAPS", tmp_path / "maps")
+    monkeypatch.setattr(compiled, "_MOST_MAPS", tmp_path / "most")
+    assert not forget_if_crowded()  # no such files: not Linux
+    program = jax.jit(lambda x: x + 1)
+    program(jnp.ones(3))
+    (tmp_path / "most").write_text("100\n")
+    for count, forgets in ((50, False), (51, True)):
+        (tmp_path / "maps").write_text("7f00-7f01 r-xp\n" * count)
+        assert forget_if_crowded() == forgets
+        assert (program._cache_size() == 0) == forgets

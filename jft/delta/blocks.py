@@ -30,9 +30,8 @@ from jft.delta.selected import (
     whole_coordinates,
 )
 from jft.delta.sparse import Sparse, find, pick, united
-from jft.kernels.block_put import gather_xla, put_xla, stack_put
-from jft.kernels.blocks import cell_spmm
-from jft.kernels.blocks_forms import NO_AXES, Axes, on_devices, spread_names
+from jft.kernels.blocks import cell_spmm, stack_put
+from jft.kernels.blocks_forms import NO_AXES, Axes, gather_xla, on_devices, put_xla, spread_names
 from jft.tree import host, visible
 
 Array = jax.Array

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jft.kernels.blocks_forms import gather_xla, put_xla
 from jft.kernels.pallas import Tiles, check_blocks, choose, parity
 
 Array = jax.Array
@@ -53,22 +54,18 @@ def block_put(
     return _put(w, blocks, values, implementation, _interpret)
 
 
-def stack_put(w: Array, blocks: Array, values: Array) -> Array:
-    """:func:`block_put` of matrices ``[L, I, O]``, blocks ``[L, n, 2]``, values ``[L, n, b, c]``; nothing is checked."""
+def stack_put_pallas(w: Array, blocks: Array, values: Array) -> Array | None:
+    """:func:`block_put` of matrices ``[L, I, O]``, blocks ``[L, n, 2]``, values ``[L, n, b, c]`` by Pallas, in one call.
+
+    None where the kernel does not take them. Nothing is checked.
+    """
     (stack, height, width), (count, *sizes) = w.shape, values.shape[1:]
-    block, dtypes = tuple(sizes), (w.dtype, values.dtype)
-    if not values.size:
-        return w
-    nbytes = 2 * sum(dtype.itemsize for dtype in dtypes)
-    tiles = Tiles.of(stack * count, block, (stack * height, width), dtypes, nbytes)
+    block = tuple(sizes)
+    tiles = _put_tiles(stack * count, block, (stack * height, width), w.dtype, values.dtype)
     if isinstance(tiles, str):
-        return choose(None, tiles, jax.vmap(put_xla), w, blocks, values)
-
-    def pallas(w: Array, blocks: Array, values: Array) -> Array:
-        folded = _put_pallas(*fold(w, blocks, block), values.reshape(-1, *block), tiles=tiles, interpret=False)
-        return folded.reshape(w.shape)
-
-    return choose(None, pallas, jax.vmap(put_xla), w, blocks, values)
+        return None
+    folded = _put_pallas(*fold(w, blocks, block), values.reshape(-1, *block), tiles=tiles, interpret=False)
+    return folded.reshape(w.shape)
 
 
 def fold(w: Array, blocks: Array, block: tuple[int, ...]) -> tuple[Array, Array]:
@@ -97,10 +94,14 @@ def _gather(w: Array, blocks: Array, block: tuple[int, ...], implementation: str
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _put(w: Array, blocks: Array, values: Array, implementation: str | None, interpret: Any) -> Array:
-    dtypes = w.dtype, values.dtype
-    tiles = Tiles.of(len(blocks), values.shape[1:], w.shape, dtypes, 2 * sum(dtype.itemsize for dtype in dtypes))
+    tiles = _put_tiles(len(blocks), values.shape[1:], w.shape, w.dtype, values.dtype)
     pallas = tiles if isinstance(tiles, str) else functools.partial(_put_pallas, tiles=tiles, interpret=interpret)
     return choose(implementation, pallas, put_xla, w, blocks, values)
+
+
+def _put_tiles(n: int, block: tuple[int, ...], shape: tuple[int, ...], *dtypes: Any) -> Tiles | str:
+    # Two buffers of the weight, and two of the values.
+    return Tiles.of(n, block, shape, dtypes, 2 * sum(dtype.itemsize for dtype in dtypes))
 
 
 # Tangents go through XLA's operations, which have transposes: both functions are linear in arrays of floats.
@@ -114,23 +115,6 @@ def _gather_jvp(block: Any, implementation: Any, interpret: Any, primals: Any, t
 def _put_jvp(implementation: Any, interpret: Any, primals: Any, tangents: Any) -> tuple[Array, Array]:
     w, blocks, values = primals
     return _put(w, blocks, values, implementation, interpret), put_xla(tangents[0], blocks, tangents[2])
-
-
-def gather_xla(w: Array, blocks: Array, *, block: tuple[int, ...]) -> Array:
-    """:func:`block_gather` by windows of ``lax.gather``: plain indexing would make an index for every entry of a block."""
-    numbers = jax.lax.GatherDimensionNumbers(offset_dims=(1, 2), collapsed_slice_dims=(), start_index_map=(0, 1))
-    starts = blocks * jnp.asarray(block, blocks.dtype)
-    return jax.lax.gather(w, starts, numbers, block, mode="fill", fill_value=0, unique_indices=True)
-
-
-def put_xla(w: Array, blocks: Array, values: Array) -> Array:
-    """:func:`block_put` by windows of ``lax.scatter``."""
-    numbers = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(1, 2), inserted_window_dims=(), scatter_dims_to_operand_dims=(0, 1)
-    )
-    starts = blocks * jnp.asarray(values.shape[1:], blocks.dtype)
-    # `drop`: padding lies past the end.
-    return jax.lax.scatter(w, starts, values.astype(w.dtype), numbers, mode="drop", unique_indices=True)
 
 
 def _gather_pallas(w: Array, blocks: Array, *, tiles: Tiles, interpret: Any) -> Array:

@@ -94,13 +94,21 @@ def cell_spmm(x: Array, at: Array, values: Array, columns: int, axes: Axes) -> A
     return _spmm.bind(x, at, values, columns=columns, **how)
 
 
+def stack_put(w: Array, blocks: Array, values: Array) -> Array:
+    """:func:`jft.kernels.block_put.block_put` of matrices ``[L, I, O]``, blocks ``[L, n, 2]``, values ``[L, n, b, c]``.
+
+    In place if ``w`` is donated. Nothing is checked.
+    """
+    return _put.bind(w, blocks, values) if values.size else w
+
+
 def _text(x: Any) -> str:
     return f"{x.dtype}[{', '.join(map(str, x.shape))}]"
 
 
 # Abstract values.
 
-_spmm, _sddmm = Primitive("block_spmm"), Primitive("block_sddmm")
+_spmm, _sddmm, _put = Primitive("block_spmm"), Primitive("block_sddmm"), Primitive("block_put")
 
 
 @_spmm.def_abstract_eval
@@ -111,6 +119,11 @@ def _spmm_shape(x: Any, at: Any, values: Any, *, columns: int, **_: Any) -> Any:
 @_sddmm.def_abstract_eval
 def _sddmm_shape(x: Any, dy: Any, at: Any, *_: Any, block: tuple[int, int], dtype: Any, **__: Any) -> Any:
     return jax.core.ShapedArray((*at.shape[:-1], *block), dtype)
+
+
+@_put.def_abstract_eval
+def _put_shape(w: Any, *_: Any) -> Any:
+    return jax.core.ShapedArray(w.shape, w.dtype)
 
 
 # Derivatives: both are bilinear, and the transposes of each are the other and itself.
@@ -167,6 +180,14 @@ def _turned(at: Array, values: Array) -> tuple[Array, Array]:
     return jnp.swapaxes(at, 0, 1)[..., ::-1], jnp.swapaxes(jnp.swapaxes(values, 0, 1), -2, -1)
 
 
+def _put_jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Array, Array]:
+    (w, blocks, values), (dw, _, dvalues) = primals, tangents
+    # Linear in both; tangents go through XLA's scatter, which has a transpose.
+    moved = forms.put(ad.instantiate_zeros(dw), blocks, ad.instantiate_zeros(dvalues))
+    return _put.bind(w, blocks, values), moved
+
+
+ad.primitive_jvps[_put] = _put_jvp
 ad.primitive_jvps[_spmm], ad.primitive_jvps[_sddmm] = _spmm_jvp, _sddmm_jvp
 ad.primitive_transposes[_spmm], ad.primitive_transposes[_sddmm] = _spmm_transpose, _sddmm_transpose
 
@@ -189,6 +210,14 @@ def _sddmm_batch(args: Sequence[Any], dims: Sequence[Any], **how: Any) -> tuple[
     return jax.vmap(form, dims)(*args), 0
 
 
+def _put_batch(args: Sequence[Any], dims: Sequence[Any]) -> tuple[Array, int]:
+    size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
+    whole = [batching.bdim_at_front(x, d, size) for x, d in zip(args, dims, strict=True)]
+    # Members are more matrices of the stack: one call for all.
+    return _put.bind(*(x.reshape(-1, *x.shape[2:]) for x in whole)).reshape(whole[0].shape), 0
+
+
+batching.primitive_batchers[_put] = _put_batch
 batching.primitive_batchers[_spmm], batching.primitive_batchers[_sddmm] = _spmm_batch, _sddmm_batch
 
 
@@ -213,3 +242,4 @@ def _jitted(primitive: Primitive, **how: Any) -> Callable[..., Array]:
 
 _register(_spmm, forms.spmm)
 _register(_sddmm, forms.sddmm)
+_register(_put, forms.put)

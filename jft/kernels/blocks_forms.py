@@ -148,6 +148,16 @@ def sddmm(
     return on_devices(on_device, mesh, specs, cut.cells)(x, dy, at, *acc)
 
 
+def put(w: Array, blocks: Array, values: Array, *, platform: str | None = None) -> Array:
+    """``w[L, I, O]`` with ``values[L, n, b, c]`` in its blocks; see :func:`jft.kernels.blocks.stack_put`."""
+    result = (
+        importlib.import_module("jft.kernels.block_put").stack_put_pallas(w, blocks, values)
+        if platform == "tpu"
+        else None
+    )
+    return jax.vmap(put_xla)(w, blocks, values) if result is None else result
+
+
 def _kernel(implementation: Implementation, platform: str | None) -> Any:
     """The module of Pallas kernels to use, or None for XLA's form."""
     if implementation == "xla":
@@ -185,6 +195,24 @@ def sddmm_xla(x: Array, dy: Array, at: Array, *acc: Array, block: tuple[int, int
     row, column = _panels(at, (x.shape[1] // b, dy.shape[1] // c))
     g = _einsum("tnb,tnc->nbc", _take(x, b, row), _take(dy, c, column))
     return sum(acc, g.reshape(*at.shape[:-1], b, c)).astype(dtype)  # type: ignore[union-attr]
+
+
+def gather_xla(w: Array, blocks: Array, *, block: tuple[int, ...]) -> Array:
+    """:func:`jft.kernels.block_put.block_gather` by windows of ``lax.gather``."""
+    # Plain indexing would make an index for every entry of a block.
+    numbers = jax.lax.GatherDimensionNumbers(offset_dims=(1, 2), collapsed_slice_dims=(), start_index_map=(0, 1))
+    starts = blocks * jnp.asarray(block, blocks.dtype)
+    return jax.lax.gather(w, starts, numbers, block, mode="fill", fill_value=0, unique_indices=True)
+
+
+def put_xla(w: Array, blocks: Array, values: Array) -> Array:
+    """:func:`jft.kernels.block_put.block_put` by windows of ``lax.scatter``."""
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2), inserted_window_dims=(), scatter_dims_to_operand_dims=(0, 1)
+    )
+    starts = blocks * jnp.asarray(values.shape[1:], blocks.dtype)
+    # `drop`: padding lies past the end.
+    return jax.lax.scatter(w, starts, values.astype(w.dtype), numbers, mode="drop", unique_indices=True)
 
 
 def _einsum(subscripts: str, a: Array, b: Array) -> Array:

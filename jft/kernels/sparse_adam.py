@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jft.kernels.block_put import gather_xla, put_xla
+from jft.kernels.blocks_forms import gather_xla, put_xla
 from jft.kernels.pallas import Tiles, check_blocks, choose, parity
 from jft.tree import visible
 

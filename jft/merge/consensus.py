@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from jft.merge.registry import register
 from jft.merge.rule import Rule, Tensor, in_range, over_models
-from jft.merge.ties import disjoint_merge, elected, ranks_of_model
-from jft.merge.trim import largest
+from jft.merge.ties import disjoint_merge, ranks_of_model, signs_of_model, trimmed_by_model
 
 Array = jax.Array
 _PAPER = "Wang et al. 2024, arXiv:2405.07813"
@@ -61,24 +60,16 @@ def _rule(merge: Any, mask_lambda: Any, multi_task: str, density: Any, each: boo
         parameters={"mask_lambda": mask_lambda, "density": density},
         ranks=ranks_of_model if trims else None,
         scope="model" if trims else "tensor",
-        totals=_signs if trims else None,
+        totals=signs_of_model if trims else None,
         elementwise=True,
         each=each,
     )
 
 
-def _trimmed(tensor: Tensor) -> Array:
-    return jnp.where(largest(tensor, exact=False), tensor.deltas, 0)
-
-
-def _signs(tensor: Tensor, **_: Any) -> Array:
-    return jnp.sum(elected(tensor, _trimmed(tensor), "sum"))
-
-
 def _masks(tensor: Tensor, multi_task: str) -> tuple[Array, Array]:
     """Which entries each task needs, ``[N, ...]``, and the multi-task vector."""
     if multi_task == "ties":
-        merged = disjoint_merge(tensor, _trimmed(tensor), elect="sum", divide="none", zero="majority")
+        merged = disjoint_merge(tensor, trimmed_by_model(tensor), elect="sum", divide="none", zero="majority")
     else:
         merged = over_models(tensor.weighted() * tensor.deltas)
     distance = jnp.abs(merged - tensor.deltas)

@@ -28,6 +28,7 @@ def merge(
     *,
     scale: Any = 1.0,
     base: Any = None,
+    statistics: Sequence[Mapping[str, Any]] | None = None,
     seed: int = 0,
     note: Mapping[str, Any] | None = None,
 ) -> Any:
@@ -35,7 +36,8 @@ def merge(
 
     A path that a vector lacks is a zero change of it. Layers of a stack, and experts, are tensors of their own. One path is
     dense at a time, in float32, sharded as the first of its deltas. base: the parameters the vectors are changes of, for
-    rules that read them and for masks and gates. note: entries of the manifest.
+    rules that read them and for masks and gates. statistics: one ``{path: pytree of arrays}`` per model, for rules that read
+    them; arrays of a stacked path begin with the axes of the stack. note: entries of the manifest.
 
     Raises ``ValueError`` where the rule reads a base and there is none, or a change is relative to one;
     :class:`jft.delta.BaseMismatch` for vectors of different bases, or of another than ``base``.
@@ -47,7 +49,7 @@ def merge(
         coefficients = [scale * c for c in rule.coefficients(values)]
         return TaskVector.combine(taus, coefficients)
     manifest = manifests.derive([t.manifest for t in taus], "merge", **(note or {}))
-    tensors = _Tensors(rule, taus, values, flat, seed)
+    tensors = _Tensors(rule, taus, values, flat, _statistics(rule, taus, statistics), seed)
     if rule.scope == "model" and rule.ranks is not None:
         tensors.thresholds = tensors.of_model(rule.ranks)
     if rule.totals is not None:
@@ -79,9 +81,11 @@ class _Tensors:
         taus: Sequence[TaskVector],
         values: Mapping[str, Sequence[Any]],
         base: Mapping[str, Array] | None,
+        statistics: Sequence[Mapping[str, Any]],
         seed: int,
     ) -> None:
         self.rule, self.taus, self.values, self.base = rule, taus, values, base
+        self.statistics = statistics
         self.options: Options = tuple(sorted(rule.options.items()))
         self.key = jax.random.key(seed)
         self.paths = list(dict.fromkeys(path for tau in taus for path in tau))
@@ -108,6 +112,18 @@ class _Tensors:
         present = next(x for x in deltas if x is not None)
         return tuple(jnp.zeros_like(present) if x is None else x for x in deltas)
 
+    def statistics_of(self, path: str, stack: tuple[int, ...]) -> Any:
+        """The statistics of ``path``, arrays ``[stack, N, ...]``; None where there are none."""
+        trees = [one[path] for one in self.statistics if path in one]
+        if not trees:
+            return None
+        if len(trees) < len(self.statistics):
+            raise ValueError(f"some models have statistics of {path!r} and some have none; give all of them, or none")
+        for x in jax.tree.leaves(trees):
+            if tuple(x.shape[: len(stack)]) != stack:
+                raise ValueError(f"statistics of {path!r} have shape {tuple(x.shape)}; they must begin with {stack}")
+        return jax.tree.map(lambda *x: jnp.stack([wide(jnp.asarray(y)) for y in x], axis=len(stack)), *trees)
+
     def run(self, path: str, function: Callable[..., Any], scale: Any = 1.0) -> Any:
         """``scale * function(tensor, **options)`` for every tensor of a path, stacked as the path is."""
         deltas = self.dense(path)
@@ -125,6 +141,7 @@ class _Tensors:
             totals=self.totals,
             key=tree.key_for(self.key, path),
             scale=jnp.asarray(scale, jnp.float32),
+            statistics=self.statistics_of(path, stack),
         )
         each = self.rule.each and function is self.rule.merge
         program = _program(
@@ -174,6 +191,7 @@ class _Call(NamedTuple):
     totals: Any
     key: Array
     scale: Array
+    statistics: Any
 
 
 @program_cache(maxsize=256)
@@ -185,7 +203,7 @@ def _program(
         models = jnp.stack(deltas, axis=stack)
         shape = models.shape[:stack]
 
-        def one(delta: Array, base: Array | None, index: Array) -> Any:
+        def one(delta: Array, base: Array | None, statistics: Any, index: Array) -> Any:
             layer = index // math.prod(shape[1:]) if stack else index
             tensor = Tensor(
                 deltas=delta,
@@ -197,6 +215,7 @@ def _program(
                 key=jax.random.fold_in(call.key, index),
                 layer=layer,
                 layers=jnp.int32(shape[0] if stack else 0),
+                statistics=statistics,
             )
             return jax.tree.map(lambda x: call.scale * x, function(tensor, **dict(options)))
 
@@ -205,9 +224,9 @@ def _program(
         for _ in range(stack - 1):
             one = jax.vmap(one)
         if stack:
-            result = jax.lax.map(lambda args: one(*args), (models, call.base, indices))
+            result = jax.lax.map(lambda args: one(*args), (models, call.base, call.statistics, indices))
         else:
-            result = one(models, call.base, indices)
+            result = one(models, call.base, call.statistics, indices)
         # One result for each model: the axis of models stands behind the stack.
         return jnp.moveaxis(result, stack, 0) if each else result
 
@@ -217,6 +236,22 @@ def _program(
 def _sharding(delta: Array) -> Any:
     sharding = getattr(delta, "sharding", None)
     return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
+
+
+def _statistics(
+    rule: Rule, taus: Sequence[TaskVector], statistics: Sequence[Mapping[str, Any]] | None
+) -> Sequence[Mapping[str, Any]]:
+    if rule.statistics != (statistics is not None):
+        raise ValueError(
+            "this rule reads statistics of data; give one tree per model: statistics=[...]"
+            if rule.statistics
+            else "this rule reads no statistics"
+        )
+    if statistics is None:
+        return ()
+    if len(statistics) != len(taus):
+        raise ValueError(f"statistics are of {len(statistics)} models, and there are {len(taus)} task vectors")
+    return list(statistics)
 
 
 def _concrete(values: Sequence[Any]) -> bool:

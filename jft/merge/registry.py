@@ -35,6 +35,7 @@ class MergingRule:
         *,
         scale: Any = 1.0,
         base: Any = None,
+        statistics: Any = None,
         preset: str | None = None,
         seed: int = 0,
         **options: Any,
@@ -43,7 +44,7 @@ class MergingRule:
         rule = self.build(preset=preset, weights=weights, **options)
         rule.check_models(len(taus), self.name)
         note = {"rule": self.name, "preset": preset or next(iter(self.presets)), "seed": seed, **_described(options)}
-        return merge(rule, taus, scale=scale, base=base, seed=seed, note=note)
+        return merge(rule, taus, scale=scale, base=base, statistics=statistics, seed=seed, note=note)
 
     def build(self, *, preset: str | None = None, weights: Any = None, **options: Any) -> Rule:
         """The rule of ``preset`` with ``options`` in place of the preset's. Raises ``ValueError`` for names it lacks."""

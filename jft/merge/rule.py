@@ -25,7 +25,9 @@ class Tensor(NamedTuple):
     read it. parameters: name -> ``[N]`` float32, a number that all models share standing N times. ranks: ``[N, R]`` uint32, or
     None, as :attr:`Rule.ranks` gives them. thresholds: ``[N, R]`` float32, the magnitude of the ``ranks``-th largest entry of
     each delta, infinity for rank 0; None where nobody has computed them. totals: what :attr:`Rule.totals` sums up to, over all
-    tensors. key: a random key that depends on the seed and the name of the tensor alone. layer, layers: its position in its
+    tensors. statistics: what was measured of each model on its data, a pytree of float32 arrays ``[N, ...]``; None where
+    nothing was measured of this tensor.
+    key: a random key that depends on the seed and the name of the tensor alone. layer, layers: its position in its
     stack and the length of that, int32; 0 and 0 outside stacks. ends: ``[N, R]`` uint32, the flat position from which on
     entries equal to a threshold are not among the ranks; None where that has to be counted.
     """
@@ -40,6 +42,7 @@ class Tensor(NamedTuple):
     layer: Array
     layers: Array
     ends: Array | None = None
+    statistics: Any = None
 
     def weighted(self, name: str = "weight") -> Array:
         """The parameter ``[N]`` with axes of size one, to be multiplied with ``deltas``."""
@@ -71,6 +74,7 @@ class Rule:
     elementwise: whether ``merge`` (and ``totals``) treats entries one by one but for trimming by
         :func:`jft.merge.trim.largest`, draws nothing at random, and gives 0 where all deltas are: a tensor may then be merged
         in pieces, padded with zeros.
+    statistics: whether ``merge`` reads statistics of data, one tree per model.
     base: whether ``merge`` reads the base. models: the least and the largest number of models; None is no limit.
     """
 
@@ -84,6 +88,7 @@ class Rule:
     totals: Callable[..., Any] | None = None
     coefficients: Callable[[Mapping[str, Sequence[Any]]], Sequence[Any]] | None = None
     elementwise: bool = False
+    statistics: bool = False
     base: bool = False
     each: bool = False
     models: tuple[int, int | None] = (1, None)

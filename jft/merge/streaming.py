@@ -112,7 +112,7 @@ def _check(jobs: Sequence[Job]) -> None:
     for rule in rules.values():
         if rule.each:
             raise ValueError("this rule gives one result per model; merge task vectors in memory, with jft.merge")
-        if getattr(rule, "statistics", False):
+        if rule.statistics:
             raise ValueError("this rule reads statistics of data; merge task vectors in memory, with jft.merge")
     for job in jobs:
         if job.rule is not None and job.rule.base and job.base is None:

@@ -104,16 +104,25 @@ def elected(tensor: Tensor, deltas: Array, elect: str) -> Array:
 
 
 def disjoint_merge(tensor: Tensor, deltas: Array, elect: str, divide: str, zero: str) -> Array:
-    """Of ``deltas [N, ...]`` the mean over the models that have the elected sign; the options are those of :func:`ties`.
+    """Of ``deltas [N, ...]`` the mean over the models that have the elected sign; the options are those of :func:`ties`."""
+    return disjoint_mean(tensor, deltas, agreeing(tensor, deltas, elect, zero), divide)
+
+
+def agreeing(tensor: Tensor, deltas: Array, elect: str, zero: str) -> Array:
+    """Bool ``[N, ...]``: which of ``deltas`` have the elected sign.
 
     With ``zero="majority"`` the totals are the sum of the elected signs of the whole model.
     """
-    weights = tensor.weighted()
     sign = elected(tensor, deltas, elect)
     sign = jnp.where(sign == 0, jnp.sign(tensor.totals) if zero == "majority" else 1.0, sign)
     # A negative weight turns the sign of a model around where signs are those of weighted deltas.
-    signs = jnp.sign(deltas * weights if elect == "weighted" else deltas)
-    agree = (signs == sign) & (deltas != 0)
+    signs = jnp.sign(deltas * tensor.weighted() if elect == "weighted" else deltas)
+    return (signs == sign) & (deltas != 0)
+
+
+def disjoint_mean(tensor: Tensor, deltas: Array, agree: Array, divide: str) -> Array:
+    """The sum of ``w_i deltas_i`` over the models that ``agree``, divided as ``divide`` of :func:`ties` says."""
+    weights = tensor.weighted()
     terms = jnp.where(agree, weights * deltas, 0)
     if divide == "max":
         return jnp.take_along_axis(terms, jnp.argmax(jnp.abs(terms), axis=0)[None], axis=0)[0]
@@ -122,3 +131,36 @@ def disjoint_merge(tensor: Tensor, deltas: Array, elect: str, divide: str, zero:
         return total
     share = over_models(jnp.where(agree, weights if divide == "weights" else 1.0, 0.0))
     return total / jnp.where(share == 0, 1, share)
+
+
+def trimmed_by_model(tensor: Tensor) -> Array:
+    """The deltas where they reach the threshold of their model, zero elsewhere: the paper's trim."""
+    return jnp.where(largest(tensor, exact=False), tensor.deltas, 0)
+
+
+def signs_of_model(tensor: Tensor, **_: Any) -> Array:
+    """The sum of the elected signs of a tensor, which :func:`agreeing` wants for the whole model; trimmed by model."""
+    return jnp.sum(elected(tensor, trimmed_by_model(tensor), "sum"))
+
+
+@register(paper="Yang et al. 2024, arXiv:2310.02575")
+def ties_split(*, density: Any = 0.2) -> Rule:
+    """One vector for each: its entries that TIES would add up, and zero elsewhere. What AdaMerging++ learns coefficients of.
+
+    Trim and elected sign are those of :func:`ties` by its paper: entries of the whole model that reach the threshold, the
+    sign of their sum, for a sum of zero that of most entries. Yadav et al. 2023, arXiv:2306.01708.
+    """
+    in_range("density", density, 0, 1)
+    return Rule(
+        merge=_ties_split,
+        parameters={"density": density},
+        ranks=ranks_of_model,
+        scope="model",
+        totals=signs_of_model,
+        each=True,
+    )
+
+
+def _ties_split(tensor: Tensor) -> Array:
+    trimmed = trimmed_by_model(tensor)
+    return jnp.where(agreeing(tensor, trimmed, "sum", "majority"), tensor.weighted() * trimmed, 0)

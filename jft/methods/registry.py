@@ -146,12 +146,14 @@ def method(
 
 
 def comparable(identity: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The facts of a run with ``include`` and ``exclude`` among its method's options: the preset's own where not given."""
+    """The facts of a run with all options of its method: ``include`` and ``exclude`` the preset's own where not given, None for
+    others, which a preset may have got since the facts were written.
+    """
     method = identity.get("method")
     if not isinstance(method, Mapping) or "options" not in method or method.get("name") not in entries():
         return identity
     entry = _ENTRIES[method["name"]]
-    options = {**entry.patterns, **method["options"]}
+    options = {**dict.fromkeys(entry.arguments), **entry.patterns, **method["options"]}
     # Lists: what was read from JSON has no tuples.
     options |= {k: list(patterns(options[k])) for k in entry.patterns}
     return {**identity, "method": {**method, "options": options}}

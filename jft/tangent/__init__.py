@@ -1,5 +1,6 @@
 """Tangent space: models linearized at their base, ``f(theta0) + J(theta0) tau``, and what can be done with them."""
 
+from jft.tangent.fisher import fisher_diagonal, squared_batch_sums
 from jft.tangent.kernel import KernelCost, KernelProduct, kernel, kernel_cost
 from jft.tangent.linearization import Linearized, check_forward_mode, entered, forward, linearize, pair, together
 from jft.tangent.regression import LeastSquares, kernel_predict, kernel_regression, least_squares, ridge
@@ -17,6 +18,7 @@ __all__ = [
     "check_forward_mode",
     "combined",
     "entered",
+    "fisher_diagonal",
     "forward",
     "kernel",
     "kernel_cost",
@@ -30,6 +32,7 @@ __all__ = [
     "readings",
     "ridge",
     "spectrum",
+    "squared_batch_sums",
     "sweep",
     "tangents",
     "together",

@@ -180,7 +180,7 @@ class RunCalibration:
             dtype_of(model, params) if dtype is None else dtype,
             accumulate,
             # One example on each device: the least memory that leaves none of them idle.
-            chunk or parallel.batch_shards(self.mesh),
+            chunk or (1 if self.mesh is None else parallel.batch_shards(self.mesh)),
         )
 
     def _check(self, paths: Any) -> None:

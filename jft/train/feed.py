@@ -43,6 +43,8 @@ def check(batch: Any, model: Any, mesh: Any) -> None:
         raise ValueError(
             f"rows of {length} tokens, but the model has {longest} positions; set data.max_length to at most that"
         )
+    if mesh is None:
+        return
     parts = parallel.batch_shards(mesh)
     # Each process has an equal share of the rows.
     count = rows(batch) * jax.process_count()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jft import parallel
+from jft.compiled import forget_if_crowded
 from jft.methods import Method
 from jft.train import reselection
 from jft.train.feed import Streams, global_shapes
@@ -106,6 +107,8 @@ def finetune(
         members = Members([member("", {"workdir": workdir}, shared, params)])
     else:
         members = Fleet(listed(fleet, shared, params))
+    # A process of very many runs would end for want of memory maps.
+    forget_if_crowded()
     # Before data is opened, whose loaders start threads.
     members.check(config)
     streams = Streams(members)
@@ -137,10 +140,11 @@ def finetune(
         # Closed in the reverse order: checkpoints first, which wait for the last write.
         for closing in (report, streams, *([training.checkpoints] if training.checkpoints else [])):
             stack.callback(closing.close)
-        folder = None if workdir is None else workdir / "profile"
-        trace = Profile(config.profile, training, report, begin, folder)
-        # Also on an error or interrupt: the trace of the steps so far is whole.
-        stack.callback(trace.close)
+        trace = None
+        if config.profile.steps and workdir is not None:
+            trace = Profile(config.profile, training, report, begin, workdir / "profile")
+            # Also on an error or interrupt: the trace of the steps so far is whole.
+            stack.callback(trace.close)
         # Without checkpoints nothing can be saved, and a signal is best left to end the run.
         watch = stack.enter_context(Watch()) if training.checkpoints else None
         scores = _loop(training, report, watch, trace, begin)
@@ -153,7 +157,7 @@ def finetune(
 
 
 def _loop(
-    training: Training, report: Report, watch: Watch | None, trace: Profile, begin: int
+    training: Training, report: Report, watch: Watch | None, trace: Profile | None, begin: int
 ) -> list[dict[str, float]]:
     """All steps from ``begin``, for all members; the evaluation of the state that each ends with.
 
@@ -181,7 +185,7 @@ def _loop(
         training.reselect(n)
         # Of before the batch, for a checkpoint of the state without it.
         positions = streams.positions()
-        with trace.step(n):
+        with trace.step(n) if trace else contextlib.nullcontext():
             try:
                 first, batch = streams.next(n, config.objective)
             except ValueError as error:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
-from jft.models.logits import per_position
+from jft.models.logits import Logits, scan_chunks
 from jft.names import nearest
 
 Array = jax.Array
@@ -73,6 +73,16 @@ def _targets(segments: Any, batch: Batch, xp: Any) -> Any:
     weights = ((segments == ahead) & (ahead > 0)).astype("float32")
     weights = weights if mask is None else weights * _next(mask, xp).astype("float32")
     return weights if valid is None else weights * valid[:, None].astype("float32")
+
+
+def per_position(function: Callable[..., Any], *values: Any) -> Any:
+    """``function(*values)`` where that is of each position by itself, without the logits of all positions at once.
+
+    values: arrays ``[B, T, ...]`` and :class:`~jft.models.logits.Logits`; function gets them as arrays ``[B, t, ...]`` with t
+    up to T, and gives such arrays. Without logits that are still to be computed among them that is one call.
+    """
+    chunked = any(isinstance(value, Logits) for value in values)
+    return scan_chunks(function, *values) if chunked else function(*values)
 
 
 def token_nll(logits: Array, targets: Array) -> tuple[Array, Array]:

@@ -25,7 +25,7 @@ class Profile:
     Written to ``folder/plugins/profile/TIME``: ``*.xplane.pb`` for xprof and TensorBoard, ``perfetto_trace.json.gz``.
     """
 
-    def __init__(self, options: Profiling, training: Training, report: Report, begin: int, folder: Path | None):
+    def __init__(self, options: Profiling, training: Training, report: Report, begin: int, folder: Path):
         first = begin + options.start
         self._steps = range(first, first + options.steps if jax.process_index() == 0 else first)
         self._training, self._report, self._folder = training, report, folder

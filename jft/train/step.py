@@ -68,7 +68,7 @@ def apply_for(objective: Objective, model: Any, mesh: Any = None) -> Callable[[A
     if chunk and not takes_chunks(objective):
         raise ValueError(
             f"logits_chunk={chunk}: {type(objective).__name__} takes all logits at once; use logits_chunk=0, or an objective "
-            "that reads its outputs through jft.models.logits.per_position and says so by chunks = True"
+            "that reads its outputs through jft.train.objectives.per_position and says so by chunks = True"
         )
     return in_chunks(objective, apply_of(model, mesh))
 

@@ -15,8 +15,8 @@ MUTATIONS = (
     ("jft/merge/arithmetic.py", "[scale * w for w in", "[w for w in"),
     ("jft/merge/arithmetic.py", "[scale * w for w in", "[scale + w for w in"),
     ("jft/merge/arithmetic.py", "[w / total for w in", "[w / len(taus) for w in"),
-    ("jft/merge/arithmetic.py", "return [value] * count", "return [value / count] * count"),
-    ("jft/merge/arithmetic.py", "return [default] * count", "return [default / count] * count"),
+    ("jft/merge/rule.py", "return [value] * count", "return [value / count] * count"),
+    ("jft/merge/rule.py", "return [default] * count", "return [default / count] * count"),
 )
 
 numbers = st.floats(-2, 2, width=32)

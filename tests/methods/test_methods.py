@@ -226,3 +226,14 @@ def test_runs_of_before_compare_by_the_patterns_of_their_preset():
             compare(facts("lora"), facts("lora", **changed), "the checkpoint is")
         with pytest.raises(Changed, match=r"options\.(include|exclude)"):
             compare(facts("lora", include=[""], exclude=[]), facts("lora", **changed), "the checkpoint is")
+
+
+def test_an_option_that_came_later_is_none():
+    """A checkpoint of before a preset had an option goes on, unless the option is used."""
+    options = {k: v for k, v in jft.method("sara").options.items() if v is None or isinstance(v, int | str)}
+    later = next(name for name, value in options.items() if value is None)
+    facts = lambda options: {"method": {"name": "sara", "options": options}}
+    before = {k: v for k, v in options.items() if k != later}
+    compare(facts(before), facts(options), "the checkpoint is")
+    with pytest.raises(Changed, match=later):
+        compare(facts(before), facts({**options, later: 3}), "the checkpoint is")

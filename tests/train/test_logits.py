@@ -14,11 +14,11 @@ import jft
 from jft import methods, parallel, tree
 from jft.cli import main
 from jft.models import Classifier, DecoderConfig, Execution, Hooks, Model, T5Config
-from jft.models.logits import Logits, per_position
+from jft.models.logits import Logits
 from jft.train import evaluation, step
 from jft.train.config import ModelConfig
 from jft.train.experiment import build_model
-from jft.train.objectives import Classification, LanguageModel, Seq2Seq, TowardBase
+from jft.train.objectives import Classification, LanguageModel, Seq2Seq, TowardBase, per_position
 from jft.train.optimizers import optimizer
 from tests.train import tools
 
@@ -106,8 +106,7 @@ def close(found, expected, tolerance=2e-5):
     )
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize(("name", "z_loss"), [*((name, 0.1) for name in CONFIGS), ("untied", 0.0)])
 def test_a_step(name, z_loss):
     objective = case(name)[2](z_loss=z_loss)
     found, expected = (gradients(chunk, name, objective) for chunk in (CHUNK, 0))
