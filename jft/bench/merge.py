@@ -1,4 +1,4 @@
-"""Merging of checkpoints on disk, jft beside mergekit: seconds and peak memory, in the same run, each in a process of its own."""
+"""Merging of checkpoints on disk, jft beside mergekit: seconds and peak memory, in one run, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -91,7 +91,11 @@ def _write(directory: Path, params: str, number: int) -> Path:
     """A Llama near the others: equal weights, and a change of its own."""
     width, hidden, layers, heads, key_values, words = SHAPES[params]
     narrow = width // heads * key_values
-    shapes = {"model.embed_tokens.weight": (words, width), "lm_head.weight": (words, width), "model.norm.weight": (width,)}
+    shapes = {
+        "model.embed_tokens.weight": (words, width),
+        "lm_head.weight": (words, width),
+        "model.norm.weight": (width,),
+    }
     for i in range(layers):
         layer = f"model.layers.{i}."
         linear = {"q": (width, width), "k": (narrow, width), "v": (narrow, width), "o": (width, width)}

@@ -165,9 +165,13 @@ def _kernels(argv: Sequence[str]) -> int:
 
 
 def _merge(argv: Sequence[str]) -> int:
-    parser = Parser(prog="jft bench merge", description="Merging of random Llamas on disk: jft beside mergekit, both here and now.")
+    parser = Parser(
+        prog="jft bench merge", description="Merging of random Llamas on disk: jft beside mergekit, both here and now."
+    )
     parser.add_argument("--params", default="350M", help="10M, 350M or 1.1B")
-    parser.add_argument("--methods", nargs="+", default=["ties", "task_arithmetic"], help="ties, task_arithmetic, linear")
+    parser.add_argument(
+        "--methods", nargs="+", default=["ties", "task_arithmetic"], help="ties, task_arithmetic, linear"
+    )
     parser.add_argument("--models", type=int, default=4, help="checkpoints, the base among them")
     parser.add_argument("--tools", nargs="+", help="jft, mergekit; default: both, where mergekit is installed")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each, of which the fastest counts")
@@ -181,7 +185,9 @@ def _merge(argv: Sequence[str]) -> int:
     for key, known in (("params", merge.SHAPES), ("methods", merge.RECIPES), ("tools", merge.TOOLS)):
         for name in [args[key]] if key == "params" else args[key]:
             if name not in known:
-                raise UsageError(f"jft bench: --{key} {name!r} is unknown{nearest(name, known)}; it is one of {', '.join(known)}")
+                raise UsageError(
+                    f"jft bench: --{key} {name!r} is unknown{nearest(name, known)}; it is one of {', '.join(known)}"
+                )
     as_json = args.pop("json")
     runs = merge.measure(**args, say=lambda line: print(line, file=sys.stderr))
     if as_json:
@@ -197,7 +203,9 @@ def _merge(argv: Sequence[str]) -> int:
         for r in runs
     ]  # fmt: skip
     share = f"of {args['tools'][0]}"
-    terminal.show(terminal.table(["method", "tool", "seconds", share, "peak memory", share], rows, left=("method", "tool")))
+    terminal.show(
+        terminal.table(["method", "tool", "seconds", share, "peak memory", share], rows, left=("method", "tool"))
+    )
     return 0
 
 

@@ -35,11 +35,15 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", help="the directory to write; it must not exist, or be empty")
     parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one number, or one per model")
     parser.add_argument("--scale", type=float, help="factor of the merged change (lambda)")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the rule (repeatable)")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the rule (repeatable)"
+    )
     parser.add_argument("--preset", help="whose semantics: paper, mergekit, peft, fusionbench")
     parser.add_argument("--dtype", help="dtype of the output (default: the recipe's, else that of the base)")
     parser.add_argument("--seed", type=int, help="of rules that draw at random")
-    parser.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="largest file of the output (default 5)")
+    parser.add_argument(
+        "--shard-size", type=float, default=5.0, metavar="GB", help="largest file of the output (default 5)"
+    )
     parser.add_argument("--workers", type=int, help="threads (default: processors, 8 at most)")
     parser.add_argument("--mismatch", choices=["refuse", "base"], help="where a tensor is missing or has another shape")
     parser.add_argument("--no-check", action="store_true", help="do not verify the bases of task-vector files")
@@ -61,10 +65,14 @@ def _recipe(options: argparse.Namespace) -> tuple[Any, str]:
     if options.method is None:
         given = [n for n in ("weights", "scale", "preset", "base") if getattr(options, n) is not None]
         if given or options.option:
-            raise UsageError(f"jft merge: --{(given or ['option'])[0]} belongs to --method; a recipe says it in its file")
+            raise UsageError(
+                f"jft merge: --{(given or ['option'])[0]} belongs to --method; a recipe says it in its file"
+            )
         files = [*options.models, *([options.out] if options.out else [])]
         if len(files) != 2:
-            raise UsageError("jft merge: give a recipe and a directory to write, or --method with models; see `jft merge --help`")
+            raise UsageError(
+                "jft merge: give a recipe and a directory to write, or --method with models; see `jft merge --help`"
+            )
         found = recipe.load(files[0])
         return recipe.parse({**found.text, **_overrides(options)}), files[1]
     if not options.models or not options.out:
@@ -83,7 +91,9 @@ def _described(options: argparse.Namespace) -> dict[str, Any]:
 
     weights = options.weights or []
     if len(weights) not in (0, 1, len(options.models)):
-        raise UsageError(f"jft merge: --weights are one number, or one per model ({len(options.models)}), not {len(weights)}")
+        raise UsageError(
+            f"jft merge: --weights are one number, or one per model ({len(options.models)}), not {len(weights)}"
+        )
     each: list[dict[str, Any]] = [{"model": model, "parameters": {}} for model in options.models]
     parameters: dict[str, Any] = {"scale": options.scale} if options.scale is not None else {}
     for entry, weight in zip(each, weights * len(each) if len(weights) == 1 else weights, strict=False):
@@ -122,7 +132,15 @@ def _list(options: argparse.Namespace) -> int:
     rows = []
     for name, rule in sorted(RULES.items()):
         methods = [m for m, method in METHODS.items() if method.rule == name]
-        rows.append({"rule": name, "mergekit": methods, "presets": list(rule.presets), "options": list(rule.options), "paper": rule.paper})
+        rows.append(
+            {
+                "rule": name,
+                "mergekit": methods,
+                "presets": list(rule.presets),
+                "options": list(rule.options),
+                "paper": rule.paper,
+            }
+        )
     if options.json:
         print(json.dumps(rows, indent=2))
         return 0
@@ -144,7 +162,13 @@ def _dry_run(recipe: Any, out: str, options: argparse.Namespace) -> int:
         # Equal numbers share one rule: the tensors that have them are a row.
         groups.setdefault((id(job.rule), job.scale), []).append(job)
     rows = [
-        {"tensors": len(jobs), "first": jobs[0].name, "models": len(jobs[0].models), "scale": scale, **_numbers(jobs[0])}
+        {
+            "tensors": len(jobs),
+            "first": jobs[0].name,
+            "models": len(jobs[0].models),
+            "scale": scale,
+            **_numbers(jobs[0]),
+        }
         for (_, scale), jobs in groups.items()
     ]
     sizes = {name: sum(t.nbytes for t in held) for name, held in files.items()}
@@ -208,7 +232,9 @@ def main(argv: Sequence[str]) -> int:
         return _dry_run(recipe, out, options)
     target = Path(out)
     if target.exists() and not options.overwrite and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"{out!r} exists and is not an empty directory; nothing was written (--overwrite replaces a model)")
+        raise UsageError(
+            f"{out!r} exists and is not an empty directory; nothing was written (--overwrite replaces a model)"
+        )
 
     from jft.merge.plan import merge_to_disk
 
@@ -222,5 +248,7 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps({"out": out, **planned.manifest, "tensors": len(planned.jobs)}, indent=2))
     else:
         manifest = planned.manifest
-        print(f"{out}: {manifest['rule']} ({manifest['preset']}) of {len(manifest['inputs'])} inputs, {len(planned.jobs)} tensors")
+        print(
+            f"{out}: {manifest['rule']} ({manifest['preset']}) of {len(manifest['inputs'])} inputs, {len(planned.jobs)} tensors"
+        )
     return 0

@@ -35,11 +35,15 @@ class PeftAdapter:
             raise LoadError(f"{directory} is a peft adapter of type {kind!r}; LORA is what can be merged")
         for option in _REFUSED:
             if self.config.get(option):
-                raise LoadError(f"{directory} has {option}={self.config[option]!r}, which is not read; merge it with peft")
+                raise LoadError(
+                    f"{directory} has {option}={self.config[option]!r}, which is not read; merge it with peft"
+                )
         if self.config.get("bias", "none") != "none":
             raise LoadError(f"{directory} has bias={self.config['bias']!r}, which is not read; merge it with peft")
         if not (directory / FILE).is_file():
-            raise LoadError(f"{directory} has no {FILE}; pickles are not read: save it again with safe_serialization=True")
+            raise LoadError(
+                f"{directory} has no {FILE}; pickles are not read: save it again with safe_serialization=True"
+            )
         self.files = [directory / FILE, directory / "adapter_config.json"]
         self.entries = read_header(directory / FILE)
         self.factors: dict[str, dict[str, str]] = {}
@@ -62,7 +66,9 @@ class PeftAdapter:
                 raise ValueError(f"{self.directory} holds {', '.join(factors)} alone of {module!r}")
             shape = self._shape(module)
             if shape != shapes[name]:
-                raise ValueError(f"{self.directory} changes {module!r} in shape {shape}, the base {base} has {shapes[name]}")
+                raise ValueError(
+                    f"{self.directory} changes {module!r} in shape {shape}, the base {base} has {shapes[name]}"
+                )
             bound[name] = module
         return bound
 

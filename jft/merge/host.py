@@ -6,6 +6,7 @@ interpreter's lock, so that several threads work on several tensors.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -130,7 +131,7 @@ def limits(visit: Visit, ranks: np.ndarray) -> np.ndarray:
     ``visit(count)`` gives ``count(deltas)`` for every tensor, ``deltas`` being one flat float32 array per model. Magnitudes
     are counted by the upper half of their bits, then those of the k-th's upper half by the lower.
     """
-    upper = sum(visit(lambda deltas: np.stack([_counts(_bits(x) >> np.uint32(16)) for x in deltas])))
+    upper = _sum(visit(lambda deltas: np.stack([_counts(_bits(x) >> np.uint32(16)) for x in deltas])))
     first = np.empty(ranks.shape, np.int64)
     rest = np.empty(ranks.shape, np.int64)
     for index, rank in np.ndenumerate(ranks):
@@ -146,13 +147,17 @@ def limits(visit: Visit, ranks: np.ndarray) -> np.ndarray:
                     out[i, j] += np.bincount(selected.astype(np.intp), minlength=1 << 16)
         return out
 
-    total = sum(visit(lower))
+    total = _sum(visit(lower))
     result = np.full(ranks.shape, np.inf, np.float32)
     for index, rank in np.ndenumerate(ranks):
         if rank > 0:
             bits = first[index] << 16 | _bin(total[index], int(rest[index]))[0]
             result[index] = np.uint32(bits).view(np.float32)
     return result
+
+
+def _sum(counts: Iterable[np.ndarray]) -> np.ndarray:
+    return functools.reduce(np.add, counts)
 
 
 def _bits(x: np.ndarray) -> np.ndarray:

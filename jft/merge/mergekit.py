@@ -20,7 +20,8 @@ class Method:
     """A method of mergekit 0.1.5.
 
     rule: its name in :data:`jft.merge.RULES`. names: parameter -> option of the rule, where they differ. normalize, rescale:
-    mergekit's defaults. baseless: the models themselves are merged, as changes of zero, and the base is one of them.
+    mergekit's defaults. baseless: the models themselves are merged, as changes of zero, and the base is one of them. origin:
+    so only where there is no base, and the rule's option ``origin`` says which. switches: parameter -> value -> options.
     """
 
     rule: str
@@ -28,8 +29,15 @@ class Method:
     normalize: bool = False
     rescale: bool = False
     baseless: bool = False
+    origin: bool = False
+    switches: Mapping[str, Mapping[bool, Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
 
 
+# Axes are those of torch's [out, in].
+_NUSLERP = {
+    "nuslerp_flatten": {True: {}, False: {"axis": -1}},
+    "nuslerp_row_wise": {False: {}, True: {"axis": 0}},
+}
 METHODS = {
     "arcee_fusion": Method("arcee_fusion"),
     "breadcrumbs": Method("breadcrumbs"),
@@ -38,12 +46,12 @@ METHODS = {
     "dare_ties": Method("dare_ties", rescale=True),
     "della": Method("della", normalize=True, rescale=True),
     "della_linear": Method("della_linear", rescale=True),
-    "karcher": Method("karcher", baseless=True),
+    "karcher": Method("karcher", {"max_iter": "steps"}, baseless=True),
     "linear": Method("task_arithmetic", normalize=True, baseless=True),
-    "model_stock": Method("model_stock"),
-    "multislerp": Method("multislerp"),
+    "model_stock": Method("model_stock", switches={"filter_wise": {False: {}, True: {"axis": -1}}}),
+    "multislerp": Method("multislerp", {"normalize_weights": "normalize"}, origin=True),
     "nearswap": Method("nearswap"),
-    "nuslerp": Method("nuslerp"),
+    "nuslerp": Method("nuslerp", origin=True, switches=_NUSLERP),
     "ram": Method("ram"),
     "ramplus_tl": Method("ramplus"),
     "sce": Method("sce", {"select_topk": "density"}),
@@ -80,13 +88,16 @@ class Rules:
         self.method = METHODS.get(recipe.method, Method(recipe.method))
         self.rule = {"task_arithmetic": _TASK_ARITHMETIC, **RULES}.get(self.method.rule)
         if self.rule is None:
-            known = sorted({n for n, m in METHODS.items() if m.rule in RULES} | set(RULES) | {"linear", "task_arithmetic"})
+            known = sorted(
+                {n for n, m in METHODS.items() if m.rule in RULES} | set(RULES) | {"linear", "task_arithmetic"}
+            )
             raise ValueError(
                 f"merge_method {recipe.method!r} is none that jft has{nearest(recipe.method, known)}; "
                 f"it has {', '.join([*known, PASSTHROUGH])}"
             )
         default = "mergekit" if "mergekit" in self.rule.presets else next(iter(self.rule.presets))
         self.preset = recipe.preset or default
+        self.baseless = self.method.baseless or (self.method.origin and recipe.base is None)
         self.notes: list[str] = []
         self._built: dict[str, Rule] = {}
         self._names = self._check()
@@ -94,18 +105,24 @@ class Rules:
     def _check(self) -> list[str]:
         """The parameters that the recipe sets, each one that is known."""
         assert self.rule is not None
-        known = {*self.rule.options, *self.method.names, "weight", *SHARED}
+        known = {*self.rule.options, *self.method.names, *self.method.switches, "weight", *SHARED}
         everywhere: list[Settings] = [self.recipe.parameters, *(s.parameters for s in self.recipe.slices)]
         per_model = [i.parameters for s in self.recipe.slices for i in s.inputs]
         for name in dict.fromkeys(n for scope in everywhere + per_model for n in scope):
             if name not in known:
                 raise ValueError(f"{self.recipe.method} has no parameter {name!r}{nearest(name, known)}")
-        for name in SHARED:
+        for name in (*SHARED, *self.method.switches):
             if any(name in scope for scope in per_model):
-                raise ValueError(f"{name!r} belongs to the merge, not to one model; put it under parameters of the recipe")
+                raise ValueError(
+                    f"{name!r} belongs to the merge, not to one model; put it under parameters of the recipe"
+                )
         if any("int8_mask" in scope for scope in everywhere):
             self.notes.append("int8_mask is ignored: signs are compared without a mask in memory")
-        return list(dict.fromkeys(n for scope in everywhere + per_model for n in scope if n not in SHARED))
+        return list(
+            dict.fromkeys(
+                n for scope in everywhere + per_model for n in scope if n not in (*SHARED, *self.method.switches)
+            )
+        )
 
     def of(
         self, scopes: Sequence[Settings], models: Sequence[tuple[str, Sequence[Settings]]], name: str, t: float
@@ -124,6 +141,11 @@ class Rules:
                 raise ValueError(f"{parameter!r} is given for some models of {name!r} and not for all")
             # One number where all are equal: options that are not numbers of models are single.
             options[self.method.names.get(parameter, parameter)] = values[0] if len(set(values)) == 1 else values
+        for switch, settings in self.method.switches.items():
+            value = resolve(switch, scopes, name, t)
+            options |= {} if value is None else settings[bool(value)]
+        if self.method.origin:
+            options["origin"] = "zero" if self.baseless else "base"
         shared = {n: resolve(n, scopes, name, t) for n in SHARED}
         options, scale = self._shared(options, shared, len(models))
         key = json.dumps(options, sort_keys=True)
@@ -147,32 +169,36 @@ class Rules:
         rescale = shared["rescale"] if shared["rescale"] is not None else self.method.rescale if mergekits else None
         if rescale is not None:
             options |= self._rescale(rescale)
-        normalize = shared["normalize"] if shared["normalize"] is not None else self.method.normalize if mergekits else None
+        normalize = (
+            shared["normalize"] if shared["normalize"] is not None else self.method.normalize if mergekits else None
+        )
         if normalize is None:
             return options, scale
+        weights = options.get("weight", 1.0)
+        total = sum(weights) if isinstance(weights, list) else weights * count
+        if normalize and self.method.baseless and abs(total) < 1e-8:
+            raise ValueError(f"weights {weights} sum to zero; normalize: false adds the models without dividing")
         if "divide" in self.rule.options:
             options["divide"] = "weights" if normalize else "none"
         elif "normalize" in self.rule.options:
             options["normalize"] = bool(normalize)
-        elif normalize and "weight" in self._names:
-            weights = options["weight"] if isinstance(options["weight"], list) else [options["weight"]] * count
-            total = sum(weights)
-            if abs(total) < 1e-8 and self.method.baseless:
-                raise ValueError(f"weights {weights} sum to zero; normalize: false adds the models without dividing")
+        elif normalize and self.rule.name == "task_arithmetic":
             # mergekit leaves a sum of weights of nearly zero as it is.
             scale /= total if abs(total) >= 1e-8 else 1.0
         elif normalize:
-            scale /= count
+            raise ValueError(
+                f"jft's {self.rule.name} has no normalize; {self.recipe.method} cannot have normalize: {normalize}"
+            )
         return options, scale
 
     def _rescale(self, rescale: Any) -> dict[str, Any]:
         assert self.rule is not None
         if "rescale" not in self.rule.options:
             if bool(rescale) != self.method.rescale:
-                raise ValueError(f"jft's {self.rule.name} has no rescale; {self.recipe.method} cannot have rescale: {rescale}")
+                raise ValueError(
+                    f"jft's {self.rule.name} has no rescale; {self.recipe.method} cannot have rescale: {rescale}"
+                )
             return {}
         if isinstance(rescale, str) or isinstance(self.rule.options["rescale"], bool):
             return {"rescale": rescale}
         return {"rescale": "l1" if rescale else "none"}
-
-

@@ -50,7 +50,7 @@ class Output:
     def write(self, name: str, value: np.ndarray) -> None:
         """A whole tensor, in its dtype and C order."""
         handle, offset = self._open(self._shard[name]), self._offsets[name]
-        data = memoryview(value.reshape(-1).view(np.uint8))
+        data = value.reshape(-1).view(np.uint8).data
         while data:
             # The system writes at most 2 GiB in one go.
             written = os.pwrite(handle.fileno(), data, offset)

@@ -108,8 +108,8 @@ class _Planner:
         if not isinstance(reference, Directory):
             raise ValueError(f"{recipe.slices[0].inputs[0].model} is a change of a model; give its base_model")
         self.reference = reference
-        for source in dict.fromkeys(self.sources.values()):
-            self._check(source)
+        for opened in dict.fromkeys(self.sources.values()):
+            self._check(opened)
 
     def _directory(self, reference: str) -> Directory:
         source = open_source(reference, None)
@@ -118,11 +118,17 @@ class _Planner:
         return source
 
     def _check(self, source: Source) -> None:
-        baseless = self.rules is not None and self.rules.method.baseless
-        if (self.base is None or baseless) and (isinstance(source, VectorFile) or getattr(source, "on", source) is None):
+        baseless = self.rules is not None and self.rules.baseless
+        if (self.base is None or baseless) and (
+            isinstance(source, VectorFile) or getattr(source, "on", source) is None
+        ):
             raise ValueError(
                 f"{source.path} is a change of a model, and {self.recipe.method} merges "
-                + ("models: task_arithmetic merges changes, and MODEL+ADAPTER is a model" if baseless else "it into a base_model")
+                + (
+                    "models: task_arithmetic merges changes, and MODEL+ADAPTER is a model"
+                    if baseless
+                    else "it into a base_model"
+                )
             )
         if source is self.reference:
             return
@@ -132,7 +138,9 @@ class _Planner:
         floats = self._floats(self.reference)
         if isinstance(source, Directory):
             self.notes += [
-                f"{name} of {source.path} is tied: {source.tensor(name)}" for name in floats if source.tensor(name) != name
+                f"{name} of {source.path} is tied: {source.tensor(name)}"
+                for name in floats
+                if source.tensor(name) != name
             ]
             if self.recipe.mismatch == "base" and self.base is not None and not baseless:
                 self.notes += source.tolerate(floats, self.reference)
@@ -192,19 +200,23 @@ class _Planner:
                 raise ValueError(f"passthrough takes one model for {name!r}, not {len(inputs)}")
             scale = resolve("scale", [inputs[0][0].parameters, *scopes], first.name, t)
             return Job(name, entry.shape, dtype, None, first, scale=1.0 if scale is None else float(scale))
-        baseless = self.rules.method.baseless
+        baseless = self.rules.baseless
         merged = [(x, s) for x, s in inputs if baseless or s is not base]
         models = tuple(of(source, x.model) for x, source in merged)
         for model in models:
             if isinstance(model.source, Directory) and model.name not in model.source.unchanged:
                 other = self._entry(model, name)
                 if other.shape != entry.shape:
-                    raise ValueError(f"{name!r} has shape {other.shape} in {model.source.path}, {entry.shape} elsewhere")
+                    raise ValueError(
+                        f"{name!r} has shape {other.shape} in {model.source.path}, {entry.shape} elsewhere"
+                    )
         if not models:
             return Job(name, entry.shape, dtype, None, first)
         own = [(m.name, [x.parameters, *scopes]) for m, (x, _) in zip(models, merged, strict=True)]
         rule, scale = self.rules.of(scopes, own, name, t)
-        return Job(name, entry.shape, dtype, rule, None if baseless else self._based(base, first), models, scale, layer, layers)
+        return Job(
+            name, entry.shape, dtype, rule, None if baseless else self._based(base, first), models, scale, layer, layers
+        )
 
     def _based(self, base: Source | None, first: Part) -> Part:
         if base is None:
@@ -221,9 +233,12 @@ class _Planner:
     def _equal_integers(self, first: Part, inputs: list[tuple[Input, Source]]) -> None:
         assert isinstance(first.source, Directory), "changes of a model have no integers"
         for _, source in inputs:
-            if isinstance(source, Directory) and first.name in source.entries:
-                if not np.array_equal(source.stored(first.name), first.source.stored(first.name)):
-                    raise ValueError(f"{first.name!r} holds integers, and they differ in {source.path}; they cannot be merged")
+            if not isinstance(source, Directory) or first.name not in source.entries:
+                continue
+            if not np.array_equal(source.stored(first.name), first.source.stored(first.name)):
+                raise ValueError(
+                    f"{first.name!r} holds integers, and they differ in {source.path}; they cannot be merged"
+                )
 
     def _prefix(self) -> str:
         prefixes = list(_stacks(self.reference))
@@ -237,7 +252,9 @@ class _Planner:
         start = f"{prefix}{_first(source) + i}."
         names = [n.removeprefix(start) for n in directory.entries if n.startswith(start)]
         if not names:
-            raise ValueError(f"{source.model} has {_stacks(directory).get(prefix, 0)} layers; layer_range {source.layers} ends after")
+            raise ValueError(
+                f"{source.model} has {_stacks(directory).get(prefix, 0)} layers; layer_range {source.layers} ends after"
+            )
         return names
 
     def _count_layers(self, config: dict[str, Any]) -> None:
@@ -259,7 +276,9 @@ class _Planner:
             return self.reference.path
         source = self.sources.get(self.recipe.tokenizer or "")
         if source is None:
-            raise ValueError(f"tokenizer_source {self.recipe.tokenizer!r} is none of the models of the recipe, nor base")
+            raise ValueError(
+                f"tokenizer_source {self.recipe.tokenizer!r} is none of the models of the recipe, nor base"
+            )
         return source.path
 
     def _manifest(self) -> dict[str, Any]:

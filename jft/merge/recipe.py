@@ -94,7 +94,9 @@ def parse(value: Any) -> Recipe:
         inputs = (_input(m, f"models[{i}]", False) for i, m in enumerate(_list(value["models"], "models")))
         slices = (Slice(tuple(inputs), base, {}),)
     if value.get("tokenizer_source") == "union":
-        raise ValueError("tokenizer_source: union is not supported: jft does not remap embeddings. Give base, or a model")
+        raise ValueError(
+            "tokenizer_source: union is not supported: jft does not remap embeddings. Give base, or a model"
+        )
     mismatch = value.get("mismatch", "refuse")
     if mismatch not in ("refuse", "base"):
         raise ValueError(f"mismatch is refuse or base, not {mismatch!r}")

@@ -13,7 +13,6 @@ import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -56,7 +55,7 @@ class Source(abc.ABC):
     def fingerprint(self) -> str:
         """Hex digits that tell its files apart from others of the same name."""
 
-    def release(self, name: str) -> None:
+    def release(self, name: str) -> None:  # noqa: B027 (most have none)
         """Give back the pages of ``name``."""
 
 

@@ -83,7 +83,11 @@ class Job:
 
 
 def run(
-    jobs: Sequence[Job], output: Output, seed: int = 0, workers: int | None = None, done: Callable[[int], None] | None = None
+    jobs: Sequence[Job],
+    output: Output,
+    seed: int = 0,
+    workers: int | None = None,
+    done: Callable[[int], None] | None = None,
 ) -> None:
     """Merge what is missing in ``output``. done: called with the bytes read for every tensor that is written.
 
@@ -114,9 +118,6 @@ def _check(jobs: Sequence[Job]) -> None:
             raise ValueError("this rule gives one result per model; merge task vectors in memory, with jft.merge")
         if rule.statistics:
             raise ValueError("this rule reads statistics of data; merge task vectors in memory, with jft.merge")
-    for job in jobs:
-        if job.rule is not None and job.rule.base and job.base is None:
-            raise ValueError(f"this rule reads the base, and {job.name!r} has none; give a base model")
 
 
 class _Stream:
@@ -246,7 +247,9 @@ class _Stream:
         elif rule.coefficients is not None:
             coefficients = [job.scale * float(c) for c in rule.coefficients(job.values)]
             for part in host.blocks(job.size):
-                _round(base[part], _combined(deltas[:, part], coefficients), out[part])
+                # The base itself is a term where it has a coefficient.
+                terms = [*deltas[:, part], *([base[part]] if len(coefficients) > len(deltas) else [])]
+                _round(base[part], _combined(terms, coefficients), out[part])
         else:
             for part, delta in self._run(job, rule.merge, base, deltas, job.scale):
                 _round(base[part], np.asarray(delta).reshape(-1)[: base[part].size], out[part])
@@ -266,7 +269,7 @@ class _Stream:
             limits = np.asarray([[cut.limit for cut in row] for row in cuts], np.float32)
             ends = np.asarray([[cut.end for cut in row] for row in cuts])
         program = _program(function, tuple(sorted(rule.options.items())))
-        common = {
+        common: dict[str, Any] = {
             "parameters": {n: np.asarray(v, np.float32) for n, v in job.values.items()},
             "ranks": None if ranks is None else ranks.astype(np.uint32),
             "thresholds": limits,
@@ -280,12 +283,17 @@ class _Stream:
             shape: tuple[int, ...] = job.shape
             if rule.elementwise:
                 shape = (next(n for n in CHUNKS if n >= piece.shape[1]),)
-                piece, own = self._piece("deltas", piece, *shape), self._piece("base", own, *shape) if rule.base else own
+                piece, own = (
+                    self._piece("deltas", piece, *shape),
+                    self._piece("base", own, *shape) if rule.base else own,
+                )
             tensor = Tensor(
                 # Not copied where it is aligned, and not needed any more once the result is there.
                 deltas=jax.device_put(piece.reshape(-1, *shape), may_alias=True),
-                base=own.reshape(shape) if rule.base else None,
-                ends=None if ends is None else np.clip(ends - part.start, 0, math.prod(shape)).astype(np.uint32),
+                base=jax.device_put(own.reshape(shape), may_alias=True) if rule.base else None,
+                ends=None
+                if ends is None
+                else jax.device_put(np.clip(ends - part.start, 0, math.prod(shape)).astype(np.uint32)),
                 **common,
             )
             yield part, jax.device_get(program(tensor, np.float32(scale)))
@@ -321,11 +329,11 @@ def _aligned(size: int) -> np.ndarray:
     return memory[start : start + size]
 
 
-def _combined(deltas: np.ndarray, coefficients: Sequence[float]) -> np.ndarray:
-    """``sum_i c_i delta_i`` in the order and rounding of :meth:`jft.delta.TaskVector.combine`."""
+def _combined(terms: Sequence[np.ndarray], coefficients: Sequence[float]) -> np.ndarray:
+    """``sum_i c_i term_i`` in the order and rounding of :meth:`jft.delta.TaskVector.combine`."""
     total: np.ndarray | None = None
-    for delta, c in zip(deltas, coefficients, strict=True):
-        term = delta if c == 1 else delta * np.float32(c)
+    for x, c in zip(terms, coefficients, strict=True):
+        term = x if c == 1 else x * np.float32(c)
         total = term.copy() if total is None else np.add(total, term, out=total)
     assert total is not None, "a rule merges at least one model"
     return total
@@ -335,5 +343,3 @@ def _round(base: np.ndarray, delta: np.ndarray | None, out: np.ndarray) -> None:
     """``out = base + delta``, rounded once."""
     for part in host.blocks(base.size):
         host.narrow(base[part] if delta is None else base[part] + delta[part], out[part])
-
-

@@ -32,11 +32,21 @@ def run(capsys, *argv):
 
 
 def test_a_recipe_and_the_same_by_options(models, tmp_path, capsys):
-    recipe = {"merge_method": "task_arithmetic", "base_model": models[0], "models": [
-        {"model": models[1], "parameters": {"weight": 0.5}}, {"model": models[2], "parameters": {"weight": -0.25}}]}  # fmt: skip
+    each = [{"model": m, "parameters": {"weight": w}} for m, w in zip(models[1:], [0.5, -0.25], strict=True)]
+    recipe = {"merge_method": "task_arithmetic", "base_model": models[0], "models": each}
     (tmp_path / "r.yml").write_text(yaml.safe_dump(recipe))
-    assert "2 inputs" not in run(capsys, tmp_path / "r.yml", tmp_path / "a", "--dtype", "float32")
-    argv = ["--method", "task_arithmetic", "--base", models[0], *models[1:], "--out", tmp_path / "b", "--dtype", "float32"]
+    assert "3 inputs" in run(capsys, tmp_path / "r.yml", tmp_path / "a", "--dtype", "float32")
+    argv = [
+        "--method",
+        "task_arithmetic",
+        "--base",
+        models[0],
+        *models[1:],
+        "--out",
+        tmp_path / "b",
+        "--dtype",
+        "float32",
+    ]
     report = json.loads(run(capsys, *argv, "--weights", 1, -0.5, "--scale", 0.5, "--json"))
     assert report["rule"] == "task_arithmetic"
     a, b = (load_file(tmp_path / d / "model.safetensors") for d in "ab")
@@ -51,7 +61,17 @@ def test_a_recipe_and_the_same_by_options(models, tmp_path, capsys):
 
 
 def test_dry_run(models, tmp_path, capsys):
-    argv = ["--method", "ties", "--base", models[0], *models[1:], "--out", tmp_path / "out", "--option", "density=[0.2,0.4]"]
+    argv = [
+        "--method",
+        "ties",
+        "--base",
+        models[0],
+        *models[1:],
+        "--out",
+        tmp_path / "out",
+        "--option",
+        "density=[0.2,0.4]",
+    ]
     report = json.loads(run(capsys, *argv, "--dry-run", "--json"))
     assert report["preset"] == "paper"
     assert report["tensors"][0]["density"] == [0.2, 0.4]

@@ -110,14 +110,17 @@ def test_gradients_and_filters_by_hand(models, tmp_path):
 
 
 def test_linear_needs_no_base(models, tmp_path):
-    value = {"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": w}} for m, w in zip(models, [1, 2, 3])]}
+    value = {
+        "merge_method": "linear",
+        "models": [{"model": m, "parameters": {"weight": w}} for m, w in zip(models, [1, 2, 3], strict=True)],
+    }
     for normalize, divisor in ((True, 6), (False, 1)):
         merge_to_disk(parse(value | {"parameters": {"normalize": normalize}}), tmp_path / f"out{divisor}")
         all_wide = [wide(Path(m)) for m in models]
         for name, x in wide(tmp_path / f"out{divisor}").items():
-            expected = sum(w * m[name].astype(np.float64) for w, m in zip([1, 2, 3], all_wide)) / divisor
+            expected = sum(w * m[name].astype(np.float64) for w, m in zip([1, 2, 3], all_wide, strict=True)) / divisor
             np.testing.assert_allclose(x, expected, atol=2e-6)
-    bad = [{"model": m, "parameters": {"weight": w}} for m, w in zip(models, [1, -1, 0])]
+    bad = [{"model": m, "parameters": {"weight": w}} for m, w in zip(models, [1, -1, 0], strict=True)]
     with pytest.raises(ValueError, match="sum to zero"):
         plan(parse({"merge_method": "linear", "models": bad}))
 
@@ -159,7 +162,11 @@ def test_passthrough_stacks_layers(models, tmp_path):
 
 def sliced(models):
     """TIES of slices, each with its own layers of the base."""
-    source = lambda i, first, **p: {"model": models[i], "layer_range": [first, first + 2], **({"parameters": p} if p else {})}
+    source = lambda i, first, **p: {
+        "model": models[i],
+        "layer_range": [first, first + 2],
+        **({"parameters": p} if p else {}),
+    }
     return {
         "merge_method": "ties",
         "base_model": models[0],
@@ -260,7 +267,11 @@ def test_peft(kind, tmp_path):
                 parameter.copy_(torch.randn_like(parameter))
     wrapped.save_pretrained(tmp_path / "adapter")
     wrapped.merge_and_unload().save_pretrained(tmp_path / "theirs")
-    value = {"merge_method": "task_arithmetic", "base_model": str(base), "models": [{"model": str(tmp_path / "adapter")}]}
+    value = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(base),
+        "models": [{"model": str(tmp_path / "adapter")}],
+    }
     merge_to_disk(parse(value), tmp_path / "ours")
     ours, expected = peers.tensors(tmp_path / "ours"), peers.tensors(tmp_path / "theirs")
     for name in ours:

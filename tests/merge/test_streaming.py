@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -27,10 +28,18 @@ from tests.models import checkpoints
 MUTATIONS = [
     ("jft/merge/host.py", "carry += np.uint32(0x7FFF)", "carry += np.uint32(0x8000)"),
     ("jft/merge/host.py", "if above < rank <= above + inner.size", "if above < rank"),
-    ("jft/merge/host.py", "return counts.size - 1 - position, rank - before", "return counts.size - 1 - position, rank"),
+    (
+        "jft/merge/host.py",
+        "return counts.size - 1 - position, rank - before",
+        "return counts.size - 1 - position, rank",
+    ),
     ("jft/merge/streaming.py", "np.clip(ends - part.start, 0,", "np.clip(ends, 0,"),
     ("jft/merge/host.py", "part.start + int(equal[missing])", "part.start + int(equal[missing]) + 1"),
-    ("jft/merge/streaming.py", "base[part] if delta is None else base[part] + delta", "base[part] if delta is None else delta"),
+    (
+        "jft/merge/streaming.py",
+        "base[part] if delta is None else base[part] + delta",
+        "base[part] if delta is None else delta",
+    ),
     ("jft/merge/output.py", "if not (directory / shard).exists()", "if True"),
     ("jft/merge/adapters.py", "alpha / (math.sqrt(rank) if", "alpha / (rank if"),
     ("jft/merge/sources.py", "handle.seek(entry.start + index", "handle.seek(entry.start + 0 * index"),
@@ -88,13 +97,16 @@ def test_elementwise_rules_give_the_bits_of_merges_in_memory(models, tmp_path, p
     monkeypatch.setattr(streaming, "CHUNKS", (64, 512))
     options = {"density": [0.1, 0.3, 0.5]}
     weights = [1.0, 0.5, -0.25]
-    each = [{"model": m, "parameters": {"weight": w, "density": d}} for m, w, d in zip(models[1:], weights, options["density"])]
+    each = [
+        {"model": m, "parameters": {"weight": w, "density": d}}
+        for m, w, d in zip(models[1:], weights, options["density"], strict=True)
+    ]
     out, _ = merged(tmp_path, recipe(models, each=each, preset=preset, parameters={"lambda": 0.7}))
     assert_same(out, in_memory(models, RULES["ties"].build(preset=preset, weights=weights, **options), 0.7))
 
 
 def test_weighted_sums_give_the_bits_of_merges_in_memory(models, tmp_path):
-    each = [{"model": m, "parameters": {"weight": w}} for m, w in zip(models[1:], [0.3, 1.0, -0.7])]
+    each = [{"model": m, "parameters": {"weight": w}} for m, w in zip(models[1:], [0.3, 1.0, -0.7], strict=True)]
     out, _ = merged(tmp_path, recipe(models, "task_arithmetic", each=each, dtype=None))
     rule = Rule(lambda t: None, parameters={"weight": [0.3, 1.0, -0.7]}, coefficients=lambda v: v["weight"])
     assert_same(out, in_memory(models, rule, dtype=ml_dtypes.bfloat16))
@@ -115,11 +127,8 @@ def test_rules_of_whole_tensors(models, tmp_path, monkeypatch):
     jobs = [streaming.dataclasses.replace(job, rule=rule) for job in planned.jobs]
     written = {}
 
-    class Output:
-        missing = {job.name for job in jobs}
-        write = staticmethod(lambda name, value: written.__setitem__(name, value))
-
-    streaming.run(jobs, Output)
+    output = types.SimpleNamespace(missing={job.name for job in jobs}, write=written.__setitem__)
+    streaming.run(jobs, output)
     base = {n: jnp.asarray(x) for n, x in tensors(Path(models[0])).items()}
     taus = [TaskVector.between(base, tensors(Path(m))) for m in models[1:]]
     expected = apply({n: x.astype(jnp.float32) for n, x in base.items()}, merge(rule, taus, base=base), check=False)
@@ -183,11 +192,11 @@ def test_widening_and_rounding(dtype):
 
 def test_output_is_a_model(models, tmp_path):
     (Path(models[0]) / "tokenizer.json").write_text("{}")
-    out, planned = merged(tmp_path, recipe(models, dtype=None), shard_bytes=20_000)
+    out, _ = merged(tmp_path, recipe(models, dtype=None), shard_bytes=20_000)
     directory = tmp_path / "out"
     assert len(list(directory.glob("*.safetensors"))) == 3
     assert (directory / "tokenizer.json").read_text() == "{}"
-    model, params = jft.load(directory, dtype=None)
+    _, params = jft.load(directory, dtype=None)
     assert params["head"]["w"].dtype == jnp.bfloat16
     manifest = json.loads((directory / MANIFEST).read_text())
     assert (manifest["rule"], manifest["preset"], len(manifest["inputs"])) == ("ties", "mergekit", 4)
@@ -232,7 +241,7 @@ def test_a_killed_merge_goes_on(models, tmp_path):
 
 
 def task_vector(models, **more):
-    model, params = jft.load(models[0], dtype=None)
+    _, params = jft.load(models[0], dtype=None)
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
     deltas = {
@@ -242,13 +251,17 @@ def task_vector(models, **more):
         "embed/table": Dense(draw(64, 32)),
         "layers/attn_norm/scale": Dense(draw(2, 32)),
     }
-    return model, params, TaskVector(deltas, describe(params))
+    return params, TaskVector(deltas, describe(params))
 
 
 def test_task_vector_files(models, tmp_path):
-    model, params, tau = task_vector(models)
+    params, tau = task_vector(models)
     tau.save(tmp_path / "tau.safetensors")
-    value = {"merge_method": "task_arithmetic", "base_model": models[0], "models": [{"model": str(tmp_path / "tau.safetensors")}]}
+    value = {
+        "merge_method": "task_arithmetic",
+        "base_model": models[0],
+        "models": [{"model": str(tmp_path / "tau.safetensors")}],
+    }
     merged(tmp_path, value)
     _, out = jft.load(tmp_path / "out", dtype=None)
     expected = apply(params, tau)
@@ -288,7 +301,9 @@ def test_adapters(models, tmp_path, rslora):
     for reference, start in ((str(tmp_path / "adapter"), base), (f"{models[1]}+{tmp_path / 'adapter'}", other)):
         out, _ = merged(tmp_path, value | {"models": [{"model": reference}]}, overwrite=True)
         expected = dict(start)
-        expected["model.layers.1.self_attn.k_proj.weight"] = start["model.layers.1.self_attn.k_proj.weight"] + scaling * b @ a
+        expected["model.layers.1.self_attn.k_proj.weight"] = (
+            start["model.layers.1.self_attn.k_proj.weight"] + scaling * b @ a
+        )
         expected["model.embed_tokens.weight"] = start["model.embed_tokens.weight"] + scaling * (eb @ ea).T
         expected["lm_head.weight"] = head
         for name, x in expected.items():
@@ -302,7 +317,7 @@ def test_adapters_that_are_refused(models, tmp_path):
         with pytest.raises(ValueError, match=message):
             plan(parse(value))
     adapter(tmp_path / "a", rank_pattern={"k_proj": 4})
-    with pytest.raises(ValueError, match="rank 2, adapter_config.json says 4"):
+    with pytest.raises(ValueError, match="rank 2, adapter_config"):
         merged(tmp_path, value)
     assert not (tmp_path / "out").exists()
 
@@ -324,15 +339,24 @@ def test_models_that_do_not_fit(models, tmp_path):
         if i < 3:
             planned = plan(parse(value | {"mismatch": "base"}))
             assert len(planned.notes) == 1
-    out, _ = merged(tmp_path, parse(value | {"models": [{"model": str(tmp_path / "m1")}], "mismatch": "base", "dtype": "float32"}))
-    np.testing.assert_array_equal(out["model.embed_tokens.weight"], base["model.embed_tokens.weight"].astype(np.float32))
+    out, _ = merged(
+        tmp_path, parse(value | {"models": [{"model": str(tmp_path / "m1")}], "mismatch": "base", "dtype": "float32"})
+    )
+    np.testing.assert_array_equal(
+        out["model.embed_tokens.weight"], base["model.embed_tokens.weight"].astype(np.float32)
+    )
 
 
 def test_a_tied_head_is_the_embedding(models, tmp_path):
     held = checkpoints.llama_tensors(seed=3)
     del held["lm_head.weight"]
     tied = str(checkpoints.write(tmp_path / "tied", held, DESCRIPTION | {"tie_word_embeddings": True}))
-    value = {"merge_method": "task_arithmetic", "base_model": models[0], "models": [{"model": tied}], "dtype": "float32"}
+    value = {
+        "merge_method": "task_arithmetic",
+        "base_model": models[0],
+        "models": [{"model": tied}],
+        "dtype": "float32",
+    }
     out, planned = merged(tmp_path, value)
     assert "tied" in planned.notes[0]
     np.testing.assert_allclose(out["lm_head.weight"], held["model.embed_tokens.weight"].astype(np.float32), atol=1e-6)
