@@ -104,10 +104,10 @@ class _Planner:
             elif reference not in self.sources:
                 self.sources[reference] = open_source(reference, self.base, recipe.check)
         first = self.sources[recipe.slices[0].inputs[0].model]
-        reference = self.base or first
-        if not isinstance(reference, Directory):
+        described = self.base or first
+        if not isinstance(described, Directory):
             raise ValueError(f"{recipe.slices[0].inputs[0].model} is a change of a model; give its base_model")
-        self.reference = reference
+        self.reference = described
         for opened in dict.fromkeys(self.sources.values()):
             self._check(opened)
 
