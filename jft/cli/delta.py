@@ -1,4 +1,4 @@
-"""Task vectors in files: what is in one, how two differ, apply one to a model."""
+"""Task vectors in files: what is in one, how two differ, apply one to a model, make one smaller."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import collections
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ examples:
   jft delta diff first.safetensors second.safetensors --json
   jft delta apply gpt2/ run/task_vector.safetensors merged/ --scale 0.4
   jft delta apply gpt2/ run/task_vector.safetensors forgot/ --scale=-0.4      (negation)
+  jft delta compress run/task_vector.safetensors small.safetensors --method compeft --density 0.05
+  jft delta extract-lora gpt2/ run/task_vector.safetensors adapter/ --rank 16 --select 'layers/.*/w$'
 """
 INFO = """\
 Show the manifest of a task vector, and for every path it changes: encoding, shape, density (non-zero entries / all
@@ -30,6 +32,52 @@ entries either changes). Paths that one of them does not change count as zero th
 APPLY = """\
 Write the model BASE + scale * TAU to OUT, a directory that transformers loads. The base must be, bit for bit, the one the
 vector was made from; it is read in the dtype it had then."""
+COMPRESS = """\
+Write FILE compressed to OUT, and print for every path: encoding, bytes in the file and norm before and after, and the cosine
+between the two. The options of a method, and what it computes, are those of jft.merge.compress:
+
+  compeft     --density --alpha --scope            largest entries as plus or minus one scale     arXiv:2311.13171
+  bitdelta    --zero                               a sign for each weight, a scale for a matrix   arXiv:2402.10193
+  delta_come  --bits 8,3,2 --ranks 2,32 --ratio --group   singular vectors of mixed precision     arXiv:2406.08903
+  low_rank    --rank, --energy                     truncated singular value decompositions (LoRA)
+  magnitude   --density --scope --rescale          the largest entries
+  random      --density --rescale                  random entries, 1/density times what they were (DARE)
+  quantize    --bits --group --search              integers of 2 to 8 bits, a scale for each group"""
+EXTRACT = """\
+Write FILE as a LoRA adapter, OUT, that peft loads: the truncated singular value decomposition of the change of every matrix.
+Changes of low rank keep their factors where neither --rank nor --energy is given. An adapter holds no norms, biases or
+embeddings: leave them out with --select or --exclude. Prints for every path the rank, and the cosine to the change before."""
+
+
+def _number_or_word(value: str) -> float | str:
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def _integers(value: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in value.split(","))
+
+
+def _bits(value: str) -> int | tuple[int, ...]:
+    return _integers(value) if "," in value else int(value)
+
+
+_METHOD_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "density": (float, "the fraction of entries that stay"),
+    "alpha": (_number_or_word, "the scale in standard deviations, or stc for the mean magnitude"),
+    "scope": (str, "model or tensor: what the density is of"),
+    "rescale": (str, "none, density, l1 or l2"),
+    "zero": (str, "minus or plus: the sign of zeros"),
+    "bits": (_bits, "of an integer; for delta_come one for each group of vectors, as 8,3,2"),
+    "ranks": (_integers, "of all groups but the last, as 2,32"),
+    "ratio": (float, "bytes as a fraction of those in 16 bits"),
+    "group": (int, "entries with a common scale"),
+    "search": (bool, "scales with the least squared error"),
+    "rank": (int, "singular values that stay"),
+    "energy": (float, "the fraction of their squares that stays"),
+}
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
@@ -49,23 +97,48 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     apply.add_argument("file", help="a task vector (.safetensors)")
     apply.add_argument("out", help="directory to write; must not exist or be empty")
     apply.add_argument("--scale", type=float, default=1.0, help="coefficient (default 1; negative to subtract)")
-    apply.add_argument(
-        "--select", action="append", metavar="PATTERN", help="apply only to paths matching this (repeatable)"
-    )
-    apply.add_argument(
-        "--exclude", action="append", metavar="PATTERN", help="leave out paths matching this (repeatable)"
-    )
+    _add_selection(apply)
     apply.add_argument(
         "--dtype",
         help="read the base in this dtype (default: that of the vector's base; as stored where it is not known)",
     )
     apply.add_argument("--no-check", action="store_true", help="do not verify that BASE is the base of the vector")
-    for action in (info, diff, apply):
+
+    compress = actions.add_parser("compress", help="a task vector made smaller", description=COMPRESS)
+    compress.add_argument("file", help="a task vector (.safetensors)")
+    compress.add_argument("out", help="the file to write; must not exist")
+    compress.add_argument("--method", required=True, help="one of those above")
+    compress.add_argument(
+        "--include", action="append", metavar="PATTERN", help="compress only paths matching this (repeatable)"
+    )
+    compress.add_argument("--seed", type=int, default=0, help="of random methods (default 0)")
+    for name, (kind, text) in _METHOD_OPTIONS.items():
+        more: dict[str, Any] = {"action": "store_true", "default": None} if kind is bool else {"type": kind}
+        compress.add_argument(f"--{name}", help=text, **more)
+
+    extract = actions.add_parser("extract-lora", help="an adapter that peft loads", description=EXTRACT)
+    extract.add_argument("base", help="directory or hub id of the base model")
+    extract.add_argument("file", help="a task vector (.safetensors)")
+    extract.add_argument("out", help="directory to write; must not exist or be empty")
+    extract.add_argument("--rank", type=int, help="singular values that stay of each matrix")
+    extract.add_argument("--energy", type=float, help="the fraction of their squares that stays")
+    _add_selection(extract)
+    for action in (info, diff, apply, compress, extract):
         action.add_argument("--json", action="store_true", help="print JSON")
     options, rest = parser.parse_known_args(argv)
     if rest:
         actions.choices[options.action].unknown(rest[0])
     return options
+
+
+def _add_selection(action: argparse.ArgumentParser) -> None:
+    action.add_argument("--select", action="append", metavar="PATTERN", help="only paths matching this (repeatable)")
+    action.add_argument("--exclude", action="append", metavar="PATTERN", help="no paths matching this (repeatable)")
+
+
+def _selected(tau: Any, options: argparse.Namespace) -> Any:
+    tau = tau.select(options.select) if options.select else tau
+    return tau.exclude(options.exclude) if options.exclude else tau
 
 
 def info(options: argparse.Namespace) -> int:
@@ -134,13 +207,8 @@ def apply(options: argparse.Namespace) -> int:
     from jft import delta
     from jft.models import load, save
 
-    out = Path(options.out)
-    # Before the base is loaded, which may take minutes.
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{options.out!r} exists and is not an empty directory; nothing was written")
-    tau = delta.TaskVector.load(options.file)
-    tau = tau.select(options.select) if options.select else tau
-    tau = tau.exclude(options.exclude) if options.exclude else tau
+    _check_directory(options.out)
+    tau = _selected(delta.TaskVector.load(options.file), options)
     dtype = options.dtype or _dtype(tau.manifest)
     model, base = load(options.base, dtype=dtype)
     params = delta.apply(base, tau, options.scale, check=not options.no_check)
@@ -152,6 +220,79 @@ def apply(options: argparse.Namespace) -> int:
         dtype_text = dtype or "dtypes as stored"
         print(f"{options.out}: {options.base} + {options.scale:g} * {options.file}, {len(tau)} paths, {dtype_text}")
     return 0
+
+
+def compress(options: argparse.Namespace) -> int:
+    """``jft delta compress FILE OUT``."""
+    from jft.delta import TaskVector, file
+    from jft.merge import compress as compressed
+
+    # Before the file is read, which may take minutes.
+    if Path(options.out).exists():
+        raise UsageError(f"{options.out!r} exists; nothing was written")
+    given = {name: getattr(options, name) for name in _METHOD_OPTIONS if getattr(options, name) is not None}
+    before = TaskVector.load(options.file)
+    after = compressed(before, options.method, include=options.include, seed=options.seed, **given)
+    after.save(options.out)
+    # As they lie in the files: positions and signs take less there.
+    headers = [file.inspect(name).entries for name in (options.file, options.out)]
+    rows = []
+    for path, delta in after.items():
+        row: dict[str, Any] = {"path": path}
+        for side, tau, header in zip(("before", "after"), (before, after), headers, strict=True):
+            entry = header[path]
+            row |= {f"encoding_{side}": entry.kind, f"bytes_{side}": entry.nbytes, f"norm_{side}": _norm(tau[path])}
+        rows.append(row | {"cosine": _cosine(before[path], delta)})
+    total: dict[str, Any] = {key: sum(row[key] for row in rows) for key in ("bytes_before", "bytes_after")}
+    if not before.relative:
+        total |= {"norm_before": float(before.norm()), "norm_after": float(after.norm())}
+        total |= {"cosine": float(before.cosine(after))}
+    if options.json:
+        report = {"file": options.file, "out": options.out, "method": options.method, "options": given}
+        print(json.dumps({**report, "total": total, "paths": rows}, indent=2))
+        return 0
+    columns = ["path", *(f"{what}_{side}" for what in ("encoding", "bytes", "norm") for side in ("before", "after"))]
+    _print_table([*columns, "cosine"], [*rows, {"path": f"{len(rows)} paths", **total}])
+    return 0
+
+
+def extract_lora(options: argparse.Namespace) -> int:
+    """``jft delta extract-lora BASE TAU OUT``."""
+    from jft.delta import TaskVector
+    from jft.merge import compress as compressed
+    from jft.models import load, save_adapter
+
+    _check_directory(options.out)
+    before = after = _selected(TaskVector.load(options.file), options)
+    if options.rank is not None or options.energy is not None:
+        after = compressed(before, "low_rank", rank=options.rank, energy=options.energy)
+    model, _ = load(options.base)
+    save_adapter(model, after, options.out, base=options.base)
+    rows = [
+        {"path": path, "rank": getattr(delta, "rank", None), "cosine": _cosine(before[path], delta)}
+        for path, delta in after.items()
+    ]
+    total = {"cosine": float(before.cosine(after))}
+    if options.json:
+        print(json.dumps({"file": options.file, "out": options.out, "total": total, "paths": rows}, indent=2))
+        return 0
+    _print_table(["path", "rank", "cosine"], [*rows, {"path": f"{len(rows)} paths", **total}])
+    return 0
+
+
+def _check_directory(name: str) -> None:
+    """Refuse an occupied directory, before a base is loaded, which may take minutes."""
+    out = Path(name)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{name!r} exists and is not an empty directory; nothing was written")
+
+
+def _cosine(first: Any, second: Any) -> float | None:
+    """The cosine of two deltas; None where only the base could tell, 0 where one is zero."""
+    if first.relative or second.relative:
+        return None
+    lengths = float(first.norm()) * float(second.norm())
+    return float(first.dot(second)) / lengths if lengths else 0.0
 
 
 def _comparison(first: Any, second: Any) -> dict[str, Any]:
@@ -219,20 +360,23 @@ def _print_table(columns: list[str], rows: list[dict[str, Any]]) -> None:
     """Rows under headers; the last row is the total."""
     headers = [column.replace("_", " ") for column in columns]
     cells = [[_cell(column, row.get(column, "")) for column in columns] for row in rows]
-    terminal.show(terminal.table(headers, cells, left=("path", "encoding"), total=True))
+    terminal.show(
+        terminal.table(headers, cells, left=("path", "encoding", "encoding before", "encoding after"), total=True)
+    )
 
 
 def _cell(column: str, value: Any) -> str:
     if column == "shape" and value != "":
         return "x".join(map(str, value)) or "scalar"
-    if column == "nbytes":
-        return f"{value:,}"
     if value is None:
         return "-"
+    if "bytes" in column and value != "":
+        return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def main(argv: Sequence[str]) -> int:
-    """``jft delta info|diff|apply ...``."""
+    """``jft delta info|diff|apply|compress|extract-lora ...``."""
     options = _options(argv)
-    return {"info": info, "diff": diff, "apply": apply}[options.action](options)
+    actions = {"info": info, "diff": diff, "apply": apply, "compress": compress, "extract-lora": extract_lora}
+    return actions[options.action](options)

@@ -14,12 +14,16 @@ from jft.delta.gate import Gate
 from jft.delta.low_rank import LowRank
 from jft.delta.manifest import BaseMismatch, derive, describe, describe_base
 from jft.delta.n_m import NM
+from jft.delta.product import Product
+from jft.delta.quantized import Quantized
 from jft.delta.random_bases import RandomBases
 from jft.delta.registry import kinds, register, rule
 from jft.delta.rows import Rows
 from jft.delta.selected import Layout, Selected
+from jft.delta.signs import Signs
 from jft.delta.slices import SliceLayout, Slices
 from jft.delta.task_vector import TaskVector, apply, revert
+from jft.delta.ternary import Ternary
 
 __all__ = [
     "NM",
@@ -40,13 +44,17 @@ __all__ = [
     "Leaf",
     "LowRank",
     "Matrices",
+    "Product",
+    "Quantized",
     "RandomBases",
     "Rows",
     "Selected",
+    "Signs",
     "SliceLayout",
     "Slices",
     "Sum",
     "TaskVector",
+    "Ternary",
     "apply",
     "derive",
     "describe",

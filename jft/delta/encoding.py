@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import jax
@@ -380,20 +380,30 @@ class Sum(Encoding):
         return min(tree.size(self), sum(part.nnz for part in self.parts))
 
     def pack(self) -> tuple[dict[str, Array], dict[str, Any]]:
-        tensors: dict[str, Array] = {}
-        constants = []
-        for i, part in enumerate(self.parts):
-            arrays, static = part.pack()
-            tensors |= {f"{i}.{name}": array for name, array in arrays.items()}
-            # A file names the kind of the sum, not of its parts.
-            constants.append({"kind": part.kind, **static})
-        return tensors, {"parts": constants}
+        return pack_parts(self.parts)
 
     @classmethod
     def unpack(cls, tensors: Mapping[str, Any], static: Mapping[str, Any]) -> Sum:
-        parts = []
-        for i, constants in enumerate(static.get("parts", ())):
-            # With the point, or part 1 would take the fields of part 10.
-            arrays = {name.removeprefix(f"{i}."): x for name, x in tensors.items() if name.startswith(f"{i}.")}
-            parts.append(kinds()[constants["kind"]].unpack(arrays, {k: v for k, v in constants.items() if k != "kind"}))
-        return cls(tuple(parts))
+        return cls(unpack_parts(tensors, static))
+
+
+def pack_parts(parts: Sequence[Encoding]) -> tuple[dict[str, Array], dict[str, Any]]:
+    """What :meth:`Encoding.pack` gives for an encoding made of others."""
+    tensors: dict[str, Array] = {}
+    constants = []
+    for i, part in enumerate(parts):
+        arrays, static = part.pack()
+        tensors |= {f"{i}.{name}": array for name, array in arrays.items()}
+        # A file names the kind of the whole, not of its parts.
+        constants.append({"kind": part.kind, **static})
+    return tensors, {"parts": constants}
+
+
+def unpack_parts(tensors: Mapping[str, Any], static: Mapping[str, Any]) -> tuple[Encoding, ...]:
+    """The inverse of :func:`pack_parts`."""
+    parts = []
+    for i, constants in enumerate(static.get("parts", ())):
+        # With the point, or part 1 would take the fields of part 10.
+        arrays = {name.removeprefix(f"{i}."): x for name, x in tensors.items() if name.startswith(f"{i}.")}
+        parts.append(kinds()[constants["kind"]].unpack(arrays, {k: v for k, v in constants.items() if k != "kind"}))
+    return tuple(parts)

@@ -10,8 +10,8 @@ holding JSON:
 
 ``kind`` names the encoding, ``static`` its constants (:meth:`jft.delta.Encoding.pack`), ``shape`` is that of the weight.
 Values are stored as they are typed (float32 from arithmetic), or in the dtype asked for; indices as int32, those of single
-entries compressed (:mod:`jft.delta.elias_fano`), masks as bits. A reader refuses a version newer than its own; within a
-version, keys may be added and unknown ones are ignored.
+entries compressed (:mod:`jft.delta.elias_fano`), masks and signs as bits, quantized values in as many bits as they have. A
+reader refuses a version newer than its own; within a version, keys may be added and unknown ones are ignored.
 """
 
 from __future__ import annotations

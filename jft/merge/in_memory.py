@@ -47,7 +47,9 @@ def merge(
     flat = _base(rule, taus, base)
     if rule.coefficients is not None:
         coefficients = [scale * c for c in rule.coefficients(values)]
-        return TaskVector.combine(taus, coefficients)
+        # The base itself is a term where it has a coefficient.
+        terms = taus if len(coefficients) == len(taus) else [*taus, _whole(flat)]
+        return TaskVector.combine(terms, coefficients)
     manifest = manifests.derive([t.manifest for t in taus], "merge", **(note or {}))
     tensors = _Tensors(rule, taus, values, flat, _statistics(rule, taus, statistics), seed)
     if rule.scope == "model" and rule.ranks is not None:
@@ -256,6 +258,13 @@ def _statistics(
 
 def _concrete(values: Sequence[Any]) -> bool:
     return not any(isinstance(x, jax.core.Tracer) for x in values)
+
+
+def _whole(base: Mapping[str, Array] | None) -> TaskVector:
+    """The base as a change from nothing."""
+    assert base is not None, "a rule with a coefficient for the base reads it"
+    leaves = {path: Dense(jnp.asarray(x)) for path, x in base.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+    return TaskVector(leaves, manifests.derive([], "base"))
 
 
 def _base(rule: Rule, taus: Sequence[TaskVector], base: Any) -> dict[str, Array] | None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jft.merge.recipe import Recipe, Settings, resolve
-from jft.merge.registry import RULES, MergingRule
+from jft.merge.registry import RULES
 from jft.merge.rule import Rule
 from jft.names import nearest
 
@@ -63,20 +63,6 @@ SHARED = ("normalize", "rescale", "lambda", "int8_mask", "scale")
 """Parameters of all models together."""
 
 
-def _weighted() -> Rule:
-    """``sum_i w_i delta_i``."""
-
-    def merge(tensor: Any) -> Any:
-        return (tensor.weighted() * tensor.deltas).sum(axis=0)
-
-    return Rule(merge, coefficients=lambda values: values["weight"])
-
-
-_TASK_ARITHMETIC = MergingRule(
-    "task_arithmetic", _weighted, "Ilharco et al. 2022, arXiv:2212.04089", {"paper": {}, "mergekit": {}}
-)
-
-
 class Rules:
     """The rule of a recipe for every tensor, by the numbers that it has there; equal numbers share one rule.
 
@@ -86,14 +72,14 @@ class Rules:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.method = METHODS.get(recipe.method, Method(recipe.method))
-        self.rule = {"task_arithmetic": _TASK_ARITHMETIC, **RULES}.get(self.method.rule)
+        self.rule = RULES.get(self.method.rule)
         if self.rule is None:
             known = sorted(
                 {n for n, m in METHODS.items() if m.rule in RULES} | set(RULES) | {"linear", "task_arithmetic"}
             )
             raise ValueError(
                 f"merge_method {recipe.method!r} is none that jft has{nearest(recipe.method, known)}; "
-                f"it has {', '.join([*known, PASSTHROUGH])}"
+                f"it has {', '.join(known)}"
             )
         default = "mergekit" if "mergekit" in self.rule.presets else next(iter(self.rule.presets))
         self.preset = recipe.preset or default

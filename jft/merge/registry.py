@@ -32,8 +32,8 @@ class MergingRule:
         self,
         vectors: Vectors,
         weights: Any = None,
-        *,
         scale: Any = 1.0,
+        *,
         base: Any = None,
         statistics: Any = None,
         preset: str | None = None,
@@ -57,6 +57,8 @@ class MergingRule:
                 raise ValueError(f"{self.name} has no option {option!r}{hint}")
         self._check_choices(options)
         rule = self.factory(**{**self.presets[preset], **options})
+        if weights is not None and not rule.weighted:
+            raise ValueError(f"{self.name} has no weights; it was given {weights!r}")
         return dataclasses.replace(rule, parameters={"weight": 1.0 if weights is None else weights, **rule.parameters})
 
     def _check_choices(self, options: Mapping[str, Any]) -> None:
@@ -79,7 +81,7 @@ class MergingRule:
         """What ``help`` and editors show."""
         common = [p for p in inspect.signature(type(self).__call__).parameters.values() if p.name != "self"]
         options = list(inspect.signature(self.factory).parameters.values())
-        return inspect.Signature([*common[:2], *options, *(p for p in common[2:] if p.kind is not p.VAR_KEYWORD)])
+        return inspect.Signature([*common[:3], *options, *(p for p in common[3:] if p.kind is not p.VAR_KEYWORD)])
 
 
 RULES: dict[str, MergingRule] = {}

@@ -70,12 +70,13 @@ class Rule:
         the model.
     totals: ``totals(tensor, **options) -> pytree`` of sums over all tensors, known before ``merge`` runs.
     coefficients: for rules that are ``sum_i c_i delta_i`` with the same c everywhere: ``parameters -> [N]``. Encodings then
-        stay what they are.
+        stay what they are. One more, with ``base``, is that of the base: the result then changes all of its weights.
+    statistics: whether ``merge`` reads statistics of data, one tree per model.
     elementwise: whether ``merge`` (and ``totals``) treats entries one by one but for trimming by
         :func:`jft.merge.trim.largest`, draws nothing at random, and gives 0 where all deltas are: a tensor may then be merged
         in pieces, padded with zeros.
-    statistics: whether ``merge`` reads statistics of data, one tree per model.
-    base: whether ``merge`` reads the base. models: the least and the largest number of models; None is no limit.
+    base: whether ``merge`` reads the base. models: the least and the largest number of models; None is no limit. weighted:
+        whether the rule has the parameter ``weight``.
     """
 
     merge: Callable[..., Array]
@@ -87,11 +88,12 @@ class Rule:
     score: Callable[..., Array] | None = None
     totals: Callable[..., Any] | None = None
     coefficients: Callable[[Mapping[str, Sequence[Any]]], Sequence[Any]] | None = None
-    elementwise: bool = False
     statistics: bool = False
+    elementwise: bool = False
     base: bool = False
     each: bool = False
     models: tuple[int, int | None] = (1, None)
+    weighted: bool = True
 
     def check_models(self, count: int, name: str) -> None:
         """Raise ``ValueError`` for a number of models that the rule is not defined for."""

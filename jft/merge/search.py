@@ -11,8 +11,8 @@ import numpy as np
 
 from jft.delta import TaskVector, apply
 from jft.delta.manifest import verify
-from jft.merge.arithmetic import task_arithmetic
 from jft.merge.rule import Vectors
+from jft.merge.sums import task_arithmetic
 
 # Rounded, so that tables and command lines show 0.15 and not 0.15000000000000002.
 GRID = tuple(float(c) for c in np.linspace(0, 1, 21).round(2))

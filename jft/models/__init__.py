@@ -22,6 +22,8 @@ _LATE = {
     "from_function": "jft.models.adapters",
     "from_linen": "jft.models.adapters",
     "from_nnx": "jft.models.adapters",
+    "load_adapter": "jft.models.peft",
+    "save_adapter": "jft.models.peft",
     "zero_shot_head": "jft.models.clip",
 }
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from jft.models.clip import ClipConfig, zero_shot_head
     from jft.models.decoder import DecoderConfig
     from jft.models.encoder import EncoderConfig
+    from jft.models.peft import load_adapter, save_adapter
     from jft.models.t5 import T5Config
     from jft.models.vision import VisionConfig
 
@@ -49,7 +52,9 @@ __all__ = [
     "from_linen",
     "from_nnx",
     "load",
+    "load_adapter",
     "save",
+    "save_adapter",
     "zero_shot_head",
 ]
 

@@ -130,6 +130,62 @@ def test_apply_refuses_another_base_and_a_full_directory(files, models, tmp_path
         command.main(["apply", "model", files[0], str(tmp_path)])
 
 
+def test_compress(tmp_path, capsys):
+    names = [str(tmp_path / f"{name}.safetensors") for name in ("tau", "signs", "large")]
+    value = jnp.array([[3.0, -4, 0, 0], [0, 0, 0, 12]])
+    TaskVector({"a/w": Dense(value), "b": Dense(jnp.ones(3))}, describe(base())).save(names[0])
+    report = json.loads(run(capsys, "compress", *names[:2], "--method", "bitdelta", "--zero", "plus", "--json"))
+    row = {"encoding_before": "dense", "bytes_before": 32, "norm_before": 13.0, "encoding_after": "signs"}
+    cosine = 19 / (13 * 8**0.5)
+    row |= {"bytes_after": 2 + 4, "norm_after": pytest.approx(19 / 8**0.5), "cosine": pytest.approx(cosine)}
+    assert report["paths"][0] == {"path": "a/w", **row}
+    assert report["total"]["bytes_after"] == 6 + 12
+    assert report["options"] == {"zero": "plus"}
+    assert TaskVector.load(names[1]).manifest["base"] == TaskVector.load(names[0]).manifest["base"]
+    argv = ("--method", "magnitude", "--density", "0.25", "--include", "^a")
+    text = run(capsys, "compress", names[0], names[2], *argv)
+    assert "entries" in text
+    np.testing.assert_array_equal(TaskVector.load(names[2])["a/w"].dense()[0], [0, -4, 0, 0])
+    assert "--ranks" in command.COMPRESS
+
+
+def test_compress_refuses_before_it_writes(files, tmp_path):
+    out = str(tmp_path / "out.safetensors")
+    with pytest.raises(UsageError, match="exists; nothing was written"):
+        command.main(["compress", files[0], files[1], "--method", "bitdelta"])
+    for argv, message in (
+        (["--method", "bitdelt"], "did you mean 'bitdelta'"),
+        (["--method", "compeft", "--rank", "2"], "compeft has no option 'rank'"),
+        (["--method", "delta_come", "--ranks", "2", "--bits", "8,2", "--ratio", "7"], "ratio must be above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            command.main(["compress", files[0], out, *argv])
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_extract_lora(tmp_path, capsys, monkeypatch):
+    from jft.models import DecoderConfig, Model, load_adapter
+
+    shape = {"vocab": 20, "width": 8, "layers": 2, "heads": 2, "hidden": 16, "max_positions": 32}
+    model = Model(DecoderConfig(family="llama", **shape))
+    monkeypatch.setattr("jft.models.load", lambda name: (model, None))
+    name, out = str(tmp_path / "tau.safetensors"), str(tmp_path / "out")
+    q = np.random.default_rng(0).normal(size=(2, 8, 8)).astype(np.float32)
+    TaskVector({"layers/attn/q/w": Dense(jnp.asarray(q)), "final_norm/scale": Dense(jnp.ones(8))}).save(name)
+    with pytest.raises(ValueError, match="'final_norm/scale' is dense"):
+        command.main(["extract-lora", "base", name, out, "--rank", "2"])
+    argv = ("extract-lora", "base", name, out, "--rank", "2", "--select", "/w$")
+    report = json.loads(run(capsys, *argv, "--json"))
+    u, s, vt = np.linalg.svd(q)
+    want = (u[..., :2] * s[:, None, :2]) @ vt[:, :2]
+    cosine = np.linalg.norm(want) / np.linalg.norm(q)
+    assert report["paths"] == [{"path": "layers/attn/q/w", "rank": 2, "cosine": pytest.approx(cosine)}]
+    np.testing.assert_allclose(load_adapter(model, out)["layers/attn/q/w"].dense(), want, atol=1e-5)
+    with pytest.raises(UsageError, match="nothing was written"):
+        command.main(list(argv))
+    assert "rank" in run(capsys, *argv[:3], str(tmp_path / "second"), *argv[4:])
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -149,7 +205,9 @@ def test_missing_file_is_one_clear_error():
         command.main(["info", "nowhere.safetensors"])
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["info", "--help"], ["diff", "--help"], ["apply", "--help"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["info", "--help"], ["diff", "--help"], ["apply", "--help"], ["compress", "--help"]]
+)
 def test_help(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         command.main(argv)

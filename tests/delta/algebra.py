@@ -4,10 +4,25 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from jft.delta import NM, Blocks, Dense, DiagonalBlocks, Entries, LowRank, Rows, Slices, Sum
+from jft.delta import (
+    NM,
+    Blocks,
+    Dense,
+    DiagonalBlocks,
+    Entries,
+    LowRank,
+    Product,
+    Quantized,
+    Rows,
+    Signs,
+    Slices,
+    Sum,
+    Ternary,
+)
 
 SHAPE = (4, 24, 20)
 SPARSE = ("rows", "no_rows", "entries", "no_entries", "blocks", "tall_blocks", "slices", "columns", "n_m")
+COMPRESSED = ("ternary", "ternary_of_layers", "signs", "quantized", "quantized_columns", "product")
 KINDS = ("dense", "low_rank", "diagonal_blocks", *SPARSE, "sum", "wide_sum")
 
 
@@ -42,6 +57,18 @@ def make(kind, seed, shape=SHAPE):
     if kind == "n_m":
         offsets = np.argsort(rng.random((*lead, rows // 4, 4, columns)), axis=-2)[..., :1, :]
         return NM(jnp.asarray(offsets, jnp.int8), draw(*offsets.shape), shape, 4)
+    if kind in ("ternary", "ternary_of_layers"):
+        scale = draw() if kind == "ternary" else draw(shape[0])
+        return Ternary.of(draw(*shape), jnp.asarray(rng.random(shape) < 0.1), scale)
+    if kind == "signs":
+        return Signs.of(draw(*shape) > 0, draw(shape[0]))
+    if kind == "quantized":
+        return Quantized.of(draw(*shape), 4, 8)
+    if kind == "quantized_columns":
+        return Quantized.of(draw(*shape), 3, axis=-2)
+    if kind == "product":
+        factors = draw(*lead, rows, 2), draw(*lead, 2, columns)
+        return Product(Quantized.of(factors[0], 8, axis=-2), Quantized.of(factors[1], 3, 8))
     if kind == "sum":
         return Sum((make("rows", seed + 1, shape), make("low_rank", seed + 2, shape)))
     return Sum((make("dense", seed + 1, shape), make("rows", seed + 2, shape), make("low_rank", seed + 3, shape)))
@@ -54,6 +81,20 @@ def reference(encoding):
         return f64(encoding.value)
     if isinstance(encoding, LowRank):
         return np.einsum("...ir,...ro->...io", f64(encoding.a), f64(encoding.b))
+    if isinstance(encoding, Product):
+        return np.einsum("...ir,...ro->...io", reference(encoding.a), reference(encoding.b))
+    if isinstance(encoding, Signs):
+        scale = f64(encoding.scale)
+        scale = scale.reshape(*scale.shape, *(1,) * (len(encoding.shape) - scale.ndim))
+        bits = np.unpackbits(np.asarray(encoding.bits), axis=-1)[..., : encoding.shape[-1]]
+        return (2.0 * bits - 1) * scale
+    if isinstance(encoding, Quantized):
+        shape, axis = encoding.shape, encoding.axis
+        planes = np.unpackbits(np.asarray(encoding.codes), axis=-1)[..., : shape[axis]].astype(int)
+        weights = [*(2**j for j in range(encoding.bits - 1)), -(2 ** (encoding.bits - 1))]
+        q = np.einsum("...jn,j->...n", planes, weights)
+        scales = np.repeat(f64(encoding.scale), encoding.group, axis=-1)[..., : shape[axis]]
+        return np.moveaxis(q * scales, -1, axis)
     if isinstance(encoding, DiagonalBlocks):
         *lead, n, height, width = encoding.blocks.shape
         out = np.zeros((*lead, n * height, n * width))
@@ -69,6 +110,13 @@ def reference(encoding):
         return sum(reference(part) for part in encoding.parts)
     out = np.zeros(encoding.shape)
     matrices = out.reshape(-1, *encoding.shape[-2:])  # a view
+    if isinstance(encoding, Ternary):
+        scale = np.broadcast_to(f64(encoding.scale).reshape(-1, *(1,) * (len(out.shape) - 1)), out.shape)
+        coordinates = map(np.asarray, (encoding.rows, encoding.columns, encoding.negative))
+        for row, column, minus in zip(*coordinates, strict=True):
+            at = row // out.shape[-2], row % out.shape[-2], column
+            matrices[at] = (-1 if minus else 1) * scale.reshape(matrices.shape)[at]
+        return out
     values = f64(encoding.values)
     if isinstance(encoding, Entries):
         for row, column, value in zip(np.asarray(encoding.rows), np.asarray(encoding.columns), values, strict=True):

@@ -80,6 +80,14 @@ def test_order_does_not_matter():
     np.testing.assert_allclose(flat(ties(taus)), flat(ties(taus[::-1])), atol=1e-6)
 
 
+def test_equal_models_with_weights():
+    """By the sum of its weights a vector is its own mean; by the count it is not."""
+    tau, weights = vectors(1)[0], [1.0, 0.5, 2.0]
+    np.testing.assert_allclose(flat(ties([tau] * 3, weights, preset="mergekit")), flat(tau), atol=5e-7)
+    merged = flat(ties([tau] * 3, weights, preset="mergekit", divide="count"))
+    np.testing.assert_allclose(merged, flat(tau) * 3.5 / 3, atol=5e-7)
+
+
 @pytest.mark.parametrize(
     "options", [{"density": 1.5}, {"preset": "merge-kit"}, {"densty": 0.1}, {"density": [0.1, 0.2]}]
 )
