@@ -49,7 +49,7 @@ METHODS = {
     "karcher": Method("karcher", {"max_iter": "steps"}, baseless=True),
     "linear": Method("task_arithmetic", normalize=True, baseless=True),
     "model_stock": Method("model_stock", switches={"filter_wise": {False: {}, True: {"axis": -1}}}),
-    "multislerp": Method("multislerp", {"normalize_weights": "normalize"}, origin=True),
+    "multislerp": Method("multislerp", {"normalize_weights": "normalize"}, normalize=True, origin=True),
     "nearswap": Method("nearswap"),
     "nuslerp": Method("nuslerp", origin=True, switches=_NUSLERP),
     "ram": Method("ram"),
@@ -167,10 +167,7 @@ class Rules:
         if "divide" in self.rule.options:
             options["divide"] = "weights" if normalize else "none"
         elif "normalize" in self.rule.options:
-            options["normalize"] = bool(normalize)
-        elif normalize and self.rule.name == "task_arithmetic":
-            # mergekit leaves a sum of weights of nearly zero as it is.
-            scale /= total if abs(total) >= 1e-8 else 1.0
+            options.setdefault("normalize", bool(normalize))
         elif normalize:
             raise ValueError(
                 f"jft's {self.rule.name} has no normalize; {self.recipe.method} cannot have normalize: {normalize}"
