@@ -32,7 +32,7 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 """method -> parameters of every model, and of the merge."""
 
-_JFT = "import sys; from jft.merge import plan, recipe; plan.merge_to_disk(recipe.load(sys.argv[1]), sys.argv[2])"
+_JFT = "import sys; from jft.merge import on_disk, recipe; on_disk.merge_to_disk(recipe.load(sys.argv[1]), sys.argv[2])"
 _MERGEKIT = """
 import sys, yaml
 from mergekit.config import MergeConfiguration

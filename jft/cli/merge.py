@@ -236,7 +236,7 @@ def main(argv: Sequence[str]) -> int:
             f"{out!r} exists and is not an empty directory; nothing was written (--overwrite replaces a model)"
         )
 
-    from jft.merge.plan import merge_to_disk
+    from jft.merge.on_disk import merge_to_disk
 
     with _progress() as progress:
         planned = merge_to_disk(

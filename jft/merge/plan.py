@@ -1,29 +1,23 @@
-"""What a recipe comes to: one job for every tensor of the output, its files, its manifest; and the merge itself."""
+"""What a recipe comes to: one job for every tensor of the output, its files, its manifest."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jft.delta import manifest as manifests
-from jft.merge import output, streaming
 from jft.merge.mergekit import PASSTHROUGH, Rules
 from jft.merge.recipe import Input, Recipe, Slice, resolve
 from jft.merge.sources import Directory, Source, VectorFile, open_source
 from jft.merge.streaming import Job, Part
 from jft.models.hf import writer
 from jft.models.hf.checkpoint import DTYPES
-from jft.models.saving import COMPANIONS
 
-MANIFEST = "jft_merge.json"
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _LAYER = re.compile(r"^(.*?\.)?(\d+)\.(.*)$")
 # Before the layers: what the first slice gives. The rest, norms and head, is the last one's.
@@ -49,40 +43,6 @@ class Plan:
     def nbytes_read(self) -> int:
         """Bytes of all tensors that are read, each as often as it is."""
         return sum(part.source.nbytes(part.name) for job in self.jobs for part in job.parts)
-
-
-def merge_to_disk(
-    recipe: Recipe,
-    target: str | os.PathLike,
-    *,
-    overwrite: bool = False,
-    shard_bytes: float = 5e9,
-    workers: int | None = None,
-    progress: Callable[[Plan], Callable[[int], None]] | None = None,
-) -> Plan:
-    """Write the model of ``recipe`` to ``target``, whole or not at all, tensor by tensor.
-
-    An interrupted merge that is started again goes on from the shards that were finished: of models below ``shard_bytes``,
-    which are one shard, from the start. Memory: about 1 GB, or the largest tensor in float32 as often as there are models
-    and two more times. progress: called with the plan, gives a function of the bytes read for each tensor written.
-
-    Raises ``ValueError`` for everything that :func:`plan` and :func:`jft.merge.streaming.run` refuse, and an occupied target.
-    """
-    target = Path(target).expanduser()
-    writer.check_target(target, overwrite)
-    planned = plan(recipe)
-    described = planned.manifest | {"shard_bytes": shard_bytes}
-    with output.unfinished(target, described, overwrite) as directory:
-        written = output.Output(directory, planned.tensors, shard_bytes)
-        with contextlib.closing(written):
-            streaming.run(planned.jobs, written, recipe.seed, workers, progress(planned) if progress else None)
-        writer.write_index(directory, written.shards)
-        writer.write_json(directory / "config.json", planned.config)
-        writer.write_json(directory / MANIFEST, planned.manifest)
-        for name in COMPANIONS:
-            if (planned.companions / name).is_file():
-                shutil.copyfile(planned.companions / name, directory / name)
-    return planned
 
 
 def plan(recipe: Recipe) -> Plan:

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 import jft
-from jft.merge.plan import merge_to_disk, plan
+from jft.merge.on_disk import merge_to_disk
+from jft.merge.plan import plan
 from jft.merge.recipe import evaluate, load, parse, resolve
 from tests.merge import peers
 from tests.models import checkpoints
@@ -17,7 +18,11 @@ from tests.models import checkpoints
 MUTATIONS = [
     ("jft/merge/recipe.py", "position = t * (len(points) - 1)", "position = t * len(points)"),
     ("jft/merge/recipe.py", 'str(rule["filter"]) in tensor', 'tensor in str(rule["filter"])'),
-    ("jft/merge/mergekit.py", 'options.setdefault("normalize", bool(normalize))', 'options.setdefault("normalize", False)'),
+    (
+        "jft/merge/mergekit.py",
+        'options.setdefault("normalize", bool(normalize))',
+        'options.setdefault("normalize", False)',
+    ),
     ("jft/merge/mergekit.py", '"weights" if normalize else "none"', '"none" if normalize else "weights"'),
     ("jft/merge/plan.py", 'f"{prefix}{_first(x) + i}.{rest}"', 'f"{prefix}{i}.{rest}"'),
     ("jft/merge/plan.py", "t = i / (_length(part) - 1)", "t = i / _length(part)"),

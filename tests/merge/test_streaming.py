@@ -20,7 +20,8 @@ import jft
 from jft.delta import Dense, Entries, LowRank, TaskVector, apply, describe
 from jft.merge import RULES, host, streaming
 from jft.merge.in_memory import merge
-from jft.merge.plan import MANIFEST, merge_to_disk, plan
+from jft.merge.on_disk import MANIFEST, merge_to_disk
+from jft.merge.plan import plan
 from jft.merge.recipe import parse
 from jft.merge.rule import Rule
 from tests.models import checkpoints
@@ -209,7 +210,7 @@ def test_output_is_a_model(models, tmp_path):
 
 SCRIPT = """
 import os, signal, sys
-from jft.merge import plan, recipe, streaming
+from jft.merge import on_disk, recipe
 from jft.merge.output import Output
 count, write = 0, Output.write
 def killed(self, name, value):
@@ -218,7 +219,7 @@ def killed(self, name, value):
     count += 1
     if count == 12: os.kill(os.getpid(), signal.SIGKILL)
 Output.write = killed
-plan.merge_to_disk(recipe.load(sys.argv[1]), sys.argv[2], shard_bytes=20_000, workers=1)
+on_disk.merge_to_disk(recipe.load(sys.argv[1]), sys.argv[2], shard_bytes=20_000, workers=1)
 """
 
 
