@@ -180,3 +180,26 @@ def _bin(counts: np.ndarray, rank: int) -> tuple[int, int]:
     position = int(np.searchsorted(reached, rank))
     before = int(reached[position - 1]) if position else 0
     return counts.size - 1 - position, rank - before
+
+
+def aligned(size: int) -> np.ndarray:
+    """Float32 memory that XLA takes as it is."""
+    memory = np.empty(size + 16, np.float32)
+    start = -memory.ctypes.data // 4 % 16
+    return memory[start : start + size]
+
+
+def combined(terms: Sequence[np.ndarray], coefficients: Sequence[float]) -> np.ndarray:
+    """``sum_i c_i term_i`` in the order and rounding of :meth:`jft.delta.TaskVector.combine`."""
+    total: np.ndarray | None = None
+    for x, c in zip(terms, coefficients, strict=True):
+        term = x if c == 1 else x * np.float32(c)
+        total = term.copy() if total is None else np.add(total, term, out=total)
+    assert total is not None, "a rule merges at least one model"
+    return total
+
+
+def add(base: np.ndarray, delta: np.ndarray | None, out: np.ndarray) -> None:
+    """``out = base + delta``, rounded once."""
+    for part in blocks(base.size):
+        narrow(base[part] if delta is None else base[part] + delta[part], out[part])

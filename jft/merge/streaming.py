@@ -228,7 +228,7 @@ class _Stream:
         if 4 * count > KEPT:
             return np.empty((rows, size), np.float32)
         if not hasattr(self.local, "kept"):
-            self.local.kept = _aligned(KEPT // 4)
+            self.local.kept = host.aligned(KEPT // 4)
         return self.local.kept[:count].reshape(rows, size)
 
     def merged(self, job: Job) -> np.ndarray:
@@ -243,16 +243,16 @@ class _Stream:
             return out
         base, deltas = self.changes(job)
         if rule is None:
-            _round(base if job.scale == 1 else base * np.float32(job.scale), None, out)
+            host.add(base if job.scale == 1 else base * np.float32(job.scale), None, out)
         elif rule.coefficients is not None:
             coefficients = [job.scale * float(c) for c in rule.coefficients(job.values)]
             for part in host.blocks(job.size):
                 # The base itself is a term where it has a coefficient.
                 terms = [*deltas[:, part], *([base[part]] if len(coefficients) > len(deltas) else [])]
-                _round(base[part], _combined(terms, coefficients), out[part])
+                host.add(base[part], host.combined(terms, coefficients), out[part])
         else:
             for part, delta in self._run(job, rule.merge, base, deltas, job.scale):
-                _round(base[part], np.asarray(delta).reshape(-1)[: base[part].size], out[part])
+                host.add(base[part], np.asarray(delta).reshape(-1)[: base[part].size], out[part])
         return out
 
     def _run(
@@ -302,7 +302,7 @@ class _Stream:
         """``x`` ``[N, n]`` padded with zeros to ``size``, in memory of this thread."""
         buffer = getattr(self.local, name, None)
         if buffer is None or len(buffer) < len(x) * size:
-            buffer = _aligned(len(x) * size)
+            buffer = host.aligned(len(x) * size)
             setattr(self.local, name, buffer)
         piece = buffer[: len(x) * size].reshape(len(x), size)
         piece[:, : x.shape[1]] = x
@@ -320,26 +320,3 @@ def _ranks(job: Job, size: int) -> np.ndarray:
     assert job.rule.ranks is not None
     numbers = {name: np.asarray(v, np.float64) for name, v in job.values.items()}
     return np.asarray(job.rule.ranks(size, numbers), np.int64)
-
-
-def _aligned(size: int) -> np.ndarray:
-    """Float32 memory that XLA takes as it is."""
-    memory = np.empty(size + 16, np.float32)
-    start = -memory.ctypes.data // 4 % 16
-    return memory[start : start + size]
-
-
-def _combined(terms: Sequence[np.ndarray], coefficients: Sequence[float]) -> np.ndarray:
-    """``sum_i c_i term_i`` in the order and rounding of :meth:`jft.delta.TaskVector.combine`."""
-    total: np.ndarray | None = None
-    for x, c in zip(terms, coefficients, strict=True):
-        term = x if c == 1 else x * np.float32(c)
-        total = term.copy() if total is None else np.add(total, term, out=total)
-    assert total is not None, "a rule merges at least one model"
-    return total
-
-
-def _round(base: np.ndarray, delta: np.ndarray | None, out: np.ndarray) -> None:
-    """``out = base + delta``, rounded once."""
-    for part in host.blocks(base.size):
-        host.narrow(base[part] if delta is None else base[part] + delta[part], out[part])

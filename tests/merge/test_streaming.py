@@ -37,7 +37,7 @@ MUTATIONS = [
     ("jft/merge/streaming.py", "np.clip(ends - part.start, 0,", "np.clip(ends, 0,"),
     ("jft/merge/host.py", "part.start + int(equal[missing])", "part.start + int(equal[missing]) + 1"),
     (
-        "jft/merge/streaming.py",
+        "jft/merge/host.py",
         "base[part] if delta is None else base[part] + delta",
         "base[part] if delta is None else delta",
     ),
