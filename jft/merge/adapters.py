@@ -23,8 +23,8 @@ _REFUSED = ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", "m
 class PeftAdapter:
     """LoRA: ``delta = scaling B A`` in torch's ``[out, in]``; ``scaling = alpha / r``, or ``alpha / sqrt(r)`` with rslora.
 
-    Modules saved in full stand in place of the base's. Hu et al. 2021, arXiv:2106.09685. Raises ``LoadError`` for adapters
-    of other kinds and for DoRA, whose change depends on the base.
+    What is saved in full (other modules, an embedding beside its factors) stands in place of the base's. Hu et al. 2021,
+    arXiv:2106.09685. Raises ``LoadError`` for adapters of other kinds and for DoRA, whose change depends on the base.
     """
 
     def __init__(self, directory: Path):
@@ -62,7 +62,7 @@ class PeftAdapter:
             if name is None:
                 near = nearest(candidates[0], shapes, hint="; nearest there: '{}'")
                 raise ValueError(f"{self.directory} changes {module!r}, which the base {base} does not have{near}")
-            if set(factors) not in ({"A", "B"}, {"whole"}):
+            if len(factors.keys() & {"A", "B"}) == 1:
                 raise ValueError(f"{self.directory} holds {', '.join(factors)} alone of {module!r}")
             shape = self._shape(module)
             if shape != shapes[name]:
@@ -96,6 +96,7 @@ class PeftAdapter:
         factors = self.factors[module]
         if "whole" in factors:
             out[...] = self._read(factors["whole"]).reshape(-1) - base
+        if "A" not in factors:
             return
         a, b = self._read(factors["A"]), self._read(factors["B"])
         product = b @ a
@@ -115,7 +116,7 @@ class PeftAdapter:
 
 
 def _module(name: str) -> str:
-    return name.removeprefix("base_model.model.").replace(".modules_to_save", "")
+    return name.removeprefix("base_model.model.").replace(".modules_to_save", "").replace(".base_layer", "")
 
 
 def _shortened(module: str) -> list[str]:
