@@ -1,9 +1,10 @@
-"""Measure the cost of a training step by method, or of the kernels: FLOPs, bytes, memory, seconds."""
+"""Measure the cost of a training step by method, of the kernels, or of merging: FLOPs, bytes, memory, seconds."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.util
 import json
 import re
 import sys
@@ -163,17 +164,65 @@ def _kernels(argv: Sequence[str]) -> int:
     return 0
 
 
+def _merge(argv: Sequence[str]) -> int:
+    parser = Parser(
+        prog="jft bench merge", description="Merging of random Llamas on disk: jft beside mergekit, both here and now."
+    )
+    parser.add_argument("--params", default="350M", help="10M, 350M or 1.1B")
+    parser.add_argument(
+        "--methods", nargs="+", default=["ties", "task_arithmetic"], help="ties, task_arithmetic, linear"
+    )
+    parser.add_argument("--models", type=int, default=4, help="checkpoints, the base among them")
+    parser.add_argument("--tools", nargs="+", help="jft, mergekit; default: both, where mergekit is installed")
+    parser.add_argument("--repeat", type=int, default=1, help="runs of each, of which the fastest counts")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = vars(parser.strict(argv))
+
+    from jft.bench import merge
+
+    installed = importlib.util.find_spec("mergekit") is not None
+    args["tools"] = args["tools"] or ["jft", *(("mergekit",) if installed else ())]
+    for key, known in (("params", merge.SHAPES), ("methods", merge.RECIPES), ("tools", merge.TOOLS)):
+        for name in [args[key]] if key == "params" else args[key]:
+            if name not in known:
+                raise UsageError(
+                    f"jft bench: --{key} {name!r} is unknown{nearest(name, known)}; it is one of {', '.join(known)}"
+                )
+    as_json = args.pop("json")
+    runs = merge.measure(**args, say=lambda line: print(line, file=sys.stderr))
+    if as_json:
+        print(json.dumps({"setting": args, "runs": [dataclasses.asdict(r) for r in runs]}, indent=2))
+        return 0
+
+    from jft.parallel.memory import human
+
+    first = {r.method: r for r in reversed(runs)}
+    rows = [
+        [r.method, r.tool, f"{r.seconds:.1f}", f"{r.seconds / first[r.method].seconds:.2f}", human(r.peak),
+         f"{r.peak / first[r.method].peak:.2f}"]
+        for r in runs
+    ]  # fmt: skip
+    share = f"of {args['tools'][0]}"
+    terminal.show(
+        terminal.table(["method", "tool", "seconds", share, "peak memory", share], rows, left=("method", "tool"))
+    )
+    return 0
+
+
 def main(argv: Sequence[str]) -> int:
     """``jft bench step [--model NAME] [--methods A,B:option=value ...] [--steps N] [--topology v5e:4x4 --mesh fsdp=16]``,
-    or ``jft bench kernels [--shapes 8192x4096x4096 ...] [--density 0.1 ...] [--topology v5e:2x2 | --steps N | --tune]``.
+    or ``jft bench kernels [--shapes 8192x4096x4096 ...] [--density 0.1 ...] [--topology v5e:2x2 | --steps N | --tune]``,
+    or ``jft bench merge [--params 350M] [--methods ties task_arithmetic]``.
     """
     if argv and argv[0] == "kernels":
         return _kernels(argv[1:])
+    if argv and argv[0] == "merge":
+        return _merge(argv[1:])
     parser = Parser(prog="jft bench", description=__doc__)
     parser.add_argument(
         "what",
-        choices=["step", "kernels"],
-        help="step: one training step of each method; kernels: see jft bench kernels --help",
+        choices=["step", "kernels", "merge"],
+        help="step: one training step of each method; others: see jft bench kernels --help, jft bench merge --help",
     )
     parser.add_argument(
         "--methods",

@@ -28,7 +28,8 @@ class Tensor(NamedTuple):
     tensors. statistics: what was measured of each model on its data, a pytree of float32 arrays ``[N, ...]``; None where
     nothing was measured of this tensor.
     key: a random key that depends on the seed and the name of the tensor alone. layer, layers: its position in its
-    stack and the length of that, int32; 0 and 0 outside stacks.
+    stack and the length of that, int32; 0 and 0 outside stacks. ends: ``[N, R]`` uint32, the flat position from which on
+    entries equal to a threshold are not among the ranks; None where that has to be counted.
     """
 
     deltas: Array
@@ -40,6 +41,7 @@ class Tensor(NamedTuple):
     key: Array
     layer: Array
     layers: Array
+    ends: Array | None = None
     statistics: Any = None
 
     def weighted(self, name: str = "weight") -> Array:

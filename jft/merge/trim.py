@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -33,6 +35,10 @@ def largest(tensor: Tensor, r: int = 0, exact: bool = True, axis: int | None = N
     if tensor.thresholds is None:
         return top_each(magnitudes, ranks, 1)
     limit = _expanded(tensor.thresholds[:, r], magnitudes)
+    if exact and tensor.ends is not None:
+        shape = magnitudes.shape[1:]
+        positions = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(1, *shape)
+        return (magnitudes > limit) | (magnitudes == limit) & (positions < _expanded(tensor.ends[:, r], magnitudes))
     return magnitudes >= limit if not exact else _first(magnitudes, limit, ranks)
 
 

@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,25 +46,27 @@ def write_weights(directory: Path | None, tensors: Sequence[Tensor], shard_bytes
     ``directory=None`` fetches every tensor in the same order and writes nothing: what the other processes of a multi-host
     run do, as fetching is collective.
     """
-    shards = _split(tensors, shard_bytes)
-    names = (
-        [SINGLE]
-        if len(shards) == 1
-        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    )
-    for name, shard in zip(names, shards, strict=True):
+    shards = split(tensors, shard_bytes)
+    for name, shard in shards.items():
         if directory is None:
             for tensor in shard:
                 tensor.fetch()
         else:
             _write_file(directory / name, shard)
-    if directory is not None and len(shards) > 1:
-        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        total = sum(tensor.nbytes for tensor in tensors)
+    if directory is not None:
+        write_index(directory, shards)
+
+
+def write_index(directory: Path, shards: Mapping[str, Sequence[Tensor]]) -> None:
+    """The index of several shards; none where there is one file."""
+    if len(shards) > 1:
+        weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard}
+        total = sum(tensor.nbytes for shard in shards.values() for tensor in shard)
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _split(tensors: Sequence[Tensor], shard_bytes: float) -> list[list[Tensor]]:
+def split(tensors: Sequence[Tensor], shard_bytes: float) -> dict[str, list[Tensor]]:
+    """``{file name: tensors}``, each file of at most ``shard_bytes``, or of one tensor."""
     shards: list[list[Tensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -73,10 +75,13 @@ def _split(tensors: Sequence[Tensor], shard_bytes: float) -> list[list[Tensor]]:
             size = 0
         shards[-1].append(tensor)
         size += tensor.nbytes
-    return shards
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i + 1:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards)}
 
 
-def _write_file(file: Path, tensors: Sequence[Tensor]) -> None:
+def layout(tensors: Sequence[Tensor]) -> tuple[bytes, list[Tensor]]:
+    """The bytes of a file before its tensors, and the order in which these follow."""
     # transformers refuses a file that does not name its framework.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -92,8 +97,13 @@ def _write_file(file: Path, tensors: Sequence[Tensor]) -> None:
     raw = json.dumps(header, separators=(",", ":")).encode()
     # Tensors begin after the header, so its length is part of their alignment.
     raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw, ordered
+
+
+def _write_file(file: Path, tensors: Sequence[Tensor]) -> None:
+    header, ordered = layout(tensors)
     with file.open("wb") as handle:
-        handle.write(len(raw).to_bytes(8, "little") + raw)
+        handle.write(header)
         for tensor in ordered:
             _write(handle, tensor.fetch().reshape(tensor.shape))
         _sync(handle)
@@ -143,7 +153,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
         # mkdtemp makes it private; readers need the permissions that mkdir gives.
         partial.chmod(0o777 & ~_umask())
         yield partial
-        _swap(partial, target)
+        swap(partial, target)
     finally:
         # Not there any more where the block ended well: it has become the target.
         shutil.rmtree(partial, ignore_errors=True)
@@ -156,7 +166,7 @@ def _umask() -> int:
     return mask
 
 
-def _swap(partial: Path, target: Path) -> None:
+def swap(partial: Path, target: Path) -> None:
     """Rename over ``target``: the old directory is moved away first, and back should the rename fail."""
     if not target.exists():
         os.rename(partial, target)

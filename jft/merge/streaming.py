@@ -1,0 +1,322 @@
+"""Merging of checkpoints on disk, tensor by tensor, in bounded memory.
+
+A tensor is read when its turn comes, its changes are formed in float32, merged, added to the base, rounded once and written to
+its place in the output. Several threads do that side by side, and share a budget of memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jft import tree
+from jft.compiled import program_cache
+from jft.merge import host
+from jft.merge.output import Output
+from jft.merge.rule import Rule, Tensor
+from jft.merge.sources import Directory, Source
+
+CHUNKS = (1 << 12, 1 << 16, 1 << 20)
+"""Sizes of the pieces that elementwise rules are compiled for."""
+BUDGET = 640 << 20
+"""Bytes of tensors in memory at once; one that needs more is merged alone."""
+KEPT = 96 << 20
+"""Bytes that each thread keeps from one tensor to the next: fresh memory is as slow to touch as a file."""
+Options = tuple[tuple[str, Any], ...]
+
+
+class Part(NamedTuple):
+    """A tensor of a source."""
+
+    source: Source
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One tensor of the output: ``base + scale * rule(changes of the models)``; without a rule ``scale * base``.
+
+    base: None where the models are merged themselves, as changes of zero. layer, layers: its position in its stack and the
+    length of that; 0 and 0 outside.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    rule: Rule | None
+    base: Part | None
+    models: tuple[Part, ...] = ()
+    scale: float = 1.0
+    layer: int = 0
+    layers: int = 0
+
+    @property
+    def size(self) -> int:
+        """Entries."""
+        return math.prod(self.shape)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What is read."""
+        return ((self.base,) if self.base else ()) + self.models
+
+    @functools.cached_property
+    def values(self) -> dict[str, list[float]]:
+        """The parameters of the rule, one number per model."""
+        return {} if self.rule is None else self.rule.values(len(self.models))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that merging takes: base, changes and result in float32, and as much again where XLA has the whole tensor."""
+        whole = self.rule is not None and self.rule.coefficients is None and not self.rule.elementwise
+        return 4 * self.size * (len(self.models) + 2) * (2 if whole else 1)
+
+
+def run(
+    jobs: Sequence[Job],
+    output: Output,
+    seed: int = 0,
+    workers: int | None = None,
+    done: Callable[[int], None] | None = None,
+) -> None:
+    """Merge what is missing in ``output``. done: called with the bytes read for every tensor that is written.
+
+    Raises ``ValueError`` for rules that give one result per model, or read statistics of data, and where the ranks of a
+    rule of ``scope="model"`` differ between tensors.
+    """
+    _check(jobs)
+    stream = _Stream(seed, workers or min(8, os.cpu_count() or 1))
+    missing = output.missing
+
+    def finish(job: Job) -> None:
+        with stream.taken(job):
+            output.write(job.name, stream.merged(job))
+        if done is not None:
+            done(sum(part.source.nbytes(part.name) for part in job.parts))
+
+    with stream:
+        stream.prepare(jobs)
+        # Shard by shard, so that one is finished as early as may be.
+        for _ in stream.each([job for job in jobs if job.name in missing], finish):
+            pass
+
+
+def _check(jobs: Sequence[Job]) -> None:
+    rules = {id(job.rule): job.rule for job in jobs if job.rule is not None}
+    for rule in rules.values():
+        if rule.each:
+            raise ValueError("this rule gives one result per model; merge task vectors in memory, with jft.merge")
+        if rule.statistics:
+            raise ValueError("this rule reads statistics of data; merge task vectors in memory, with jft.merge")
+
+
+class _Stream:
+    """The threads, what they share, and what has to be known of all tensors before the first is merged."""
+
+    def __init__(self, seed: int, workers: int):
+        self.key = jax.random.key(seed)
+        self.pool = ThreadPoolExecutor(workers)
+        self.workers = workers
+        self.free = threading.Condition()
+        self.used = 0
+        self.thresholds: np.ndarray | None = None
+        self.totals: Any = None
+        self.local = threading.local()
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def each(self, jobs: Sequence[Job], function: Callable[[Job], Any]) -> Iterator[Any]:
+        """``function(job)`` of every job, in order, a few ahead of what is taken."""
+        futures: list[Future] = []
+        for job in jobs:
+            futures.append(self.pool.submit(function, job))
+            if len(futures) > 2 * self.workers:
+                yield futures.pop(0).result()
+        for future in futures:
+            yield future.result()
+
+    @contextlib.contextmanager
+    def taken(self, job: Job) -> Iterator[None]:
+        """Memory for a job, as soon as there is enough."""
+        with self.free:
+            self.free.wait_for(lambda: self.used == 0 or self.used + job.nbytes <= BUDGET)
+            self.used += job.nbytes
+        try:
+            yield
+        finally:
+            for part in job.parts:
+                part.source.release(part.name)
+            with self.free:
+                self.used -= job.nbytes
+                self.free.notify_all()
+
+    def prepare(self, jobs: Sequence[Job]) -> None:
+        """Thresholds and totals of the whole model, where the rule needs them."""
+        merged = [job for job in jobs if job.rule is not None]
+        rule = next((job.rule for job in merged if job.rule is not None), None)
+        if rule is None:
+            return
+        if rule.scope == "model" and rule.ranks is not None:
+            self.thresholds = self._limits(merged)
+        if rule.totals is not None:
+            for part in self.each(merged, self._total):
+                self.totals = part if self.totals is None else jax.tree.map(np.add, self.totals, part)
+
+    def _limits(self, jobs: Sequence[Job]) -> np.ndarray:
+        size = sum(job.size for job in jobs)
+        ranks = [_ranks(job, size) for job in jobs]
+        for job, other in zip(jobs, ranks, strict=True):
+            if not np.array_equal(other, ranks[0]):
+                raise ValueError(
+                    f"the rule trims the whole model at once, but its parameters differ at {job.name!r}; give numbers that are "
+                    "the same everywhere, or scope='tensor'"
+                )
+
+        def visit(count: Callable[[Sequence[np.ndarray]], np.ndarray]) -> Iterator[np.ndarray]:
+            def counted(job: Job) -> np.ndarray:
+                with self.taken(job):
+                    return count(list(self._scores(job)))
+
+            return self.each(jobs, counted)
+
+        return host.limits(visit, ranks[0])
+
+    def _scores(self, job: Job) -> np.ndarray:
+        """What the whole model is trimmed by: the changes, or the rule's score of them."""
+        base, deltas = self.changes(job)
+        if job.rule is None or job.rule.score is None:
+            return deltas
+        parts = self._run(job, job.rule.score, base, deltas)
+        flat = [np.reshape(x, (len(deltas), -1))[:, : part.stop - part.start] for part, x in parts]
+        return np.ascontiguousarray(np.concatenate(flat, axis=1))
+
+    def _total(self, job: Job) -> Any:
+        assert job.rule is not None
+        assert job.rule.totals is not None
+        with self.taken(job):
+            parts = [part for _, part in self._run(job, job.rule.totals, *self.changes(job))]
+        return jax.tree.map(lambda *x: np.sum(np.stack(x).astype(np.float64), axis=0), *parts)
+
+    def changes(self, job: Job) -> tuple[np.ndarray, np.ndarray]:
+        """The base and the change of every model, flat float32, in memory that the thread's next tensor gets."""
+        base, *deltas = rows = self._memory(1 + len(job.models), job.size)
+        if job.base is None:
+            base[...] = 0
+        else:
+            assert isinstance(job.base.source, Directory), "a base is a model directory"
+            host.widen(job.base.source.array(job.base.name), base)
+        for part, out in zip(job.models, deltas, strict=True):
+            part.source.delta(part.name, base, out)
+        return base, rows[1:]
+
+    def _memory(self, rows: int, size: int) -> np.ndarray:
+        count = rows * size
+        if 4 * count > KEPT:
+            return np.empty((rows, size), np.float32)
+        if not hasattr(self.local, "kept"):
+            self.local.kept = host.aligned(KEPT // 4)
+        return self.local.kept[:count].reshape(rows, size)
+
+    def merged(self, job: Job) -> np.ndarray:
+        """The tensor of the output, flat."""
+        rule = job.rule
+        if rule is None and job.dtype.kind in "iub":
+            assert job.base is not None, "integers are copied"
+            assert isinstance(job.base.source, Directory), "a base is a model directory"
+            return job.base.source.stored(job.base.name)
+        out = np.empty(job.size, job.dtype)
+        if not job.size:
+            return out
+        base, deltas = self.changes(job)
+        if rule is None:
+            host.add(base if job.scale == 1 else base * np.float32(job.scale), None, out)
+        elif rule.coefficients is not None:
+            coefficients = [job.scale * float(c) for c in rule.coefficients(job.values)]
+            for part in host.blocks(job.size):
+                # The base itself is a term where it has a coefficient.
+                terms = [*deltas[:, part], *([base[part]] if len(coefficients) > len(deltas) else [])]
+                host.add(base[part], host.combined(terms, coefficients), out[part])
+        else:
+            for part, delta in self._run(job, rule.merge, base, deltas, job.scale):
+                host.add(base[part], np.asarray(delta).reshape(-1)[: base[part].size], out[part])
+        return out
+
+    def _run(
+        self, job: Job, function: Callable[..., Any], base: np.ndarray, deltas: np.ndarray, scale: float = 1.0
+    ) -> Iterator[tuple[slice, Any]]:
+        """``scale * function(tensor)`` of the tensor, or of its pieces where the rule is elementwise."""
+        rule = job.rule
+        assert rule is not None
+        ranks = None if rule.ranks is None else _ranks(job, rule.entries(job.shape))
+        limits, ends = self.thresholds, None
+        # Ranks along an axis are counted in the program.
+        if ranks is not None and rule.scope == "tensor" and (rule.axis is None or len(job.shape) < 2):
+            cuts = [host.cuts(x, row) for x, row in zip(deltas, ranks, strict=True)]
+            limits = np.asarray([[cut.limit for cut in row] for row in cuts], np.float32)
+            ends = np.asarray([[cut.end for cut in row] for row in cuts])
+        program = _program(function, tuple(sorted(rule.options.items())))
+        common: dict[str, Any] = {
+            "parameters": {n: np.asarray(v, np.float32) for n, v in job.values.items()},
+            "ranks": None if ranks is None else ranks.astype(np.uint32),
+            "thresholds": limits,
+            "totals": None if self.totals is None else jax.tree.map(np.float32, self.totals),
+            "key": jax.random.fold_in(tree.key_for(self.key, job.name), 0),
+            "layer": np.int32(job.layer),
+            "layers": np.int32(job.layers),
+        }
+        for part in host.blocks(job.size, CHUNKS[-1]) if rule.elementwise else (slice(0, job.size),):
+            piece, own = deltas[:, part], base[None, part]
+            shape: tuple[int, ...] = job.shape
+            if rule.elementwise:
+                shape = (next(n for n in CHUNKS if n >= piece.shape[1]),)
+                piece, own = (
+                    self._piece("deltas", piece, *shape),
+                    self._piece("base", own, *shape) if rule.base else own,
+                )
+            tensor = Tensor(
+                # Not copied where it is aligned, and not needed any more once the result is there.
+                deltas=jax.device_put(piece.reshape(-1, *shape), may_alias=True),
+                base=jax.device_put(own.reshape(shape), may_alias=True) if rule.base else None,
+                ends=None
+                if ends is None
+                else jax.device_put(np.clip(ends - part.start, 0, math.prod(shape)).astype(np.uint32)),
+                **common,
+            )
+            yield part, jax.device_get(program(tensor, np.float32(scale)))
+
+    def _piece(self, name: str, x: np.ndarray, size: int) -> np.ndarray:
+        """``x`` ``[N, n]`` padded with zeros to ``size``, in memory of this thread."""
+        buffer = getattr(self.local, name, None)
+        if buffer is None or len(buffer) < len(x) * size:
+            buffer = host.aligned(len(x) * size)
+            setattr(self.local, name, buffer)
+        piece = buffer[: len(x) * size].reshape(len(x), size)
+        piece[:, : x.shape[1]] = x
+        piece[:, x.shape[1] :] = 0
+        return piece
+
+
+@program_cache(maxsize=256)
+def _program(function: Callable[..., Any], options: Options) -> Callable[[Tensor, Any], Any]:
+    return jax.jit(lambda tensor, scale: jax.tree.map(lambda x: scale * x, function(tensor, **dict(options))))
+
+
+def _ranks(job: Job, size: int) -> np.ndarray:
+    assert job.rule is not None
+    assert job.rule.ranks is not None
+    numbers = {name: np.asarray(v, np.float64) for name, v in job.values.items()}
+    return np.asarray(job.rule.ranks(size, numbers), np.int64)
