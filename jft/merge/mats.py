@@ -15,7 +15,6 @@ from jft.merge.regmean import check_gram, reduced
 from jft.merge.rule import Rule, Tensor, in_range
 
 Array = jax.Array
-CURVATURES = ("identity", "diagonal", "gram", "kfac")
 
 
 @register(paper="Tam, Bansal and Raffel 2024, arXiv:2312.04339")

@@ -279,18 +279,16 @@ class _Stream:
             "layers": np.int32(job.layers),
         }
         for part in host.blocks(job.size, CHUNKS[-1]) if rule.elementwise else (slice(0, job.size),):
-            piece, own = deltas[:, part], base[None, part]
+            changes, origin = deltas[:, part], base[None, part]
             shape: tuple[int, ...] = job.shape
             if rule.elementwise:
-                shape = (next(n for n in CHUNKS if n >= piece.shape[1]),)
-                piece, own = (
-                    self._piece("deltas", piece, *shape),
-                    self._piece("base", own, *shape) if rule.base else own,
-                )
+                shape = (next(n for n in CHUNKS if n >= changes.shape[1]),)
+                changes = self._piece("deltas", changes, *shape)
+                origin = self._piece("base", origin, *shape) if rule.base else origin
             tensor = Tensor(
                 # Not copied where it is aligned, and not needed any more once the result is there.
-                deltas=jax.device_put(piece.reshape(-1, *shape), may_alias=True),
-                base=jax.device_put(own.reshape(shape), may_alias=True) if rule.base else None,
+                deltas=jax.device_put(changes.reshape(-1, *shape), may_alias=True),
+                base=jax.device_put(origin.reshape(shape), may_alias=True) if rule.base else None,
                 ends=None
                 if ends is None
                 else jax.device_put(np.clip(ends - part.start, 0, math.prod(shape)).astype(np.uint32)),
