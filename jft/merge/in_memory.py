@@ -178,8 +178,10 @@ class _Tensors:
         numbers = {name: np.asarray(v, np.float64) for name, v in self.values.items() if _concrete(v)}
         rows = []
         for i, row in enumerate(np.asarray(ranks(size, numbers))):
-            magnitudes = {path: self.score(path, i) for path in self.paths}
-            rows.append([threshold.threshold(magnitudes, int(k))[0] if k > 0 else math.inf for k in row])
+            # Under jit too, where weights are traced and the deltas are known: those who learn weights.
+            with jax.ensure_compile_time_eval():
+                magnitudes = {path: self.score(path, i) for path in self.paths}
+                rows.append([threshold.threshold(magnitudes, int(k))[0] if k > 0 else math.inf for k in row])
         return jnp.asarray(rows, jnp.float32)
 
 
