@@ -33,7 +33,8 @@ def learn_coefficients(
 
     merge: ``merge(values, vectors) -> task vector``, traced and differentiable in the values, arrays in any pytree: weights
     of a rule, ``lambda w, taus: ties(taus, weights=w, scope="tensor")``; coefficients of layers
-    (:func:`jft.merge.layerwise`); both. Masks and elections are constants to the gradient, as they are steps. Rules that
+    (:func:`jft.merge.layerwise`); both. Masks and elections are constants to the gradient, as they are steps; of ``iso_cts``
+    it is NaN, and ``karcher`` cannot be traced. Rules that
     trim by whole model (``scope="model"``) want vectors whose values are known: let ``merge`` close over them; the program
     then holds them. values: where it begins. objective: ``objective(params, batch) -> scalar``: :func:`jft.merge.entropy`,
     :func:`jft.merge.cross_entropy`, :func:`constrained` for what must be kept. optimizer: by default Adam with a learning
@@ -62,6 +63,10 @@ def learn_coefficients(
         optimizer=optax.adam(1e-2) if optimizer is None else optimizer,
         steps=steps,
     )
+    if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(solution.values)):
+        raise ValueError(
+            "the coefficients are not finite; is the rule differentiable, and the learning rate small enough?"
+        )
     deltas = jax.jit(change)(solution.values, taus)
     note = {"rule": "learn_coefficients", "coefficients": learned.described(solution.values)}
     return learned.result(taus, deltas, solution, base=base, data=data, scale=1.0, **note)

@@ -8,6 +8,8 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from jft.delta import TaskVector, apply
 from jft.delta import manifest as manifests
 from jft.merge import learned
@@ -130,6 +132,8 @@ def tune(
     else:
         result = search(score, points)
     note = {"data": data, "best": result.best, "feasible": result.feasible, "table": result.table}
+    # JSON has no scalars of arrays.
+    note = jax.tree.map(lambda x: x.item() if hasattr(x, "item") else x, note)
     best = (
         merge(result.best, taus)
         if result.feasible
