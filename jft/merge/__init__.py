@@ -36,6 +36,7 @@ from jft.merge.regmean import regmean, regmean_plus_plus
 from jft.merge.rule import Rule, Tensor, weights_of
 from jft.merge.sce import sce
 from jft.merge.search import (
+    GRID,
     Search,
     addition_measure,
     addition_row,
@@ -56,6 +57,7 @@ from jft.merge.wudi import wudi
 
 __all__ = [
     "COMPRESSIONS",
+    "GRID",
     "RULES",
     "MergingRule",
     "Rule",

@@ -10,6 +10,7 @@ import pytest
 
 from jft import merge
 from jft.delta import BaseMismatch, Dense, TaskVector, apply, describe
+from jft.merge import vectorised
 from tests.delta.algebra import KINDS, close, make, reference
 
 MUTATIONS = [
@@ -18,12 +19,21 @@ MUTATIONS = [
     ("jft/merge/depth.py", "if np.shape(values) != (count,)", "if np.shape(values) == ()"),
     ("jft/merge/vectorised.py", "else value / weight for", "else value for"),
     ("jft/merge/vectorised.py", "totals.get(name, 0.0) + np", "np"),
-    ("jft/merge/vectorised.py", "max(1, _POINTS_BYTES // max(1, tree.nbytes(base)))", "0"),
+    ("jft/merge/vectorised.py", "_POINTS_BYTES // max(1", "_POINTS_BYTES * max(1"),
     ("jft/merge/coefficients.py", "penalty * violation", "violation"),
-    ("jft/merge/coefficients.py", "least - control(", "control("),
+    ("jft/merge/coefficients.py", "0.0, least - control(", "0.0, control("),
     ("jft/merge/coefficients.py", "check_data(data, allow_test)", "check_data(data)"),
     ("jft/merge/coefficients.py", "jax.jit(change)(solution.values, taus)", "jax.jit(change)(start, taus)"),
-    ("jft/merge/in_memory.py", "with jax.ensure_compile_time_eval()", "with jax.named_scope('ranks')"),
+    (
+        "jft/merge/in_memory.py",
+        "with jax.ensure_compile_time_eval():\n                magnitudes",
+        "with jax.named_scope('ranks'):\n                magnitudes",
+    ),
+    (
+        "jft/merge/in_memory.py",
+        "with jax.ensure_compile_time_eval():\n            self.key",
+        "with jax.named_scope('key'):\n            self.key",
+    ),
     ("jft/merge/in_memory.py", "if function is not self.rule.score or _concrete(v)", "if True"),
 ]
 SHAPES = {"layers/w": (3, 2, 4), "out/w": (4, 3)}
@@ -113,6 +123,18 @@ def test_many_points_are_the_loop(at_once):
     assert table["weight"].tolist() == [4.0] * 5
 
 
+def test_as_many_points_at_once_as_fit(monkeypatch):
+    base, taus, batches = problem()
+    sizes, program = [], vectorised._program
+    monkeypatch.setattr(vectorised, "_program", lambda *args: sizes.append(args[2]) or program(*args))
+    points = jnp.array([[0.0, 0.0], [0.3, 0.0], [0.3, -0.5], [1.0, 1.0], [0.25, 0.75]])
+    # 36 float32 weights have 144 bytes.
+    for limit in (143, 2 * 144, 10**6):
+        monkeypatch.setattr(vectorised, "_POINTS_BYTES", limit)
+        merge.evaluate_points(weighted, taus, points, sums, batches, base=base)
+    assert sizes == [1, 2, 5]
+
+
 def test_many_points_of_profiles_and_of_rules():
     base, taus, batches = problem()
     points = {"alpha": jnp.array([0.2, 0.5]), "beta": jnp.array([0.3, -0.1])}
@@ -174,8 +196,8 @@ def ties_of_paper(c, x):
 )
 def test_learned_weights_of_rules(rule, options, formula):
     base, taus, batches = problem()
-    # Thresholds of whole models are read on the host.
-    of_rule = lambda w, _: rule(taus, weights=w, **options)
+    # Thresholds of whole models are those of vectors that are known.
+    of_rule = lambda w, traced: rule(taus if "density" in options else traced, weights=w, **options)
     start, rate = (0.3, 0.6), 0.01
     how = {"base": base, "objective": distance, "batches": batches, "data": "val", "optimizer": optax.sgd(rate)}
     merged = merge.learn_coefficients(of_rule, jnp.array(start), taus, steps=4, **how)
@@ -193,10 +215,8 @@ def test_gradients_of_rules_that_draw(rule):
     """Where a rule is a sum that is linear in the weights, the gradient is the rule at the unit weights."""
     _, taus, (direction, _) = problem()
     along = lambda tau: sum(jnp.vdot(direction[p], d.dense()) for p, d in tau.items())
-    # For dare_ties: no division by the weights, and signs of the unweighted deltas.
-    options = {"preset": "paper"}
-    gradient = jax.jit(jax.grad(lambda w: along(rule(taus, weights=w, seed=5, **options))))(jnp.array([0.3, 0.6]))
-    units = [along(rule(taus, weights=w, seed=5, **options)) for w in ([1.0, 0.0], [0.0, 1.0])]
+    gradient = jax.jit(jax.grad(lambda w: along(rule(taus, weights=w, seed=5))))(jnp.array([0.3, 0.6]))
+    units = [along(rule(taus, weights=w, seed=5)) for w in ([1.0, 0.0], [0.0, 1.0])]
     np.testing.assert_allclose(gradient, units, rtol=1e-5)
 
 

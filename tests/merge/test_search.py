@@ -28,7 +28,6 @@ MUTATIONS = (
     ("jft/merge/points.py", "point[name] = options[i]", "point[name] = options[0]"),
     ("jft/merge/points.py", "if key not in rows", "if True"),
     ("jft/merge/points.py", "[row(point), *(row", "[*(row"),
-    ("jft/merge/points.py", "if key_of(point) == key_of(before)", "if False"),
     ("jft/merge/points.py", "check_data(data, allow_test)", "check_data(data)"),
 )
 
@@ -177,11 +176,17 @@ def test_coordinate_descent_with_a_constraint():
     row = lambda p: merge.negation_row(0.9 - 0.3 * p["a"] - 0.2 * p["b"], 0.8 - 0.06 * p["a"] - 0.03 * p["b"], 0.8)
     kept = [p for p in itertools.product(*axes.values()) if 0.8 - 0.06 * p[0] - 0.03 * p[1] >= 0.76]
     best = max(kept, key=lambda p: 0.3 * p[0] + 0.2 * p[1])
-    for start in (None, {"a": 1.0, "b": 1.0}):
-        found = merge.coordinate_search(row, axes, start)
-        assert found.feasible
-        assert found.row["control"] >= 0.76
-    assert found.best == dict(zip("ab", best, strict=True)) == {"a": 0.0, "b": 1.0} or found.row["score"] <= -0.65
+    # a is worth 5 and b 6.67 for each unit of control, which is 0.04: the best has a of 0 and all of b.
+    assert best == (0.0, 1.0)
+    assert merge.search(row, merge.product(axes)).best == dict(zip("ab", best, strict=True))
+    found = merge.coordinate_search(row, axes, {"a": 1.0, "b": 1.0})
+    assert found.table[0]["feasible"] is False
+    assert found.row["control"] >= 0.76
+    # Descent depends on where it starts: a first, and b is what is left of the control.
+    assert merge.coordinate_search(row, axes).best == {"a": 0.5, "b": 0.0}
+    # A start off the axes is left for what is better alone.
+    off = merge.coordinate_search(lambda p: p["b"] * (p["a"] == 0.25), axes, {"a": 0.25, "b": 0.5})
+    assert off.best == {"a": 0.25, "b": 1.0}
     # Nothing to gain: the point stays where the magnitude is least, and the second round ends it.
     assert merge.coordinate_search(lambda p: 1.0, axes, {"a": 1.0, "b": 1.0}).best == {"a": 0.0, "b": 0.0}
     assert merge.coordinate_search(lambda p: {"score": 1.0, "feasible": False}, axes).best is None
@@ -191,7 +196,7 @@ def test_tuning_of_weights_and_of_options():
     weighted = lambda p, taus: merge.task_arithmetic(taus, weights=[p["A"], p["B"]])
     evaluate = {"A": lambda p: 0.8 - (p["w"][0] - 0.5) ** 2, "B": lambda p: 0.6 - (p["w"][1] - 1.0) ** 2}
     measure = merge.addition_measure(evaluate, {"A": 0.8, "B": 0.6})
-    axes = {"A": merge.search.__globals__["GRID"], "B": [0.0, 0.25, 0.5]}
+    axes = {"A": merge.GRID, "B": [0.0, 0.25, 0.5]}
     taus = [vector(1, 0), vector(0, 4)]
     for points in (axes, merge.product(axes)):
         merged, found = merge.tune(weighted, taus, points, measure, base=base(), data="validation")
