@@ -38,7 +38,7 @@ def evaluate_points(
     divided by the weights. ``table["weight"]`` are these.
 
     at_once: of how many points the parameters are in memory together and go through the model by ``vmap``; the others
-    wait (``lax.map``). None: as many as fit into 256 MiB, 1 for larger models. :func:`jft.tangent.sweep` is far cheaper
+    wait (``lax.map``). None: as many as fit into 256 MiB; 1 on processors, where more are slower. :func:`jft.tangent.sweep` is far cheaper
     where the model is linear in its weights. Base and vectors are not verified, nor is anything chosen: give the rows to
     :func:`jft.merge.search`. Raises ``ValueError`` for no points, points of several numbers, no batches, and no weight.
     """
@@ -47,7 +47,7 @@ def evaluate_points(
         raise ValueError(f"points are arrays with one first axis [P], not {jax.tree.map(np.shape, points)}")
     ((count,),) = counts
     if at_once is None:
-        at_once = max(1, _POINTS_BYTES // max(1, tree.nbytes(base)))
+        at_once = 1 if jax.default_backend() == "cpu" else max(1, _POINTS_BYTES // max(1, tree.nbytes(base)))
     elif at_once < 1:
         raise ValueError(f"at_once must be at least 1, not {at_once}")
     program = _program(merge, evaluate, min(at_once, count))
