@@ -15,7 +15,7 @@ from jft.delta import TaskVector, apply
 Merge = Callable[[Any, Any], TaskVector]
 Sums = Callable[[Any, Any], Mapping[str, Any]]
 
-# Parameters of as many points as fit into this lie in memory at once.
+# Parameters of as many points as fit into this lie in memory at once, on accelerators.
 _POINTS_BYTES = 2**28
 
 
@@ -38,9 +38,10 @@ def evaluate_points(
     divided by the weights. ``table["weight"]`` are these.
 
     at_once: of how many points the parameters are in memory together and go through the model by ``vmap``; the others
-    wait (``lax.map``). None: as many as fit into 256 MiB; 1 on processors, where more are slower. :func:`jft.tangent.sweep` is far cheaper
-    where the model is linear in its weights. Base and vectors are not verified, nor is anything chosen: give the rows to
-    :func:`jft.merge.search`. Raises ``ValueError`` for no points, points of several numbers, no batches, and no weight.
+    wait (``lax.map``). None: as many as fit into 256 MiB; 1 on processors, where more are slower.
+    :func:`jft.tangent.sweep` is far cheaper where the model is linear in its weights. Base and vectors are not verified,
+    nor is anything chosen: give the rows to :func:`jft.merge.search`. Raises ``ValueError`` for no points, arrays that
+    disagree on P, no batches, and no weight.
     """
     counts = {np.shape(x)[:1] for x in jax.tree.leaves(points)}
     if len(counts) != 1 or counts & {(), (0,)}:
