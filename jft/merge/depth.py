@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jft import delta, tree
 from jft.delta import TaskVector
@@ -45,6 +46,38 @@ def lines(tau: TaskVector, alpha: float, beta: float | None = None) -> TaskVecto
         return _by_layer(change, alpha + beta * jnp.arange(count) / max(count - 1, 1))
 
     return tau.map(scaled, "lines", alpha=float(alpha), beta=float(beta))
+
+
+def layerwise(tau: TaskVector, coefficients: Any, outside: Any = 1.0) -> TaskVector:
+    """The change of layer l times ``coefficients[l]``, of what is outside layers times ``outside``.
+
+    coefficients: ``[L]``, for every stack of the vector; or ``{stack: [L]}``, as ``text/layers`` or ``image/blocks``. What
+    layers are, how many there are and what stays encoded is as in :func:`lines`, which is ``alpha + beta * linspace(0, 1,
+    L)``. They may be traced: layers and profiles can be searched (:func:`jft.merge.tune`,
+    :func:`jft.merge.evaluate_points`) and learned (:func:`jft.merge.learn_coefficients`). Raises ``ValueError`` for a stack
+    without coefficients, or with another number of layers.
+    """
+    counts = _numbered_layers(tau)
+
+    def of_stack(name: str, count: int) -> Array:
+        name = name.rstrip("/_")
+        values = coefficients.get(name) if isinstance(coefficients, Mapping) else coefficients
+        if values is None:
+            raise ValueError(f"there are no coefficients of {name!r}, only of {', '.join(coefficients)}")
+        if np.shape(values) != (count,):
+            raise ValueError(f"{name!r} has {count} layers; its coefficients have shape {np.shape(values)}")
+        return jnp.asarray(values, jnp.float32)
+
+    def scaled(path: str, change: delta.Encoding) -> delta.Encoding:
+        layer, stack = tree.layer_of(path), tree.stack_of(path)
+        if layer is not None:
+            name = _unnumbered(layer[0])
+            return change.scaled(of_stack(name, counts[name])[layer[1]])
+        return change.scaled(outside) if stack is None else _by_layer(change, of_stack(stack, change.shape[0]))
+
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((coefficients, outside)))
+    values = {} if traced else {"coefficients": coefficients, "outside": outside}
+    return tau.map(scaled, "layerwise", **jax.tree.map(lambda x: np.asarray(x, np.float64).tolist(), values))
 
 
 def with_lines(rule: Callable[..., TaskVector], beta: float, alpha: float | None = None) -> Callable[..., TaskVector]:

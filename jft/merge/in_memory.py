@@ -89,7 +89,8 @@ class _Tensors:
         self.rule, self.taus, self.values, self.base = rule, taus, values, base
         self.statistics = statistics
         self.options: Options = tuple(sorted(rule.options.items()))
-        self.key = jax.random.key(seed)
+        with jax.ensure_compile_time_eval():
+            self.key = jax.random.key(seed)
         self.paths = list(dict.fromkeys(path for tau in taus for path in tau))
         self.shapes = {path: next(tau[path].shape for tau in taus if path in tau) for path in self.paths}
         self.thresholds: Array | None = None
@@ -137,7 +138,12 @@ class _Tensors:
             ranks = jnp.asarray(self.rule.ranks(size, numbers), jnp.uint32)
         call = _Call(
             base=wide(jnp.asarray(self.base[path])) if self.rule.base and self.base is not None else None,
-            parameters={name: jnp.stack([jnp.asarray(x, jnp.float32) for x in v]) for name, v in self.values.items()},
+            # Scores do not depend on traced weights, which are not known where entries are ranked.
+            parameters={
+                name: jnp.stack([jnp.asarray(x, jnp.float32) for x in v])
+                for name, v in self.values.items()
+                if function is not self.rule.score or _concrete(v)
+            },
             ranks=ranks,
             thresholds=self.thresholds,
             totals=self.totals,
@@ -178,8 +184,10 @@ class _Tensors:
         numbers = {name: np.asarray(v, np.float64) for name, v in self.values.items() if _concrete(v)}
         rows = []
         for i, row in enumerate(np.asarray(ranks(size, numbers))):
-            magnitudes = {path: self.score(path, i) for path in self.paths}
-            rows.append([threshold.threshold(magnitudes, int(k))[0] if k > 0 else math.inf for k in row])
+            # Under jit too where only weights are traced, as where they are learned.
+            with jax.ensure_compile_time_eval():
+                magnitudes = {path: self.score(path, i) for path in self.paths}
+                rows.append([threshold.threshold(magnitudes, int(k))[0] if k > 0 else math.inf for k in row])
         return jnp.asarray(rows, jnp.float32)
 
 

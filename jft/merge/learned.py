@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -187,11 +188,18 @@ def result(
     return TaskVector({path: Dense(scale * x) for path, x in deltas.items()}, manifest)
 
 
-def check_data(data: str) -> None:
-    """``ValueError`` unless ``data`` names what is looked at; learning on test data without saying so is a usual mistake."""
+def check_data(data: str, allow_test: bool = True) -> None:
+    """``ValueError`` unless ``data`` names what is looked at; learning on test data without saying so is a usual mistake.
+
+    allow_test: whether the name may say, by a word ``test``, that these are test data.
+    """
     if not isinstance(data, str) or not data.strip():
         raise ValueError(
             f"data is {data!r}; name the data that the coefficients are learned on: data='mnist/train[:1%]'"
+        )
+    if not allow_test and re.search(r"(?<![a-z])test(s|ing|set)?(?![a-z])", data.lower()):
+        raise ValueError(
+            f"data is {data!r}: coefficients are not chosen on test data; name validation data, or say allow_test=True"
         )
 
 
