@@ -24,7 +24,6 @@ import numpy as np
 
 import jft
 
-
 # jft's method and its options, and what torch's side trains: there block-sparse training has no peer, LoRA is what people use.
 METHODS = {
     "full": ("full", {}, "full"),

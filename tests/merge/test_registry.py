@@ -14,7 +14,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "merging.md"
 # What is no rule: types, the search for coefficients, parts of rules.
 OTHERS = {
     *("COMPRESSIONS", "RULES", "MergingRule", "Rule", "Search", "Tensor", "register", "weights_of"),
-    *("search", "addition_row", "addition_search", "negation_row", "negation_search"),
+    *("GRID", "search", "addition_row", "addition_search", "addition_measure"),
+    *("negation_row", "negation_search", "negation_measure", "product", "draws", "constrained"),
     *("entropy", "cross_entropy", "relative_gap", "explained_variance"),
 }
 MUTATIONS = [
