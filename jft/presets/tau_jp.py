@@ -23,7 +23,10 @@ CARD = Card(
     formula="loss + weight * mean over other tasks and examples of |J(x; theta0) tau|^2, a batch of each task at each step",
     follows="paper; form='norm' is the code, which takes the norm, not its square",
     code="katoro8989/tau-Jp_Task_Arithmetic@53f4276, finetune_reg_strict.py; linearize.py:dp",
-    departs="Batches are drawn with replacement (code: in order, from step penalty_iter on); at tau = 0 the norm's derivative is 0.",
+    departs=(
+        "Batches are drawn with replacement (code: in order, from step penalty_iter on); at tau = 0 the norm has derivative 0. "
+        "The default weight is a choice of ours."
+    ),
     check="value and gradient of both forms against a dense Jacobian in float64",
     defaults={"form": ("squared", "norm")},
 )

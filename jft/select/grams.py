@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -191,17 +191,25 @@ def factors(calibration: Calibration, batches: int) -> dict[str, dict[str, Array
 
 
 def jacobian_factors(
-    calibration: Calibration, batches: int, draws: int = 1, site: str | None = None
+    calibration: Calibration,
+    batches: int,
+    draws: int = 1,
+    site: str | None = None,
+    tokens: Literal["mean", "sum"] = "mean",
 ) -> tuple[dict[str, dict[str, Array]], float]:
     """``({path: {"inputs": [..., I + 1, I + 1], "outputs": [..., O, O]}}, examples)`` of the Jacobian's Gram ``E J^T J``.
 
-    inputs: mean over real tokens of ``(x, 1)^T (x, 1)``, the 1 being the input of the bias. outputs: mean over examples of the
-    sum over tokens of ``g^T g``, g the gradient of ``v^T f`` in the product's outputs, f the outputs of the model or its value
-    at ``site``, and v standard normal, ``draws`` of each batch; ``draws=0`` sums over all unit vectors: exact, one backward
-    pass for each output of an example. The Kronecker product is exact for one layer, whose Jacobian is the same everywhere
-    (K-FAC, Martens and Grosse 2015, arXiv:1503.05671; of tokens "expand", Eschenhagen et al. 2023, arXiv:2311.00636).
-    Raises as :func:`grams`, and for a negative number of draws.
+    inputs: mean over real tokens of ``(x, 1)^T (x, 1)``, the 1 being the input of the bias. outputs: of ``g^T g`` the mean over
+    tokens, as TAK's code has it, or with tokens ``sum`` the sum over those of an example, whose product is K-FAC's own; g the
+    gradient of ``v^T f`` in the product's outputs, f the outputs of the model or its value at ``site``, and v standard normal,
+    ``draws`` of each batch; ``draws=0`` sums over all unit vectors: exact, one backward pass for each output of an example.
+    The Kronecker product is exact for one linear layer of one token (K-FAC, Martens and Grosse 2015, arXiv:1503.05671; of
+    tokens "expand", Eschenhagen et al. 2023, arXiv:2311.00636).
+
+    Raises as :func:`grams`, and for a negative number of draws or unknown ``tokens``.
     """
+    if tokens not in ("mean", "sum"):
+        raise ValueError(f"tokens is {tokens!r}; choose mean or sum")
     if draws < 0:
         raise ValueError(f"draws is {draws}; give how many vectors are drawn, or 0 for the exact sum")
     names = _names(calibration.paths)
@@ -209,10 +217,12 @@ def jacobian_factors(
     sums = calibration.sums(compute, batches, calibration.key)
     _check(names, sums)
     examples = float(jnp.ravel(next(iter(sums.values()))[3])[0])
-    return {
-        path: {"inputs": _mean(sums[n][0], sums[n][2]), "outputs": sums[n][1] / max(examples, 1.0)}
-        for path, n in names.items()
-    }, examples
+    out = {}
+    for path, name in names.items():
+        inputs, outputs, count, _ = sums[name]
+        outputs = _mean(outputs, count) if tokens == "mean" else outputs / max(examples, 1.0)
+        out[path] = {"inputs": _mean(inputs, count), "outputs": outputs}
+    return out, examples
 
 
 def _names(paths: Iterable[str]) -> dict[str, str]:

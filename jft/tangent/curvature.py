@@ -1,4 +1,4 @@
-"""`Curvature`: the Gram matrix of a model's Jacobian over a task's data, as Kronecker factors, one file beside a task vector."""
+"""`Curvature`: the Gram matrix of a model's Jacobian over a task's data, as Kronecker factors, in a file of its own."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ class Curvature:
         """Raise :class:`jft.delta.manifest.BaseMismatch` unless ``params`` are the base bit for bit."""
         found = tree.fingerprint(params)
         if found != self.base:
-            raise BaseMismatch(f"the curvature is of a base with fingerprint {self.base}; these parameters have {found}")
+            raise BaseMismatch(
+                f"the curvature is of a base with fingerprint {self.base}; these parameters have {found}"
+            )
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, whole or not at all: tensors ``PATH|inputs`` and ``PATH|outputs``."""
@@ -73,7 +75,7 @@ class Curvature:
             if header.get("format") != FORMAT or header["version"] > VERSION:
                 raise ValueError(f"{path} is no curvature of version {VERSION} or lower")
             factors: dict[str, dict[str, Array]] = {}
-            for key in handle.keys():
+            for key in handle.keys():  # noqa: SIM118 (no mapping)
                 name, field = key.rsplit("|", 1)
                 factors.setdefault(name, {})[field] = jnp.asarray(handle.get_tensor(key))
         return cls(dict(sorted(factors.items())), header["examples"], header["base"])
@@ -104,9 +106,9 @@ def merged(curvatures: Sequence[Curvature]) -> Curvature:
 
 def _quadratic(A: Array, B: Array, w: Array | None, b: Array | None) -> Array:
     """``sum over stacked matrices of tr(D^T A D B)``, D of ``w`` above ``b``."""
-    lead, I, O = A.shape[:-2], A.shape[-1] - 1, B.shape[-1]
-    w = jnp.zeros((*lead, I, O)) if w is None else w
-    b = jnp.zeros((*lead, O)) if b is None else b
+    lead, rows, columns = A.shape[:-2], A.shape[-1] - 1, B.shape[-1]
+    w = jnp.zeros((*lead, rows, columns)) if w is None else w
+    b = jnp.zeros((*lead, columns)) if b is None else b
     D = jnp.concatenate([w, b[..., None, :]], axis=-2)
     # HIGHEST: a quadratic form of nearly cancelling terms.
     left = jnp.einsum("...ij,...jo->...io", A, D, precision="highest")

@@ -14,14 +14,24 @@ from jft.presets.tau_jp import JacobianProduct
 from jft.select.grams import jacobian_factors
 from jft.tangent.curvature import Curvature, merged
 from jft.train.calibration import RunCalibration
+from jft.train.objectives import Classification
 from tests.methods import toy
 
 MUTATIONS = (
     ("jft/tangent/curvature.py", '"...ij,...jo->...io"', '"...ji,...io->...jo"'),
     ("jft/tangent/curvature.py", "shares = [c.examples / examples", "shares = [1 / len(curvatures)"),
-    ("jft/tangent/curvature.py", "D = jnp.concatenate([w, b[..., None, :]]", "D = jnp.concatenate([w, 0 * b[..., None, :]]"),
-    ("jft/select/grams.py", "jnp.concatenate([x, jnp.ones_like(x[..., :1])]", "jnp.concatenate([x, jnp.zeros_like(x[..., :1])]"),
-    ("jft/select/grams.py", '"outputs": sums[n][1] / max(examples, 1.0)', '"outputs": sums[n][1]'),
+    (
+        "jft/tangent/curvature.py",
+        "D = jnp.concatenate([w, b[..., None, :]]",
+        "D = jnp.concatenate([w, 0 * b[..., None, :]]",
+    ),
+    (
+        "jft/select/grams.py",
+        "jnp.concatenate([x, jnp.ones_like(x[..., :1])]",
+        "jnp.concatenate([x, jnp.zeros_like(x[..., :1])]",
+    ),
+    ("jft/select/grams.py", "outputs / max(examples, 1.0)", "outputs"),
+    ("jft/select/grams.py", '_mean(outputs, count) if tokens == "mean"', 'outputs / examples if tokens == "mean"'),
     ("jft/select/grams.py", "outputs.shape) / math.sqrt(self.draws)", "outputs.shape)"),
     ("jft/presets/tak.py", "c.examples / total * c(changes)", "c(changes)"),
     ("jft/presets/tak.py", "curvature.verify(params)", "pass"),
@@ -85,12 +95,11 @@ def explicit(curvature, tau):
     for path, factor in curvature.factors.items():
         A, B, w = (wide(x) for x in (factor["inputs"], factor["outputs"], tau[path]))
         b = wide(tau.get(path[:-1] + "b", np.zeros((*w.shape[:-2], w.shape[-1]))))
-        shape = (-1, *w.shape[-2:])
-        for A, B, w, b in zip(
-            A.reshape(-1, *A.shape[-2:]), B.reshape(-1, *B.shape[-2:]), w.reshape(shape), b.reshape(-1, w.shape[-1]), strict=True
-        ):
-            d = np.concatenate([w, b[None]]).ravel()
-            total += d @ np.kron(A, B) @ d
+        I, O = w.shape[-2:]  # noqa: E741
+        stacks = A.reshape(-1, I + 1, I + 1), B.reshape(-1, O, O), w.reshape(-1, I, O), b.reshape(-1, 1, O)
+        for one_A, one_B, one_w, one_b in zip(*stacks, strict=True):
+            d = np.concatenate([one_w, one_b]).ravel()
+            total += d @ np.kron(one_A, one_B) @ d
     return total
 
 
@@ -122,13 +131,67 @@ def test_draws_agree_on_average(exact):
         curvature(draws=-1)
 
 
+def test_tokens_add_up_or_have_a_mean():
+    """Three tokens in each example: the sum is three times the mean."""
+    batches = [{"x": np.random.default_rng(i).normal(size=(2, 3, 8)).astype(np.float32)} for i in range(2)]
+    calibration = RunCalibration(MODEL, PARAMS, ("head/w",), Nothing(), batches)
+    (mean, examples), (total, _) = (jacobian_factors(calibration, 2, 0, tokens=t)[:2] for t in ("mean", "sum"))
+    assert examples == 4
+    np.testing.assert_allclose(total["head/w"]["outputs"], np.eye(5) * 3, atol=1e-6)
+    np.testing.assert_allclose(mean["head/w"]["outputs"], np.eye(5), atol=1e-6)
+    with pytest.raises(ValueError, match="tokens is 'all'"):
+        jacobian_factors(calibration, 1, tokens="all")
+
+
+def test_runs_take_both_from_files(exact, tmp_path):
+    """Two steps of each differ from those without a penalty; of another base the curvature is refused."""
+    exact.save(tmp_path / "c.safetensors")
+    np.savez(tmp_path / "d.npz", x=np.stack([b["x"] for b in data(5)]))
+    methods = (
+        jft.method("tak", curvature=str(tmp_path / "c.safetensors"), weight=0.5),
+        jft.method("tau_jp", data=str(tmp_path / "d.npz"), weight=0.5, form="norm"),
+        jft.method("linearized"),
+    )
+    batches = [{**b, "labels": np.array([0, 1, 2, 3], np.int32)} for b in data(0)]
+    ends = []
+    for method in methods:
+        run = jft.finetune(
+            MODEL,
+            PARAMS,
+            batches,
+            steps=2,
+            method=method,
+            objective=Classification(),
+            optimizer={"lr": 1e-2},
+            log={"progress": False},
+        )
+        ends.append(run.params)
+    for other in ends[:2]:
+        same = jax.tree.map(np.array_equal, other, ends[2])
+        assert not all(jax.tree.leaves(same))
+    assert all(np.all(np.isfinite(x)) for e in ends for x in jax.tree.leaves(e))
+    with pytest.raises(BaseMismatch):
+        jft.finetune(
+            MODEL,
+            jax.tree.map(lambda x: x + 1, PARAMS),
+            batches,
+            steps=1,
+            method=methods[0],
+            objective=Classification(),
+        )
+
+
 def test_merged_and_file(exact, tmp_path):
     other = curvature(5, rows=2)
     both = merged([exact, other])
     for path in MATRICES:
         a, b = (c.factors[path] for c in (exact, other))
-        np.testing.assert_allclose(both.factors[path]["inputs"], (8 * wide(a["inputs"]) + 4 * wide(b["inputs"])) / 12, rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(both.factors[path]["outputs"], wide(a["outputs"]) + wide(b["outputs"]), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            both.factors[path]["inputs"], (8 * wide(a["inputs"]) + 4 * wide(b["inputs"])) / 12, rtol=1e-4, atol=1e-6
+        )
+        np.testing.assert_allclose(
+            both.factors[path]["outputs"], wide(a["outputs"]) + wide(b["outputs"]), rtol=1e-4, atol=1e-6
+        )
     assert both.examples == 12
     both.save(tmp_path / "c.safetensors")
     again = Curvature.load(tmp_path / "c.safetensors")
@@ -153,7 +216,9 @@ def test_penalty_value_and_gradient(exact, tmp_path):
     for path in ("layers/up/w", "layers/up/b", "head/w"):
         step = np.random.default_rng(3).normal(size=tau[path].shape)
         moved = [{**tau, path: wide(tau[path]) + s * step} for s in (0.5, -0.5)]
-        np.testing.assert_allclose((wide(gradient[path]) * step).sum(), expected(moved[0]) - expected(moved[1]), rtol=1e-3)
+        np.testing.assert_allclose(
+            (wide(gradient[path]) * step).sum(), expected(moved[0]) - expected(moved[1]), rtol=1e-3
+        )
     plan, kept, tau = planned(Drift(3.0, (exact, other)))
     np.testing.assert_allclose(plan.penalty(kept, tau), 3 * explicit(merged([exact, other]), tau), rtol=1e-5)
     with pytest.raises(BaseMismatch):
