@@ -46,6 +46,8 @@ class Drift:
 
     def fitted(self, params: Any, model: Any) -> Drift:
         """Merged, and verified where ``params`` are arrays rather than shapes."""
+        if not self.curvatures:
+            raise ValueError("no curvature of another task; give curvature=, the files that Curvature.save wrote")
         arrays = all(hasattr(x, "__array__") and not isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params))
         for curvature in self.curvatures if arrays else ():
             curvature.verify(params)
@@ -74,5 +76,4 @@ def tak(curvature: Patterns = (), weight: float = 500.0, merge: bool = True) -> 
     other tasks is needed. merge: keep one pair of factors whatever the number of tasks.
     """
     loaded = tuple(Curvature.load(path) for path in patterns(curvature))
-    penalties = (Drift(weight, loaded, merge),) if loaded else ()
-    return Method(Select(), InPlace(), penalties=penalties, forward="linearized")
+    return Method(Select(), InPlace(), penalties=(Drift(weight, loaded, merge),), forward="linearized")

@@ -54,6 +54,8 @@ class JacobianProduct:
 
     def fitted(self, params: Any, model: Any) -> JacobianProduct:
         """The same with the model."""
+        if not self.tasks:
+            raise ValueError("no data of another task; give data=, .npz files of stacked batches")
         return dataclasses.replace(self, model=model)
 
     def __call__(
@@ -69,7 +71,7 @@ class JacobianProduct:
             moved = plan.derivative(apply, kept, trained, jax.tree.map(lambda x, at=at: jnp.asarray(x)[at], task))
             squares = jnp.sum(jnp.square(moved.astype(jnp.float32)), axis=tuple(range(1, moved.ndim)))
             total = total + jnp.mean(squares if self.form == "squared" else _root(squares))
-        return self.weight / max(len(self.tasks), 1) * total
+        return self.weight / len(self.tasks) * total
 
 
 def _root(x: jax.Array) -> jax.Array:
@@ -88,5 +90,4 @@ def tau_jp(data: Patterns = (), weight: float = 1.0, form: Form = "squared") -> 
     for path in patterns(data):
         with np.load(path) as file:
             tasks.append({name: file[name] for name in file.files})
-    penalties = (JacobianProduct(weight, tuple(tasks), form),) if tasks else ()
-    return Method(Select(), InPlace(), penalties=penalties, forward="linearized")
+    return Method(Select(), InPlace(), penalties=(JacobianProduct(weight, tuple(tasks), form),), forward="linearized")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -96,12 +97,16 @@ def merged(curvatures: Sequence[Curvature]) -> Curvature:
     shares = [c.examples / examples for c in curvatures]
     factors = {
         path: {
-            "inputs": sum(s * c.factors[path]["inputs"] for s, c in zip(shares, curvatures, strict=True)),
-            "outputs": sum(c.factors[path]["outputs"] for c in curvatures),
+            "inputs": _weighted(shares, [c.factors[path]["inputs"] for c in curvatures]),
+            "outputs": _weighted([1.0] * len(curvatures), [c.factors[path]["outputs"] for c in curvatures]),
         }
         for path in first.factors
     }
     return Curvature(factors, examples, first.base)
+
+
+def _weighted(weights: Sequence[float], arrays: Sequence[Array]) -> Array:
+    return functools.reduce(jnp.add, [c * x for c, x in zip(weights, arrays, strict=True)])
 
 
 def _quadratic(A: Array, B: Array, w: Array | None, b: Array | None) -> Array:
