@@ -114,9 +114,14 @@ class Method:
             for p in shapes
             if p in leaves
         }
-        plan = Plan(self, ordered, tuple(shapes), jax.tree.structure(params), structured=stacked)
+        plan = Plan(self._held(params, model), ordered, tuple(shapes), jax.tree.structure(params), structured=stacked)
         # Both may measure the change from the base; without them a second copy of the weights is not kept.
         return plan.anchored() if self.penalties or self.rule else plan
+
+    def _held(self, params: Any, model: Any) -> Method:
+        """The same where penalties have looked at the base and the model, if they want to (``fitted(params, model)``)."""
+        fitted = tuple(x.fitted(params, model) if hasattr(x, "fitted") else x for x in self.penalties)
+        return self if fitted == self.penalties else dataclasses.replace(self, penalties=fitted)
 
     def fitted(self, params: Any) -> Method:
         """The method of a run that trains ``params`` (arrays or shapes): with its schedule fitted to them."""
@@ -315,16 +320,26 @@ class Plan:
         """What the model gives for ``batch``, by the method's forward pass; differentiable in ``trained``, as :meth:`bind`."""
         if self.method.forward == "standard":
             return apply(self.bind(kept, trained, dtype, key), batch)
+        tangents, build = self._direction(kept, trained, key)
+        until = self.method.until
+        # Beyond ``until`` the model is the ordinary one, at the changed weights.
+        after = None if until is None else self.bind(kept, trained, dtype, key)
+        return tangent.forward(apply, build, tangents, batch, until, after)
+
+    def _direction(self, kept: Mapping[str, Any], trained: Mapping[str, Any], key: jax.Array | None = None) -> Any:
+        """The weights that move, and the parameters from those."""
         tangents = {p: self.leaves[p].tangent(kept[p], self.values(trained, p), self._noise(p, key)) for p in trained}
 
         def build(weights: Mapping[str, Any]) -> Any:
             seen = {p: delta.changed.as_seen(w, self._takes_structured(p)) for p, w in weights.items()}
             return jax.tree.unflatten(self.structure, [seen[p] if p in seen else kept[p] for p in self.paths])
 
-        until = self.method.until
-        # Beyond ``until`` the model is the ordinary one, at the changed weights.
-        after = None if until is None else self.bind(kept, trained, dtype, key)
-        return tangent.forward(apply, build, tangents, batch, until, after)
+        return tangents, build
+
+    def derivative(self, apply: Any, kept: Mapping[str, Any], trained: Mapping[str, Any], batch: Any) -> Any:
+        """``J(theta0) tau`` of a linearized method, at its site ``until`` or the outputs; differentiable in ``trained``."""
+        tangents, build = self._direction(kept, trained)
+        return tangent.pair(apply, build, tangents, batch, self.method.until)[1]
 
     def base(self, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> Any:
         """The parameters before training, where everything that trains keeps them."""

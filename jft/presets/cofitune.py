@@ -21,7 +21,7 @@ from jft.methods.registry import register
 from jft.methods.select import Select
 from jft.methods.update_rules import Rule
 from jft.models.core import Hooks
-from jft.select.activations import hookable, real, rows
+from jft.select.activations import fingerprint, hookable, real, rows
 from jft.select.calibration import Calibration
 from jft.select.layers import Between, Choice, Table, table_of
 from jft.tree import Patterns, patterns
@@ -50,7 +50,7 @@ class _Gradients:
 
     def __call__(self, params: Any, batch: Any, key: Array, gates: Any) -> Any:
         # ``sums`` passes every batch the same key.
-        key = jax.random.fold_in(key, _fingerprint(batch))
+        key = jax.random.fold_in(key, fingerprint(batch))
         size = len(rows(batch))
         # A gate for each example, so that one backward pass gives the gradients of each: examples do not meet.
         each = jax.tree.map(lambda g: jnp.repeat(g[:, None], size, axis=1), gates)
@@ -94,14 +94,6 @@ def _dropped(key: Array, rate: float, x: Array) -> Array:
 def _broad(gate: Array, x: Array) -> Array:
     """A gate ``[B, units]`` of ``x[B, ..., units]``."""
     return gate.reshape(len(gate), *(1,) * (x.ndim - 2), -1).astype(x.dtype)
-
-
-def _fingerprint(batch: Any) -> Array:
-    """A number that batches differ in, so that each has noise of its own."""
-    leaves = [x for x in jax.tree.leaves(batch) if x.ndim]
-    # The bits of floats: a cast to integers would make all images between 0 and 1 the same.
-    bits = [jax.lax.bitcast_convert_type(x, jnp.int32) if x.dtype.itemsize == 4 else x for x in leaves]
-    return sum((jnp.sum(b.astype(jnp.uint32)) for b in bits), jnp.uint32(0))
 
 
 def importance(calibration: Calibration, batches: int, rate: float = 0.003, size: Size = "signed") -> dict[str, Array]:

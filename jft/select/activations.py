@@ -51,6 +51,14 @@ def real(name: str, shape: tuple[int, ...], batch: Any) -> Array:
     return keep if shape == keep.shape else jnp.broadcast_to(keep.reshape(-1), shape)
 
 
+def fingerprint(batch: Any) -> Array:
+    """A number that batches differ in, so that each has noise of its own."""
+    leaves = [x for x in jax.tree.leaves(batch) if x.ndim]
+    # The bits of floats: a cast to integers would make all images between 0 and 1 the same.
+    bits = [jax.lax.bitcast_convert_type(x, jnp.int32) if x.dtype.itemsize == 4 else x for x in leaves]
+    return sum((jnp.sum(b.astype(jnp.uint32)) for b in bits), jnp.uint32(0))
+
+
 def hookable(calibration: Calibration) -> Any:
     """The model of a calibration, which has to be one of those that take hooks."""
     if not is_jft_model(calibration.model):

@@ -6,15 +6,17 @@ Read through :class:`jft.models.core.Hooks`, so they need one of jft's models. P
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jft.dot import dot
 from jft.models.core import Hooks
-from jft.select.activations import hookable, real
+from jft.select.activations import fingerprint, hookable, real, rows
 from jft.select.calibration import Calibration
 
 Array = jax.Array
@@ -62,30 +64,84 @@ class _Factors:
     names: frozenset[str]
 
     def __call__(self, params: Any, batch: Any) -> Any:
-        def loss(probes: Any) -> tuple[Array, Any]:
-            def product(name: str, x: Array, w: Any, state: Any) -> tuple[Array, Any]:
-                y = dot(x, w)
-                if name not in self.names:
-                    return y, None
-                return _identity(_rows(name, y), state).reshape(y.shape), _gram(name, x, batch)
+        pass_ = functools.partial(_tapped, self.model, self.names, params, batch)
 
-            outputs, reads = self.model.apply(params, batch, Hooks(product=product, state=probes))
+        def loss(probes: Any) -> tuple[Array, Any]:
+            outputs, reads = pass_(probes)
             return self.objective.loss(outputs, batch)[0], reads
 
-        shapes = jax.eval_shape(self._widths, params, batch)
-        probes = {name: jnp.zeros((*x.shape, x.shape[-1]), jnp.float32) for name, x in shapes.items()}
         # Of a probe the "gradient" is the second moment of the gradient in its product's outputs.
-        moments, reads = jax.grad(loss, has_aux=True)(probes)
+        moments, reads = jax.grad(loss, has_aux=True)(_probes(self.model, self.names, params, batch))
         return {name: (gram, moments[name], tokens) for name, (gram, tokens) in reads.items()}
 
-    def _widths(self, params: Any, batch: Any) -> Any:
-        """One row of outputs of each product, ``[L, O]`` or ``[L, E, O]``."""
 
-        def product(name: str, x: Array, w: Any, state: Any) -> tuple[Array, Any]:
-            y = dot(x, w)
-            return y, _rows(name, y)[..., 0, :] if name in self.names else None
+@dataclasses.dataclass(frozen=True)
+class _JacobianFactors:
+    """Sums of the Gram of inputs with a 1 appended, and of ``g^T g``, g the gradients of ``v^T f``; tokens and examples.
 
-        return self.model.apply(params, batch, Hooks(product=product))[1]
+    draws: of v, standard normal, whose mean is taken; 0: all unit vectors in its place, whose sum is.
+    """
+
+    model: Any
+    names: frozenset[str]
+    draws: int
+    site: str | None
+
+    def __call__(self, params: Any, batch: Any, key: Array) -> Any:
+        pass_ = functools.partial(_tapped, self.model, self.names, params, batch, site=self.site, bias=True)
+        outputs, pull, reads = jax.vjp(pass_, _probes(self.model, self.names, params, batch), has_aux=True)
+        counts = real("", outputs.shape[:-1], batch)[..., None]
+        # ``sums`` passes every batch the same key.
+        key = jax.random.fold_in(key, fingerprint(batch))
+        size = math.prod(outputs.shape[1:])
+
+        def along(index: Array) -> Any:
+            if self.draws:
+                v = jax.random.normal(jax.random.fold_in(key, index), outputs.shape) / math.sqrt(self.draws)
+            else:
+                v = jnp.broadcast_to(jax.nn.one_hot(index, size).reshape(outputs.shape[1:]), outputs.shape)
+            return pull((v * counts).astype(outputs.dtype))[0]
+
+        add = lambda total, index: (jax.tree.map(jnp.add, total, along(index)), None)
+        zeros = jax.tree.map(jnp.zeros_like, _probes(self.model, self.names, params, batch))
+        moments = jax.lax.scan(add, zeros, jnp.arange(self.draws or size))[0]
+        return {n: (gram, moments[n], tokens, jnp.sum(rows(batch))) for n, (gram, tokens) in reads.items()}
+
+
+def _tapped(
+    model: Any, names: frozenset[str], params: Any, batch: Any, probes: Any, site: str | None = None, bias: bool = False
+) -> tuple[Array, Any]:
+    """Outputs (or the value at ``site``) whose derivative in probes is a second moment, and the Grams of what is read."""
+
+    def product(name: str, x: Array, w: Any, state: Any) -> tuple[Array, Any]:
+        y = dot(x, w)
+        if name not in names:
+            return y, None
+        # The input of a bias is 1.
+        read = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1) if bias else x
+        return _identity(_rows(name, y), state).reshape(y.shape), _gram(name, read, batch)
+
+    def value(name: str, h: Array, state: Any) -> tuple[Array, Any]:
+        return h, h if name == site else None
+
+    hooks = Hooks(product=product, state=probes) if site is None else Hooks(product, value, probes)
+    outputs, reads = model.apply(params, batch, hooks)
+    if site is None:
+        return outputs, reads
+    if site not in reads:
+        raise ValueError(f"the model has no site {site!r}")
+    return reads[site], {name: x for name, x in reads.items() if name in names}
+
+
+def _probes(model: Any, names: frozenset[str], params: Any, batch: Any) -> dict[str, Array]:
+    """Zeros ``[..., O, O]`` for each product."""
+
+    def product(name: str, x: Array, w: Any, state: Any) -> tuple[Array, Any]:
+        y = dot(x, w)
+        return y, _rows(name, y)[..., 0, :] if name in names else None
+
+    shapes = jax.eval_shape(lambda p, b: model.apply(p, b, Hooks(product=product))[1], params, batch)
+    return {name: jnp.zeros((*x.shape, x.shape[-1]), jnp.float32) for name, x in shapes.items()}
 
 
 @jax.custom_vjp
@@ -132,6 +188,41 @@ def factors(calibration: Calibration, batches: int) -> dict[str, dict[str, Array
         path: {"inputs": _mean(sums[name][0], sums[name][2]), "outputs": _mean(sums[name][1], sums[name][2])}
         for path, name in names.items()
     }
+
+
+def jacobian_factors(
+    calibration: Calibration,
+    batches: int,
+    draws: int = 1,
+    site: str | None = None,
+    tokens: Literal["mean", "sum"] = "mean",
+) -> tuple[dict[str, dict[str, Array]], float]:
+    """``({path: {"inputs": [..., I + 1, I + 1], "outputs": [..., O, O]}}, examples)`` of the Jacobian's Gram ``E J^T J``.
+
+    inputs: mean over real tokens of ``(x, 1)^T (x, 1)``, the 1 being the input of the bias. outputs: of ``g^T g`` the mean over
+    tokens, as TAK's code has it, or with tokens ``sum`` the sum over those of an example, whose product is K-FAC's own; g the
+    gradient of ``v^T f`` in the product's outputs, f the outputs of the model or its value at ``site``, and v standard normal,
+    ``draws`` of each batch; ``draws=0`` sums over all unit vectors: exact, one backward pass for each output of an example.
+    The Kronecker product is exact for one linear layer of one token (K-FAC, Martens and Grosse 2015, arXiv:1503.05671; of
+    tokens "expand", Eschenhagen et al. 2023, arXiv:2311.00636).
+
+    Raises as :func:`grams`, and for a negative number of draws or unknown ``tokens``.
+    """
+    if tokens not in ("mean", "sum"):
+        raise ValueError(f"tokens is {tokens!r}; choose mean or sum")
+    if draws < 0:
+        raise ValueError(f"draws is {draws}; give how many vectors are drawn, or 0 for the exact sum")
+    names = _names(calibration.paths)
+    compute = _JacobianFactors(hookable(calibration), frozenset(names.values()), draws, site)
+    sums = calibration.sums(compute, batches, calibration.key)
+    _check(names, sums)
+    examples = float(jnp.ravel(next(iter(sums.values()))[3])[0])
+    out = {}
+    for path, name in names.items():
+        inputs, outputs, count, _ = sums[name]
+        outputs = _mean(outputs, count) if tokens == "mean" else outputs / max(examples, 1.0)
+        out[path] = {"inputs": _mean(inputs, count), "outputs": outputs}
+    return out, examples
 
 
 def _names(paths: Iterable[str]) -> dict[str, str]:

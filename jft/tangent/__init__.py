@@ -1,5 +1,6 @@
 """Tangent space: models linearized at their base, ``f(theta0) + J(theta0) tau``, and what can be done with them."""
 
+from jft.tangent.curvature import Curvature, merged
 from jft.tangent.fisher import fisher_diagonal, squared_batch_sums
 from jft.tangent.kernel import KernelCost, KernelProduct, kernel, kernel_cost
 from jft.tangent.linearization import Linearized, check_forward_mode, entered, forward, linearize, pair, together
@@ -8,6 +9,7 @@ from jft.tangent.spectrum import Spectrum, local_energy, localisation, spectrum,
 from jft.tangent.sweep import by_layers, by_paths, combined, readings, sweep, tangents
 
 __all__ = [
+    "Curvature",
     "KernelCost",
     "KernelProduct",
     "LeastSquares",
@@ -28,6 +30,7 @@ __all__ = [
     "linearize",
     "local_energy",
     "localisation",
+    "merged",
     "pair",
     "readings",
     "ridge",

@@ -114,8 +114,8 @@ TEXTS = {
     "esft": ({"p": 0.6, "batches": 2}, 5e-3, "experts"),
     "sparse_memory": ({"slots": 64, "every": 0}, 5e-2, "memory"),
 }
-# Presets that need a tuned model or two towers have runs of their own.
-OTHERS = {"rl_subnetwork", "skip_tuning"}
+# Presets that need a tuned model, two towers or other tasks have runs of their own.
+OTHERS = {"rl_subnetwork", "skip_tuning", "tak", "tau_jp"}
 
 
 def optimizer(lr):
