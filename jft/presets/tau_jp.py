@@ -20,22 +20,25 @@ from jft.tree import Patterns, patterns
 Form = Literal["squared", "norm"]
 
 CARD = Card(
-    formula="loss + weight * mean over other tasks and examples of |J(x; theta0) tau|^2, a batch of each task at each step",
-    follows="paper; form='norm' is the code, which takes the norm, not its square",
+    formula="loss + weight * mean over other tasks and examples of |J(x; theta0) tau|, a batch of each task at each step",
+    follows=(
+        "The code, which takes the norm; form='squared' is the penalty as arXiv:2602.17385 tells it, whose Kronecker factors "
+        "(preset tak) stand for it. The paper's own text was not at hand."
+    ),
     code="katoro8989/tau-Jp_Task_Arithmetic@53f4276, finetune_reg_strict.py; linearize.py:dp",
     departs=(
         "Batches are drawn with replacement (code: in order, from step penalty_iter on); at tau = 0 the norm has derivative 0. "
         "The default weight is a choice of ours."
     ),
     check="value and gradient of both forms against a dense Jacobian in float64",
-    defaults={"form": ("squared", "norm")},
+    defaults={"form": ("-", "norm")},
 )
 
 
 # Compared by identity: arrays have no hash.
 @dataclasses.dataclass(frozen=True, eq=False)
 class JacobianProduct:
-    """``weight * mean over tasks of E |J(x) tau|^2`` (or ``norm``: of ``|J(x) tau|``) on one batch of each task.
+    """``weight * mean over tasks of E |J(x) tau|`` (``squared``: of ``|J(x) tau|^2``) on one batch of each task.
 
     tasks: for each a pytree of arrays ``[batches, B, ...]``, of which a step draws one; without a key the first. model: whose
     ``apply`` is differentiated; known from the plan.
@@ -43,7 +46,7 @@ class JacobianProduct:
 
     weight: float
     tasks: tuple[Any, ...]
-    form: Form = "squared"
+    form: Form = "norm"
     model: Any = None
     random = True
 
@@ -80,11 +83,11 @@ def _root(x: jax.Array) -> jax.Array:
 
 
 @register("tau_jp", paper="Yoshida et al. 2025, ICLR", card=CARD)
-def tau_jp(data: Patterns = (), weight: float = 1.0, form: Form = "squared") -> Method:
-    """Train the linearized model where moving its outputs on other tasks' inputs costs ``weight * |J(x) tau|^2``.
+def tau_jp(data: Patterns = (), weight: float = 1.0, form: Form = "norm") -> Method:
+    """Train the linearized model where moving its outputs on other tasks' inputs costs ``weight * |J(x) tau|``.
 
     data: for each other task an ``.npz`` file, its arrays the fields of a batch, stacked ``[batches, B, ...]``; no targets are
-    needed. form: ``squared``, or ``norm`` without the square.
+    needed. form: the ``norm``, or ``squared``.
     """
     tasks = []
     for path in patterns(data):
