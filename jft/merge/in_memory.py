@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -184,11 +185,16 @@ class _Tensors:
         numbers = {name: np.asarray(v, np.float64) for name, v in self.values.items() if _concrete(v)}
         rows = []
         for i, row in enumerate(np.asarray(ranks(size, numbers))):
-            # Under jit too where only weights are traced, as where they are learned.
-            with jax.ensure_compile_time_eval():
+            with self._known():
                 magnitudes = {path: self.score(path, i) for path in self.paths}
                 rows.append([threshold.threshold(magnitudes, int(k))[0] if k > 0 else math.inf for k in row])
         return jnp.asarray(rows, jnp.float32)
+
+    def _known(self) -> contextlib.AbstractContextManager[None]:
+        """The context in which what does not depend on a traced parameter has values, as where weights are learned."""
+        # Only there: it evaluates operation by operation, which arrays on a mesh do not take.
+        traced = any(not _concrete(v) for v in self.values.values())
+        return jax.ensure_compile_time_eval() if traced else contextlib.nullcontext()
 
 
 class _Call(NamedTuple):
