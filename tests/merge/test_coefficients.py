@@ -26,8 +26,8 @@ MUTATIONS = [
     ("jft/merge/coefficients.py", "jax.jit(change)(solution.values, taus)", "jax.jit(change)(start, taus)"),
     (
         "jft/merge/in_memory.py",
-        "with jax.ensure_compile_time_eval():\n                magnitudes",
-        "with jax.named_scope('ranks'):\n                magnitudes",
+        "return jax.ensure_compile_time_eval() if traced",
+        "return contextlib.nullcontext() if traced",
     ),
     (
         "jft/merge/in_memory.py",
