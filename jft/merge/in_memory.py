@@ -97,6 +97,11 @@ class _Tensors:
         self.thresholds: Array | None = None
         self.totals: Any = None
 
+    @property
+    def numbers(self) -> dict[str, np.ndarray]:
+        """The parameters that are known, ``[N]`` float64: what ranks are computed from."""
+        return {name: np.asarray(v, np.float64) for name, v in self.values.items() if _concrete(v)}
+
     def dense(self, path: str) -> tuple[Array, ...]:
         """The delta of ``path`` of every vector, float32."""
         deltas: list[Array | None] = []
@@ -135,8 +140,7 @@ class _Tensors:
         size = self.rule.entries(self.shapes[path][len(stack) :])
         ranks = None
         if self.rule.ranks is not None:
-            numbers = {name: np.asarray(v, np.float64) for name, v in self.values.items() if _concrete(v)}
-            ranks = jnp.asarray(self.rule.ranks(size, numbers), jnp.uint32)
+            ranks = jnp.asarray(self.rule.ranks(size, self.numbers), jnp.uint32)
         call = _Call(
             base=wide(jnp.asarray(self.base[path])) if self.rule.base and self.base is not None else None,
             # Scores do not depend on traced weights, which are not known where entries are ranked.
@@ -182,9 +186,8 @@ class _Tensors:
     def of_model(self, ranks: Callable[[int, Mapping[str, np.ndarray]], np.ndarray]) -> Array:
         """The magnitudes ``[N, R]`` of the ranks among the entries of each whole vector."""
         size = sum(math.prod(shape) for shape in self.shapes.values())
-        numbers = {name: np.asarray(v, np.float64) for name, v in self.values.items() if _concrete(v)}
         rows = []
-        for i, row in enumerate(np.asarray(ranks(size, numbers))):
+        for i, row in enumerate(np.asarray(ranks(size, self.numbers))):
             with self._known():
                 magnitudes = {path: self.score(path, i) for path in self.paths}
                 rows.append([threshold.threshold(magnitudes, int(k))[0] if k > 0 else math.inf for k in row])
@@ -287,8 +290,8 @@ def _base(rule: Rule, taus: Sequence[TaskVector], base: Any) -> dict[str, Array]
             raise ValueError("this rule reads the base; give its parameters: base=params")
         return None
     flat = tree.flatten(base)
-    for tau in taus:
-        manifests.verify(tau.manifest, flat)
+    # Once for all vectors: it reads every weight.
+    manifests.verify({"base": manifests.common_base(tau.manifest for tau in taus)}, flat)
     missing = [path for tau in taus for path in tau if path not in flat]
     if missing:
         raise ValueError(f"a task vector changes {missing[0]!r}, which the base does not have")
