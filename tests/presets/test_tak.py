@@ -8,7 +8,16 @@ import jft
 from jft.delta.manifest import BaseMismatch
 from jft.presets.tak import Drift
 from jft.tangent.curvature import merged
-from tests.tangent.curved import MODEL, PARAMS, curvature, data, explicit, planned, wide
+from tests.tangent.curved import (
+    MODEL,
+    PARAMS,
+    assert_pulled_after_a_step,
+    curvature,
+    explicit,
+    planned,
+    train,
+    wide,
+)
 
 MUTATIONS = (
     ("jft/presets/tak.py", "c.examples / total * c(changes)", "c(changes)"),
@@ -41,14 +50,7 @@ def test_a_run_feels_it(tmp_path):
     """Two steps differ from those without a penalty: at the first, at the base, nothing is pulled."""
     curvature().save(tmp_path / "c.safetensors")
     method = jft.method("tak", curvature=str(tmp_path / "c.safetensors"), weight=0.5)
-    batches = [{**b, "labels": np.array([0, 1, 2, 3], np.int32)} for b in data(0)]
-    train = lambda method, steps, params=PARAMS: jft.finetune(
-        MODEL, params, batches, steps=steps, method=method, optimizer={"lr": 1e-2}, log={"progress": False}
-    )
-    for steps in (1, 2):
-        ends = [train(m, steps).params for m in (method, "linearized")]
-        same = jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.allclose(a, b, rtol=0, atol=1e-7)), *ends))
-        assert all(same) == (steps == 1)
+    assert_pulled_after_a_step(method)
     with pytest.raises(BaseMismatch):
         train(method, 1, jax.tree.map(lambda x: x + 1, PARAMS))
     with pytest.raises(ValueError, match="give curvature="):

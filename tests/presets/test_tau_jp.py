@@ -7,7 +7,7 @@ import pytest
 
 import jft
 from jft.presets.tau_jp import JacobianProduct
-from tests.tangent.curved import MODEL, PARAMS, data, dense, planned, wide
+from tests.tangent.curved import assert_pulled_after_a_step, data, dense, planned, train, wide
 
 MUTATIONS = (
     ("jft/presets/tau_jp.py", "self.weight / len(self.tasks)", "self.weight"),
@@ -40,14 +40,7 @@ def test_a_run_feels_it(tmp_path):
     """Two steps differ from those without a penalty: at the first, at the base, nothing is pulled."""
     np.savez(tmp_path / "d.npz", x=np.stack([b["x"] for b in data(5)]))
     method = jft.method("tau_jp", data=str(tmp_path / "d.npz"), weight=0.5)
-    batches = [{**b, "labels": np.array([0, 1, 2, 3], np.int32)} for b in data(0)]
-    train = lambda method, steps, params=PARAMS: jft.finetune(
-        MODEL, params, batches, steps=steps, method=method, optimizer={"lr": 1e-2}, log={"progress": False}
-    )
-    for steps in (1, 2):
-        ends = [train(m, steps).params for m in (method, "linearized")]
-        same = jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.allclose(a, b, rtol=0, atol=1e-7)), *ends))
-        assert all(same) == (steps == 1)
+    assert_pulled_after_a_step(method)
     with pytest.raises(ValueError, match="give data="):
         train("tau_jp", 1)
     with pytest.raises(ValueError, match="form is 'cube'"):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jft
 from jft import tree
 from jft.methods import InPlace, Method, Select
 from jft.select.grams import jacobian_factors
@@ -67,3 +68,19 @@ def planned(*penalties):
     plan = Method(Select(), InPlace(), penalties=penalties, forward="linearized").plan(PARAMS, MODEL)
     kept, trained = plan.init(jax.random.key(0), PARAMS)
     return plan, kept, {p: jnp.asarray(taus()[p]) for p in trained}
+
+
+def train(method, steps, params=PARAMS):
+    """A run of the model on labelled data."""
+    batches = [{**b, "labels": np.array([0, 1, 2, 3], np.int32)} for b in data(0)]
+    return jft.finetune(
+        MODEL, params, batches, steps=steps, method=method, optimizer={"lr": 1e-2}, log={"progress": False}
+    )
+
+
+def assert_pulled_after_a_step(method):
+    """Runs equal those without the penalty after one step, at whose start nothing has moved, and differ after two."""
+    for steps in (1, 2):
+        ends = [train(m, steps).params for m in (method, "linearized")]
+        same = jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.allclose(a, b, rtol=0, atol=1e-7)), *ends))
+        assert all(same) == (steps == 1)
