@@ -6,13 +6,14 @@ its place in the output. Several threads do that side by side, and share a budge
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -124,8 +125,10 @@ class _Stream:
     """The threads, what they share, and what has to be known of all tensors before the first is merged."""
 
     def __init__(self, seed: int, workers: int):
-        self.key = jax.random.key(seed)
+        self.seed = seed
         self.pool = ThreadPoolExecutor(workers)
+        # Of its own: a thread of a pool that waits for its own pool may wait for ever.
+        self.pieces = ThreadPoolExecutor(workers)
         self.workers = workers
         self.free = threading.Condition()
         self.used = 0
@@ -137,17 +140,30 @@ class _Stream:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.pool.shutdown(cancel_futures=True)
+        for pool in (self.pool, self.pieces):
+            pool.shutdown(cancel_futures=True)
 
     def each(self, jobs: Sequence[Job], function: Callable[[Job], Any]) -> Iterator[Any]:
         """``function(job)`` of every job, in order, a few ahead of what is taken."""
-        futures: list[Future] = []
-        for job in jobs:
-            futures.append(self.pool.submit(function, job))
+        return self._ahead(self.pool, jobs, function)
+
+    @functools.cached_property
+    def key(self) -> jax.Array:
+        """The key of random masks; sums need none, and then no device is looked for."""
+        return jax.random.key(self.seed)
+
+    def within(self, job: Job, items: Iterable[Any], function: Callable[[Any], Any]) -> Iterator[Any]:
+        """``function(item)`` of every item in order, side by side where the tensor is large: it may have the memory alone."""
+        return self._ahead(self.pieces, items, function) if job.size > CHUNKS[-1] else map(function, items)
+
+    def _ahead(self, pool: ThreadPoolExecutor, items: Iterable[Any], function: Callable[[Any], Any]) -> Iterator[Any]:
+        futures: collections.deque[Future] = collections.deque()
+        for item in items:
+            futures.append(pool.submit(function, item))
             if len(futures) > 2 * self.workers:
-                yield futures.pop(0).result()
-        for future in futures:
-            yield future.result()
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
 
     @contextlib.contextmanager
     def taken(self, job: Job) -> Iterator[None]:
@@ -219,8 +235,13 @@ class _Stream:
         else:
             assert isinstance(job.base.source, Directory), "a base is a model directory"
             host.widen(job.base.source.array(job.base.name), base)
-        for part, out in zip(job.models, deltas, strict=True):
+
+        def read(pair: tuple[Part, np.ndarray]) -> None:
+            part, out = pair
             part.source.delta(part.name, base, out)
+
+        for _ in self.within(job, zip(job.models, deltas, strict=True), read):
+            pass
         return base, rows[1:]
 
     def _memory(self, rows: int, size: int) -> np.ndarray:
@@ -265,7 +286,7 @@ class _Stream:
         limits, ends = self.thresholds, None
         # Ranks along an axis are counted in the program.
         if ranks is not None and rule.scope == "tensor" and (rule.axis is None or len(job.shape) < 2):
-            cuts = [host.cuts(x, row) for x, row in zip(deltas, ranks, strict=True)]
+            cuts = list(self.within(job, zip(deltas, ranks, strict=True), lambda pair: host.cuts(*pair)))
             limits = np.asarray([[cut.limit for cut in row] for row in cuts], np.float32)
             ends = np.asarray([[cut.end for cut in row] for row in cuts])
         program = _program(function, tuple(sorted(rule.options.items())))
@@ -278,7 +299,8 @@ class _Stream:
             "layer": np.int32(job.layer),
             "layers": np.int32(job.layers),
         }
-        for part in host.blocks(job.size, CHUNKS[-1]) if rule.elementwise else (slice(0, job.size),):
+
+        def piece(part: slice) -> tuple[slice, Any]:
             changes, origin = deltas[:, part], base[None, part]
             shape: tuple[int, ...] = job.shape
             if rule.elementwise:
@@ -294,7 +316,9 @@ class _Stream:
                 else jax.device_put(np.clip(ends - part.start, 0, math.prod(shape)).astype(np.uint32)),
                 **common,
             )
-            yield part, jax.device_get(program(tensor, np.float32(scale)))
+            return part, jax.device_get(program(tensor, np.float32(scale)))
+
+        return self.within(job, host.blocks(job.size, CHUNKS[-1]) if rule.elementwise else (slice(0, job.size),), piece)
 
     def _piece(self, name: str, x: np.ndarray, size: int) -> np.ndarray:
         """``x`` ``[N, n]`` padded with zeros to ``size``, in memory of this thread."""
