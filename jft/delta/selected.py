@@ -35,6 +35,7 @@ Array = jax.Array
 
 # Bits of the widest integer that JAX has by default.
 _WORD = 32
+_ROUNDED = 1 << 20  # slots
 
 
 class Layout:
@@ -287,8 +288,22 @@ def locate(mask: Array, grid: tuple[int, ...], capacity: int | None) -> Array:
     if capacity is not None and most > capacity:
         raise ValueError(f"a cell selects {most} parts, more than the capacity of {capacity}")
     # At least one slot, if of padding: arrays of no size cannot be saved.
-    at = _locate_jit(mask, grid, max(most, 1) if capacity is None else capacity)
-    return _with_sharding(at, mask, grid)
+    slots = max(most, 1) if capacity is None else capacity
+    # Every selection has a count of its own; few of them are compiled for, and the padding is cut off.
+    compiled = _rounded_up(slots)
+    at = _locate_jit(mask, grid, compiled)
+    return _with_sharding(at if compiled == slots else _first_slots(at, slots), mask, grid)
+
+
+def _rounded_up(slots: int) -> int:
+    """The next number of three leading bits, a quarter more at most; of many slots, whose memory counts, the number itself."""
+    step = 1 << max(0, slots.bit_length() - 3)
+    return -(-slots // step) * step if slots <= _ROUNDED else slots
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _first_slots(at: Array, slots: int) -> Array:
+    return at[..., :slots, :]
 
 
 def mask_at(at: Array, extents: tuple[int, ...], lead: int) -> Array:
