@@ -117,13 +117,11 @@ def _traced(arrays: Mapping[str, Array]) -> bool:
     return any(isinstance(x, jax.core.Tracer) for x in arrays.values())
 
 
-def _refuse_nan(arrays: Mapping[str, Array], invalid: Sequence[Wide]) -> None:
-    # One transfer for all arrays.
-    for path, count in zip(arrays, jax.device_get(invalid), strict=True):
-        if uint64.number(count):
-            raise ValueError(
-                f"{uint64.number(count)} scores of {path} are NaN; a score must be a number or an infinity"
-            )
+def _refuse_nan(arrays: Mapping[str, Array], invalid: Wide) -> None:
+    counts = Wide(*jax.device_get(invalid))
+    for i, path in enumerate(arrays):
+        if count := uint64.number(Wide(counts.hi[i], counts.lo[i])):
+            raise ValueError(f"{count} scores of {path} are NaN; a score must be a number or an infinity")
 
 
 def _select(arrays: dict[str, Array], k: Wide, lead: int, largest: bool) -> dict[str, Array]:
@@ -145,8 +143,8 @@ def _with_sharding(mask: Array, like: Array) -> Array:
     return mask if same else jax.device_put(mask, like.sharding)
 
 
-def _count(tests: Sequence[Array], keep: Sequence[int]) -> list[Wide]:
-    """How many entries pass each test, for every index of the axes ``keep``; the scores are read once for all of them.
+def _count(tests: Sequence[Array], keep: Sequence[int]) -> Wide:
+    """How many entries pass each test, ``[tests, *keep]`` for the axes ``keep``; the scores are read once for all of them.
 
     All tests go through one reduction with an accumulator each: XLA would write the operands of separate sums to memory.
     """
@@ -170,8 +168,9 @@ def _count(tests: Sequence[Array], keep: Sequence[int]) -> list[Wide]:
     ones = [t.astype(jnp.uint32) for t in tests]
     sums = jax.lax.reduce(ones, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], sorted(first))
     axes = [a for a in range(len(shape)) if a not in first]
-    counts = [Wide(jnp.zeros_like(s), s) for s in sums]
-    return [uint64.sum_over(c, [axes.index(a) for a in last]) for c in counts] if last else counts
+    stacked = jnp.stack(sums)
+    counts = Wide(jnp.zeros_like(stacked), stacked)
+    return uint64.sum_over(counts, [1 + axes.index(a) for a in last]) if last else counts
 
 
 # --- the value of the k-th
@@ -203,32 +202,31 @@ def _expand_leading(value: Array, shape: tuple[int, ...]) -> Array:
 
 
 class _Bracket(NamedTuple):
-    """The lowest key of the bracket, and per array, for each leading index, how many scores are above the bracket, how many
-    in it or above, and how many are numbers.
+    """The lowest key of the bracket ``[*lead]``, and of every array ``[arrays, *lead]`` how many scores are above the bracket,
+    how many in it or above, and how many are numbers.
     """
 
     key: Array
-    above: list[Wide]
-    least: list[Wide]
-    numbers: list[Wide]
+    above: Wide
+    least: Wide
+    numbers: Wide
 
 
-def _refine(xs: tuple[Array, ...], k: Wide, lead: int, largest: bool, exact: bool) -> tuple[_Bracket, list[Wide]]:
+def _refine(xs: tuple[Array, ...], k: Wide, lead: int, largest: bool, exact: bool) -> tuple[_Bracket, Wide]:
     """The largest key that k scores reach, for each leading index; unless ``exact``, any that exactly k reach will do.
 
-    Also how many scores of each array are NaN.
+    Also how many scores of each array are NaN, ``[arrays, *lead]``.
     """
     # The lower 16 bits of a bfloat16's key are zeros: half of the passes.
     narrow = all(x.dtype == jnp.bfloat16 for x in xs)
     passes = (16 if narrow else 32) // _DIGIT
-    shape = xs[0].shape[:lead]
-    zero = Wide(jnp.zeros(shape, jnp.uint32), jnp.zeros(shape, jnp.uint32))
-    sizes = [tree.size(x) // max(1, math.prod(shape)) for x in xs]
-    everything = [jax.tree.map(lambda n: jnp.broadcast_to(n, shape), uint64.of(n)) for n in sizes]
+    shape = (len(xs), *xs[0].shape[:lead])
+    sizes = np.asarray([tree.size(x) // max(1, math.prod(shape[1:])) for x in xs], np.uint64)
+    everything = uint64.of(np.broadcast_to(np.expand_dims(sizes, tuple(range(1, len(shape)))), shape))
 
     def unfinished(state: tuple[Array, _Bracket]) -> Array:
         i, bracket = state
-        open_ = jnp.bool_(True) if exact else ~jnp.all(uint64.equal(uint64.total(bracket.least), k))
+        open_ = jnp.bool_(True) if exact else ~jnp.all(uint64.equal(uint64.sum_over(bracket.least, [0]), k))
         return (i == 0) | ((i < passes) & open_)
 
     def step(state: tuple[Array, _Bracket]) -> tuple[Array, _Bracket]:
@@ -241,33 +239,36 @@ def _refine(xs: tuple[Array, ...], k: Wide, lead: int, largest: bool, exact: boo
         counts = []
         for x in inside:
             keys = _key(x, largest)
-            tests = [keys >= _expand_leading(t, x.shape) for t in candidates] + [keys > 0]
-            counts.append(_count(tests, range(lead)))
-        reached = [uint64.reaches(uint64.total([c[d] for c in counts]), k) for d in range(len(candidates))]
+            counts.append(
+                _count([keys >= _expand_leading(t, x.shape) for t in [*candidates, jnp.uint32(1)]], range(lead))
+            )
+        # From here on all arrays at once: a program of many arrays would take long to compile.
+        counted = Wide(*(jnp.stack(limbs) for limbs in zip(*counts, strict=True)))
+        reach, numbers = (jax.tree.map(lambda n, part=part: n[:, part], counted) for part in (slice(-1), -1))
         # Keys ascend, so how many are reached is the digit.
-        digit = functools.reduce(jnp.add, [r.astype(jnp.uint32) for r in reached])
-        above, least = [], []
-        for c, a, b in zip(counts, bracket.above, bracket.least, strict=True):
-            # Ascending, so that the highest key reached is written last; below descending, for the lowest that is not.
-            for d, r in enumerate(reached):
-                b = uint64.where(r, c[d], b)
-            for d, r in reversed(list(enumerate(reached))):
-                a = uint64.where(~r, c[d], a)
-            above.append(a)
-            least.append(b)
-        return i + 1, _Bracket(key + (digit << shift), above, least, [c[-1] for c in counts])
+        digit = jnp.sum(uint64.reaches(uint64.sum_over(reach, [0]), k), axis=0, dtype=jnp.uint32)
+        # The bracket is from the highest key that is reached to the lowest that is not.
+        least = _at_digit(jax.tree.map(lambda n, r: jnp.concatenate([n[:, None], r], 1), bracket.least, reach), digit)
+        above = _at_digit(jax.tree.map(lambda n, r: jnp.concatenate([r, n[:, None]], 1), bracket.above, reach), digit)
+        return i + 1, _Bracket(key + (digit << shift), above, least, numbers)
 
-    start = _Bracket(jnp.zeros(shape, jnp.uint32), [zero] * len(xs), everything, everything)
+    zero = jax.tree.map(jnp.zeros_like, everything)
+    start = _Bracket(jnp.zeros(shape[1:], jnp.uint32), zero, everything, everything)
     _, bracket = jax.lax.while_loop(unfinished, step, (jnp.int32(0), start))
-    return bracket, [uint64.subtract(n, v) for n, v in zip(everything, bracket.numbers, strict=True)]
+    return bracket, uint64.subtract(everything, bracket.numbers)
+
+
+def _at_digit(counts: Wide, digit: Array) -> Wide:
+    """Of counts ``[arrays, digits, *lead]`` those of ``digit[*lead]``."""
+    return jax.tree.map(lambda n: jnp.take_along_axis(n, digit[None, None], axis=1)[:, 0], counts)
 
 
 @functools.partial(jax.jit, static_argnames="largest")
-def _threshold(xs: tuple[Array, ...], k: Wide, largest: bool) -> tuple[Array, Wide, Wide, list[Wide]]:
+def _threshold(xs: tuple[Array, ...], k: Wide, largest: bool) -> tuple[Array, Wide, Wide, Wide]:
     bracket, invalid = _refine(xs, k, 0, largest, exact=True)
-    above = uint64.total(bracket.above)
+    above, least = (uint64.sum_over(n, [0]) for n in (bracket.above, bracket.least))
     # With all bits known, the scores in the bracket equal the k-th.
-    return bracket.key, above, uint64.subtract(uint64.total(bracket.least), above), invalid
+    return bracket.key, above, uint64.subtract(least, above), invalid
 
 
 # --- ties: those equal to the k-th that are selected
@@ -285,7 +286,7 @@ def _last_coordinates(ties: Callable[[Array], Array], rank: Wide, shape: tuple[i
             prefix &= _index(shape, earlier) == _expand_leading(coordinate, shape)
 
         # Bound as default arguments: a closure would see the loop's variables as they change.
-        def before(ends: Sequence[Array], prefix: Array = prefix, axis: int = axis) -> list[Wide]:
+        def before(ends: Sequence[Array], prefix: Array = prefix, axis: int = axis) -> Wide:
             mask = ties(ends[0]) & prefix
             return _count([mask & (_index(shape, axis) < _expand_leading(end, shape)) for end in ends], range(lead))
 
@@ -303,9 +304,7 @@ def _index(shape: tuple[int, ...], axis: int) -> Array:
     return jax.lax.broadcasted_iota(jnp.uint32, narrow, axis)
 
 
-def _reach(
-    before: Callable[[Sequence[Array]], list[Wide]], rank: Wide, extent: int, unroll: bool
-) -> tuple[Array, Wide]:
+def _reach(before: Callable[[Sequence[Array]], Wide], rank: Wide, extent: int, unroll: bool) -> tuple[Array, Wide]:
     """The last index with fewer than ``rank`` before it, and how many those are."""
     digits = -(-max(1, (extent - 1).bit_length()) // _DIGIT)
 
@@ -314,7 +313,7 @@ def _reach(
         coordinate, below = jax.lax.optimization_barrier(state)
         shift = jnp.asarray(_DIGIT * (digits - 1 - i), jnp.uint32)
         ends = [coordinate + (jnp.uint32(d) << shift) for d in range(1, 1 << _DIGIT)]
-        for end, total in zip(ends, before(ends), strict=True):
+        for end, total in zip(ends, map(Wide, *before(ends)), strict=True):
             # Ends ascend: the last that is short stands.
             short = ~uint64.reaches(total, rank)
             coordinate, below = jnp.where(short, end, coordinate), uint64.where(short, total, below)
@@ -344,20 +343,21 @@ class _Share(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("lead", "largest"))
-def _shares(xs: tuple[Array, ...], k: Wide, lead: int, largest: bool) -> tuple[Array, list[_Share], list[Wide]]:
+def _shares(xs: tuple[Array, ...], k: Wide, lead: int, largest: bool) -> tuple[Array, list[_Share], Wide]:
     """The key of the k-th, the share of each array of the scores equal to it, and how many of its scores are NaN."""
     # A scalar for each leading index still needs an axis to count along.
     xs = tuple(x.reshape(*x.shape, 1) if x.ndim == lead else x for x in xs)
     bracket, invalid = _refine(xs, k, lead, largest, exact=False)
-    # Ties go to the arrays in their order.
-    remaining = uint64.subtract(k, uint64.total(bracket.above))
-    shares = []
-    for above, least in zip(bracket.above, bracket.least, strict=True):
-        ties = uint64.subtract(least, above)
+    remaining = uint64.subtract(k, uint64.sum_over(bracket.above, [0]))
+
+    def share(remaining: Wide, ties: Wide) -> tuple[Wide, _Share]:
         every = uint64.reaches(remaining, ties)
         taken = uint64.where(every, ties, remaining)
-        remaining = uint64.subtract(remaining, taken)
-        shares.append(_Share(every, ~every & ((taken.hi | taken.lo) > 0), taken))
+        return uint64.subtract(remaining, taken), _Share(every, ~every & ((taken.hi | taken.lo) > 0), taken)
+
+    # Ties go to the arrays in their order.
+    _, stacked = jax.lax.scan(share, remaining, uint64.subtract(bracket.least, bracket.above))
+    shares = [jax.tree.map(lambda s, i=i: s[i], stacked) for i in range(len(xs))]
     return bracket.key, shares, invalid
 
 

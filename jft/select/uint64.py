@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -68,8 +67,3 @@ def sum_over(a: Wide, axes: Sequence[int]) -> Wide:
     # Both limbs in one reduction, so that carries go along.
     hi, lo = jax.lax.reduce((a.hi, a.lo), (zero, zero), lambda x, y: tuple(add(Wide(*x), Wide(*y))), tuple(axes))
     return Wide(hi, lo)
-
-
-def total(counts: Sequence[Wide]) -> Wide:
-    """The sum of several."""
-    return functools.reduce(add, counts)
