@@ -32,24 +32,29 @@ class State:
 
 
 class Programs(NamedTuple):
-    """``prepare(params)``; ``begin(params, tokens, lengths, new, eos, seed) -> State``, which has the first token; and
-    ``extend(params, state, upto, eos, seed) -> State``, which appends until rows have ``upto`` new tokens or have all ended.
+    """``begin(params, tokens, lengths, done, eos, seed) -> State``, which has the first token; ``prepare(params)``, the
+    parameters as ``extend(prepared, state, upto, eos, seed) -> State`` takes them, which appends until rows have ``upto`` new
+    tokens or have all ended.
     """
 
-    prepare: Callable[[Any], Any]
     begin: Callable[..., State]
+    prepare: Callable[[Any], Any]
     extend: Callable[..., State]
 
 
 class _Cached(NamedTuple):
-    """A decoder, by :mod:`jft.models.decoding`; its memory is the cache."""
+    """A decoder, by :mod:`jft.models.decoding`; its memory is the cache. each: layers are apart, as on CPUs."""
 
     model: Any
+    each: bool
+
+    def prepare(self, params: Any) -> Any:
+        return decoding.layer_stacks(params, self.each)
 
     def start(self, params: Any, tokens: Array, lengths: Array, room: int) -> tuple[Array, Any]:
         T = tokens.shape[1]
         segments = (jnp.arange(T) >= T - lengths[:, None]).astype(jnp.int32)
-        return decoding.prefill(self.model, params, tokens, segments, T + room)
+        return decoding.prefill(self.model, params, tokens, segments, T + room, self.each)
 
     def step(self, params: Any, token: Array, cache: Any) -> tuple[Array, Any]:
         return decoding.decode(self.model, params, token, cache)
@@ -82,18 +87,21 @@ class _Whole(NamedTuple):
 @program_cache
 def programs(model: Any, sampling: Sampling, room: int, cached: bool, pad: int, mesh: Any) -> Programs:
     """The programs for ``model`` (a jft model, or an ``apply``), for at most ``room`` new tokens; equal arguments share them."""
-    runner: Any = _Cached(model) if cached else _Whole(getattr(model, "apply", model))
+    each = jax.default_backend() == "cpu"
+    runner: Any = _Cached(model, each) if cached else _Whole(getattr(model, "apply", model))
     # A program for all lengths: the number of steps, eos and the seed are arguments.
     begin = functools.partial(_begin, runner, sampling, room, pad, mesh)
     extend = functools.partial(_extend, runner, sampling, pad, mesh)
-    each = jax.default_backend() == "cpu"
-    prepare = functools.partial(decoding.layer_stacks, each=each) if cached else None
-    return Programs(
-        jax.jit(prepare) if prepare and each else prepare or (lambda params: params),
-        jax.jit(begin),
-        # The cache is updated where it is.
-        jax.jit(extend, donate_argnums=1),
-    )
+    # The cache is updated where it is.
+    return Programs(jax.jit(begin), _prepare(runner), jax.jit(extend, donate_argnums=1))
+
+
+@program_cache
+def _prepare(runner: Any) -> Callable[[Any], Any]:
+    if isinstance(runner, _Cached):
+        # Elsewhere it copies nothing, and outside jit keeps the arrays as they are.
+        return jax.jit(runner.prepare) if runner.each else runner.prepare
+    return lambda params: params
 
 
 def _begin(

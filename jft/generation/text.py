@@ -194,9 +194,10 @@ def _generate(
     eos = put(np.asarray([*view.eos, *[-1] * (-len(view.eos) % 8)], np.int32))
     key = put(np.uint32(seed))
     placed = {"tokens": tokens, "lengths": lengths, "done": done}
-    placed = placed if mesh is None else parallel.put_batch(placed, mesh)
-    prepared = run.prepare(params)
-    state: State = run.begin(prepared, placed["tokens"], placed["lengths"], placed["done"], eos, key)
+    # The same rows on every process, so not by `put_batch`, for which each has its own.
+    placed = placed if mesh is None else jax.device_put(placed, parallel.batch_sharding(mesh))
+    state: State = run.begin(params, placed["tokens"], placed["lengths"], placed["done"], eos, key)
+    prepared = run.prepare(params) if max_tokens > 1 else None
     upto = 1
     while True:
         ended = np.asarray(tree.host(state.done))

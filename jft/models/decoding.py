@@ -56,7 +56,7 @@ def _frequencies_change(config: DecoderConfig, size: int) -> bool:
 
 
 def layer_stacks(params: Params, each: bool) -> dict[str, Any]:
-    """``params`` with a tuple of stacks under ``layers``, as :func:`prefill` and :func:`decode` take it.
+    """``params`` with a tuple of stacks under ``layers``, as :func:`decode` takes it.
 
     each: every layer apart. XLA's CPU backend copies a layer's weights out of a stack whenever a loop reads them, which
     costs as much as the product with one row; elsewhere a scan over the whole stack compiles sooner and copies nothing.
@@ -74,19 +74,29 @@ def _is_runs(x: Any) -> bool:
     return isinstance(x, Runs)
 
 
-def prefill(model: Model, params: Params, tokens: Array, segments: Array, size: int) -> tuple[Array, Cache]:
+def prefill(
+    model: Model, params: Params, tokens: Array, segments: Array, size: int, each: bool = False
+) -> tuple[Array, Cache]:
     """Logits ``[B, V]`` after the last column of ``tokens [B, T]``, and a cache of ``size`` columns that holds them.
 
-    segments ``[B, T]``: 0 where a row is padded, on its left. params: by :func:`layer_stacks`.
+    segments ``[B, T]``: 0 where a row is padded, on its left. each: the cache is for params with every layer apart.
     """
     config: DecoderConfig = model.config
     B, T = tokens.shape
+    # As a scan in any case: many rows make little of a copy, and every length of prompts is compiled.
+    params = layer_stacks(params, each=False)
     stacks = [length(stack) for stack in params["layers"]]
     empty = tuple(
         _spread(jnp.zeros((n, B, config.kv_heads, size, config.head_size), model.execution.dtype)) for n in stacks
     )
     cache = Cache(empty, empty, jnp.pad(segments, ((0, 0), (0, size - T))), jnp.zeros((), jnp.int32))
-    return _run(model, params, {"tokens": tokens, "segments": segments}, cache, T)
+    logits, cache = _run(model, params, {"tokens": tokens, "segments": segments}, cache, T)
+    return logits, _layers_apart(cache) if each else cache
+
+
+def _layers_apart(cache: Cache) -> Cache:
+    apart = lambda stacks: tuple(stack[i : i + 1] for stack in stacks for i in range(stack.shape[0]))
+    return dataclasses.replace(cache, k=apart(cache.k), v=apart(cache.v))
 
 
 def decode(model: Model, params: Params, token: Array, cache: Cache) -> tuple[Array, Cache]:

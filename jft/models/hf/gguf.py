@@ -117,6 +117,11 @@ class _Fields:
             return value[0]
         return value
 
+    def real(self, key: str, default: float) -> float:
+        """A number that the file has in float32, as it was written before: 1e-5, not 9.99999975e-06."""
+        value = self.get(key)
+        return default if value is None else float(str(np.float32(value)))
+
     def optional(self, key: str) -> Any:
         return self.number(key) if self.get(key) is not None else None
 
@@ -140,7 +145,7 @@ def _common(f: _Fields, model_type: str) -> dict[str, Any]:
         "head_dim": head_size,
         "intermediate_size": f.optional("feed_forward_length"),
         "max_position_embeddings": f.number("context_length"),
-        "rms_norm_eps": f.get("attention.layer_norm_rms_epsilon", 1e-6),
+        "rms_norm_eps": f.real("attention.layer_norm_rms_epsilon", 1e-6),
         "tie_word_embeddings": not f.has("output.weight"),
         "attention_bias": f.has("blk.0.attn_q.bias"),
         "rope_parameters": _rope(f, head_size),
@@ -155,7 +160,7 @@ def _special_tokens(f: _Fields) -> dict[str, Any]:
 
 def _rope(f: _Fields, head_size: int) -> dict[str, Any]:
     """``rope_parameters``, from the metadata and, for Llama 3 and Phi-3, the tensors of factors."""
-    out: dict[str, Any] = {"rope_type": "default", "rope_theta": f.get("rope.freq_base", 10_000.0)}
+    out: dict[str, Any] = {"rope_type": "default", "rope_theta": f.real("rope.freq_base", 10_000.0)}
     turning = f.optional("rope.dimension_count") or head_size
     if turning != head_size:
         out["partial_rotary_factor"] = turning / head_size
@@ -227,7 +232,7 @@ def _gemma_scale(layers: int) -> Callable[[_Fields], float]:
 def _gemma3(f: _Fields) -> dict[str, Any]:
     out = {**_common(f, "gemma3_text"), "sliding_window": f.number("attention.sliding_window")}
     parameters = out.pop("rope_parameters")
-    local = {"rope_type": "default", "rope_theta": f.get("rope.freq_base_swa", 10_000.0)}
+    local = {"rope_type": "default", "rope_theta": f.real("rope.freq_base_swa", 10_000.0)}
     nested = {"full_attention": parameters, "sliding_attention": local}
     return {**out, "query_pre_attn_scalar": _gemma_scale(62)(f), "rope_parameters": nested}
 
@@ -241,7 +246,7 @@ def _gpt2(f: _Fields) -> dict[str, Any]:
         "n_head": f.number("attention.head_count"),
         "n_inner": f.number("feed_forward_length"),
         "n_positions": f.number("context_length"),
-        "layer_norm_epsilon": f.get("attention.layer_norm_epsilon", 1e-5),
+        "layer_norm_epsilon": f.real("attention.layer_norm_epsilon", 1e-5),
         "tie_word_embeddings": not f.has("output.weight"),
         **_special_tokens(f),
     }
@@ -254,7 +259,7 @@ def _neox(f: _Fields) -> dict[str, Any]:
     out["rope_parameters"] = {"partial_rotary_factor": 1.0, **rope}
     return {
         **out,
-        "layer_norm_eps": f.get("attention.layer_norm_epsilon", 1e-5),
+        "layer_norm_eps": f.real("attention.layer_norm_epsilon", 1e-5),
         "use_parallel_residual": f.get("use_parallel_residual", True),
         "attention_bias": f.has("blk.0.attn_qkv.bias"),
     }
@@ -281,7 +286,14 @@ _ARCHITECTURES: dict[str, Callable[[_Fields], dict[str, Any]]] = {
     "gemma3": _gemma3,
     "olmo2": _family("olmo2"),
     "olmoe": _family("olmoe", clip_qkv=lambda f: f.get("attention.clamp_kqv"), **_MOE),
-    "phi3": _family("phi3", sliding_window=lambda f: f.get("attention.sliding_window") or None),
+    "phi3": _family(
+        "phi3",
+        sliding_window=lambda f: f.get("attention.sliding_window") or None,
+        # Where Phi-3 has it, and looks for it first.
+        original_max_position_embeddings=lambda f: f.get(
+            "rope.scaling.original_context_length", f.number("context_length")
+        ),
+    ),
     "gpt2": _gpt2,
     "gptneox": _neox,
 }
