@@ -28,7 +28,9 @@ import jft
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a directory, hub id or GGUF file; default random weights of SmolLM2-135M's shape")
+    parser.add_argument(
+        "--model", help="a directory, hub id or GGUF file; default random weights of SmolLM2-135M's shape"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens to generate")

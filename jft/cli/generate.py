@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -68,7 +69,12 @@ def _arguments(parser: Parser) -> None:
     add("--delta", action="append", default=[], metavar="FILE", help="a task vector to apply; several: side by side")
     add("--base", action="store_true", help="also the base, beside the deltas or the run")
     add("--scale", type=float, default=1.0, help="what the deltas are multiplied with (default 1)")
-    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="weights and activations, of --model")
+    add(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="weights and activations, of --model",
+    )
     add("--tokenizer", help="a directory, tokenizer.json or GGUF file; default the model's own")
     add("--raw", action="store_true", help="continue the texts as they are, without the chat template")
     add("--system", help="a message before each prompt")
@@ -85,31 +91,33 @@ def _arguments(parser: Parser) -> None:
 
 def _of_model(args: argparse.Namespace) -> tuple[Any, list[_Variant]]:
     """The tokenizer and variants of ``--model``."""
-    import jft
+    from jft import models
     from jft.data import tokenizer as tokenizers
     from jft.models.loading import fetch
 
     source = fetch(args.model)
-    model, params = jft.load(source, dtype=args.dtype)
-    # One copy at a time: a delta is applied when its turn comes, and gone with it.
-    deltas = [
-        _Variant(Path(file).stem, lambda file=file: (model, jft.apply(params, jft.TaskVector.load(file), args.scale)))
-        for file in args.delta
-    ]
+    model, params = models.load(source, dtype=args.dtype)
+    deltas = _of_deltas(args, model, params)
     base = [_Variant("base", lambda: (model, params))] if args.base or not args.delta else []
-    return None if args.tokenizer else tokenizers.load(source), base + _labelled(deltas, args.delta)
+    return None if args.tokenizer else tokenizers.load(source), base + deltas
 
 
-def _labelled(variants: list[_Variant], files: Sequence[str]) -> list[_Variant]:
-    """The same under whole paths, where names alone do not tell them apart: all runs call theirs task_vector."""
-    if len({v.label for v in variants}) == len(variants):
-        return variants
-    return [v._replace(label=file) for v, file in zip(variants, files, strict=True)]
+def _of_deltas(args: argparse.Namespace, model: Any, base: Any) -> list[_Variant]:
+    """A variant for each ``--delta``, called by its name, or by its path where names do not tell them apart."""
+    from jft import delta
+
+    def build(file: str) -> tuple[Any, Any]:
+        # One copy at a time: a delta is applied when its turn comes, and gone with it.
+        return model, delta.apply(base, delta.TaskVector.load(file), args.scale)
+
+    names = [Path(file).stem for file in args.delta]
+    labels = names if len(set(names)) == len(names) else args.delta
+    return [_Variant(label, functools.partial(build, file)) for label, file in zip(labels, args.delta, strict=True)]
 
 
 def _of_run(args: argparse.Namespace, config: Any) -> tuple[Any, list[_Variant]]:
     """The tokenizer and variants of ``--workdir``."""
-    import jft
+    from jft import delta, tangent
 
     restored.start()
     run = restored.restore(config, Path(args.workdir))
@@ -118,18 +126,14 @@ def _of_run(args: argparse.Namespace, config: Any) -> tuple[Any, list[_Variant]]
         vector = args.scale * run.task_vector()
         method = vector.manifest.get("method", {})
         if method.get("forward", "standard") == "standard":
-            return run.model, jft.apply(run.base, vector)
+            return run.model, delta.apply(run.base, vector)
         # Elsewhere its task vector gives another function than the one that was trained.
-        f_lin = jft.linearize(run.model.apply, run.base, method.get("until"))
+        f_lin = tangent.linearize(run.model.apply, run.base, method.get("until"))
         return f_lin, f_lin.direction(vector)
 
     variants = [_Variant("base", lambda: (run.model, run.base))] if args.base else []
     variants.append(_Variant("run", trained))
-    deltas = [
-        _Variant(Path(f).stem, lambda f=f: (run.model, jft.apply(run.base, jft.TaskVector.load(f), args.scale)))
-        for f in args.delta
-    ]
-    return run.train.tokenizer, variants + _labelled(deltas, args.delta)
+    return run.train.tokenizer, variants + _of_deltas(args, run.model, run.base)
 
 
 def _prompts(given: Sequence[str]) -> Iterator[list[str]]:
@@ -152,7 +156,7 @@ def _prompts(given: Sequence[str]) -> Iterator[list[str]]:
 
 def _answer(args: argparse.Namespace, prompts: list[str], tokenizer: Any, variants: list[_Variant]) -> None:
     """Print the answers of all variants to ``prompts``; of one prompt as they are made."""
-    import jft
+    from jft.generation import generate
 
     chat = not args.raw and tokenizer is not None and tokenizer.chat_template is not None
     streams = len(prompts) == 1 and not args.json
@@ -162,7 +166,7 @@ def _answer(args: argparse.Namespace, prompts: list[str], tokenizer: Any, varian
         if streams and labels:
             print(f"[{variant.label}] ", end="", flush=True)
         answers.append(
-            jft.generate(
+            generate(
                 *variant.build(),
                 prompts,
                 tokenizer=tokenizer,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jft import tree
 from jft.compiled import program_cache
 from jft.generation.sampling import Sampling
 from jft.models import decoding
@@ -49,7 +50,8 @@ class _Cached(NamedTuple):
     each: bool
 
     def prepare(self, params: Any) -> Any:
-        return decoding.layer_stacks(params, self.each)
+        dtype = self.model.execution.dtype if self.each else None
+        return tree.cast(decoding.layer_stacks(params, self.each), dtype)
 
     def start(self, params: Any, tokens: Array, lengths: Array, room: int) -> tuple[Array, Any]:
         T = tokens.shape[1]
@@ -86,8 +88,11 @@ class _Whole(NamedTuple):
 
 @program_cache
 def programs(model: Any, sampling: Sampling, room: int, cached: bool, pad: int, mesh: Any) -> Programs:
-    """The programs for ``model`` (a jft model, or an ``apply``), for at most ``room`` new tokens; equal arguments share them."""
+    """The programs for ``model`` (a jft model or ``apply``), for at most ``room`` new tokens; equal arguments share them."""
     each = jax.default_backend() == "cpu"
+    if cached and each:
+        # Products in bfloat16 convert the weights there each time: twice the time of float32, which is more precise too.
+        model = model.with_(dtype=jnp.promote_types(model.execution.dtype, jnp.float32))
     runner: Any = _Cached(model, each) if cached else _Whole(getattr(model, "apply", model))
     # A program for all lengths: the number of steps, eos and the seed are arguments.
     begin = functools.partial(_begin, runner, sampling, room, pad, mesh)
@@ -115,7 +120,15 @@ def _begin(
 
 
 def _extend(
-    runner: Any, sampling: Sampling, pad: int, mesh: Any, params: Any, state: State, upto: Array, eos: Array, seed: Array
+    runner: Any,
+    sampling: Sampling,
+    pad: int,
+    mesh: Any,
+    params: Any,
+    state: State,
+    upto: Array,
+    eos: Array,
+    seed: Array,
 ) -> State:
     def goes_on(state: State) -> Array:
         return (state.count < upto) & ~jnp.all(state.done)

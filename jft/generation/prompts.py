@@ -35,7 +35,7 @@ def encode(prompt: Prompt, tokenizer: Tokenizer | None, chat: bool = False, syst
     prompt without a token, and for text without a tokenizer.
     """
     if isinstance(prompt, np.ndarray) or (not isinstance(prompt, str) and all(isinstance(x, int) for x in prompt)):
-        ids = np.asarray(prompt)
+        ids = np.asarray(prompt, None if len(prompt) else np.int32)
         if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"a prompt of ids is one row of integers; got {ids.dtype} of shape {ids.shape}")
     else:

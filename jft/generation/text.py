@@ -191,7 +191,7 @@ def _generate(
     run: Programs = programs(model, sampling, room, cached, 0, mesh)
     put = lambda x: x if mesh is None else jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
     # Padded, so that another number of ids that end a text is no other program.
-    eos = put(np.asarray([*view.eos, *[-1] * (-len(view.eos) % 8)], np.int32))
+    eos = put(np.asarray([*view.eos, *[-1] * (8 - len(view.eos) % 8)], np.int32))
     key = put(np.uint32(seed))
     placed = {"tokens": tokens, "lengths": lengths, "done": done}
     # The same rows on every process, so not by `put_batch`, for which each has its own.

@@ -88,7 +88,9 @@ def _read(file: Path, time: int, size: int) -> File:
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise ModuleNotFoundError(f"{file}: reading GGUF files needs the gguf library: pip install 'jft[gguf]'") from None
+        raise ModuleNotFoundError(
+            f"{file}: reading GGUF files needs the gguf library: pip install 'jft[gguf]'"
+        ) from None
     with file.open("rb") as handle:
         magic = handle.read(4)
     if magic != MAGIC:

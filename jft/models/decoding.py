@@ -142,7 +142,9 @@ class _CachedScope(Scope):
             scope = _LayerScope(self.execution, self.cache, k, v, layer)
             return (body(scope, h, layer_params, layer_xs), scope.k, scope.v), None
 
-        keys, values, first = [], [], 0
+        keys: list[Array] = []
+        values: list[Array] = []
+        first = 0
         for stack, k, v in zip(params, self.cache.k, self.cache.v, strict=True):
             count = k.shape[0]
             sliced = (jnp.arange(count), stack, cut(xs, first, first + count))
@@ -195,9 +197,7 @@ class _LayerScope(Scope):
         return visible & (self.segments > 0)
 
 
-def _attend(
-    q: Array, k: Array, v: Array, visible: Array, scale: float | Array, softcap: float | None
-) -> Array:
+def _attend(q: Array, k: Array, v: Array, visible: Array, scale: float | Array, softcap: float | None) -> Array:
     """Attention of one query ``q [B, 1, H, K]`` to k and v ``[B, G, S, K]``: as :func:`jft.kernels.attention.attention`."""
     B, _, H, K = q.shape
     G = k.shape[1]

@@ -71,8 +71,8 @@ def save(
     """Write ``config.json`` and safetensors to ``directory``, whole or not at all; returns it.
 
     params: plain arrays, sharded or not; ``jft.load(directory, dtype=None)`` gives them back bit for bit. dtype: casts
-    floating-point parameters (None: as they are). like: a checkpoint (directory, hub id or GGUF file) whose tokenizer files and token
-    ids come along. shard_bytes: a larger model is cut into files of at most this size, with an index. overwrite: replace
+    floating-point parameters (None: as they are). like: a checkpoint (directory, hub id, GGUF file) whose tokenizer and ids
+    come along. shard_bytes: a larger model is cut into files of at most this size, with an index. overwrite: replace
     the checkpoint that stands there, once the new one is written. The host holds one tensor at a time. In a multi-host run
     every process calls this; process 0 writes, so ``directory`` must be its own or shared.
 

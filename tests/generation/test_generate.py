@@ -83,7 +83,7 @@ def test_other_lengths_and_numbers_compile_nothing(params):
 def test_deltas(params):
     """Structured weights, as a run under training has them, and a task vector applied give the same tokens."""
     plan = jft.method("lora", rank=2).plan(params, MODEL)
-    kept, trained = plan.init(params, {}, jax.random.key(1))
+    kept, trained = plan.init(jax.random.key(1), params)
     trained = jax.tree.map(lambda x: x + 0.3 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), trained)
     bound = lists(jft.generate(MODEL, plan.bind(kept, trained), PROMPTS, max_tokens=NEW))
     merged = plan.merged(params, kept, trained)
@@ -200,7 +200,8 @@ def test_no_cache_where_frequencies_change():
     from jft.models.decoding import has_cache
 
     dynamic = DecoderConfig(9, 8, 1, 2, max_positions=32, rope=Rope(kind="dynamic", factor=2.0))
-    long = DecoderConfig(9, 8, 1, 1, max_positions=64, rope=Rope(kind="longrope", original_positions=16, short=(1.0,) * 4, long=(2.0,) * 4))  # fmt: skip
+    turned = Rope(kind="longrope", original_positions=16, short=(1.0,) * 4, long=(2.0,) * 4)
+    long = DecoderConfig(9, 8, 1, 1, max_positions=64, rope=turned)
     assert [has_cache(Model(dynamic), n) for n in (32, 33)] == [True, False]
     assert [has_cache(Model(long), n) for n in (16, 17)] == [True, False]
     assert has_cache(MODEL, 10_000) and not has_cache(lambda p, b: b, 8)

@@ -2,7 +2,6 @@
 
 import copy
 
-import numpy as np
 import pytest
 
 import jft
@@ -27,7 +26,13 @@ def theirs(peer, prompts, cache):
     tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     out = peer.generate(
-        tokens, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, use_cache=cache, pad_token_id=0
+        tokens,
+        attention_mask=mask,
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        do_sample=False,
+        use_cache=cache,
+        pad_token_id=0,
     )
     return out[:, width:].tolist()
 

@@ -15,7 +15,6 @@ from jft.data.tokenizer import load as load_tokenizer
 from jft.data.tokenizer import train_bpe
 from jft.models import LoadError, Model
 from jft.models.decoder import DecoderConfig
-from jft.models.hf.registry import family_named
 from jft.models.moe import Experts
 from jft.models.rope import Rope
 
@@ -82,7 +81,9 @@ def to_gguf_tensors(config, tensors, arch):
         if arch == "gpt2" and leaf == "weight" and parts[-1] in ("c_attn", "c_proj", "c_fc"):
             x = x.T
         if parts[-1] == "query_key_value":
-            x = np.concatenate([x.reshape(config.heads, 3, -1, *x.shape[1:])[:, i].reshape(-1, *x.shape[1:]) for i in range(3)])
+            x = np.concatenate(
+                [x.reshape(config.heads, 3, -1, *x.shape[1:])[:, i].reshape(-1, *x.shape[1:]) for i in range(3)]
+            )
         if parts[-1] == "post_attention_layernorm":
             of_layer = {"both": "post_attention_norm", "post": "post_attention_norm", "pre": "ffn_norm"}
             target = of_layer[config.norm_place]
@@ -156,7 +157,9 @@ def llama3_factors(rope, size):
         elif wavelength > rope.original_positions / rope.low_frequency:
             out.append(rope.factor)
         else:
-            smooth = (rope.original_positions / wavelength - rope.low_frequency) / (rope.high_frequency - rope.low_frequency)
+            smooth = (rope.original_positions / wavelength - rope.low_frequency) / (
+                rope.high_frequency - rope.low_frequency
+            )
             out.append(1 / ((1 - smooth) / rope.factor + smooth))
     return np.asarray(out, np.float32)
 
@@ -188,7 +191,12 @@ def test_equals_safetensors(name, tmp_path):
     # Norms of Gemma lose the last bit, where 1 is added and taken away again.
     same = np.testing.assert_array_equal if not name.startswith("gemma") else np.testing.assert_allclose
     for path, x in tree.flatten(params).items():
-        same(tree.flatten(loaded)[path], x, err_msg=path, **({} if same is np.testing.assert_array_equal else {"atol": 3e-7}))
+        same(
+            tree.flatten(loaded)[path],
+            x,
+            err_msg=path,
+            **({} if same is np.testing.assert_array_equal else {"atol": 3e-7}),
+        )
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_1", "BF16"])

@@ -94,9 +94,11 @@ def open_gguf(path: Path) -> tuple[Family, dict[str, Any], GgufCheckpoint]:
     # Gemma's, whatever its version.
     checkpoint.offset = float(description["model_type"].startswith("gemma"))
     table = functools.partial(_table, permuted=architecture == "llama")
-    return dataclasses.replace(family, table=table, ignored=(r"rope_(freqs|factors_(long|short))\.weight",)), (
-        description
-    ), checkpoint
+    return (
+        dataclasses.replace(family, table=table, ignored=(r"rope_(freqs|factors_(long|short))\.weight",)),
+        (description),
+        checkpoint,
+    )
 
 
 class _Fields:
@@ -113,7 +115,9 @@ class _Fields:
         value = self.file.value(f"{self.file.architecture}.{key}")
         if isinstance(value, list):
             if len(set(value)) > 1:
-                raise GgufError(f"{self.file.path}: {key} differs from layer to layer ({value}); one number is supported")
+                raise GgufError(
+                    f"{self.file.path}: {key} differs from layer to layer ({value}); one number is supported"
+                )
             return value[0]
         return value
 
@@ -185,14 +189,14 @@ def _rope(f: _Fields, head_size: int) -> dict[str, Any]:
 def _llama3(f: _Fields, plain: Rope, turning: int) -> dict[str, Any]:
     """Llama 3's scaling, whose result the file holds as one factor for each frequency; refused where it is another's."""
     factors = f.file.tensor("rope_freqs.weight").reshape(-1)
-    found = {"rope_type": "llama3", "factor": float(factors.max()), **_LLAMA3}
-    low, high, original = (found[key] for key in _LLAMA3)
+    factor = float(factors.max())
+    low, high, original = _LLAMA3.values()
     turns = original * plain.theta ** -(np.arange(0, turning, 2) / turning) / (2 * np.pi)
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    expected = 1 / (keep + (1 - keep) / found["factor"])
+    expected = 1 / (keep + (1 - keep) / factor)
     if len(factors) != len(expected) or not np.allclose(factors, expected, rtol=1e-3):
         raise GgufError(f"{f.file.path}: rope_freqs.weight are not the factors of Llama 3's scaling; not supported")
-    return found
+    return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
 
 
 def _llama(f: _Fields) -> dict[str, Any]:
