@@ -50,11 +50,11 @@ class Linearized:
     """The outputs of a model under linearized training, as a function of what it keeps and what trains."""
 
     plan: Plan
-    apply: Any
+    function: Any
     dtype: Any
 
     def __call__(self, params: tuple[Any, Any], batch: Any) -> jax.Array:
-        return self.plan.outputs(self.apply, *params, batch, self.dtype)
+        return self.plan.outputs(self.function, *params, batch, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
