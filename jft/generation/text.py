@@ -70,7 +70,7 @@ def generate(
     if eos is None:
         eos = ends(model, tokenizer, in_chat)
     rows = [encode(prompt, tokenizer, chat, system) for prompt in prompts]
-    _check_rows(model, rows, max_tokens)
+    check_rows(model, rows, max_tokens)
     mesh = mesh if mesh is not None else _mesh_of(params)
     out: list[Any] = []
     for first in range(0, len(rows), batch_size or len(rows) or 1):
@@ -88,7 +88,8 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _check_rows(model: Any, rows: list[np.ndarray], max_tokens: int) -> None:
+def check_rows(model: Any, rows: list[np.ndarray], max_tokens: int) -> None:
+    """``ValueError`` for ids beyond the vocabulary of a decoder, and for more tokens than it has positions."""
     config = getattr(model, "config", None)
     if not isinstance(config, DecoderConfig):
         return

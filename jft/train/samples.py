@@ -12,6 +12,8 @@ import jax
 import numpy as np
 
 from jft.generation import generate
+from jft.generation.prompts import encode
+from jft.generation.text import check_rows
 from jft.models.core import is_jft_model
 from jft.models.decoder import DecoderConfig
 
@@ -53,6 +55,7 @@ class Samples:
             raise ValueError("eval.samples and eval.exact_match need a tokenizer, and the data has none")
         if self.exact_match and eval_data is None:
             raise ValueError("eval.exact_match answers examples of the evaluation data, and there is none")
+        check_rows(model, [encode(prompt, self.tokenizer, self.chat) for prompt in self.prompts], self.max_tokens)
 
     def texts(self, model: Any, params: Any) -> list[str]:
         """The continuations of the prompts."""
@@ -78,6 +81,10 @@ def questions(batches: Iterable) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     Sequences packed into one row are apart; of several turns the first counts, which needs no answer of the model's.
     """
     for batch in batches:
+        if not hasattr(batch, "keys") or "loss_mask" not in batch:
+            raise ValueError(
+                "eval.exact_match needs batches with a loss_mask, which says what is the answer: task sft has one"
+            )
         tokens = np.asarray(batch["tokens"])
         mask = np.asarray(batch["loss_mask"]) > 0
         segments = np.asarray(batch["segments"]) if "segments" in batch else np.ones_like(tokens)

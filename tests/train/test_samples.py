@@ -21,7 +21,9 @@ def test_questions():
     mask[0, [2, 3, 6, 7, 8]] = 1
     mask[1, [0, 1]] = 1
     mask[2, [3, 4, 8]] = 1
-    found = [(q.tolist(), a.tolist()) for q, a in questions([{"tokens": tokens, "segments": segments, "loss_mask": mask}])]
+    found = [
+        (q.tolist(), a.tolist()) for q, a in questions([{"tokens": tokens, "segments": segments, "loss_mask": mask}])
+    ]
     assert found == [([1, 2], [3, 4]), ([6], [7, 8, 9]), ([1, 2, 3], [4, 5])]
     only = {"tokens": tokens, "loss_mask": mask, "valid": np.array([False, False, True])}
     assert [a.tolist() for _, a in questions([only])] == [[4, 5]]
@@ -34,7 +36,11 @@ def test_exact_match():
     def successor(params, batch):
         # After "d" the text ends.
         nexts = np.where(np.arange(264) == ord("d"), tokenizer.eos_id, np.arange(264) + 1)
-        return jax.nn.one_hot(params["next"][batch["tokens"]], 264) if params else jax.nn.one_hot(nexts, 264)[batch["tokens"]]
+        return (
+            jax.nn.one_hot(params["next"][batch["tokens"]], 264)
+            if params
+            else jax.nn.one_hot(nexts, 264)[batch["tokens"]]
+        )
 
     rows = [("ab", "cd"), ("b", "ce"), ("a", "bcd"), ("cc", "c")]
     tokens = np.zeros((4, 6), np.int32)
@@ -47,7 +53,9 @@ def test_exact_match():
     batch = {"tokens": tokens, "segments": segments, "loss_mask": mask}
     samples = Samples(exact_match=4, max_tokens=5, tokenizer=tokenizer)
     assert samples.scores(successor, {}, [batch]) == {"exact_match": 0.5}
-    assert Samples(exact_match=3, max_tokens=5, tokenizer=tokenizer).scores(successor, {}, [batch]) == {"exact_match": 2 / 3}
+    assert Samples(exact_match=3, max_tokens=5, tokenizer=tokenizer).scores(successor, {}, [batch]) == {
+        "exact_match": 2 / 3
+    }
 
 
 def test_a_linearized_model():
@@ -61,7 +69,9 @@ def test_a_linearized_model():
     logits = f_lin(run.task_vector, {"tokens": np.array([[2]])})
     said = Linearized(run.plan, bigram, None)
     kept = run._kept
-    np.testing.assert_allclose(said((kept, run.state.trained), {"tokens": np.array([[2]])}), logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        said((kept, run.state.trained), {"tokens": np.array([[2]])}), logits, rtol=1e-4, atol=1e-5
+    )
     merged = bigram(run.params, {"tokens": np.array([[2]])})
     assert np.abs(merged - logits).max() > 1e-2
 
