@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
     jft.save(model, params, folder / "model")
     byte_tokenizer().save(folder / "model")
     for name, seed in (("a", 1), ("b", 2)):
-        other = jax.tree.map(lambda x, y: x + y, params, model.init(jax.random.key(seed)))  # noqa: B023
+        other = jax.tree.map(lambda x, y: x + y, params, model.init(jax.random.key(seed)))
         (folder / name).mkdir()
         jft.TaskVector.between(params, other).save(folder / name / "task_vector.safetensors")
     return folder

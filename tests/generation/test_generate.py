@@ -16,6 +16,26 @@ from jft.models.encoder import EncoderConfig
 from jft.models.rope import Rope
 from jft.models.t5 import T5Config
 
+MUTATIONS = [
+    ("jft/models/decoding.py", "distance < mask.window", "distance <= mask.window"),
+    ("jft/models/decoding.py", "return visible & (self.segments > 0)", "return visible"),
+    ("jft/models/decoding.py", "[*values, v], first + count", "[*values, v], first"),
+    ("jft/models/decoding.py", "filled=cache.filled + columns", "filled=cache.filled + 1"),
+    ("jft/models/decoding.py", "positions = jnp.sum(cache.segments > 0", "positions = 1 + jnp.sum(cache.segments > 0"),
+    (
+        "jft/generation/programs.py",
+        "segments = (jnp.arange(T) >= T - lengths",
+        "segments = (jnp.arange(T) > T - lengths",
+    ),
+    ("jft/generation/programs.py", "lengths[:, None, None] - 1, axis=1)", "lengths[:, None, None], axis=1)"),
+    ("jft/generation/programs.py", "state.count - 1, axis=1", "state.count, axis=1"),
+    ("jft/generation/sampling.py", "jnp.cumsum(p, axis=-1) - p < self.top_p", "jnp.cumsum(p, axis=-1) < self.top_p"),
+    ("jft/generation/sampling.py", "+ jnp.log(self.min_p)", "- jnp.log(self.min_p)"),
+    ("jft/generation/sampling.py", "logits.astype(jnp.float32) / self.temperature", "logits.astype(jnp.float32)"),
+    ("jft/generation/text.py", "text = text[: min(cuts)]", "text = text[: max(cuts) + 1]"),
+    ("jft/generation/text.py", "8 - len(view.eos) % 8", "-len(view.eos) % 8"),
+]
+
 CONFIG = DecoderConfig(
     vocab=264, width=32, layers=3, heads=4, kv_heads=2, hidden=48, max_positions=64, windows=(None, 5, 9), init_std=0.3
 )

@@ -20,6 +20,17 @@ from jft.models.rope import Rope
 
 gguf = pytest.importorskip("gguf")
 
+MUTATIONS = [
+    ("jft/models/hf/gguf.py", "x.reshape(heads, -1, 2, *x.shape[1:])", "x.reshape(heads, 2, -1, *x.shape[1:])"),
+    ("jft/models/hf/gguf.py", "value - np.float32(self.offset)", "value + np.float32(self.offset)"),
+    ("jft/models/hf/gguf.py", 'permuted=architecture == "llama"', "permuted=True"),
+    ("jft/models/hf/gguf.py", "start=sum(rows[:i])", "start=sum(rows[: i + 1]) - rows[0]"),
+    ("jft/models/hf/gguf.py", "expected = 1 / (keep + (1 - keep) / factor)", "expected = keep + (1 - keep) / factor"),
+    ("jft/gguf/file.py", "if end > size:", "if end > 2 * size:"),
+    ("jft/gguf/tokenizer.py", "key=lambda x: -x[0]", "key=lambda x: x[0]"),
+    ("jft/gguf/tokenizer.py", r"\p{{N}}{{1,3}}", r"\p{{N}}{{1,2}}"),
+]
+
 TINY = DecoderConfig(vocab=40, width=32, layers=2, heads=4, kv_heads=2, hidden=48, max_positions=64, norm_eps=1e-5)
 EXPERTS = Experts(4, 2, 24)
 LLAMA3 = Rope(5e5, kind="llama3", factor=8.0, original_positions=8192, low_frequency=1.0, high_frequency=4.0)

@@ -12,6 +12,17 @@ from jft.train.samples import Samples, questions
 from jft.train.training import Linearized
 from tests.train.tools import bigram, bigram_parameters, token_batches
 
+MUTATIONS = [
+    ("jft/train/samples.py", "yield ids[:first], ids[first:end]", "yield ids[:first], ids[first : end + 1]"),
+    ("jft/train/samples.py", "for row in np.flatnonzero(valid):", "for row in range(len(tokens)):"),
+    ("jft/train/samples.py", "here = segments[row] == segment", "here = segments[row] > 0"),
+    (
+        "jft/train/training.py",
+        "self.plan.outputs(self.function, *params",
+        "self.plan.outputs(self.function, *params[::-1]",
+    ),
+]
+
 
 def test_questions():
     """Of packed rows every sequence; of several turns the first; none where nothing comes before the targets."""
@@ -90,6 +101,6 @@ def test_refused_before_the_run(model, options, message):
 
 
 def test_options():
-    with pytest.raises(ValueError, match="eval.exact_match is -1"):
+    with pytest.raises(ValueError, match="exact_match is -1"):
         Samples(exact_match=-1)
     assert not Samples() and Samples(prompts=["a"]).prompts == ("a",)
