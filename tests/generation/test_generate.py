@@ -32,7 +32,7 @@ MUTATIONS = [
     ("jft/generation/sampling.py", "jnp.cumsum(p, axis=-1) - p < self.top_p", "jnp.cumsum(p, axis=-1) < self.top_p"),
     ("jft/generation/sampling.py", "+ jnp.log(self.min_p)", "- jnp.log(self.min_p)"),
     ("jft/generation/sampling.py", "logits.astype(jnp.float32) / self.temperature", "logits.astype(jnp.float32)"),
-    ("jft/generation/text.py", "text = text[: min(cuts)]", "text = text[: max(cuts) + 1]"),
+    ("jft/generation/text.py", "text[: min(cuts)]", "text[: max(cuts) + 1]"),
     ("jft/generation/text.py", "8 - len(view.eos) % 8", "-len(view.eos) % 8"),
 ]
 
