@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jft.generation import generate
-from jft.generation.prompts import encode
+from jft.generation.prompts import encode, ends
 from jft.generation.text import check_rows
 from jft.models.core import is_jft_model
 from jft.models.decoder import DecoderConfig
@@ -69,7 +69,9 @@ class Samples:
         pairs = [pair for pair, _ in zip(questions(batches), range(self.exact_match), strict=False)]
         if not pairs:
             raise ValueError("eval.exact_match: no example has tokens before its first target, to be answered")
-        answers = generate(model, params, [q for q, _ in pairs], tokenizer=self.tokenizer, max_tokens=self.max_tokens)
+        # Of a chat also the token that ends a turn, which ids alone do not tell.
+        options = {"max_tokens": self.max_tokens, "eos": ends(model, self.tokenizer, self.chat)}
+        answers = generate(model, params, [q for q, _ in pairs], tokenizer=self.tokenizer, **options)
         decode = lambda ids: self.tokenizer.core.decode(ids.tolist(), skip_special_tokens=True)
         right = [answer.strip() == decode(ids).strip() for answer, (_, ids) in zip(answers, pairs, strict=True)]
         return {"exact_match": float(np.mean(right))}
