@@ -21,6 +21,7 @@ _PUBLIC = {
     "linearize": ("jft.tangent", "linearize"),
     "method": ("jft.methods", "method"),
     "finetune": ("jft.train", "finetune"),
+    "generate": ("jft.generation", "generate"),
     "merge": ("jft.merge", None),
     "models": ("jft.models", None),
     "data": ("jft.data", None),
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     import jft.train as train
     import jft.tree as tree
     from jft.delta import TaskVector, apply, revert
+    from jft.generation import generate
     from jft.methods import method
     from jft.models import Model, load, save
     from jft.tangent import linearize

@@ -8,11 +8,11 @@ import jft
 ROOT = Path(jft.__file__).parent
 # Folders and files of jft, from the ground up; those of one line stand on one floor.
 FLOORS = [
-    {"tree", "dot", "files", "names", "compiled", "terminal", "version", "kernels"},
+    {"tree", "dot", "files", "names", "compiled", "terminal", "version", "kernels", "gguf"},
     {"delta"},
     {"parallel"},
     {"models", "data"},
-    {"select", "tangent"},
+    {"select", "tangent", "generation"},
     {"methods", "merge"},
     {"presets", "train"},
     {"analysis", "bench"},

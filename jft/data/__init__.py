@@ -21,8 +21,8 @@
 
 **source** (its settings are the arguments of the class): ``digits`` (:class:`~jft.data.digits.Digits`), ``stdlib``
 (:class:`~jft.data.stdlib.Stdlib`), ``jsonl`` (:class:`~jft.data.tables.Jsonl`), ``csv`` (:class:`~jft.data.tables.Csv`),
-``tfds`` (:class:`~jft.data.tfds.Tfds`), ``hf`` (:class:`~jft.data.huggingface.HuggingFace`) and ``image_folder``
-(:class:`~jft.data.folders.ImageFolder`).
+``tfds`` (:class:`~jft.data.tfds.Tfds`), ``hf`` (:class:`~jft.data.huggingface.HuggingFace`), ``image_folder``
+(:class:`~jft.data.folders.ImageFolder`) and ``reasoning_gym`` (:class:`~jft.data.reasoning_gym.ReasoningGym`).
 
 **task** (likewise): ``classification`` (images; texts, where ``text`` is set or the records hold no image:
 :class:`~jft.data.tasks.ImageClassification`, :class:`~jft.data.tasks.TextClassification`), ``contrastive``
@@ -37,8 +37,8 @@ mixture, in examples; evaluation reads every part once, whatever its weight.
 **pack** (``lm``, ``sft``): ``"first_fit"``, ``"concat"``, or ``False``, the default: one example a row. **too_long**:
 ``"error"`` (the default for ``lm``, ``sft``, ``seq2seq``), ``"truncate"`` or ``"drop"``.
 
-**tokenizer**: ``"bytes"``, ``"bpe:VOCAB"`` (trained on the data, kept in ``directory``), a Hugging Face directory or a
-tokenizer.json. **reading**: ``threads`` (4), ``prefetch`` (64 examples), ``workers`` (0 processes).
+**tokenizer**: ``"bytes"``, ``"bpe:VOCAB"`` (trained on the data, kept in ``directory``), a Hugging Face directory, a
+tokenizer.json or a GGUF file. **reading**: ``threads`` (4), ``prefetch`` (64 examples), ``workers`` (0 processes).
 
 **Order and position.** See :mod:`jft.data.pipeline`: unpacked training data has one global order for any number of
 processes, threads and workers, and a saved position may be resumed on another number of them. Packed data, and data

@@ -30,6 +30,7 @@ def _sources() -> dict[str, Any]:
     from jft.data.digits import Digits
     from jft.data.folders import ImageFolder
     from jft.data.huggingface import HuggingFace
+    from jft.data.reasoning_gym import ReasoningGym
     from jft.data.stdlib import Stdlib
     from jft.data.tables import Csv, Jsonl
     from jft.data.tfds import Tfds
@@ -42,6 +43,7 @@ def _sources() -> dict[str, Any]:
         "image_folder": ImageFolder,
         "digits": Digits,
         "stdlib": Stdlib,
+        "reasoning_gym": ReasoningGym,
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jft import files
+from jft import files, gguf
 from jft.data.errors import DataError
 
 # Ids 256.. of the "bytes" tokenizer, and the specials of a trained BPE; the turn markers serve PLAIN_CHAT.
@@ -115,13 +115,16 @@ def _first(value: Any) -> Any:
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory (tokenizer.json, tokenizer_config.json, config.json), or of one file.
+    """The tokenizer of a Hugging Face directory (tokenizer.json, tokenizer_config.json, config.json), or of one file:
+    a tokenizer.json or a GGUF file.
 
     Raises :class:`DataError` where there is no tokenizer.json, or it cannot be read.
     """
     import tokenizers
 
-    root = Path(path)
+    root = Path(path).expanduser()
+    if gguf.is_gguf(root):
+        return _of_gguf(root)
     file = root / "tokenizer.json" if root.is_dir() else root
     if not file.is_file():
         if root.is_dir():
@@ -161,6 +164,27 @@ def load(path: str | os.PathLike) -> Tokenizer:
         start_id=model.get("decoder_start_token_id"),
         chat_template=_template(file.parent, config),
         specials=specials,
+        name=str(path),
+    )
+
+
+def _of_gguf(path: Path) -> Tokenizer:
+    """The tokenizer in a GGUF file, with its chat template."""
+    from jft.gguf import tokenizer
+
+    try:
+        file = gguf.read(path)
+        core, ids = tokenizer.core(file), tokenizer.special_ids(file)
+    except gguf.GgufError as error:
+        raise DataError(str(error)) from None
+    config = tokenizer.config(file)
+    return Tokenizer(
+        core=core,
+        bos_id=ids["bos"],
+        eos_id=ids["eos"],
+        pad_id=ids["pad"],
+        chat_template=config.get("chat_template"),
+        specials={k: v for k, v in config.items() if k.endswith("_token")},
         name=str(path),
     )
 

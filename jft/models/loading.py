@@ -1,4 +1,4 @@
-"""`load`: a Hugging Face directory or hub id as a jft model and its (sharded) parameters."""
+"""`load`: a Hugging Face directory, hub id or GGUF file as a jft model and its (sharded) parameters."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from jft import tree
+from jft.gguf import is_gguf
 from jft.models.classifier import Classifier
 from jft.models.core import Execution, Model
 from jft.models.hf import heads, reader, registry
@@ -34,9 +35,10 @@ def load(
     revision: str | None = None,
     seed: int = 0,
 ) -> tuple[Model, dict]:
-    """``(model, params)`` from ``config.json`` and safetensors, in ``dtype``, laid out over ``mesh``.
+    """``(model, params)`` from ``config.json`` and safetensors, or a GGUF file, in ``dtype``, laid out over ``mesh``.
 
-    source: a directory, or a hub id (``org/name``, with the extra ``jft[hf]``; ``revision`` a branch, tag or commit).
+    source: a directory, a hub id (``org/name``, with the extra ``jft[hf]``; ``revision`` a branch, tag or commit), or a GGUF
+    file of a decoder (extra ``jft[gguf]``), whose quantised weights become plain ones of their values.
     mesh: with it, each process reads only the bytes of its own shards, as :func:`jft.parallel.specs` (and ``rules``) lay
     them out; without, everything goes to the default device. dtype: of floating-point parameters and of the activations
     (``model.execution.dtype``); None keeps each parameter as stored. Values are rounded to nearest.
@@ -48,10 +50,7 @@ def load(
     Raises :class:`LoadError` (a ``ValueError``), naming the file or tensor: unknown architecture or feature; missing,
     unexpected, mis-shaped, quantised tensors; truncated or corrupt or missing files; pickles in place of safetensors.
     """
-    directory = fetch(source, revision)
-    description = describe(directory)
-    family = registry.family_of(description, directory / "config.json")
-    checkpoint = Checkpoint(directory)
+    family, description, checkpoint = _open(fetch(source, revision))
     config = _config(family, description, checkpoint, classes, pool)
     model = Model(config)
     shapes = tree.flatten(model.abstract())
@@ -71,16 +70,26 @@ def load(
     return Model(config, Execution(dtype=_activations(dtype, dtypes))), tree.like(abstract, flat)
 
 
+def _open(where: Path) -> tuple[Family, dict[str, Any], Any]:
+    """The family, ``config.json`` and tensors of a directory, or of a GGUF file."""
+    if is_gguf(where):
+        from jft.models.hf.gguf import open_gguf  # knows of decoders, which other models need not import
+
+        return open_gguf(where)
+    description = describe(where)
+    return registry.family_of(description, where / "config.json"), description, Checkpoint(where)
+
+
 def fetch(source: str | os.PathLike, revision: str | None = None) -> Path:
-    """The directory of a checkpoint: ``source`` itself, or the hub repository of that id, downloaded into its cache."""
+    """The directory or GGUF file of a checkpoint: ``source``, or the hub repository of that id, downloaded into its cache."""
     directory = Path(source).expanduser()
-    if directory.is_dir():
+    if directory.is_dir() or is_gguf(directory):
         return directory
     name = os.fspath(source)
     parts = name.split("/")
     # What is plainly a path must not be looked up on the hub.
     if directory.exists() or len(parts) > 2 or not all(parts) or name.startswith((".", "~", "/")):
-        raise LoadError(f"{name!r} is neither a directory nor a hub id (org/name)")
+        raise LoadError(f"{name!r} is neither a directory, a GGUF file nor a hub id (org/name)")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -109,7 +118,7 @@ def describe(directory: Path) -> dict[str, Any]:
 
 
 def _config(family: Family, description: dict, checkpoint: Checkpoint, classes: int, pool: str | None) -> Any:
-    where = checkpoint.directory / "config.json"
+    where = checkpoint.description
     try:
         config = family.from_hf(description)
         if family.refine is not None:

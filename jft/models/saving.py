@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import tree
+from jft.gguf import is_gguf
 from jft.models.classifier import Classifier
 from jft.models.core import Model
 from jft.models.hf import heads, reader, registry, writer
@@ -70,8 +71,8 @@ def save(
     """Write ``config.json`` and safetensors to ``directory``, whole or not at all; returns it.
 
     params: plain arrays, sharded or not; ``jft.load(directory, dtype=None)`` gives them back bit for bit. dtype: casts
-    floating-point parameters (None: as they are). like: a checkpoint (directory or hub id) whose tokenizer files and token
-    ids come along. shard_bytes: a larger model is cut into files of at most this size, with an index. overwrite: replace
+    floating-point parameters (None: as they are). like: a checkpoint (directory, hub id, GGUF file) whose tokenizer and ids
+    come along. shard_bytes: a larger model is cut into files of at most this size, with an index. overwrite: replace
     the checkpoint that stands there, once the new one is written. The host holds one tensor at a time. In a multi-host run
     every process calls this; process 0 writes, so ``directory`` must be its own or shared.
 
@@ -90,13 +91,26 @@ def save(
         with writer.whole_directory(target) as partial:
             writer.write_weights(partial, tensors, shard_bytes)
             writer.write_json(partial / "config.json", description)
-            for name in COMPANIONS:
-                if origin is not None and (origin / name).is_file():
-                    shutil.copyfile(origin / name, partial / name)
+            if origin is not None:
+                _copy_companions(origin, partial)
     else:
         writer.write_weights(None, tensors, shard_bytes)
     _barrier("jft.save: end")
     return target
+
+
+def _copy_companions(origin: Path, directory: Path) -> None:
+    """The tokenizer files of a checkpoint; those of a GGUF file are written from what it holds."""
+    if is_gguf(origin):
+        from jft.gguf import read, tokenizer
+
+        file = read(origin)
+        tokenizer.core(file).save(str(directory / "tokenizer.json"))
+        writer.write_json(directory / "tokenizer_config.json", tokenizer.config(file))
+        return
+    for name in COMPANIONS:
+        if (origin / name).is_file():
+            shutil.copyfile(origin / name, directory / name)
 
 
 def _barrier(name: str) -> None:

@@ -37,7 +37,7 @@ def _key(default: Any, doc: str) -> Any:
 class ModelConfig:
     """The base."""
 
-    source: str = _key("", "a Hugging Face directory or hub id, or a directory that jft saved")
+    source: str = _key("", "a Hugging Face directory or hub id, a directory that jft saved, or a GGUF file")
     arch: str = _key("", "instead of source: decoder, encoder, vision, clip or t5, with random weights")
     options: dict = _key({}, "with arch: fields of its config (width, layers, ...); with source: of jft.load")
     dtype: str = _key("float32", "activations and products: float32 or bfloat16")
@@ -89,6 +89,9 @@ class EvalConfig:
 
     every: int = _key(0, "steps between evaluations; 0: at the end only")
     batches: int = _key(0, "batches of each; 0: all")
+    samples: tuple = _key((), "of decoders: prompts to continue at each evaluation, also in samples.jsonl")
+    exact_match: int = _key(0, "of decoders: examples to answer at each evaluation, scored as exact_match; 0: none")
+    max_tokens: int = _key(64, "new tokens of a sample or answer, at most")
 
 
 @dataclasses.dataclass(frozen=True)

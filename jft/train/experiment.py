@@ -75,6 +75,7 @@ def run(config: Any, workdir: str | Path) -> Run:
         eval_data=test,
         eval_every=config.eval.every,
         eval_batches=config.eval.batches,
+        samples=_samples(config),
         accumulate=config.accumulate,
         seed=config.seed,
         workdir=workdir,
@@ -87,6 +88,13 @@ def run(config: Any, workdir: str | Path) -> Run:
         donate=not sections,
         fleet=[_member(config, one, (train, test), workdir) for one in sections] or None,
     )
+
+
+def _samples(config: Config) -> dict[str, Any]:
+    """The options of :class:`jft.train.samples.Samples`."""
+    chat = bool(config.data.get("chat") or config.data.get("messages"))
+    options = {"prompts": config.eval.samples, "exact_match": config.eval.exact_match}
+    return {**options, "max_tokens": config.eval.max_tokens, "chat": chat}
 
 
 OWN = ("name", "seed", "data", "eval_data", "method", "optimizer")
@@ -228,7 +236,7 @@ def loaders(config: Config, workdir: Path | None, first: Any = None) -> tuple[An
     if config.model.source:
         directory = fetch(config.model.source)
         # Vision models have none.
-        tokenizer = directory if (directory / "tokenizer.json").is_file() else None
+        tokenizer = directory if directory.is_file() or (directory / "tokenizer.json").is_file() else None
         base_config = (
             json.loads((directory / "config.json").read_text()) if (directory / "config.json").is_file() else {}
         )

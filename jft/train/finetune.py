@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from jft.train.preemption import Preempted, Watch
 from jft.train.profile import Profile
 from jft.train.report import Report
 from jft.train.run_config import Profiling, RunConfig, options
+from jft.train.samples import Samples
 from jft.train.training import Pending, Run, Training
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ def finetune(
     eval_data: Iterable | None = None,
     eval_every: int = 0,
     eval_batches: int = 0,
+    samples: Mapping[str, Any] | Samples | None = None,
     accumulate: int = 1,
     dtype: DTypeLike | None = None,
     seed: int = 0,
@@ -65,7 +68,8 @@ def finetune(
     method: a name, ``{"name": ..., **options}`` or a Method. optimizer: a name, options or any optax transformation
     (:mod:`jft.train.optimizers`; default AdamW). objective: a name or an Objective; default by what the batches hold.
     mesh: default that of the parameters, else one device (all, with several processes). eval_data is gone through every
-    ``eval_every`` steps (0: at the end), its first ``eval_batches`` (0: all). accumulate: microbatches per batch; the
+    ``eval_every`` steps (0: at the end), its first ``eval_batches`` (0: all). samples: of a decoder, what is generated at each
+    evaluation (:class:`jft.train.samples.Samples`, or a dict of its options). accumulate: microbatches per batch; the
     gradient is the same for any.
     dtype: of trained values in the forward pass (masters stay float32); default the model's execution dtype, or that of
     ``params`` where they have one.
@@ -97,6 +101,7 @@ def finetune(
         eval_batches,
         options(Logging, log),
         options(Profiling, profile),
+        dataclasses.replace(options(Samples, samples), tokenizer=tokenizer),
     )
     if config.profile.steps and workdir is None:
         raise ValueError("profile is given, but no workdir to write to")
@@ -177,7 +182,10 @@ def _loop(
     def evaluate(done: int) -> list[dict[str, float]]:
         since = time.perf_counter()
         scores = training.evaluate()
+        texts = training.texts(done)
         report.evaluation(done, scores, time.perf_counter() - since)
+        for line in texts:
+            report.say(line)
         return scores
 
     for n in range(begin, config.steps):

@@ -12,14 +12,16 @@ import jax
 import numpy as np
 
 from jft import delta, tree
+from jft.data.errors import shorten
 from jft.methods import Plan
 from jft.train import evaluation, reselection
 from jft.train.feed import Streams, global_shapes
 from jft.train.members import Members
 from jft.train.reselection import Trainable
 from jft.train.run_config import RunConfig, describe, options
+from jft.train.samples import write as write_samples
 from jft.train.state import Holdings, Settled, State, go_back, hold, measured, take_up
-from jft.train.step import Step
+from jft.train.step import Step, apply_of
 from jft.tree import host, visible
 
 
@@ -41,6 +43,18 @@ class NonFiniteError(ValueError):
             step,
             position,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Linearized:
+    """The outputs of a model under linearized training, as a function of what it keeps and what trains."""
+
+    plan: Plan
+    function: Any
+    dtype: Any
+
+    def __call__(self, params: tuple[Any, Any], batch: Any) -> jax.Array:
+        return self.plan.outputs(self.function, *params, batch, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +240,28 @@ class Training:
                 state, kept = self.update.member(self.held, i)
                 rest = member.eval_data, config.objective, config.mesh, config.eval_batches
                 scores[i] = evaluation.mean(score, (kept, state.trained), *rest)
+                if config.samples.exact_match:
+                    scores[i] |= config.samples.scores(*self._generator(i), member.eval_data)
         return scores
+
+    def texts(self, done: int) -> list[str]:
+        """What each member makes of the prompts of the config, a line each; also in its folder."""
+        samples, lines = self.config.samples, []
+        for i, member in enumerate(self.members if samples.prompts else ()):
+            texts = samples.texts(*self._generator(i))
+            write_samples(member.workdir, done, samples.prompts, texts)
+            pairs = zip(samples.prompts, texts, strict=True)
+            lines += [f"{member.label}{shorten(prompt)} -> {text.strip()}" for prompt, text in pairs]
+        return lines
+
+    def _generator(self, i: int) -> tuple[Any, Any]:
+        """Member ``i`` as a model and parameters to generate with: by the plan, as :meth:`evaluate`."""
+        config, recipe = self.config, self.update.recipe
+        state, kept = self.update.member(self.held, i)
+        if recipe.plan.method.forward == "standard":
+            return config.model, recipe.plan.bind(kept, state.trained, config.dtype)
+        # No weights give a linearized model, so that nothing can be cached.
+        return Linearized(recipe.plan, apply_of(config.model, config.mesh), config.dtype), (kept, state.trained)
 
     def restore_best(self) -> list[dict[str, float]]:
         """Go back to the best checkpoint, where one is kept; its evaluation."""

@@ -17,6 +17,7 @@ RUNS = (
     "decoder_sft",
     "encoder_classification",
     "llm",
+    *(f"smollm2{which}" for which in ("", ":pairs.jsonl", ":chain_sum")),
     *(f"llm:{m},{how}" for m in ("qwen3-8b", "gemma-2-2b") for how in ("full", "lora")),
     *(f"llm:qwen2.5-7b,{how}" for how in ("block_sparse", "lift", "spiel", "s2ft", "rosa", "half", "masks")),
 )
@@ -33,6 +34,14 @@ def test_runs(name):
     methods.method(**said.method)
     assert isinstance(optimizer(vars(said.optimizer)), Optimizer)
     assert said.data["source"]
+
+
+def test_derived_keys_follow_overrides():
+    config = options.load(spec("smollm2:pairs.jsonl"))
+    for key, value in (("data.files", "other.jsonl"), ("data.max_length", "64")):
+        options.override(config, key, value)
+    said = check(config)
+    assert (said.eval_data["files"], said.eval_data["max_length"]) == ("other.jsonl", 64)
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -322,7 +322,7 @@ def test_incomplete_shards_are_named(tmp_path):
 
 
 def test_sources_that_are_nothing(tmp_path):
-    with pytest.raises(LoadError, match="neither a directory nor a hub id"):
+    with pytest.raises(LoadError, match="neither a directory, a GGUF file nor a hub id"):
         jft.load(tmp_path / "nowhere")
     with pytest.raises(LoadError, match="'no-such/model' is no directory here"):
         jft.load("no-such/model")

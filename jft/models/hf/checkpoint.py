@@ -59,7 +59,7 @@ class Checkpoint:
     """All tensors of a directory, by name. Opening checks every header against its file; no tensor is read."""
 
     def __init__(self, directory: Path):
-        self.directory = directory
+        self.directory, self.description = directory, directory / "config.json"
         self.entries: dict[str, Entry] = {}
         for file, names in _files(directory).items():
             header = read_header(file)
