@@ -41,7 +41,7 @@ def rows(
     that began there and learned on training data (:func:`jft.merge.graft`); ``entries``: the share of all weights that it
     keeps. ``first``, ``last``: its objective before and after. Which step's mask is kept, validation accuracy says.
     """
-    options, out = config["grafting"], []
+    options, out = config["grafting"], list[Row]()
     if not options["method"]:
         return out
     for seed in settings.seeds_of(config, options["method"])[: options["seeds"]]:

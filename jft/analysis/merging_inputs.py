@@ -84,7 +84,7 @@ class Inputs:
     def chosen(self, names: Sequence[str]) -> Inputs:
         """The same of some of the tasks."""
         by_task = ("tasks", "vectors", "runs", "files", "batches")
-        parts = {key: {n: getattr(self, key)[n] for n in names} for key in by_task}
+        parts: dict[str, Any] = {key: {n: getattr(self, key)[n] for n in names} for key in by_task}
         return dataclasses.replace(self, **parts)
 
     @functools.cached_property
@@ -156,7 +156,7 @@ class Inputs:
         return [grams.grams(c, len(b)) for c, b in zip(self.calibrations(), self.batches.values(), strict=True)]
 
     def _factors(self) -> list[Mapping[str, Any]]:
-        out = []
+        out: list[Mapping[str, Any]] = []
         for name, task in self.tasks.items():
             params = task.params(apply(self.base.params, self.vectors[name], check=False))
             paths = self.base.model.linear_paths(self.base.params)
@@ -166,7 +166,7 @@ class Inputs:
 
     def _fisher(self) -> list[Mapping[str, Any]]:
         """Exact, of the first batch: a gradient for each example and class."""
-        out = []
+        out: list[Mapping[str, Any]] = []
         for name, task in self.tasks.items():
             params = apply(self.base.params, self.vectors[name], check=False)
             head = task.head

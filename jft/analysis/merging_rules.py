@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import optax
 
 from jft import merge
-from jft.analysis.merging_inputs import Inputs
+from jft.analysis.merging_inputs import Inputs, Statistics
 from jft.delta import TaskVector
 
 Merged = TaskVector | Sequence[TaskVector]
 # What a registered rule with statistics reads: see `Inputs.statistics`.
-STATISTICS = {"fisher": "fisher", "regmean": "grams", "mats": "factors"}
+STATISTICS: dict[str, Statistics] = {"fisher": "fisher", "regmean": "grams", "mats": "factors"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +59,14 @@ def _registered(name: str) -> Entry:
 
 def _functions() -> list[Entry]:
     """Rules around rules, of activations, and of scores."""
-    around = {
+    around: dict[str, Callable[..., TaskVector]] = {
         "lines": merge.with_lines(merge.task_arithmetic, beta=1.0),
         "svc": merge.svc,
         "knots": merge.knots,
         "core_space": merge.core_space,
     }
     return [
-        *(Entry(name, lambda inputs, rule=rule: rule(inputs.taus)) for name, rule in around.items()),
+        *(Entry(name, functools.partial(_of_vectors, rule)) for name, rule in around.items()),
         Entry("esm", lambda i: merge.esm(i.taus, moments=i.statistics("grams")), "grams of training data"),
         Entry("regmean_plus_plus", _regmean_plus_plus, "grams of training data"),
         Entry("pleas", _pleas, "activations of training data"),
@@ -89,6 +89,10 @@ def _localize_and_stitch(inputs: Inputs) -> TaskVector:
         density=0.1,
         learning_rate=1e5,
     )
+
+
+def _of_vectors(rule: Callable[..., TaskVector], inputs: Inputs) -> TaskVector:
+    return rule(inputs.taus)
 
 
 def _regmean_plus_plus(inputs: Inputs) -> TaskVector:

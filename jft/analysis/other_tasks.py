@@ -60,7 +60,7 @@ def _inputs(
 
     def write(task: Task, path: Path) -> None:
         batches = _batches(study, base, task)
-        fields = {key: np.stack([batch[key] for batch in batches]) for key in batches[0] if key != "labels"}
+        fields: dict[str, Any] = {key: np.stack([batch[key] for batch in batches]) for key in batches[0] if key != "labels"}
         with files.whole(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **fields)
 
