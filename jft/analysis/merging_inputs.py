@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jft import data, merge, tangent
+from jft import data, merge, tree
 from jft.analysis import run_store, seeds, settings, task_runs
 from jft.analysis.bases import Base
 from jft.analysis.tasks import Task
@@ -72,6 +72,11 @@ class Inputs:
         """What rules look at, for manifests."""
         count = sum(len(batch["labels"]) for batch in next(iter(self.batches.values())))
         return f"{count} training examples of each of {', '.join(self.tasks)}"
+
+    @property
+    def count(self) -> int:
+        """Batches of each task."""
+        return len(next(iter(self.batches.values())))
 
     def dependencies(self, *parts: str) -> dict[str, Any]:
         """What a stored row depends on: ``parts`` of the config, base and vectors."""
@@ -136,43 +141,36 @@ class Inputs:
 
     def calibrations(self, tuned: bool = True) -> list[RunCalibration]:
         """One for each task, of the backbone on its data: at the fine-tuned weights, or at the base."""
-        tasks = [(self.tasks[name], self.vectors[name], self.batches[name]) for name in self.tasks]
-        params = [apply(self.base.params, tau, check=False) if tuned else self.base.params for _, tau, _ in tasks]
-        paths = self.base.model.linear_paths(self.base.params)
+        params = [apply(self.base.params, tau, check=False) if tuned else self.base.params for tau in self.taus]
         return [
-            RunCalibration(self.base.model, at, paths, task.objective, batches)
-            for at, (task, _, batches) in zip(params, tasks, strict=True)
+            RunCalibration(self.base.model, at, self.base.matrices, task.objective, self.batches[name])
+            for at, (name, task) in zip(params, self.tasks.items(), strict=True)
         ]
 
     def statistics(self, kind: Statistics) -> list[Mapping[str, Any]]:
-        """One ``{path: ...}`` for each task, measured at its fine-tuned weights."""
-        return self._statistics[kind]()
+        """One ``{path: ...}`` for each task, measured at its fine-tuned weights; of gradients, in the loss of its own head."""
+        return getattr(self, kind)
 
     @functools.cached_property
-    def _statistics(self) -> dict[str, Callable[[], list[Mapping[str, Any]]]]:
-        return {kind: functools.cache(getattr(self, f"_{kind}")) for kind in ("fisher", "grams", "factors")}
+    def grams(self) -> list[Mapping[str, Any]]:
+        """See :func:`jft.select.grams.grams`."""
+        return [grams.grams(c, self.count) for c in self.calibrations()]
 
-    def _grams(self) -> list[Mapping[str, Any]]:
-        return [grams.grams(c, len(b)) for c, b in zip(self.calibrations(), self.batches.values(), strict=True)]
+    @functools.cached_property
+    def factors(self) -> list[Mapping[str, Any]]:
+        """See :func:`jft.select.grams.factors`."""
+        return [grams.factors(self._with_head(name, self.base.matrices), self.count) for name in self.tasks]
 
-    def _factors(self) -> list[Mapping[str, Any]]:
-        out: list[Mapping[str, Any]] = []
-        for name, task in self.tasks.items():
-            params = task.params(apply(self.base.params, self.vectors[name], check=False))
-            paths = self.base.model.linear_paths(self.base.params)
-            calibration = RunCalibration(task.model, params, paths, task.objective, self.batches[name])
-            out.append(grams.factors(calibration, len(self.batches[name])))
-        return out
+    @functools.cached_property
+    def fisher(self) -> list[Mapping[str, Any]]:
+        """The diagonal, from one label of each example drawn from the model's own prediction."""
+        every, examples = tree.flatten(self.base.params), self.count * self.config["merging"]["batch_size"]
+        return [self._with_head(name, every).squares(examples, per="sampled") for name in self.tasks]
 
-    def _fisher(self) -> list[Mapping[str, Any]]:
-        """Exact, of the first batch: a gradient for each example and class."""
-        out: list[Mapping[str, Any]] = []
-        for name, task in self.tasks.items():
-            params = apply(self.base.params, self.vectors[name], check=False)
-            head = task.head
-            logits = lambda p, batch, task=task, head=head: task.model.apply({**p, "classifier": head}, batch)
-            out.append(tangent.fisher_diagonal(logits, params, self.batches[name][:1], chunk=16))
-        return out
+    def _with_head(self, name: str, paths: Iterable[str]) -> RunCalibration:
+        task, tau = self.tasks[name], self.vectors[name]
+        params = task.params(apply(self.base.params, tau, check=False))
+        return RunCalibration(task.model, params, paths, task.objective, self.batches[name])
 
 
 def _training(config: Mapping[str, Any], tasks: Mapping[str, Task], base: Base, seed: int) -> dict[str, list[Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jft.analysis.drawing import FAINT, GRID, INK, legend, looks, panels, styled
+from jft.analysis.drawing import FAINT, INK, WIDTH, legend, looks, panels, styled
 
 Rows = Sequence[Mapping[str, Any]]
 READS = {"": "no data", "validation accuracy": "validation accuracy"}
@@ -56,34 +56,39 @@ def _labelled(reads: str) -> str:
 
 @styled
 def rules(rows: Rows, tasks: Rows, runs: Rows) -> Any:
-    """A dot for every rule of one model: mean accuracy at the chosen coefficient, its error as a line, as it is in grey."""
-    shown = [row for row in rows if not row["models"] and not row["each"]]
-    methods = list(dict.fromkeys(row["method"] for row in shown))
+    """A dot for every rule that makes one model of the first method's vectors, at the coefficient chosen; a bar as it is."""
+    method = rows[0]["method"]
+    shown = [row for row in rows if row["method"] == method and not row["models"] and not row["each"]]
+    shown.sort(key=lambda row: row["absolute"])
     kinds = looks(["no data", "statistics of data", "unlabelled data", "labelled data", "validation accuracy"])
-    tallest = max(sum(row["method"] == method for row in shown) for method in methods)
-    figure, axes = panels(len(methods), 2, 0.19 * tallest + 1.1)
-    base = float(np.mean([task["base"] for task in tasks]))
-    for axis, method in zip(axes, methods, strict=True):
-        group = sorted((r for r in shown if r["method"] == method), key=lambda row: row["absolute"])
-        tuned = float(np.mean([run["score"] for run in runs if run["method"] == method]))
-        for value, text in ((base, "base"), (tuned, "fine-tuned")):
-            axis.axvline(value, color=FAINT, linestyle=(0, (3, 2)), linewidth=1)
-            axis.text(value, len(group) - 0.4, text, color=FAINT, fontsize=7.5, ha="center", va="bottom")
-        for y, row in enumerate(group):
-            look = kinds[kind_of(row["reads"])]
-            axis.plot([100 * row["plain"]], [y], linestyle="none", marker="|", markersize=7, color=GRID, zorder=1)
-            error = 100 * (row["errors"]["absolute"] or 0)
-            axis.errorbar(100 * row["absolute"], y, xerr=error, linestyle="none", markersize=5, **look)
-        # One of each kind for the legend.
-        for name, look in kinds.items():
-            if any(kind_of(row["reads"]) == name for row in group):
-                axis.plot([], [], linestyle="none", markersize=5, label=name, **look)
-        axis.set_yticks(range(len(group)), [row["rule"] for row in group], fontsize=7, color=INK)
-        axis.set_ylim(-0.7, len(group) + 0.6)
-        axis.grid(False, axis="y")
-        axis.set_title(method)
-        axis.set_xlabel("mean test accuracy, %")
-    legend(figure, axes[0], 5)
+    figure, (axis,) = panels(1, 1, 0.17 * len(shown) + 1.1)
+    figure.set_figwidth(WIDTH * 0.8)
+    lines = {
+        "base": float(np.mean([task["base"] for task in tasks])),
+        "fine-tuned": float(np.mean([run["score"] for run in runs if run["method"] == method])),
+    }
+    for text, value in lines.items():
+        axis.axvline(value, color=FAINT, linestyle=(0, (3, 2)), linewidth=1)
+        axis.text(value, len(shown) - 0.3, text, color=FAINT, fontsize=7.5, ha="center", va="bottom")
+    for y, row in enumerate(shown):
+        axis.plot(100 * row["plain"], y, linestyle="none", marker="|", markersize=7, color=FAINT, zorder=1)
+    for kind, look in kinds.items():
+        of_kind = [(y, row) for y, row in enumerate(shown) if kind_of(row["reads"]) == kind]
+        if of_kind:
+            axis.errorbar(
+                [100 * row["absolute"] for _, row in of_kind],
+                [y for y, _ in of_kind],
+                xerr=[100 * (row["errors"]["absolute"] or 0) for _, row in of_kind],
+                linestyle="none",
+                markersize=5,
+                label=kind,
+                **look,
+            )
+    axis.set_yticks(range(len(shown)), [row["rule"] for row in shown], fontsize=7.5, color=INK)
+    axis.set_ylim(-0.7, len(shown) + 0.5)
+    axis.grid(False, axis="y")
+    axis.set_xlabel(f"mean test accuracy of the {method} vectors merged, %")
+    legend(figure, axis, 5)
     return figure
 
 

@@ -67,7 +67,7 @@ def _functions() -> list[Entry]:
     }
     return [
         *(Entry(name, functools.partial(_of_vectors, rule)) for name, rule in around.items()),
-        Entry("esm", lambda i: merge.esm(i.taus, moments=i.statistics("grams")), "grams of training data"),
+        Entry("esm", lambda i: merge.esm(i.taus, moments=i.grams), "grams of training data"),
         Entry("regmean_plus_plus", _regmean_plus_plus, "grams of training data"),
         Entry("pleas", _pleas, "activations of training data"),
         Entry(
@@ -96,14 +96,12 @@ def _of_vectors(rule: Callable[..., TaskVector], inputs: Inputs) -> TaskVector:
 
 
 def _regmean_plus_plus(inputs: Inputs) -> TaskVector:
-    batches = len(next(iter(inputs.batches.values())))
-    return merge.regmean_plus_plus(inputs.taus, inputs.calibrations(), base=inputs.base.params, batches=batches)
+    return merge.regmean_plus_plus(inputs.taus, inputs.calibrations(), base=inputs.base.params, batches=inputs.count)
 
 
 def _pleas(inputs: Inputs) -> TaskVector:
-    batches = len(next(iter(inputs.batches.values())))
     calibrations = inputs.calibrations(tuned=False)
-    return merge.pleas(inputs.taus, calibrations, base=inputs.base.params, batches=batches, permute=False)
+    return merge.pleas(inputs.taus, calibrations, base=inputs.base.params, batches=inputs.count, permute=False)
 
 
 def _learning() -> list[Entry]:

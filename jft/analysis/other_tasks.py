@@ -38,9 +38,8 @@ def _curvature(
     """TAK's factors of the features' Jacobian, merged over the others."""
 
     def write(task: Task, path: Path) -> None:
-        paths = [p for p in tree.flatten(base.params) if p.endswith("/w")]
         batches = _batches(study, base, task)
-        calibration = RunCalibration(task.model, task.params(base.params), paths, task.objective, batches)
+        calibration = RunCalibration(task.model, task.params(base.params), base.matrices, task.objective, batches)
         factors = jacobian_factors(calibration, len(batches), draws=study["other_tasks"]["draws"], site=SITE)
         Curvature.of(factors, base.params).save(path)
 
@@ -60,7 +59,9 @@ def _inputs(
 
     def write(task: Task, path: Path) -> None:
         batches = _batches(study, base, task)
-        fields: dict[str, Any] = {key: np.stack([batch[key] for batch in batches]) for key in batches[0] if key != "labels"}
+        fields: dict[str, Any] = {
+            key: np.stack([batch[key] for batch in batches]) for key in batches[0] if key != "labels"
+        }
         with files.whole(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **fields)
 
