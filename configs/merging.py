@@ -89,8 +89,8 @@ def get_config(sets: str = ",".join(SETS)) -> ConfigDict:
                 "full": {"method": {"name": "full"}, "optimizer": {**COSINE, "lr": 1e-3}},
                 "lora": {"method": {"name": "lora", "rank": 8}, "optimizer": {**COSINE, "lr": 5e-3}},
                 "linear": {"method": {"name": "linearized", "until": "features"}, **linear},
-                "tak": {"method": {"name": "tak", "until": "features", "weight": 1.0}, **linear},
-                "tau_jp": {"method": {"name": "tau_jp", "until": "features", "weight": 1.0}, **linear},
+                "tak": {"method": {"name": "tak", "until": "features", "weight": 0.1}, **linear},
+                "tau_jp": {"method": {"name": "tau_jp", "until": "features", "weight": 0.1}, **linear},
             },
             arithmetic={"points": 11},
             merging={

@@ -115,9 +115,9 @@ def study(**parts: Any) -> ConfigDict:
                 "seeds": 1,
                 "steps": 20,
                 "bias": 5.0,
-                "learning_rate": 1e5,
+                "learning_rate": 2e5,
             },
-            "other_tasks": {"examples": 256, "batch_size": 16, "draws": 4},
+            "other_tasks": {"examples": 256, "batch_size": 8, "draws": 4},
             "nonlinear": "",
         }
     )

@@ -11,7 +11,7 @@ import pytest
 
 import jft
 from jft import merge
-from jft.analysis import merging, merging_plots, merging_rules, run_store, study
+from jft.analysis import merging, merging_inputs, merging_plots, merging_rules, run_store, study
 from jft.cli import main
 
 CONFIG = Path(__file__).parents[2] / "configs" / "merging.py"
@@ -121,6 +121,14 @@ def test_scores_are_those_of_the_merged_model(workdir, results):
     emr = merge.emr(vectors)
     own = [tasks[t].score("test", jft.apply(base.params, tau)) for t, tau in zip(tasks, emr, strict=True)]
     assert rows["emr"]["plain"] == pytest.approx(np.mean(own), abs=1e-6)
+    # What learns reads each example by the head of its own task.
+    inputs = merging_inputs.Inputs.of(config, base, tasks, results["runs"], "full", 3, workdir / "vision")
+    logits = jax.jit(inputs.logits)(base.params, inputs.together[0])
+    apart = [
+        jax.jit(task.model.apply)(task.params(base.params), batches[0])
+        for task, batches in zip(tasks.values(), inputs.batches.values(), strict=True)
+    ]
+    np.testing.assert_allclose(logits, np.concatenate(apart), rtol=1e-4, atol=1e-4)
     # And a second start merges nothing.
     before = {path: path.stat().st_mtime_ns for path in (workdir / "vision" / "merging").rglob("*.json")}
     again = merging.rows(config, base, tasks, results["runs"], workdir / "vision", print)
