@@ -45,6 +45,11 @@ def mean_grafts(rows: Rows) -> list[dict[str, Any]]:
     return out
 
 
+def whole(row: Mapping[str, Any]) -> bool:
+    """Whether the rule of a row makes one model of all tasks."""
+    return not row["models"] and not row["each"]
+
+
 def kind_of(reads: str) -> str:
     """The data a rule reads, as one of five kinds."""
     return READS.get(reads) or ("unlabelled data" if reads.startswith("unlabelled") else _labelled(reads))
@@ -57,8 +62,8 @@ def _labelled(reads: str) -> str:
 @styled
 def rules(rows: Rows, tasks: Rows, runs: Rows) -> Any:
     """A dot for every rule that makes one model of the first method's vectors, at the coefficient chosen; a bar as it is."""
-    method = rows[0]["method"]
-    shown = [row for row in rows if row["method"] == method and not row["models"] and not row["each"]]
+    method = next(row["method"] for row in rows if whole(row))
+    shown = [row for row in rows if row["method"] == method and whole(row)]
     shown.sort(key=lambda row: row["absolute"])
     kinds = looks(["no data", "statistics of data", "unlabelled data", "labelled data", "validation accuracy"])
     figure, (axis,) = panels(1, 1, 0.17 * len(shown) + 1.1)

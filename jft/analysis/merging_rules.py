@@ -106,17 +106,23 @@ def _pleas(inputs: Inputs) -> TaskVector:
 
 def _learning() -> list[Entry]:
     """Rules whose coefficients or components gradient descent finds, with rates that suit some hundred steps."""
+    by_layer = functools.partial(merge.adamerging, by="layer")
     learners: list[tuple[str, Callable[..., TaskVector], str, float]] = [
         ("learned_soup", _soup, "cross_entropy", 0.1),
         ("learn_coefficients", _ties_weights, "cross_entropy", 0.02),
-        ("adamerging_task", functools.partial(merge.adamerging, by="task"), "entropy", 0.01),
-        ("adamerging_layer", functools.partial(merge.adamerging, by="layer"), "entropy", 0.01),
-        ("adamerging_plus_plus", functools.partial(merge.adamerging, by="layer", density=0.2), "entropy", 0.01),
-        ("adarank", merge.adarank, "entropy", 0.01),
+        ("adamerging_task", _from_average(functools.partial(merge.adamerging, by="task")), "entropy", 0.01),
+        ("adamerging_layer", _from_average(by_layer), "entropy", 0.01),
+        ("adamerging_plus_plus", _from_average(functools.partial(by_layer, density=0.2)), "entropy", 0.01),
+        ("adarank", _from_average(merge.adarank), "entropy", 0.01),
         ("atlas", merge.atlas, "cross_entropy", 0.03),
         ("atlas_4", functools.partial(merge.atlas, partitions=4), "cross_entropy", 0.03),
     ]
     return [_learner(*learner) for learner in learners]
+
+
+def _from_average(rule: Callable[..., TaskVector]) -> Callable[..., TaskVector]:
+    """The rule from coefficients ``1 / N``; the published 0.3, for eight tasks of CLIP, is too large for others."""
+    return lambda taus, **how: rule(taus, init=1 / len(taus), **how)
 
 
 def _learner(name: str, merge_by: Callable[..., TaskVector], objective: str, rate: float) -> Entry:

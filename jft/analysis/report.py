@@ -93,7 +93,7 @@ def figures(study: Mapping[str, Any]) -> dict[str, Any]:
         out["negation"] = plots.negation_curves(means["negation"])
     if means["disentanglement"]:
         out["disentanglement"] = tangent_plots.disentanglement_maps(means["disentanglement"])
-    if means["merging"]:
+    if any(merging_plots.whole(row) for row in means["merging"]):
         out["merging"] = merging_plots.rules(means["merging"], tasks, runs)
     if means["grafting"]:
         out["grafting"] = merging_plots.grafts(means["grafting"])
