@@ -66,10 +66,10 @@ def get_config(sets: str = ",".join(SETS)) -> ConfigDict:
         "Merging",
         "One vision transformer, tasks that are apart, every merging rule.",
         vision=study(
-            title=f"{len(tasks)} tasks of Fashion-MNIST, MNIST and digits",
-            note="The base tells garments and digits apart, upright. The tasks are the same sets under other labels, turned, "
-            "inverted or mirrored."
-            + (f" Left out, for want of their data: {', '.join(left_out)}." if left_out else ""),
+            title=f"{len(tasks)} tasks of {', '.join(chosen)}",
+            note="The base tells the classes of these sets apart, upright. The tasks are the same sets under other labels, "
+            "turned, inverted or mirrored."
+            + (f" Left out, being of other sets: {', '.join(left_out)}." if left_out else ""),
             base={
                 "description": "Vision transformer, 3 layers, width 64, patches of 4 x 4 of 16 x 16 pixels",
                 "train": {
