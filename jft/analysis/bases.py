@@ -41,6 +41,11 @@ class Base:
         """Pixels of a side of the images it takes; None for models of text."""
         return getattr(getattr(self.model.config, "vision", self.model.config), "image", None)
 
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The paths of the weights of all products, those outside layers among them."""
+        return tuple(path for path in tree.flatten(self.params) if path.endswith("/w"))
+
 
 def prepare(config: Mapping[str, Any], common: Mapping[str, Any], workdir: Path) -> Base:
     """``base`` of a study's config: ``source`` loaded, or ``train`` run in ``workdir`` (taken from there where it is whole).

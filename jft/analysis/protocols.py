@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +38,7 @@ def examined(
     # Every protocol needs a second task.
     if len(tasks) < 2:
         return results
-    for method, seed in itertools.product(config["methods"], config["seeds"] or (None,)):
+    for method, seed in [(m, seed) for m in config["methods"] for seed in settings.seeds_of(config, m)]:
         source = settings.source(config, method)
         files = {t: seeds.folder(workdir, t, source, seed) / task_runs.VECTOR for t in tasks}
         by_task = {t: TaskVector.load(file) for t, file in files.items()}
@@ -67,13 +65,11 @@ def examined(
 def _dependencies(config: Mapping[str, Any], base: Base, files: Mapping[str, Path], forward: Forward) -> Row:
     """All dependencies of the rows of one method and seed."""
     parts = ("arithmetic", "disentangle", "tasks", "splits", "common", "head")
-    # The contents of the files: a run that was repeated may have written others.
-    digests = {task: hashlib.sha256(file.read_bytes()).hexdigest() for task, file in files.items()}
     return {
         **{p: config[p] for p in parts},
         "base": base.fingerprint,
         "forward": dataclasses.asdict(forward),
-        "vectors": digests,
+        "vectors": run_store.digests(files),
     }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jft import files
-from jft.analysis import drawing, plots, seeds, tangent_plots
+from jft.analysis import drawing, merging_plots, plots, seeds, tangent_plots
 
 TEMPLATES = Path(__file__).parent / "templates"
 MISSING = "–"
@@ -93,6 +93,10 @@ def figures(study: Mapping[str, Any]) -> dict[str, Any]:
         out["negation"] = plots.negation_curves(means["negation"])
     if means["disentanglement"]:
         out["disentanglement"] = tangent_plots.disentanglement_maps(means["disentanglement"])
+    if any(merging_plots.whole(row) for row in means["merging"]):
+        out["merging"] = merging_plots.rules(means["merging"], tasks, runs)
+    if means["grafting"]:
+        out["grafting"] = merging_plots.grafts(means["grafting"])
     if study["cosine"]:
         out["cosine"] = plots.cosine_maps(study["cosine"], [task["name"] for task in tasks])
     if len(study["methods"]) > 1:
@@ -107,6 +111,8 @@ def averages(study: Mapping[str, Any]) -> dict[str, Any]:
         "negation": ("task", "method"),
         "disentanglement": ("pair", "method"),
         "advantage": ("task", "method"),
+        "merging": ("method", "rule"),
+        "grafting": ("task", "density"),
     }
     return {key: seeds.averaged(study.get(key, []), keys) for key, keys in groups.items()}
 
@@ -163,11 +169,18 @@ def render(results: Mapping[str, Any], images: Mapping[str, Mapping[str, Any]] |
 def _view(study: Mapping[str, Any], images: Mapping[str, Any]) -> dict[str, Any]:
     """A study with the derived values that the page shows."""
     cells, means = _cells(study), averages(study)
+    counts = {cell["method"]: cell["seeds"] for cell in cells.values()}
     return {
         **study,
         **means,
         "negation_tasks": _by_task(means["negation"]),
         "pairs": list(dict.fromkeys(" and ".join(row["pair"]) for row in means["disentanglement"])),
+        "other_seeds": {method: n for method, n in counts.items() if n != len(study["seeds"])}
+        if study["seeds"]
+        else {},
+        "pair": study.get("merging_pair", ()),
+        "merged": merging_plots.grouped(means["merging"]),
+        "grafts": merging_plots.mean_grafts(means["grafting"]),
         "linearized": list(dict.fromkeys(row["method"] for row in means["advantage"])),
         "images": {name: _image(figure) for name, figure in images.items()},
         "cells": cells,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ def read(workdir: Path, config: Any, name: str = NAME) -> dict[str, Any] | None:
             "workdir, or remove that folder to run it again"
         )
     return record["outcome"]
+
+
+def digests(paths: Mapping[str, Path]) -> dict[str, str]:
+    """The SHA-256 of each file: a run that was repeated may have written another."""
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
 
 
 def kept(path: Path, config: Any, compute: Callable[[], Any]) -> Any:

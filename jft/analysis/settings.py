@@ -13,8 +13,11 @@ from jft.train.config import Config, check
 OF_TASK = ("test_data", "names", "templates")
 # Keys of a method that are the study's: whose task vectors it takes instead of training, and in which forward pass.
 OF_METHOD = ("of", "forward", "until")
+# And which seeds it is run with, in place of the study's.
+SEEDS = "seeds"
 QUIET = {"log": {"progress": False}}
 PARTS = ("data", "eval_data", "test_data")
+BUILT_IN = ("digits", "fashion_mnist", "mnist", "stdlib")  # sources whose splits have the names of a study's
 
 
 def overlay(*partials: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,7 +48,9 @@ def of_run(study: Mapping[str, Any], task: str, method: str | None = None, seed:
     task_part = {key: value for key, value in study["tasks"][task].items() if key not in OF_TASK}
     seed_part = {} if seed is None else {"seed": seed}
     method_part = (
-        {key: value for key, value in study["methods"][method].items() if key not in OF_METHOD} if method else {}
+        {key: value for key, value in study["methods"][method].items() if key not in (*OF_METHOD, SEEDS)}
+        if method
+        else {}
     )
     partial = overlay(QUIET, study["common"], task_part, method_part, seed_part)
     parts = data_parts(study, task)
@@ -55,6 +60,12 @@ def of_run(study: Mapping[str, Any], task: str, method: str | None = None, seed:
 def source(study: Mapping[str, Any], method: str) -> str:
     """The method whose runs train the task vectors of ``method``: itself, or its ``of``."""
     return study["methods"][method].get("of") or method
+
+
+def seeds_of(study: Mapping[str, Any], method: str) -> tuple[int | None, ...]:
+    """The seeds of a method's runs: its own, those of the method it takes vectors of, or the study's; (None,) for none."""
+    named = study["methods"][method].get(SEEDS) or study["methods"][source(study, method)].get(SEEDS)
+    return tuple(named or study["seeds"]) or (None,)
 
 
 def forward(study: Mapping[str, Any], method: str, tau: TaskVector) -> Forward:
@@ -73,9 +84,9 @@ def check_method(study: Mapping[str, Any], method: str) -> None:
                 f"method {method!r} trains; {', '.join(sorted(evaluation_keys))} belong in its method, or give `of`"
             )
         return
-    if set(options) - evaluation_keys:
+    if set(options) - evaluation_keys - {SEEDS}:
         raise ValueError(
-            f"method {method!r} takes the task vectors of another; it has no {min(set(options) - evaluation_keys)!r}"
+            f"method {method!r} takes the task vectors of another; it has no {min(set(options) - evaluation_keys - {SEEDS})!r}"
         )
     training_methods = [name for name, other in study["methods"].items() if "of" not in other]
     if options["of"] not in training_methods:
@@ -112,7 +123,7 @@ def data_parts(study: Mapping[str, Any], task: str) -> dict[str, dict[str, Any]]
     # The built-in sets have splits of known names, so that a config can leave them out.
     data = (
         {"split": splits["data"], **config["data"]}
-        if config["data"].get("source") in ("digits", "stdlib")
+        if config["data"].get("source") in BUILT_IN
         else dict(config["data"])
     )
     parts = {"data": data}

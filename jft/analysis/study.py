@@ -18,7 +18,18 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jft.analysis import environment, protocols, report, run_store, seeds, settings, tables, task_runs
+from jft.analysis import (
+    environment,
+    grafting,
+    merging,
+    protocols,
+    report,
+    run_store,
+    seeds,
+    settings,
+    tables,
+    task_runs,
+)
 from jft.analysis.bases import prepare
 from jft.analysis.tasks import prepare_all
 
@@ -29,6 +40,8 @@ HEADS = {
     "none": "",
 }
 METRICS = ("accuracy", "bits_per_byte", "perplexity", "loss")
+# Coefficients of merged vectors: those that sum up want small ones, those that average want large ones.
+GRID = (0.0, 0.15, 0.25, 0.4, 0.6, 1.0, 1.6, 2.5, 4.0)
 
 
 def study(**parts: Any) -> ConfigDict:
@@ -46,7 +59,7 @@ def study(**parts: Any) -> ConfigDict:
     Seconds are then a task's share of its fleet's.
     seeds: each run is made once with each, which changes the order of its data and what its method draws; scores and what
     becomes of arithmetic are means with their standard error, and base, heads and test data are the same for all. Empty:
-    one run each, with ``common.seed``.
+    one run each, with ``common.seed``. A method may have ``seeds`` of its own in their place, fewer where it is slow.
     splits: the ``split`` that ``data``, ``eval_data`` (validation) and ``test_data`` have where a task gives ``data`` alone.
     head: ``kind`` probe (linear, fitted on the frozen base), zero_shot (CLIP) or none; ``pool``: what it reads, as in
     ``model.pool``; ``penalty`` of the probe; ``examples`` it is fitted on at most (0: all); ``pad``: all heads
@@ -56,6 +69,14 @@ def study(**parts: Any) -> ConfigDict:
     disentangle: ``pairs`` of tasks whose weight-disentanglement error is mapped on ``points`` coefficients from ``lowest`` to
     ``largest`` for each. nonlinear: the method whose accuracy linearized ones are compared with (empty: the first that is
     not linearized).
+    merging: the table of merging rules (:mod:`jft.analysis.merging_rules`). ``methods``: ``{method: rules}`` whose task vectors
+    are merged, no rules being all of them; ``pair``: the two tasks that rules of at most two models merge; ``grid``: of the
+    coefficient that validation data choose for what a rule gives; ``examples`` of each task's training data that rules read,
+    in batches of ``batch_size``; ``steps`` of rules that learn, which run for the first ``learned_seeds`` seeds alone.
+    grafting: ``method`` whose task vectors are cut down to the ``densities``, of the first ``seeds`` seeds; ``steps``, ``bias``
+    and ``learning_rate`` of the mask that is learned (:func:`jft.merge.graft`).
+    other_tasks: what `tak` and `tau_jp` read of the other tasks' training data: ``examples`` of each in batches of
+    ``batch_size``, and ``draws`` of TAK's curvature (:func:`jft.select.grams.jacobian_factors`).
     """
     config = ordered(
         {
@@ -79,6 +100,24 @@ def study(**parts: Any) -> ConfigDict:
                 "threshold": 0.95,
             },
             "disentangle": {"pairs": (), "points": 17, "lowest": -2.0, "largest": 2.0},
+            "merging": {
+                "methods": {},
+                "pair": (),
+                "grid": GRID,
+                "examples": 256,
+                "batch_size": 16,
+                "steps": 200,
+                "learned_seeds": 1,
+            },
+            "grafting": {
+                "method": "",
+                "densities": (0.003, 0.01, 0.03, 0.1, 0.3),
+                "seeds": 1,
+                "steps": 20,
+                "bias": 5.0,
+                "learning_rate": 2e5,
+            },
+            "other_tasks": {"examples": 256, "batch_size": 8, "draws": 4},
             "nonlinear": "",
         }
     )
@@ -130,8 +169,10 @@ def _check(study: Mapping[str, Any]) -> None:
     if study["nonlinear"] and study["nonlinear"] not in methods:
         raise ValueError(f"nonlinear {study['nonlinear']!r} is not one of {', '.join(methods)}")
     settings.of_maps(study)
-    seeds.check(study["seeds"])
+    merging.check(study)
+    grafting.check(study)
     for method in methods:
+        seeds.check([seed for seed in settings.seeds_of(study, method) if seed is not None])
         settings.check_method(study, method)
         for task in tasks:
             settings.of_run(study, task, method)
@@ -172,7 +213,7 @@ def _run(name: str, config: Mapping[str, Any], workdir: Path, say: Say) -> dict[
     # Methods that train come first: the others take their task vectors.
     for method in sorted(config["methods"], key=lambda m: settings.source(config, m) != m):
         # None: the seed that ``common`` has.
-        for seed in config["seeds"] or (None,):
+        for seed in settings.seeds_of(config, method):
             since = time.perf_counter()
             suffix = "" if seed is None else f", seed {seed}"
             for outcome in task_runs.of_method(config, base, list(tasks.values()), method, seed, workdir):
@@ -197,6 +238,9 @@ def _run(name: str, config: Mapping[str, Any], workdir: Path, say: Say) -> dict[
         "methods": [_summary(method, config, runs) for method in config["methods"]],
         "runs": runs,
         **protocols.examined(name, config, base, tasks, runs, workdir, say),
+        "merging_pair": list(config["merging"]["pair"]),
+        "merging": merging.rows(config, base, tasks, runs, workdir, say),
+        "grafting": grafting.rows(config, base, tasks, runs, workdir, say),
         "advantage": protocols.advantages(config, tasks, runs),
         "control": config["arithmetic"]["control"] or "the mean of the other tasks",
         "control_threshold": config["arithmetic"]["threshold"],

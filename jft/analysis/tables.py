@@ -27,6 +27,22 @@ OF_RUN = (
 )
 OF_MEANS = ("task", "method", "seeds", "score", "error", "validation", "trained", "density", "bytes")
 OF_NEGATION = ("task", "method", "seed", "coefficient", "base_target", "target", "base_control", "control")
+OF_MERGING = (
+    "method",
+    "rule",
+    "seed",
+    "reads",
+    "each",
+    "plain",
+    "plain_normalised",
+    "coefficient",
+    "absolute",
+    "normalised",
+    "objective",
+    "first",
+    "last",
+    "seconds",
+)
 
 
 def rows(study: Mapping[str, Any]) -> dict[str, Rows]:
@@ -56,6 +72,11 @@ def rows(study: Mapping[str, Any]) -> dict[str, Rows]:
             for j, b in enumerate(row["grid"])
         ],
         "advantage": list(study.get("advantage", ())),
+        "merging": [
+            {key: row[key] for key in OF_MERGING} | {task: x["absolute"] for task, x in row["tasks"].items()}
+            for row in study.get("merging", ())
+        ],
+        "grafting": list(study.get("grafting", ())),
     }
     # A table without rows has no columns to write.
     return {name: table for name, table in tables.items() if table}
@@ -67,7 +88,9 @@ def write(study: Mapping[str, Any], workdir: Path) -> list[Path]:
     for name, table in rows(study).items():
         text = io.StringIO()
         # The same bytes on every platform; csv's default is \r\n.
-        writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
+        # Of all rows: a rule of two models has no column of the other tasks.
+        columns = list(dict.fromkeys(key for row in table for key in row))
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
         path = workdir / f"{study['name']}_{name}.csv"

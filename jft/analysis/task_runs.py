@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jft import data, methods, tree
-from jft.analysis import run_store, seeds, settings
+from jft.analysis import other_tasks, run_store, seeds, settings
 from jft.analysis.bases import Base
 from jft.analysis.interpolation import Forward
 from jft.analysis.tasks import Task
@@ -43,6 +43,8 @@ class Training:
         """The run of ``task`` by ``method`` with ``seed`` (None: the config's) in a study's ``workdir``."""
         config = settings.of_run(study, task.name, method, seed)
         facts = {"base": base.fingerprint, "metric": study["metric"], "head": study["head"]}
+        if config.method.get("name") in other_tasks.WRITERS:
+            facts["other_tasks"] = study["other_tasks"]
         folder = seeds.folder(workdir, task.name, method, seed)
         return cls(task, method, config, folder, {**run_store.plain(config), **facts})
 
@@ -72,17 +74,21 @@ def of_method(
     for run in runs:
         outcome = run.outcome
         if outcome is None:
-            _train(base, fleet_of[run.task.name], workdir / FLEETS)
+            _train(study, base, tasks, fleet_of[run.task.name], workdir)
             outcome = run.outcome
         assert outcome is not None, f"the run in {run.workdir} left no record"
         yield outcome
 
 
 def _fleets(runs: Sequence[Training], in_fleets: bool) -> list[list[Training]]:
-    """Runs grouped by which train in one program: equal but for task and data. Those that select anew train alone."""
+    """Runs grouped by which train in one program: equal but for task and data.
+
+    Those that select anew, and those that read other tasks, train alone.
+    """
     groups: dict[Any, list[Training]] = {}
     for run in runs:
-        single = not in_fleets or methods.method(**run.config.method).schedule is not None
+        single = not in_fleets or run.config.method.get("name") in other_tasks.WRITERS
+        single = single or methods.method(**run.config.method).schedule is not None
         rest = json.dumps({**run_store.plain(run.config), "data": None, "eval_data": None}, sort_keys=True)
         key = run.task.name if single else (run.task.model, run.task.objective, rest)
         groups.setdefault(key, []).append(run)
@@ -104,8 +110,10 @@ def _other_forward(study: Mapping[str, Any], base: Base, run: Training, method: 
     return run_store.write(run.workdir, compared, {**first, "method": method, **scores, "curve": []}, name)
 
 
-def _train(base: Base, runs: Sequence[Training], fleets: Path) -> None:
-    """Fine-tune ``runs``, one by itself or several as a fleet whose checkpoints lie in ``fleets``; keep and record each."""
+def _train(
+    study: Mapping[str, Any], base: Base, tasks: Sequence[Task], runs: Sequence[Training], workdir: Path
+) -> None:
+    """Fine-tune ``runs`` of ``tasks``, one by itself or several as a fleet; keep and record each."""
     from jft.train import finetune
 
     since = time.perf_counter()
@@ -114,6 +122,9 @@ def _train(base: Base, runs: Sequence[Training], fleets: Path) -> None:
     # The head is held fixed, so that the task vectors of all tasks are changes of one backbone.
     if task.head is not None:
         method["freeze"] = (*_listed(method.get("freeze", ())), *frozen(task.model.config.backbone))
+    params = task.params(base.params)
+    others = [other for other in tasks if other.name != task.name]
+    method |= other_tasks.options(method.get("name", "full"), study, base, others, params, workdir, runs[0].workdir)
     common: dict[str, Any] = {
         "steps": config.steps,
         "method": method,
@@ -128,7 +139,6 @@ def _train(base: Base, runs: Sequence[Training], fleets: Path) -> None:
     per_run = [
         {"data": _loader(run.config, base), "workdir": run.workdir, "manifest": _manifest(run, base)} for run in runs
     ]
-    params = task.params(base.params)
     if len(runs) == 1:
         loader = per_run[0].pop("data")
         results = [finetune(task.model, params, loader, **common, **per_run[0])]
@@ -138,7 +148,7 @@ def _train(base: Base, runs: Sequence[Training], fleets: Path) -> None:
             {"name": run.task.name, **head, **options} for run, head, options in zip(runs, heads, per_run, strict=True)
         ]
         results = finetune(  # type: ignore[assignment]  # a list, of a fleet
-            task.model, params, None, **common, workdir=fleets / _folder(runs), fleet=members
+            task.model, params, None, **common, workdir=workdir / FLEETS / _folder(runs), fleet=members
         )
     share = (time.perf_counter() - since) / len(runs)
     for run, result in zip(runs, results, strict=True):

@@ -22,6 +22,8 @@ from jft.models.classifier import Classifier
 from jft.models.core import Model
 from jft.train import evaluate, objective
 
+HELD = 1 << 28  # bytes of a split up to which its batches stay in memory
+
 
 @dataclasses.dataclass
 class Task:
@@ -40,11 +42,21 @@ class Task:
     examples: int
     base: float = math.nan
     targets: dict[str, tuple[float, int]] = dataclasses.field(default_factory=dict)
+    _held: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def facts(self) -> dict[str, Any]:
         """Its entry in ``results.json``."""
         return {"name": self.name, "classes": self.classes, "base": self.base, "examples": self.examples}
+
+    def batches(self, split: str) -> Any:
+        """Of a split, read once and held where they are small: arithmetic goes through them at every point."""
+        loader = self.loaders[split]
+        if split not in self._held:
+            example = loader.sample()
+            nbytes = loader.examples * sum(np.asarray(x).nbytes / len(x) for x in example.values())
+            self._held[split] = list(loader) if nbytes <= HELD else loader
+        return self._held[split]
 
     def params(self, backbone: Any) -> Any:
         """The backbone's parameters and this task's head."""
@@ -52,13 +64,13 @@ class Task:
 
     def score(self, split: str, backbone: Any) -> float:
         """The study's metric on ``split``."""
-        return self._metric(split, evaluate(self.model, self.params(backbone), self.loaders[split], self.objective))
+        return self._metric(split, evaluate(self.model, self.params(backbone), self.batches(split), self.objective))
 
     def scores(
         self, split: str, base: Any, taus: Sequence[TaskVector], coefficients: Any, forward: Forward
     ) -> np.ndarray:
         """The metric on ``split`` at ``base + sum_t alpha_t tau_t``, float64 ``[P]``: see :mod:`jft.analysis.interpolation`."""
-        arguments = (self.model, self.params(base), taus, coefficients, self.loaders[split], self.objective, forward)
+        arguments = (self.model, self.params(base), taus, coefficients, self.batches(split), self.objective, forward)
         return np.array([self._metric(split, metrics) for metrics in interpolation.scores(*arguments)])
 
     def _metric(self, split: str, metrics: Mapping[str, float]) -> float:
@@ -73,7 +85,7 @@ class Task:
         """Target tokens of a split, and the bytes of text they stand for."""
         if split not in self.targets:
             tokens, nbytes = 0.0, 0
-            for batch in self.loaders[split]:
+            for batch in self.batches(split):
                 tokens += float(self.objective.weight(batch, np))
                 nbytes += text_bytes(batch, self.objective.weights(batch, np), self.loaders[split].tokenizer)
             self.targets[split] = (tokens, nbytes)

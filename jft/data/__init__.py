@@ -19,7 +19,8 @@
     {"mixture": [{"source": "jsonl", "files": "a.jsonl", "weight": 2}, {"source": "jsonl", "files": "b.jsonl"}],
      "task": "sft", "max_length": 512}          # keys next to `mixture` hold for every part
 
-**source** (its settings are the arguments of the class): ``digits`` (:class:`~jft.data.digits.Digits`), ``stdlib``
+**source** (its settings are the arguments of the class): ``digits`` (:class:`~jft.data.digits.Digits`), ``mnist`` and
+``fashion_mnist`` (:mod:`jft.data.mnist`; of packages that have to be installed), ``stdlib``
 (:class:`~jft.data.stdlib.Stdlib`), ``jsonl`` (:class:`~jft.data.tables.Jsonl`), ``csv`` (:class:`~jft.data.tables.Csv`),
 ``tfds`` (:class:`~jft.data.tfds.Tfds`), ``hf`` (:class:`~jft.data.huggingface.HuggingFace`), ``image_folder``
 (:class:`~jft.data.folders.ImageFolder`) and ``reasoning_gym`` (:class:`~jft.data.reasoning_gym.ReasoningGym`).
@@ -27,8 +28,9 @@
 **task** (likewise): ``classification`` (images; texts, where ``text`` is set or the records hold no image:
 :class:`~jft.data.tasks.ImageClassification`, :class:`~jft.data.tasks.TextClassification`), ``contrastive``
 (:class:`~jft.data.tasks.Contrastive`), ``lm`` (:class:`~jft.data.language.LanguageModelling`), ``sft``
-(:class:`~jft.data.language.PromptResponse`), ``seq2seq`` (:class:`~jft.data.language.SequenceToSequence`). With ``digits``,
-``task`` says which labels the scans get: identity, parity, magnitude, prime, loops, thirds.
+(:class:`~jft.data.language.PromptResponse`), ``seq2seq`` (:class:`~jft.data.language.SequenceToSequence`). With ``digits`` and
+``mnist``, ``task`` says which labels the scans get: identity, parity, magnitude, prime, loops, thirds; with ``fashion_mnist``
+identity, worn_on, season, buttons.
 
 **rows**: ``limit`` (so many, by a fixed seed), ``shots`` (so many a class), ``holdout: 0.1`` (without a fixed tenth) and
 ``held_out: 0.1`` (that tenth: the "Val" sets of task arithmetic). **weight**: its share of a training

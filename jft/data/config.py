@@ -30,6 +30,7 @@ def _sources() -> dict[str, Any]:
     from jft.data.digits import Digits
     from jft.data.folders import ImageFolder
     from jft.data.huggingface import HuggingFace
+    from jft.data.mnist import FashionMnist, Mnist
     from jft.data.reasoning_gym import ReasoningGym
     from jft.data.stdlib import Stdlib
     from jft.data.tables import Csv, Jsonl
@@ -42,6 +43,8 @@ def _sources() -> dict[str, Any]:
         "csv": Csv,
         "image_folder": ImageFolder,
         "digits": Digits,
+        "mnist": Mnist,
+        "fashion_mnist": FashionMnist,
         "stdlib": Stdlib,
         "reasoning_gym": ReasoningGym,
     }
@@ -75,7 +78,7 @@ def _plain(config: Any) -> dict[str, Any]:
 
 def _task_class(settings: dict[str, Any], source: Source, sources: set[str]) -> Any:
     """The task named; where none is: classification for a source of images, language modelling for text."""
-    if "task" in sources or "task" not in settings:  # digits: `task` says which labels
+    if "task" in sources or "task" not in settings:  # digits, mnist: `task` says which labels
         return _tasks()["classification" if source.class_names("label") else "lm"]
     task = settings["task"]
     text = "text" in settings or "pair" in settings

@@ -8,13 +8,11 @@ honest test bed of task arithmetic.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from jft.data.errors import DataError, choose
-from jft.data.source import Source
+from jft.data.pictures import Pictures
 
 # task -> (class names, class of each digit 0..9)
 TASKS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
@@ -40,8 +38,8 @@ def _scans() -> tuple[np.ndarray, np.ndarray]:
     return data.images[order].astype(np.float32), data.target[order].astype(np.int32)
 
 
-class Digits(Source):
-    """Records ``{"image": float32 [8, 8, 1] in [-1, 1], "label": int, "digit": int}``.
+class Digits(Pictures):
+    """Records ``{"image": float32 [8, 8, 1] in [-1, 1], "label": int, "digit": int, "name": str}``.
 
     split: "train" (1197), "validation" (300), "test" (300) or "all"; task: a key of :data:`TASKS`.
     rotate: degrees counter-clockwise, a multiple of 90; invert: light on dark becomes dark on light; flip: None,
@@ -59,32 +57,9 @@ class Digits(Source):
         flip: str | None = None,
         limit: int | None = None,
     ):
-        if rotate % 90:
-            raise DataError(f"digits: rotate must be a multiple of 90 degrees, got {rotate!r}")
         if limit is not None and limit < 1:
             raise DataError(f"digits: limit must be at least 1, got {limit!r}")
-        axis = choose(flip, {None: None, "horizontal": 2, "vertical": 1}, "digits: flip")
         rows = choose(split, SPLITS, "digits: split")
-        self.name = f"digits ({task}, {split})"
-        self.classes, labels = choose(task, TASKS, "digits: task")
-        scans, digits = _scans()
-        # Grey levels 0 to 16 become [-1, 1].
-        images = np.rot90(scans[rows][:limit], k=rotate // 90 % 4, axes=(1, 2)) / 8 - 1
-        images = -images if invert else images
-        images = images if axis is None else np.flip(images, axis)
-        self.images = np.ascontiguousarray(images[..., None], np.float32)
-        self.digits = digits[rows][:limit]
-        self.labels = np.asarray(labels, np.int32)[self.digits]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.images[index], "label": int(self.labels[index]), "digit": int(self.digits[index])}
-
-    def class_names(self, field: str) -> tuple[str, ...] | None:
-        return {"label": self.classes, "digit": TASKS["identity"][0]}.get(field)
-
-    def column(self, field: str) -> Sequence[Any]:
-        columns = {"label": self.labels, "digit": self.digits}
-        return columns[field].tolist() if field in columns else super().column(field)
+        # Grey levels 0 to 16.
+        scans, digits = (part[rows][:limit] for part in _scans())
+        super().__init__(f"digits ({task}, {split})", "digit", scans, digits, 16, TASKS, task, rotate, invert, flip)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import tree
+from jft.compiled import program_cache
 from jft.delta import Dense, TaskVector
 from jft.delta import manifest as manifests
 from jft.merge import learned
@@ -93,11 +94,12 @@ def localize(
     kept = top(magnitudes, int(density * sum(map(tree.size, magnitudes.values()))))
     logits = {path: jnp.where(mask, bias, -bias).astype(jnp.float32) for path, mask in kept.items()}
     del magnitudes, kept
-    descent = _Descent(objective, learning_rate, strength, regulariser)
+    descent = _descent(objective, learning_rate, strength, regulariser)
     best = (score(_masked(base, tau, _masks(logits))), _masks(logits)) if score else None
     losses: list[float] = []
     for _ in range(steps):
-        logits, loss = descent.step(logits, tau, base, batches)
+        # Without its manifest, which is static: that of another task would be another program.
+        logits, loss = descent.step(logits, TaskVector(tau.deltas), base, batches)
         if not math.isfinite(loss):
             raise ValueError(f"the objective is {loss} at step {len(losses)}; look at batches and learning rate")
         losses.append(loss)
@@ -191,6 +193,12 @@ class _Descent:
             total = gradient if total is None else jax.tree.map(jnp.add, total, gradient)
             loss += float(value) / len(batches)
         return self._update(logits, total, len(batches)), loss
+
+
+@program_cache
+def _descent(objective: learned.Objective, learning_rate: float, strength: float, regulariser: str) -> _Descent:
+    """The same one for equal arguments: the masks of several tasks and densities share its programs."""
+    return _Descent(objective, learning_rate, strength, regulariser)
 
 
 def _push(s: Array, regulariser: str) -> Array:

@@ -12,7 +12,16 @@ from jft.train import Optimizer, optimizer
 from jft.train.config import check
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-STUDIES = ("quickstart", "clip_eight", "comparison", "comparison:rates", "tangent", "tangent:rates")
+STUDIES = (
+    "quickstart",
+    "clip_eight",
+    "comparison",
+    "comparison:rates",
+    "tangent",
+    "tangent:rates",
+    "merging",
+    "merging:digits",
+)
 RUNS = (
     "decoder_sft",
     "encoder_classification",

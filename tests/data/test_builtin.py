@@ -12,7 +12,7 @@ def test_digit_splits_are_disjoint_and_fixed():
     assert [len(p) for p in parts] == [1197, 300, 300]
     everything = Digits(split="all")
     assert np.array_equal(np.concatenate([p.images for p in parts]), everything.images)
-    assert Digits(split="train").digits[:8].tolist() == [2, 8, 2, 6, 6, 7, 1, 9]
+    assert Digits(split="train").numbers[:8].tolist() == [2, 8, 2, 6, 6, 7, 1, 9]
     assert list(SPLITS) == ["train", "validation", "test", "all"]
 
 
