@@ -79,10 +79,14 @@ def of_method(
 
 
 def _fleets(runs: Sequence[Training], in_fleets: bool) -> list[list[Training]]:
-    """Runs grouped by which train in one program: equal but for task and data. Those that select anew train alone."""
+    """Runs grouped by which train in one program: equal but for task and data.
+
+    Those that select anew, or train by epochs, are alone.
+    """
     groups: dict[Any, list[Training]] = {}
     for run in runs:
-        single = not in_fleets or methods.method(**run.config.method).schedule is not None
+        # Epochs of data of several sizes are not equally many steps.
+        single = not in_fleets or methods.method(**run.config.method).schedule is not None or run.config.epochs
         rest = json.dumps({**run_store.plain(run.config), "data": None, "eval_data": None}, sort_keys=True)
         key = run.task.name if single else (run.task.model, run.task.objective, rest)
         groups.setdefault(key, []).append(run)
@@ -115,7 +119,8 @@ def _train(base: Base, runs: Sequence[Training], fleets: Path) -> None:
     if task.head is not None:
         method["freeze"] = (*_listed(method.get("freeze", ())), *frozen(task.model.config.backbone))
     common: dict[str, Any] = {
-        "steps": config.steps,
+        "steps": config.steps or None,
+        "epochs": config.epochs or None,
         "method": method,
         "optimizer": dataclasses.asdict(config.optimizer),
         "objective": task.objective,

@@ -139,7 +139,7 @@ class Feed:
     """
 
     def __init__(self, data: Any):
-        self._iterator = _iterator(data)
+        self._data, self._iterator = data, _iterator(data)
         # `iter` of an iterator is itself; then the caller opened it, and closes it.
         self._closes = self._iterator is not data
         # Each with the position before it: a batch that was only peeked at is not taken, whatever the iterator counts.
@@ -165,6 +165,13 @@ class Feed:
     def peek(self) -> Any:
         """The next batch, without taking it."""
         return self.ahead(1)[0]
+
+    def largest(self, known: bool = True) -> Any:
+        """A batch of the largest shape: of a loader with buckets that of its longest, else the next one.
+
+        known: of the examples that are known, not of what the settings allow (:meth:`jft.data.Loader.largest`).
+        """
+        return host(self._data.largest(known)) if hasattr(self._data, "largest") else self.peek()
 
     def ahead(self, count: int) -> list[Any]:
         """The next ``count`` batches, without taking them."""
@@ -235,6 +242,28 @@ def rows(batch: Any) -> int:
     return next((x.shape[0] for x in jax.tree.leaves(batch) if x.ndim), 0)
 
 
+def _equally_long(batches: list[Any]) -> list[Any]:
+    """Batches of text from several loaders, each of its own bucket, with padding up to the longest."""
+    if not all(isinstance(batch, Mapping) and "segments" in batch for batch in batches):
+        return batches
+    sides = [(side, f"{side}segments") for side in ("decoder_", "") if f"{side}segments" in batches[0]]
+    most = {side: max(b[name].shape[1] for b in batches if name in b) for side, name in sides}
+
+    def widened(batch: Any) -> Any:
+        out = dict(batch)
+        for side, name in sides:
+            length = batch[name].shape[1] if name in batch else most[side]
+            fields = [f"{side}{field}" for field in ("tokens", "segments", "positions", "token_types")]
+            # The loss is over the decoder's tokens where there is one, which comes first.
+            fields += ["loss_mask"] if side == sides[0][0] else []
+            for field in (f for f in fields if f in batch):
+                # Zeros: of segment 0, so that nothing else of them is read.
+                out[field] = np.pad(batch[field], ((0, 0), (0, most[side] - length)))
+        return out
+
+    return [widened(batch) for batch in batches]
+
+
 class Streams:
     """The data of all members: what several have in common is read once."""
 
@@ -271,6 +300,10 @@ class Streams:
         """The next batches as the step takes them, without taking them."""
         return self._joined([x.peek() for x in self._feeds])
 
+    def largest(self) -> Any:
+        """A batch of the largest shape as the step takes it."""
+        return self._joined([x.largest() for x in self._feeds])
+
     def next(self, n: int, objective: Any) -> tuple[Any, Any]:
         """``(the first member's batch, all batches stacked)``; what is wrong with one is said of its member."""
         batches = []
@@ -300,6 +333,7 @@ class Streams:
     def _joined(self, batches: list[Any]) -> Any:
         if not self.differ:
             return batches[0]
+        batches = _equally_long(batches)
         # Checked at each step: a loader may give shorter rows at any time, and np.stack would not say which member's.
         first = tree.flatten(batches[0])
         for i, batch in enumerate(batches[1:], 1):
