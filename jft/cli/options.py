@@ -111,10 +111,11 @@ def override(config: ConfigDict, path: str, text: str, may_add: Callable[[str, A
 
 def _typed(path: str, old: Any, new: Any, text: str) -> Any:
     """``new`` in the type of ``old``: integers widen to floats, sequences to the kind that was there."""
+    # A text may be "none" (`model.remat`); in an open part None is how a key is unset.
+    if isinstance(old, str) and not (new is None and is_open(path)):
+        return text
     if old is None or new is None:
         return new
-    if isinstance(old, str):
-        return text
     if isinstance(old, ConfigDict):
         return ConfigDict(new)
     if isinstance(old, float) and isinstance(new, int) and not isinstance(new, bool):

@@ -170,7 +170,8 @@ class Bucketed(grain.MapDataset):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock, self._windows = threading.Lock(), {}
+        self._lock = threading.Lock()
+        self._windows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return len(self._parent)
@@ -203,7 +204,8 @@ class Bucketed(grain.MapDataset):
         keys = [self._parent[i] for i in range(start, min(start + WINDOW * self._batch, len(self)))]
         nothing = np.zeros(self._buckets.shape[1], np.int32)
         found = np.stack([nothing if task is None else self._measured[task](record) for task, record in keys])
-        bucket, order = fitting(found, self._buckets), np.arange(len(keys))
+        bucket = fitting(found, self._buckets)
+        order: np.ndarray = np.arange(len(keys))
         if self._blank is None:
             kept = np.flatnonzero(found[:, 0])
             if not len(kept):

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -119,7 +119,7 @@ def _refusal(problems: list[str], seen: int, records: int) -> str:
     return f"{len(problems)} records of {of} cannot be used: {shown}{more}"
 
 
-def _lengths(loader: Loader) -> dict[str, object]:
+def _lengths(loader: Loader) -> dict[str, Any]:
     """Tokens, positions and the longest row of the records whose lengths are known."""
     if not loader.tasks[0].longest:
         return {}

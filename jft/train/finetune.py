@@ -175,18 +175,17 @@ def finetune(
 
 def _steps(steps: int | None, epochs: float | None, data: Sequence[Any]) -> int:
     """Updates of a run, from exactly one of ``steps`` and ``epochs`` of the data of its members."""
-    if (steps is None) == (epochs is None):
-        raise ValueError(f"give exactly one of steps and epochs; steps is {steps} and epochs {epochs}")
-    if steps is not None:
+    if steps is not None and epochs is None:
         return steps
-    if not epochs or epochs < 0:
+    if steps is not None or epochs is None:
+        raise ValueError(f"give exactly one of steps and epochs; steps is {steps} and epochs {epochs}")
+    if epochs <= 0:
         raise ValueError(f"epochs is {epochs}; it must be above 0")
-    each = [getattr(x, "epoch", len(x) if isinstance(x, Sequence) else None) for x in data]
-    if None in each:
-        kind = type(data[each.index(None)]).__name__
-        raise ValueError(
-            f"data is a {kind}, of which nothing tells how long one pass is; give steps in place of epochs"
-        )
+    for x in data:
+        if not hasattr(x, "epoch") and not isinstance(x, Sequence):
+            kind = type(x).__name__
+            raise ValueError(f"data is a {kind}, of which nothing tells how long a pass is; give steps, not epochs")
+    each = [float(x.epoch) if hasattr(x, "epoch") else len(x) for x in data]
     # Rounded up, so that all is seen; rounded first, as 0.1 * 30 is more than 3.
     counts = {math.ceil(round(epochs * one, 6)) for one in each}
     if len(counts) > 1:

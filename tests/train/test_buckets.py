@@ -132,7 +132,7 @@ def test_mfu_is_of_tokens_that_are_no_padding():
         ({}, "give exactly one of steps and epochs; steps is None and epochs None"),
         ({"steps": 1, "epochs": 1}, "give exactly one of steps and epochs"),
         ({"epochs": 0}, "epochs is 0; it must be above 0"),
-        ({"epochs": 1, "data": iter([])}, "data is a list_iterator, of which nothing tells how long one pass is"),
+        ({"epochs": 1, "data": iter([])}, "data is a list_iterator, of which nothing tells how long a pass is"),
     ],
 )
 def test_exactly_one_of_steps_and_epochs(encoder, options, message):
