@@ -1,9 +1,9 @@
 """Callbacks: functions of the user's that follow a run from Python, and may end it early.
 
-def patience(event):
-    if event.split == "eval" and event.metrics["loss"] > 1.1 * best: return True   # stop after this step
+    jft.finetune(..., callbacks=[lambda event: print(event.step, event.metrics), stop])
 
-jft.finetune(..., callbacks=[patience, lambda event: print(event.step, event.metrics)])
+Each gets an :class:`Event` for every row of metrics, of training and of evaluation; ``stop`` returns True where the run shall
+end, as ``event.split == "eval" and event.metrics["loss"] < 0.1``.
 """
 
 from __future__ import annotations

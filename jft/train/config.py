@@ -127,7 +127,7 @@ class Config:
     epochs: float = _key(0.0, "passes over the training data, of a mixture over as many examples as all its parts have")
     batch_size: int = _key(32, "examples per update, over all devices")
     accumulate: int = _key(1, "microbatches per batch; any number gives the same gradient")
-    objective: str = _key("", "lm, classification, contrastive or seq2seq; empty: what the data asks for")
+    objective: str = _key("", "lm, classification, regression, contrastive or seq2seq; empty: what the data asks for")
     objective_options: dict = _key({}, "its options: z_loss, label_smoothing")
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: dict = _key({}, "training data, in the format of jft.data.build")

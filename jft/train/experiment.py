@@ -62,8 +62,8 @@ def run(config: Any, workdir: str | Path | None, *, callbacks: Sequence[Any] = (
     # Before the model, whose vocabulary and number of classes may come from the data.
     train, test = loaders(config, workdir)
     tokenizer = train.tokenizer
-    _say(config, _length(config, train))
     highest = look(config, train, test)
+    _say(config, _length(config, train))
     # One device needs no mesh, and programs without shardings are the simplest.
     model, params = build_model(config.model, config.seed, mesh if mesh.size > 1 else None, train.classes, tokenizer)
     _check_tokens(params, highest)

@@ -121,6 +121,8 @@ def finetune(
     # Before data is opened, whose loaders start threads.
     members.check(config)
     streams = Streams(members)
+    # What is wrong with the first batches is found now; peeked at, so training still begins with them.
+    streams.peek()
     # The objective follows from the fields of a batch.
     config = config.filled(params, streams.feed(0).largest())
     workdir = None if workdir is None else Path(workdir)

@@ -380,11 +380,11 @@ objectives: dict[str, type] = {
 
 
 def infer(batch: Batch) -> Objective:
-    """The objective that a batch's fields speak of: labels, an image with a text, decoder tokens, or tokens."""
+    """The objective that a batch's fields speak of: labels (integers, or numbers), an image with a text, decoder tokens, tokens."""
     fields = set(batch) if isinstance(batch, Mapping) else {"tokens"}
     if "labels" in fields:
-        whole = jnp.issubdtype(batch["labels"].dtype, jnp.integer)
-        return Classification() if whole else Regression()
+        fractional = jnp.issubdtype(getattr(batch["labels"], "dtype", np.int32), jnp.floating)
+        return Regression() if fractional else Classification()
     # After labels: a labelled image may have a caption as well.
     if {"images", "tokens"} <= fields:
         return Contrastive()
