@@ -2,9 +2,9 @@
 
 Every bucket is a shape of its own, and so one more program to compile. The examples of a *window*, as many consecutive
 positions of the global order as :data:`WINDOW` batches have, are sorted by bucket and cut into batches again; each batch
-has the bucket of its longest row, and in training the batches of a window are shuffled. All of it follows from seed,
-position and the lengths of the window's examples, which every process finds for itself: so all take the same bucket for a
-step, on any number of them, and a saved position is a number as it is without buckets.
+has the bucket of its longest row, and the batches of a window are shuffled. All of it follows from seed, position and the
+lengths of the window's examples, which every process finds for itself: so all take the same bucket for a step, on any
+number of them, and a saved position is a number as it is without buckets.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ class Bucketed(grain.MapDataset):
     """Examples in the order of ``keys`` within windows, each cropped to the bucket of its batch.
 
     keys: a Grain dataset of (task, index) for each position; the task None is ``blank``, a row that counts for nothing.
-    seed: of the order of batches; None, in evaluation, for the order of buckets. In training an example that is left out
-    gives its place to another of its window, in evaluation to ``blank``.
+    seed: of the order of the batches of a window. blank: given in evaluation, where it takes the place of an example that is
+    left out; in training another of the window does.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class Bucketed(grain.MapDataset):
         measured: Sequence[Measured],
         buckets: Sequence[Shape],
         batch_size: int,
-        seed: int | None = None,
+        seed: int,
         blank: Example | None = None,
     ):
         super().__init__(keys)
@@ -214,8 +214,7 @@ class Bucketed(grain.MapDataset):
             order = np.resize(kept, len(keys))
         # Stable: within a bucket the order stays, so that two epochs do not mix.
         order = order[np.argsort(bucket[order], kind="stable")].reshape(-1, self._batch)
-        if self._seed is not None:
-            # RandomState's stream is frozen by NumPy's compatibility policy; Generator's is not.
-            random = np.random.RandomState(derived_seed(self._seed, "buckets", window))
-            order = order[random.permutation(len(order))]
+        # RandomState's stream is frozen by NumPy's compatibility policy; Generator's is not.
+        random = np.random.RandomState(derived_seed(self._seed, "buckets", window))
+        order = order[random.permutation(len(order))]
         return order.reshape(-1), bucket[order].max(1)

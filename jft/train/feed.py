@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jft import parallel, tree
+from jft.data.batches import equally_long
 from jft.train.objectives import Objective
 from jft.train.state import Layout
 
@@ -242,28 +243,6 @@ def rows(batch: Any) -> int:
     return next((x.shape[0] for x in jax.tree.leaves(batch) if x.ndim), 0)
 
 
-def _equally_long(batches: list[Any]) -> list[Any]:
-    """Batches of text from several loaders, each of its own bucket, with padding up to the longest."""
-    if not all(isinstance(batch, Mapping) and "segments" in batch for batch in batches):
-        return batches
-    sides = [(side, f"{side}segments") for side in ("decoder_", "") if f"{side}segments" in batches[0]]
-    most = {side: max(b[name].shape[1] for b in batches if name in b) for side, name in sides}
-
-    def widened(batch: Any) -> Any:
-        out = dict(batch)
-        for side, name in sides:
-            length = batch[name].shape[1] if name in batch else most[side]
-            fields = [f"{side}{field}" for field in ("tokens", "segments", "positions", "token_types")]
-            # The loss is over the decoder's tokens where there is one, which comes first.
-            fields += ["loss_mask"] if side == sides[0][0] else []
-            for field in (f for f in fields if f in batch):
-                # Zeros: of segment 0, so that nothing else of them is read.
-                out[field] = np.pad(batch[field], ((0, 0), (0, most[side] - length)))
-        return out
-
-    return [widened(batch) for batch in batches]
-
-
 class Streams:
     """The data of all members: what several have in common is read once."""
 
@@ -333,7 +312,7 @@ class Streams:
     def _joined(self, batches: list[Any]) -> Any:
         if not self.differ:
             return batches[0]
-        batches = _equally_long(batches)
+        batches = equally_long(batches)
         # Checked at each step: a loader may give shorter rows at any time, and np.stack would not say which member's.
         first = tree.flatten(batches[0])
         for i, batch in enumerate(batches[1:], 1):

@@ -380,7 +380,7 @@ objectives: dict[str, type] = {
 
 
 def infer(batch: Batch) -> Objective:
-    """The objective that a batch's fields speak of: labels (integers, or numbers), an image with a text, decoder tokens, tokens."""
+    """The objective of a batch by its fields: labels (integers, or numbers), an image with a text, decoder tokens or tokens."""
     fields = set(batch) if isinstance(batch, Mapping) else {"tokens"}
     if "labels" in fields:
         fractional = jnp.issubdtype(getattr(batch["labels"], "dtype", np.int32), jnp.floating)

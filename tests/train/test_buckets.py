@@ -10,6 +10,7 @@ import pytest
 
 import jft
 from jft import data
+from jft.data.batches import equally_long
 from jft.data.tokenizer import byte_tokenizer
 from jft.models import Classifier, DecoderConfig, EncoderConfig, Model, T5Config
 from jft.train import config as configs
@@ -113,6 +114,30 @@ def test_a_fleet_pads_its_members_to_the_longest_of_a_step(encoder):
     for run, stream in zip(fleet, streams, strict=True):
         alone = train(encoder, stream, steps=6)
         assert run.metrics[-1]["loss"] == pytest.approx(alone.metrics[-1]["loss"], rel=1e-5)
+
+
+def test_a_run_in_buckets_goes_on_bit_by_bit(encoder, tmp_path):
+    whole = train(encoder, loader("classification"), steps=12, workdir=tmp_path / "whole")
+    options = {"workdir": tmp_path / "parts", "checkpoint": 5}
+    train(encoder, loader("classification"), steps=5, **options)
+    rest = train(encoder, loader("classification", threads=0, prefetch=0), steps=12, **options)
+    assert [row["loss"] for row in rest.metrics] == [row["loss"] for row in whole.metrics]
+    jax.tree.map(np.testing.assert_array_equal, rest.params, whole.params)
+
+
+def test_batches_of_several_lengths_become_of_one():
+    made = [{"tokens": np.full((2, n), 7), "segments": np.ones((2, n), int), "decoder_tokens": np.full((2, m), 8),
+             "decoder_segments": np.ones((2, m), int), "loss_mask": np.ones((2, m)), "labels": np.arange(2)}
+            for n, m in ((3, 6), (5, 4))]  # fmt: skip
+    found = equally_long(made)
+    for batch, old in zip(found, made, strict=True):
+        for name, value in old.items():
+            length = {"labels": None, "tokens": 5, "segments": 5}.get(name, 6)
+            assert length is None or batch[name].shape == (2, length)
+            np.testing.assert_array_equal(batch[name][:, : value.shape[-1]] if length else batch[name], value)
+            assert length is None or not batch[name][:, value.shape[-1] :].any()
+    images = [{"images": np.zeros((2, n))} for n in (3, 5)]
+    assert equally_long(images) == images, "no text: its shapes are its own"
 
 
 def test_mfu_is_of_tokens_that_are_no_padding():
