@@ -6,6 +6,7 @@ Rows of text are padded to ``longest``, and cropped to a bucket afterwards (:mod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -116,7 +117,7 @@ class Labels:
         self.names = tuple(names)
         self._index = {name: i for i, name in enumerate(self.names)}
         # Names that are numbers and no indices, such as 1 to 5: a value is then a name.
-        numbers = all(_is_index(name) for name in names) and list(names) != [str(i) for i in range(len(names))]
+        numbers = all(map(_is_number, names)) and list(names) != [str(i) for i in range(len(names))]
         self._numbers = known is None and numbers
 
     def __call__(self, value: Any) -> np.int32:
@@ -136,8 +137,11 @@ class Labels:
         return np.int32(index)
 
 
-def _is_index(name: str) -> bool:
-    return name.isascii() and name.isdigit()
+def _is_number(name: str) -> bool:
+    try:
+        return math.isfinite(float(name))
+    except ValueError:
+        return False
 
 
 def _text(value: Any) -> str:
@@ -147,20 +151,22 @@ def _text(value: Any) -> str:
 
 def _values(source: Source, field: str) -> list[str]:
     """The different values of a label field, sorted. :class:`DataError` for one, and for as many as no classes are."""
-    # A record that cannot be read is the business of the pass over all data, which names it.
-    values = {_text(value) for value in source.column(field)}
+    # A label that is missing is no class; the pass over all data names its record.
+    values = {_text(value) for value in source.column(field) if value is not None and value != ""}
     if not 2 <= len(values) <= MOST:
         raise DataError(
             f"{source.name}: field {field!r} has {len(values)} different value{'s' * (len(values) > 1)}, such as"
             f" {shorten(sorted(values)[:9], 100)}, which make no classes; set label to another field, or classes to a list of"
             " names or their number"
         )
-    if not all(_is_index(value) for value in values):
+    if not all(map(_is_number, values)):
         return sorted(values)
-    numbers = sorted(map(int, values))
+    ascending = sorted(values, key=float)
+    whole = ascending[0] == "0" and all(value.isdigit() for value in ascending)
     # One that no row has is a class all the same, if it is between others that begin at 0.
-    dense = numbers[0] == 0 and numbers[-1] < 2 * len(numbers)
-    return [str(i) for i in (range(numbers[-1] + 1) if dense else numbers)]
+    return (
+        [str(i) for i in range(int(ascending[-1]) + 1)] if whole and int(ascending[-1]) < 2 * len(values) else ascending
+    )
 
 
 def image_settings(settings: Mapping[str, Any] | None, image_size: int | None) -> ImageSettings | None:

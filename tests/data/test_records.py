@@ -99,11 +99,16 @@ def classes_of(values, **options):
 
 def test_classes_are_the_values_that_the_labels_have():
     assert classes_of([0, 1, 1]) == (("0", "1"), [0, 1, 1])
-    assert classes_of(["2", "0", "1.0"[:1]]) == (("0", "1", "2"), [0, 1, 2])
+    assert classes_of(["2", "0", "1"]) == (("0", "1", "2"), [0, 1, 2])
     assert classes_of([0, 3, 1]) == (("0", "1", "2", "3"), [0, 1, 3]), "2 is a class that no row has"
     # From 1 to 5 they are names: the label 5 is the last class, and no index out of range.
     assert classes_of([5, 1, 2, 3, 4, 10]) == (("1", "2", "3", "4", "5", "10"), [0, 1, 2, 3, 4, 5])
     assert classes_of([1.0, 2.0]) == (("1", "2"), [0, 1])
+    assert classes_of([-1, 1, 0, -1]) == (("-1", "0", "1"), [0, 0, 1, 2])
+    assert classes_of(["0.5", 1, 0.5]) == (("0.5", "1"), [0, 0, 1])
+    for missing in (None, ""):
+        with pytest.raises(data.DataError, match=r"label 'label' is (None|''), neither one of the 2 classes"):
+            classes_of(["a", "b", missing])
     assert classes_of([True, False]) == (("False", "True"), [0, 1])
     for values in (["a", "a"], [i + 0.5 for i in range(1001)]):
         with pytest.raises(data.DataError, match="which make no classes; set label to another field, or classes"):
