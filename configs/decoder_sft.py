@@ -4,7 +4,9 @@
     jft export --workdir=runs/sft --out=runs/sft/hf
 
 train.jsonl has a JSON object a line with "prompt" and "response" (other names: --config.data.prompt=question). The hub's
-data sets: --config.data.source=hf --config.data.name=ORG/NAME --config.data.split=train. The loss is over responses alone.
+data sets: --config.data.source=hf --config.data.name=ORG/NAME --config.data.split=train. Evaluation is on a fiftieth of the
+same data that training leaves out (another file: --config.eval_data.files=test.jsonl --config.eval_data.held_out=None
+--config.data.holdout=None). The loss is over responses alone.
 Expect one task vector of a few MB in the workdir; `jft export` writes the merged model for transformers.
 """
 
@@ -29,8 +31,8 @@ def get_config() -> ConfigDict:
         "pack": "first_fit",
         "holdout": 0.02,
     }
-    config.eval_data = {**config.data.to_dict(), "held_out": 0.02}
-    del config.eval_data["holdout"]
+    # The same data, of which these are the rows that training leaves out.
+    config.eval_data = {"held_out": 0.02}
     config.eval.every = 200
     config.method = {"name": "lora", "rank": 16, "alpha": 32.0}
     config.optimizer.lr, config.optimizer.schedule, config.optimizer.warmup = 2e-4, "cosine", 50

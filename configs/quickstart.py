@@ -15,6 +15,8 @@ from jft.analysis.study import collection, study
 
 DOMAINS = ({"rotate": 0}, {"rotate": 90}, {"invert": True}, {"flip": "horizontal"})
 COSINE = {"name": "adamw", "schedule": "cosine", "warmup": 20, "clip": 1.0}
+# More steps than any run has: one checkpoint, after the last.
+LAST = {"every": 100_000}
 # Records are read faster than threads could hand them over.
 READING = {"threads": 0, "prefetch": 0}
 
@@ -38,7 +40,7 @@ def digits(pretraining: int = 400, steps: int = 200, points: int = 9, fleet: boo
         },
         head={"kind": "probe", "pool": "mean"},
         fleet=fleet,
-        common={"steps": steps, "batch_size": 64, "log": {"every": 5}, "checkpoint": {"every": steps}},
+        common={"steps": steps, "batch_size": 64, "log": {"every": 5}, "checkpoint": LAST},
         tasks={
             "upright": {"data": scans},
             "rotated": {"data": {**scans, "rotate": 90}},
@@ -88,7 +90,7 @@ def library(pretraining: int = 600, steps: int = 200) -> ConfigDict:
             },
         },
         head={"kind": "none"},
-        common={"steps": steps, "batch_size": 16, "log": {"every": 5}, "checkpoint": {"every": steps}},
+        common={"steps": steps, "batch_size": 16, "log": {"every": 5}, "checkpoint": LAST},
         tasks={
             "docstrings": {
                 "data": {**text, "kind": "docstrings", "split": "train"},

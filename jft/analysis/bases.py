@@ -91,7 +91,7 @@ def _pretrained(partial: Mapping[str, Any], workdir: Path) -> tuple[Model, Any, 
         run = experiment.run(dataclasses.asdict(train), workdir)
         losses = [row["loss"] for row in run.metrics if row["split"] == "train"]
         write_params(run.params, file)
-        facts = {"steps": train.steps, "seconds": time.perf_counter() - since, "loss": losses[-1]}
+        facts = {"steps": int(run.state.step), "seconds": time.perf_counter() - since, "loss": losses[-1]}
         run_store.write(workdir, train, facts)
     # Once more, for the tokenizer and the classes that the model was built with.
     loader = data.build(

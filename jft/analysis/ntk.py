@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jft import tangent
+from jft.data.batches import equally_long
 from jft.tangent import Linearized, Spectrum
 from jft.tangent import subspace as spaces
 from jft.tangent.kernel import Of
@@ -76,6 +77,7 @@ def task_kernel(
 
 def _concatenated(batches: Mapping[str, Any]) -> Any:
     """One batch of them all: the arrays that every one has."""
+    batches = dict(zip(batches, equally_long(list(batches.values())), strict=True))
     names = set.intersection(*(set(batch) for batch in batches.values()))
     out = {}
     for name in sorted(names):

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jft.analysis.interpolation import Forward, grid
+from jft.data.config import derived
 from jft.delta import TaskVector
-from jft.train.config import Config, check
+from jft.train.config import Config, check, check_length
 
 # Keys of a task that are the study's, not the train config's.
 OF_TASK = ("test_data", "names", "templates")
@@ -27,6 +28,10 @@ def overlay(*partials: Mapping[str, Any]) -> dict[str, Any]:
     """
     out: dict[str, Any] = {}
     for partial in partials:
+        for one, other in (("steps", "epochs"), ("epochs", "steps")):
+            # Of the two the last one that is given.
+            if partial.get(one) and other not in partial:
+                out.pop(other, None)
         for key, value in partial.items():
             below = out.get(key)
             if not isinstance(value, Mapping) or not isinstance(below, Mapping) or _renamed(below, value):
@@ -54,7 +59,11 @@ def of_run(study: Mapping[str, Any], task: str, method: str | None = None, seed:
     )
     partial = overlay(QUIET, study["common"], task_part, method_part, seed_part)
     parts = data_parts(study, task)
-    return check(partial | {"data": parts["data"], "eval_data": parts["eval_data"]})
+    config = check(partial | {"data": parts["data"], "eval_data": parts["eval_data"]})
+    # Without a method only part of it is there.
+    if method is not None:
+        check_length(config)
+    return config
 
 
 def source(study: Mapping[str, Any], method: str) -> str:
@@ -112,7 +121,8 @@ def of_maps(study: Mapping[str, Any]) -> tuple[float, ...]:
 
 
 def data_parts(study: Mapping[str, Any], task: str) -> dict[str, dict[str, Any]]:
-    """``data``, ``eval_data`` (validation) and ``test_data`` of a task; those not given are ``data`` with another split.
+    """``data``, ``eval_data`` (validation) and ``test_data`` of a task; those not given are ``data`` with another split, those
+    without a source ``data`` with their keys.
 
     Raises ``ValueError`` where a part is not given and ``data`` has no ``split`` to put another in the place of.
     """
@@ -129,7 +139,7 @@ def data_parts(study: Mapping[str, Any], task: str) -> dict[str, dict[str, Any]]
     parts = {"data": data}
     for part in PARTS[1:]:
         if config.get(part):
-            parts[part] = overlay(config[part])
+            parts[part] = derived(data, overlay(config[part]))
         elif "split" in data:
             # ``limit`` and ``shots`` are for scarce training data; evaluation keeps its whole split.
             parts[part] = {key: value for key, value in data.items() if key not in ("limit", "shots")} | {

@@ -83,12 +83,13 @@ def of_method(
 def _fleets(runs: Sequence[Training], in_fleets: bool) -> list[list[Training]]:
     """Runs grouped by which train in one program: equal but for task and data.
 
-    Those that select anew, and those that read other tasks, train alone.
+    Those that select anew, those that read other tasks, and those that train by epochs, train alone.
     """
     groups: dict[Any, list[Training]] = {}
     for run in runs:
         single = not in_fleets or run.config.method.get("name") in other_tasks.WRITERS
-        single = single or methods.method(**run.config.method).schedule is not None
+        # Epochs of data of several sizes are not equally many steps.
+        single = single or methods.method(**run.config.method).schedule is not None or bool(run.config.epochs)
         rest = json.dumps({**run_store.plain(run.config), "data": None, "eval_data": None}, sort_keys=True)
         key = run.task.name if single else (run.task.model, run.task.objective, rest)
         groups.setdefault(key, []).append(run)
@@ -126,7 +127,8 @@ def _train(
     others = [other for other in tasks if other.name != task.name]
     method |= other_tasks.options(method.get("name", "full"), study, base, others, params, workdir, runs[0].workdir)
     common: dict[str, Any] = {
-        "steps": config.steps,
+        "steps": config.steps or None,
+        "epochs": config.epochs or None,
         "method": method,
         "optimizer": dataclasses.asdict(config.optimizer),
         "objective": task.objective,

@@ -161,6 +161,8 @@ def _examples(run: Run, count: int) -> dict[str, Any]:
     """The first ``count`` real examples of the evaluation data, without what only the loss reads."""
     import numpy as np
 
+    from jft.data.batches import equally_long
+
     rows: list[Mapping[str, Any]] = []
     total = 0
     for batch in run.batches:
@@ -169,6 +171,7 @@ def _examples(run: Run, count: int) -> dict[str, Any]:
         total += int(real.sum())
         if total >= count:
             break
+    rows = equally_long(rows)
     return {key: np.concatenate([row[key] for row in rows])[:count] for key in rows[0]}
 
 

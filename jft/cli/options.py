@@ -3,6 +3,8 @@
 A config file is Python with ``get_config() -> ConfigDict`` (or ``get_config(arg)``, where ``:ARG`` is passed as it is).
 An override must name a key that is there, or one inside a part that its owner reads freely and checks itself
 (``method``: the preset's options; ``data``, ``eval_data``: the source's). Values are Python literals, else strings.
+Another name of a method drops the options of the one that stands there, another source of data the keys it does not know;
+of steps and epochs, and of a model's source and arch, the one that is set takes the place of the other.
 
 Not by ``ml_collections.config_flags``: there either every key may be added or none, a part that is not there is never made,
 and what is None, a list, or one or many (``data.classes``) cannot be set.
@@ -109,10 +111,11 @@ def override(config: ConfigDict, path: str, text: str, may_add: Callable[[str, A
 
 def _typed(path: str, old: Any, new: Any, text: str) -> Any:
     """``new`` in the type of ``old``: integers widen to floats, sequences to the kind that was there."""
+    # A text may be "none" (`model.remat`); in an open part None is how a key is unset.
+    if isinstance(old, str) and not (new is None and is_open(path)):
+        return text
     if old is None or new is None:
         return new
-    if isinstance(old, str):
-        return text
     if isinstance(old, ConfigDict):
         return ConfigDict(new)
     if isinstance(old, float) and isinstance(new, int) and not isinstance(new, bool):
@@ -123,6 +126,54 @@ def _typed(path: str, old: Any, new: Any, text: str) -> Any:
     if type(old) is not type(new):
         raise UsageError(f"config key {path!r} is {type(old).__name__} ({old!r}); {text!r} is not")
     return new
+
+
+# Keys of one section of which one is given, the other stays at its default.
+ALTERNATIVES = {"steps": "epochs", "epochs": "steps", "source": "arch", "arch": "source"}
+# Keys that name what reads the other keys of an open section.
+NAMES = {"method": "name", "data": "source", "eval_data": "source", "test_data": "source"}
+
+
+def _names(path: str) -> bool:
+    """Whether the key at ``path`` says what the other keys of its section mean."""
+    *parents, last = path.split(".")
+    return bool(parents) and NAMES.get(parents[-1]) == last
+
+
+def _begin_anew(config: ConfigDict, path: str, name: str) -> None:
+    """Before the key at ``path``, which names what its section is about, becomes ``name``: drop what was of another.
+
+    Of a method all options; of data what the new source does not know, so that the task stays.
+    """
+    *parents, last = path.split(".")
+    node: Any = config
+    for key in parents:
+        node = node.get(key) if isinstance(node, ConfigDict) else None
+    if not isinstance(node, ConfigDict) or node.get(last) in (None, "", name):
+        return
+    kept: set[str] = set()
+    if last == "source":
+        from jft.data.config import known
+
+        kept = known(name)
+    with node.unlocked():
+        for key in [k for k in node if k != last and k not in kept]:
+            del node[key]
+
+
+def _unset_alternative(config: ConfigDict, path: str, others: set[str]) -> None:
+    """Before the key at ``path`` is set: its alternative goes back to nothing, unless ``others`` set that as well."""
+    *parents, last = path.split(".")
+    prefix = "".join(f"{p}." for p in parents)
+    other = ALTERNATIVES.get(last)
+    node: Any = config
+    for key in parents:
+        node = node.get(key) if isinstance(node, ConfigDict) else None
+    if other is None or not isinstance(node, ConfigDict) or prefix + other in others or not node.get(other):
+        return
+    # An open section of data has a source too, and no arch.
+    with node.unlocked():
+        node[other] = type(node[other])()
 
 
 def parse(
@@ -156,6 +207,10 @@ def parse(
             if not text:
                 raise UsageError(f"config key {key!r} is given no value; write --config.{key}=VALUE")
         pairs.append((key, text))
-    for key, text in pairs:
+    # Names first, wherever they stand: what else is set is meant for what they name.
+    for key, text in sorted(pairs, key=lambda pair: not _names(pair[0])):
+        if _names(key):
+            _begin_anew(config, key, text)
+        _unset_alternative(config, key, {other for other, _ in pairs})
         override(config, key, text, may_add)
     return options, config

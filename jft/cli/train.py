@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +13,10 @@ from jft.cli.errors import Parser
 EXAMPLES = """
   jft train --config=configs/llm.py:qwen2.5-0.5b,lora --workdir=runs/qwen
   jft train --config=configs/decoder_sft.py --workdir=runs/sft --config.model.source=DIR --config.optimizer.lr=3e-5
+  jft train --config=configs/decoder_sft.py --config.data.files=mine.jsonl --dry-run
 
 The workdir gets config.json, metrics.jsonl, checkpoints/ and task_vector.safetensors; started again with the same workdir,
-a run goes on where it stopped. `--keys` lists every key of a config.
+a run goes on where it stopped. `--keys` lists every key of a config; `jft init KIND` writes one to begin with.
 """
 
 
@@ -33,17 +36,43 @@ def may_add(path: str, config: Any = None) -> bool:
     return options.is_open(path) or path in {key for key, _, _ in documentation()}
 
 
+def resolved(config: Any) -> str:
+    """All keys of a config as JSON, which ``--config=FILE.json`` takes: defaults filled in, evaluation data derived."""
+    from jft.data.config import derived
+    from jft.train.config import check
+
+    known = check(config)
+    # A fleet has the data of its members.
+    whole = dataclasses.replace(
+        known, eval_data=derived(known.data, known.eval_data) if known.data else known.eval_data
+    )
+    return json.dumps(dataclasses.asdict(whole), indent=2)
+
+
 def main(argv: Sequence[str]) -> int:
     """``jft train --config=FILE.py[:ARG] --workdir=DIR [--config.KEY=VALUE]``."""
     parser = Parser(prog="jft train", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--workdir", help="where the run goes (required)")
     parser.add_argument("--keys", action="store_true", help="list every key of a config, its default and meaning")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the config with all overrides as JSON, no more"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="everything up to the first step: look at the data, compile, and print config, steps, weights, memory and an "
+        "example; nothing is written",
+    )
     # Ahead of the parser, which would miss a config.
     if "--keys" in argv:
         print(keys())
         return 0
     args, config = options.parse(parser, argv, may_add=may_add)
-    if not args.workdir:
+    if args.print_config or args.dry_run:
+        print(resolved(config))
+    if args.print_config:
+        return 0
+    if not args.workdir and not args.dry_run:
         parser.error("--workdir=DIR is needed")
 
     from jft.train import Preempted, experiment
@@ -51,10 +80,13 @@ def main(argv: Sequence[str]) -> int:
 
     restored.start()
     try:
-        run = experiment.run(config, args.workdir)
+        run = experiment.run(config, args.workdir, dry_run=args.dry_run)
     except Preempted as preemption:
         print(f"jft: {preemption}")
         return EXIT_CODE
+    if args.dry_run:
+        print("dry run: nothing was trained, and nothing written")
+        return 0
     fleet = isinstance(run, list)
     runs: Any = run if fleet else [run]
     for member in runs:

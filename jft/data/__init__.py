@@ -12,6 +12,8 @@
     {"source": "jsonl", "files": "a/*.jsonl", "task": "sft", "prompt": "question", "response": "answer",
      "max_length": 512, "pack": "first_fit"}
     {"source": "jsonl", "files": "chats.jsonl", "task": "sft", "messages": "messages", "loss": "responses"}
+    {"source": "json", "files": "alpaca.json", "task": "sft", "max_length": 512}
+    {"source": "rows", "rows": [{"text": "good", "label": "yes"}, ...], "task": "classification"}     # from Python
     {"source": "tfds", "name": "cifar10", "split": "train", "holdout": 0.1, "task": "classification",
      "image": {"size": 224, "crop": "random", "flip": True, "normalize": "clip"}}
     {"source": "tfds", "name": "glue/sst2", "task": "classification", "text": "sentence"}
@@ -21,20 +23,28 @@
 
 **source** (its settings are the arguments of the class): ``digits`` (:class:`~jft.data.digits.Digits`), ``mnist`` and
 ``fashion_mnist`` (:mod:`jft.data.mnist`; of packages that have to be installed), ``stdlib``
-(:class:`~jft.data.stdlib.Stdlib`), ``jsonl`` (:class:`~jft.data.tables.Jsonl`), ``csv`` (:class:`~jft.data.tables.Csv`),
-``tfds`` (:class:`~jft.data.tfds.Tfds`), ``hf`` (:class:`~jft.data.huggingface.HuggingFace`), ``image_folder``
+(:class:`~jft.data.stdlib.Stdlib`), ``jsonl`` (:class:`~jft.data.tables.Jsonl`), ``json`` (arrays of objects,
+:class:`~jft.data.records.Json`), ``csv`` (:class:`~jft.data.tables.Csv`), ``parquet`` (:class:`~jft.data.records.Parquet`),
+``rows`` (a list of dicts, or a dict of columns, in memory: :class:`~jft.data.records.Memory`), ``tfds``
+(:class:`~jft.data.tfds.Tfds`), ``hf`` (:class:`~jft.data.huggingface.HuggingFace`), ``image_folder``
 (:class:`~jft.data.folders.ImageFolder`) and ``reasoning_gym`` (:class:`~jft.data.reasoning_gym.ReasoningGym`).
 
 **task** (likewise): ``classification`` (images; texts, where ``text`` is set or the records hold no image:
-:class:`~jft.data.tasks.ImageClassification`, :class:`~jft.data.tasks.TextClassification`), ``contrastive``
-(:class:`~jft.data.tasks.Contrastive`), ``lm`` (:class:`~jft.data.language.LanguageModelling`), ``sft``
-(:class:`~jft.data.language.PromptResponse`), ``seq2seq`` (:class:`~jft.data.language.SequenceToSequence`). With ``digits`` and
-``mnist``, ``task`` says which labels the scans get: identity, parity, magnitude, prime, loops, thirds; with ``fashion_mnist``
-identity, worn_on, season, buttons.
+:class:`~jft.data.tasks.ImageClassification`, :class:`~jft.data.tasks.TextClassification`), ``regression`` (texts with a
+number, :class:`~jft.data.tasks.TextRegression`), ``contrastive`` (:class:`~jft.data.tasks.Contrastive`), ``lm``
+(:class:`~jft.data.language.LanguageModelling`), ``sft`` (:class:`~jft.data.language.PromptResponse`), ``seq2seq``
+(:class:`~jft.data.language.SequenceToSequence`). With ``digits`` and ``mnist``, ``task`` says which labels the scans get:
+identity, parity, magnitude, prime, loops, thirds; with ``fashion_mnist`` identity, worn_on, season, buttons.
 
 **rows**: ``limit`` (so many, by a fixed seed), ``shots`` (so many a class), ``holdout: 0.1`` (without a fixed tenth) and
 ``held_out: 0.1`` (that tenth: the "Val" sets of task arithmetic). **weight**: its share of a training
 mixture, in examples; evaluation reads every part once, whatever its weight.
+
+**classes**: a list of names, or their number; else those of the source, else the values that the label field has.
+
+**buckets**: rows of text that are not packed are padded to one of a few lengths, which the lengths of the texts choose (at
+most four, each compiled once); ``False``: all to ``max_length``; ``[32, 128]``: these and ``max_length``. Batches are made of
+texts of like length, in windows of the global order (:mod:`jft.data.buckets`).
 
 **pack** (``lm``, ``sft``): ``"first_fit"``, ``"concat"``, or ``False``, the default: one example a row. **too_long**:
 ``"error"`` (the default for ``lm``, ``sft``, ``seq2seq``), ``"truncate"`` or ``"drop"``.
@@ -44,7 +54,8 @@ tokenizer.json or a GGUF file. **reading**: ``threads`` (4), ``prefetch`` (64 ex
 
 **Order and position.** See :mod:`jft.data.pipeline`: unpacked training data has one global order for any number of
 processes, threads and workers, and a saved position may be resumed on another number of them. Packed data, and data
-with dropped records, resumes exactly on the same number; another is refused. Evaluation counts every example once.
+with dropped records and one length, resumes exactly on the same number; another is refused. Evaluation counts every example
+once. ``loader.survey()`` prepares all records ahead and says what is wrong with any; ``loader.epoch``: batches of one pass.
 """
 
 from __future__ import annotations

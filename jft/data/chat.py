@@ -159,8 +159,32 @@ def _unmark(text_with_marks: str) -> tuple[str, list[tuple[int, int]]]:
     return text, spans
 
 
+# ShareGPT's names of the roles, where messages are {"from", "value"}.
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "observation": "tool",
+    "function": "tool",
+}
+
+
+def _of_sharegpt(message: Any) -> Any:
+    """A message of ShareGPT, ``{"from", "value"}``, as ``{"role", "content"}``; any other as it is."""
+    if not isinstance(message, dict) or "role" in message or not {"from", "value"} <= message.keys():
+        return message
+    rest = {k: v for k, v in message.items() if k not in ("from", "value")}
+    return {"role": ROLES.get(message["from"], message["from"]), "content": message["value"], **rest}
+
+
 def check_messages(messages: Any) -> list[Message]:
-    """The messages as a list of dicts with ``role`` and ``content``; :class:`DataError` says which one is wrong."""
+    """The messages as a list of dicts with ``role`` and ``content``, ShareGPT's ``from`` and ``value`` renamed;
+    :class:`DataError` says which one is wrong.
+    """
+    if isinstance(messages, list | tuple):
+        messages = [_of_sharegpt(message) for message in messages]
     if not isinstance(messages, list | tuple) or not len(messages):
         raise DataError(f"messages must be a list of at least one {{role, content}}, got {shorten(messages)}")
     for i, message in enumerate(messages):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jft.data.errors import DataError, choose, refuse_unknown
@@ -32,6 +32,7 @@ def _sources() -> dict[str, Any]:
     from jft.data.huggingface import HuggingFace
     from jft.data.mnist import FashionMnist, Mnist
     from jft.data.reasoning_gym import ReasoningGym
+    from jft.data.records import Json, Memory, Parquet
     from jft.data.stdlib import Stdlib
     from jft.data.tables import Csv, Jsonl
     from jft.data.tfds import Tfds
@@ -40,7 +41,10 @@ def _sources() -> dict[str, Any]:
         "tfds": Tfds,
         "hf": HuggingFace,
         "jsonl": Jsonl,
+        "json": Json,
         "csv": Csv,
+        "parquet": Parquet,
+        "rows": Memory,
         "image_folder": ImageFolder,
         "digits": Digits,
         "mnist": Mnist,
@@ -52,11 +56,12 @@ def _sources() -> dict[str, Any]:
 
 def _tasks() -> dict[str, Any]:
     from jft.data.language import LanguageModelling, PromptResponse, SequenceToSequence
-    from jft.data.tasks import Contrastive, ImageClassification, TextClassification
+    from jft.data.tasks import Contrastive, ImageClassification, TextClassification, TextRegression
 
     return {
         "classification": ImageClassification,
         "text_classification": TextClassification,
+        "regression": TextRegression,
         "contrastive": Contrastive,
         "lm": LanguageModelling,
         "sft": PromptResponse,
@@ -151,13 +156,16 @@ class _Component:
                 if isinstance(value, str) and key != "path":
                     yield value
                 elif isinstance(value, list):
-                    yield from (
-                        m["content"] for m in value if isinstance(m, dict) and isinstance(m.get("content"), str)
-                    )
+                    contents = (m.get("content", m.get("value")) for m in value if isinstance(m, dict))
+                    yield from (content for content in contents if isinstance(content, str))
 
-    def task(self, tokenizer: Tokenizer | None, image_size: int | None) -> Task:
+    def task(self, tokenizer: Tokenizer | None, image_size: int | None, classes: Any = None) -> Task:
         arguments = {"tokenizer": tokenizer, "image_size": image_size, "pack": self.pack}
         parameters = inspect.signature(self.task_class).parameters
+        # A source that names its classes is checked against them; what knows none takes them.
+        label = self.values.get("label", "label")
+        if classes is not None and "classes" in parameters and self.source.class_names(label) is None:
+            arguments["classes"] = self.values.get("classes", classes)
         values = {**self.values, **{k: v for k, v in arguments.items() if k in parameters}}
         return _call(lambda **kw: self.task_class(self.source, **kw), values, self.task_class.__name__)
 
@@ -167,6 +175,31 @@ def _call(constructor: Any, values: dict[str, Any], what: str) -> Any:
         return constructor(**values)
     except TypeError as error:
         raise DataError(f"data ({what}): a setting is missing or has the wrong type: {error}") from error
+
+
+# Keys of training data alone: which of its rows are left out, or how often they are drawn.
+_OF_TRAINING = ("holdout", "held_out", "limit", "shots", "weight")
+
+
+def derived(data: Any, part: Any) -> dict[str, Any]:
+    """Settings of evaluation data: ``part`` where it names a source, else those of the training ``data`` with its keys.
+
+    So ``{"held_out": 0.1}``, ``{"split": "test"}`` or ``{"files": "test.jsonl"}`` are enough, and what is changed in the
+    training data holds for both. Not taken over: holdout, held_out, limit, shots, weight.
+    """
+    base, over = _plain(data), _plain(part)
+    if not over or "source" in over or "mixture" in over:
+        return over
+    rest = {k: v for k, v in base.items() if k not in _OF_TRAINING}
+    if "mixture" in rest:
+        rest["mixture"] = [{k: v for k, v in _plain(p).items() if k not in _OF_TRAINING} for p in rest["mixture"]]
+    return {**rest, **over}
+
+
+def known(source: str) -> set[str]:
+    """The keys that data settings may have with this source. Raises :class:`DataError` for an unknown source."""
+    source_settings = _settings(choose(source, _sources(), "data source"))
+    return source_settings.union(_COMPONENT, _READING, ("buckets",), *(_settings(task) for task in _tasks().values()))
 
 
 def _components(config: dict[str, Any]) -> list[_Component]:
@@ -220,26 +253,34 @@ def build(
     process_index: int | None = None,
     process_count: int | None = None,
     directory: str | os.PathLike | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Loader:
     """A :class:`Loader` from settings (a dict or ConfigDict; the format is in :mod:`jft.data`).
 
     batch_size: of all processes together. tokenizer: a :class:`Tokenizer`, "bytes", "bpe:VOCAB", a directory or a file;
     ``config["tokenizer"]`` goes before it. image_size: pixels, where ``image`` names none. train: endless, shuffled,
     augmented; False: once over, in order, every example counted once. process_index, process_count: JAX's by default.
-    directory: where a trained BPE is kept. Raises :class:`DataError` for anything wrong; the first example of every
-    source is prepared here, so wrong fields fail before a model is compiled.
+    directory: where a trained BPE is kept. classes: names of the training data's, for data that names none itself.
+
+    Raises :class:`DataError` for anything wrong; the first example of every source is prepared here, so wrong fields fail
+    before a model is compiled, and :meth:`Loader.survey` prepares them all.
     """
     settings = _plain(config)
     process = _process(process_index, process_count)
     # Taken out, as these are of the loader and not of any part.
     reading = _reading({k: settings.pop(k) for k in _READING if k in settings})
+    lengths = settings.pop("buckets", None)
     components = _components(settings)
     spec = _tokenizer(components, tokenizer)
     text_tokenizer = None
     if any(c.needs_tokenizer for c in components):
         texts = itertools.chain.from_iterable(c.texts() for c in components)
         text_tokenizer = resolve(spec, texts, directory)
-    tasks = [c.task(text_tokenizer, image_size) for c in components]
+    tasks = []
+    for component in components:
+        tasks.append(component.task(text_tokenizer, image_size, classes))
+        # Of a mixture the first part says which there are.
+        classes = tasks[0].classes if classes is None else classes
     return Loader(
         tasks,
         [c.weight for c in components],
@@ -250,6 +291,7 @@ def build(
         tokenizer=text_tokenizer,
         process=process,
         reading=reading,
+        lengths=True if lengths is None else lengths,
     )
 
 

@@ -45,7 +45,7 @@ class LanguageModelling(Task):
         super().__init__(source)
         check_length(max_length, too_long)
         self.tokenizer, self.field, self.max_length, self.too_long = tokenizer, text, max_length, too_long
-        self.splits = pack == "concat"
+        self.splits, self.longest = pack == "concat", (max_length,)
 
     def encode(self, index: int, record: Mapping[str, Any], rng: np.random.Generator | None) -> Example | None:
         ids = self.tokenizer.encode(self.text(index, record, self.field), special=True).ids
@@ -55,8 +55,24 @@ class LanguageModelling(Task):
         if not self.splits:
             if not fit(ids, self.max_length, self.too_long, "set pack: 'concat', raise max_length"):
                 return None
+            self.truncated += len(ids) > self.max_length
             ids = ids[: self.max_length]
         return row(ids, np.ones(len(ids)))
+
+
+# The prompts of Alpaca (Taori et al. 2023), with and without an input.
+_ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+# Fields by which data sets are known where a config names none, first match first.
+_MESSAGES = ("messages", "conversations")
+_PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("input", "output"))
 
 
 class PromptResponse(Task):
@@ -68,6 +84,9 @@ class PromptResponse(Task):
     response; system: a first message. tools: a field of tool descriptions. date: today's date for templates.
     loss: "responses" (default), "last" (the last response only) or "all" (every token).
     too_long: "error" (default), "truncate" (the end is cut) or "drop".
+    Where neither is named, the first record tells: ``messages`` or ``conversations``; Alpaca's ``instruction``, ``input`` and
+    ``output``, with its prompt (with ``chat``, instruction and input are the user's message); ``prompt`` and ``response`` or
+    ``completion``, ``question`` and ``answer``, ``input`` and ``output``. Messages may be ShareGPT's ``{"from", "value"}``.
 
     Raises :class:`DataError`, with the example's place and decoded text, where no token, or every token, would be a
     target with a loss other than "all".
@@ -82,14 +101,15 @@ class PromptResponse(Task):
         super().__init__(source)
         check_length(max_length, too_long)
         choose(loss, LOSSES, "loss")
+        self.alpaca = False
         if messages is None and prompt is None and response is None:
-            prompt, response = "prompt", "response"
+            messages, prompt, response, self.alpaca = _fields(source)
         if (messages is None) != (prompt is not None and response is not None) or (messages and (prompt or response)):
             raise DataError("sft: give prompt and response, or messages; not both, and not one of the pair")
         self.tokenizer, self.max_length, self.too_long, self.loss = tokenizer, max_length, too_long, loss
         self.prompt, self.response, self.messages = prompt, response, messages
         self.system, self.tools, self.splits = system, tools, pack == "concat"
-        self.drops = too_long == "drop"
+        self.drops, self.longest = too_long == "drop", (max_length,)
         self.template: ChatTemplate | None = None
         if messages is not None or chat:
             text = chat_template or tokenizer.chat_template
@@ -106,6 +126,7 @@ class PromptResponse(Task):
             return row(ids, mask)
         if not fit(ids, self.max_length, self.too_long):
             return None
+        self.truncated += len(ids) > self.max_length
         # The first token is never a target.
         if not mask[1 : self.max_length].any():
             raise DataError(
@@ -114,8 +135,21 @@ class PromptResponse(Task):
             )
         return row(ids[: self.max_length], mask[: self.max_length])
 
+    def _texts(self, index: int, record: Mapping[str, Any]) -> tuple[str, str]:
+        """(prompt, response) of a record."""
+        response = self.text(index, record, self.response or "")
+        if not self.alpaca:
+            return self.text(index, record, self.prompt or ""), response
+        instruction = self.text(index, record, "instruction")
+        context = self.text(index, record, "input") if record.get("input") else ""
+        if self.template is not None:
+            return f"{instruction}\n\n{context}" if context else instruction, response
+        # Not `self.text`, in which braces of the record would be fields.
+        form = _ALPACA_INPUT if context else _ALPACA
+        return form.format(instruction=instruction, input=context), response
+
     def _plain(self, index: int, record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        prompt, response = (self.text(index, record, f) for f in (self.prompt or "", self.response or ""))
+        prompt, response = self._texts(index, record)
         if not response.strip():
             raise DataError(f"the response ({self.response!r}) is empty")
         # Some post-processors end every text, but the prompt goes on with the response.
@@ -129,7 +163,7 @@ class PromptResponse(Task):
         if self.messages is not None:
             messages = check_messages(field_of(self.source, index, self.messages, record))
         else:
-            prompt, response = (self.text(index, record, f) for f in (self.prompt or "", self.response or ""))
+            prompt, response = self._texts(index, record)
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
         return messages if self.system is None else [{"role": "system", "content": self.system}, *messages]
 
@@ -160,6 +194,18 @@ class PromptResponse(Task):
             )
 
 
+def _fields(source: Source) -> tuple[str | None, str | None, str | None, bool]:
+    """``(messages, prompt, response, whether it is Alpaca's)``: the fields of the first record that hold them."""
+    record = source[0]
+    for name in _MESSAGES:
+        if name in record:
+            return name, None, None, False
+    if "instruction" in record and "output" in record:
+        return None, "instruction", "output", True
+    pair = next((pair for pair in _PAIRS if all(name in record for name in pair)), _PAIRS[0])
+    return None, *pair, False
+
+
 class SequenceToSequence(Task):
     """Encoder-decoder examples: ``tokens``, ``segments`` [T]; ``decoder_tokens``, ``decoder_segments``, ``loss_mask`` [U].
 
@@ -173,7 +219,7 @@ class SequenceToSequence(Task):
         check_length(max_length, too_long)
         check_length(max_target_length, too_long, "max_target_length")
         self.tokenizer, self.prompt, self.response, self.too_long = tokenizer, prompt, response, too_long
-        self.lengths, self.drops = (max_length, max_target_length), too_long == "drop"
+        self.longest, self.drops = (max_length, max_target_length), too_long == "drop"
 
     def encode(self, index: int, record: Mapping[str, Any], rng: np.random.Generator | None) -> Example | None:
         tokenizer = self.tokenizer
@@ -181,7 +227,7 @@ class SequenceToSequence(Task):
         response = _with_end(tokenizer.encode(self.text(index, record, self.response)).ids, tokenizer.eos_id)
         start = tokenizer.start_id if tokenizer.start_id is not None else tokenizer.pad
         target = np.concatenate([[start], response]).astype(np.int32)
-        longest, longest_target = self.lengths
+        longest, longest_target = self.longest
         if not len(source) or len(target) < 2:
             raise DataError("the prompt or the response has no tokens")
         keep = fit(source, longest, self.too_long) and fit(
@@ -189,6 +235,7 @@ class SequenceToSequence(Task):
         )
         if not keep:
             return None
+        self.truncated += len(source) > longest or len(target) > longest_target
         segments = padded(np.ones(len(target), np.int32), longest_target)
         mask = segments.astype(np.float32)
         mask[0] = 0

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from jft.data import pipeline
+from jft.data import buckets, pipeline
+from jft.data.buckets import Measured, Shape
 from jft.data.errors import DataError
-from jft.data.pipeline import Process, Reading, Rows
+from jft.data.packing import bins
+from jft.data.pipeline import Buckets, Prepare, Process, Reading, Rows
+from jft.data.survey import Survey, survey
 from jft.data.tasks import Example, Task
 from jft.data.tokenizer import Tokenizer
 
@@ -25,7 +29,7 @@ class Loader:
 
     batch_size: B, of all processes together. classes: class names, or None. tokenizer: or None. examples: records in
     the sources. Evaluation batches hold ``valid`` (bool [B]): False marks rows that only fill the last batch.
-    ``len(loader)``: batches of an evaluation loader.
+    ``len(loader)``: batches of an evaluation loader. lengths: True, False or a list, see ``buckets`` in :mod:`jft.data`.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class Loader:
         tokenizer: Tokenizer | None = None,
         process: Process | None = None,
         reading: Reading | None = None,
+        lengths: Any = True,
     ):
         self.tasks, self.weights, self.rows = list(tasks), list(weights), rows
         self.batch_size, self.seed, self.train, self.tokenizer = batch_size, seed, train, tokenizer
@@ -50,13 +55,17 @@ class Loader:
             )
         self.examples = sum(len(task.source) for task in tasks)
         self.classes = tasks[0].classes
+        self._lengths = lengths
+        if rows.pack and not isinstance(lengths, bool):
+            raise DataError(f"buckets are for rows of one text each, and pack is {rows.pack!r}; leave one of them out")
+        self.measured = [Measured(task, Prepare(task, rows)) for task in tasks]
         self._first = [self._first_example(task) for task in tasks]
         self._check_agreement()
 
     def _first_example(self, task: Task) -> Example:
         """The first example that is kept: wrong settings fail here, before anything is compiled."""
         rng = np.random.default_rng(0) if self.train else None
-        prepare = pipeline._Prepare(task, Rows(False, self.rows.length, self.rows.fill))
+        prepare = Prepare(task, Rows(False, self.rows.length, self.rows.fill))
         if self.rows.pack == "concat":  # a sequence may be longer than a row
             for i in range(min(_ATTEMPTS, len(task.source))):
                 if (example := task.example(i, rng)) is not None:
@@ -84,7 +93,46 @@ class Loader:
     @property
     def indexed(self) -> bool:
         """Whether a position in the global order tells everything: then a run may resume on any number of processes."""
-        return not self.train or not (self.rows.pack or any(task.drops for task in self.tasks))
+        drops = any(task.drops for task in self.tasks) and not self.shapes
+        return not self.train or not (self.rows.pack or drops)
+
+    @functools.cached_property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The buckets, from short to long, one length a side; none where all rows have one shape."""
+        longest = self.tasks[0].longest
+        if not longest or self.rows.pack or self._lengths is False:
+            return ()
+        if self._lengths is not True:
+            return buckets.explicit(self._lengths, longest)
+        count = -(-buckets.SAMPLE // len(self.tasks))
+        sample = np.concatenate([measured.sample(count) for measured in self.measured])
+        found = buckets.choose(sample, longest) if len(sample) else ()
+        return found if len(found) > 1 else ()
+
+    def survey(self, seconds: float = math.inf) -> Survey:
+        """Prepare all records, for at most ``seconds``: what would stop training later is found now (see :func:`survey`)."""
+        return survey(self, seconds)
+
+    def largest(self, known: bool = True) -> dict[str, np.ndarray]:
+        """A batch of this process of the largest shape, of zeros that take no memory.
+
+        known: the largest of all examples, where the lengths of all are known; else of ``max_length``.
+        """
+        row = self._first[0] if self.train else pipeline.filler(self._first[0])
+        # Of several processes one may know less than another, and all must compile one program.
+        if self.shapes and known and self.process.count == 1 and all(m.complete for m in self.measured):
+            found = np.max([m.found.max(0) for m in self.measured], axis=0)
+            row = buckets.crop(row, next(s for s in self.shapes if all(found <= s)))
+        rows = self.batch_size // self.process.count
+        return {k: np.broadcast_to(np.zeros((), np.asarray(v).dtype), (rows, *np.shape(v))) for k, v in row.items()}
+
+    @functools.cached_property
+    def epoch(self) -> float:
+        """Batches of one pass over the data: of packed rows their number, which takes the lengths of all examples."""
+        if not self.rows.pack:
+            return self.examples / self.batch_size
+        found = np.concatenate([m.all()[:, 0] for m in self.measured])
+        return bins(found[found > 0], str(self.rows.pack), self.rows.length) / self.batch_size
 
     def __len__(self) -> int:
         if self.train:
@@ -102,14 +150,11 @@ class Loader:
 
     def dataset(self, start: int = 0) -> Any:
         """The Grain dataset of this process's batches, from position ``start`` of the global order on."""
+        shared = self.process, self.reading, start, Buckets(self.shapes, self.measured)
         if self.train:
-            return pipeline.training(
-                self.tasks, self.weights, self.rows, self.batch_size, self.seed, self.process, self.reading, start
-            )
+            return pipeline.training(self.tasks, self.weights, self.rows, self.batch_size, self.seed, *shared)
         blank = pipeline.filler(self._first[0])
-        return pipeline.evaluation(
-            self.tasks, self.rows, self._packed_rows, blank, self.batch_size, self.process, self.reading, start
-        )
+        return pipeline.evaluation(self.tasks, self.rows, self._packed_rows, blank, self.batch_size, *shared)
 
     def __iter__(self) -> LoaderIterator:
         return LoaderIterator(self)
@@ -121,6 +166,8 @@ class Loader:
             "examples": [len(t.source) for t in self.tasks],
             "weights": self.weights,
         }
+        if self.shapes:
+            layout_of |= {"buckets": self.shapes, "batch_size": self.batch_size}
         if not self.indexed:
             layout_of |= {"pack": self.rows.pack, "max_length": self.rows.length, "batch_size": self.batch_size}
             layout_of |= {"processes": self.process.count, "workers": self.reading.workers}

@@ -65,3 +65,16 @@ def pack(sequences: Any, how: str, length: int, fill: int) -> Any:
     else:
         packed = grain.experimental.ConcatThenSplitIterDataset(sequences, length_struct=lengths)
     return packed.map(_Finish(fill))
+
+
+def bins(lengths: np.ndarray, how: str, length: int) -> int:
+    """Rows of ``length`` that sequences of these ``lengths`` fill, one after the other: what :func:`pack` makes of one pass."""
+    if how == "concat":
+        return int(-(-lengths.sum() // length))
+    # As Grain's: a sequence goes into the first open row with room; where none has any, all rows are given out.
+    room, rows = np.full(BINS, length), 0
+    for need in lengths:
+        if not (room >= need).any():
+            rows, room = rows + BINS, np.full(BINS, length)
+        room[(room >= need).argmax()] -= need
+    return rows + int((room < length).sum())

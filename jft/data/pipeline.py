@@ -3,14 +3,14 @@
 **The order.** Training reads, for each task, a new permutation of all records every epoch, and of a mixture a fixed
 interleaving by weight; position i of that endless sequence is the same for any number of processes, threads and
 workers. Batch k holds positions kB to (k+1)B-1, and process p of n reads the p-th n-th of each batch: concatenating
-the processes' batches gives the batch of one process. Where sequences are packed, or records are dropped, each
-process packs its own positions, so rows (not which records are read) depend on the number of processes.
+the processes' batches gives the batch of one process. Texts that are not packed are sorted into buckets within windows of
+that order (:mod:`jft.data.buckets`). Where sequences are packed, or records without buckets are dropped, each process packs
+its own positions, so rows (not which records are read) depend on the number of processes.
 """
 
 from __future__ import annotations
 
 import bisect
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 from absl import flags
 
 from jft.data import packing
+from jft.data.buckets import Bucketed, Measured, Shape, derived_seed
 from jft.data.errors import DataError
 from jft.data.tasks import Example, Task
 
@@ -31,6 +32,14 @@ class Rows:
     pack: str | bool = False
     length: int = 0
     fill: int = 0
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The buckets of a loader, from short to long, with the lengths of each task's examples; none: one length for all."""
+
+    shapes: tuple[Shape, ...] = ()
+    measured: Sequence[Measured] = ()
 
 
 @dataclass(frozen=True)
@@ -50,12 +59,7 @@ class Reading:
     workers: int = 0
 
 
-def derived_seed(seed: int, *names: object) -> int:
-    """A 32-bit seed of its own for each use: neighbouring run seeds share no permutation."""
-    return int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:4], "little")
-
-
-class _Prepare:
+class Prepare:
     """Example of a task from its index and a random generator; sequences that are not packed become rows."""
 
     def __init__(self, task: Task, rows: Rows):
@@ -96,20 +100,36 @@ def training(
     process: Process,
     reading: Reading,
     start: int = 0,
+    buckets: Buckets = Buckets(),
 ) -> Any:
     """An endless Grain dataset of this process's batches, from position ``start`` of the global order on."""
-    streams = []
+    streams, prepare = [], [Prepare(task, rows) for task in tasks]
     for number, task in enumerate(tasks):
         stream = grain.MapDataset.range(len(task.source))
         # Repeated after the shuffle: Grain then shuffles every epoch anew.
         stream = stream.shuffle(seed=derived_seed(seed, "order", number)).repeat()
-        # A seed of its own: with one for all, the tasks of a mixture would draw the same augmentations.
-        streams.append(stream.random_map(_Prepare(task, rows), seed=derived_seed(seed, "augment", number)))
+        if buckets.shapes:
+            streams.append(stream.map(_Key(number)))
+        else:
+            # A seed of its own: with one for all, the tasks of a mixture would draw the same augmentations.
+            streams.append(stream.random_map(prepare[number], seed=derived_seed(seed, "augment", number)))
     stream = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, weights)
+    if buckets.shapes:
+        stream = Bucketed(stream, prepare, buckets.measured, buckets.shapes, batch_size, seed)
     examples = _read(_ProcessRows(stream, batch_size, process, start), reading)
     if rows.pack:
         examples = packing.pack(examples, str(rows.pack), rows.length, rows.fill)
     return examples.batch(batch_size // process.count, drop_remainder=True)
+
+
+class _Key:
+    """(task, index): the key of an example, from its index in task ``number``."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __call__(self, index: int) -> tuple[int, int]:
+        return self.number, int(index)
 
 
 def _read(examples: Any, reading: Reading) -> Any:
@@ -131,19 +151,28 @@ def filler(example: Example) -> Example:
     return row
 
 
-class _EvaluationRow:
-    """Row ``index`` of all tasks' records, one after the other; past the end, and where one is dropped, filler."""
+class _EvaluationKey:
+    """(task, index) of row ``index`` of all tasks' records, one after the other; (None, 0) past the end."""
 
-    def __init__(self, tasks: Sequence[Task], rows: Rows, blank: Example):
-        self.prepare = [_Prepare(task, rows) for task in tasks]
+    def __init__(self, tasks: Sequence[Task]):
         self.stops = np.cumsum([len(task.source) for task in tasks]).tolist()
-        self.blank = blank
 
-    def __call__(self, index: int) -> Example:
+    def __call__(self, index: int) -> tuple[int | None, int]:
         if index >= self.stops[-1]:
-            return self.blank
+            return None, 0
         task = bisect.bisect_right(self.stops, index)
-        example = self.prepare[task](index - (self.stops[task - 1] if task else 0))
+        return task, index - (self.stops[task - 1] if task else 0)
+
+
+class _EvaluationRow:
+    """The example of a key; past the end, and where one is dropped, filler."""
+
+    def __init__(self, prepare: Sequence[Prepare], blank: Example):
+        self.prepare, self.blank = prepare, blank
+
+    def __call__(self, key: tuple[int | None, int]) -> Example:
+        task, index = key
+        example = None if task is None else self.prepare[task](index)
         return self.blank if example is None else {**example, "valid": np.bool_(True)}
 
 
@@ -162,7 +191,7 @@ def packed_rows(tasks: Sequence[Task], rows: Rows, reading: Reading) -> list[Exa
     if not rows.pack:
         raise DataError("packed_rows needs a packing")
     all_rows = grain.MapDataset.concatenate(
-        [grain.MapDataset.range(len(task.source)).map(_Prepare(task, rows)) for task in tasks]
+        [grain.MapDataset.range(len(task.source)).map(Prepare(task, rows)) for task in tasks]
     )
     # No workers: they would share the rows out, and each would pack others.
     read = _read(all_rows, Reading(reading.threads, reading.prefetch, 0))
@@ -178,10 +207,19 @@ def evaluation(
     process: Process,
     reading: Reading,
     start: int = 0,
+    buckets: Buckets = Buckets(),
 ) -> Any:
     """A finite Grain dataset of this process's batches: every example once, filler rows (``valid`` False) to the end."""
     count = len(packed) if packed is not None else sum(len(task.source) for task in tasks)
     total = -(-count // batch_size) * batch_size
-    get = _MemoryRows(packed, blank) if packed is not None else _EvaluationRow(tasks, rows, blank)
-    process_rows = _ProcessRows(grain.MapDataset.range(total).map(get), batch_size, process, start)
+    positions, prepare = grain.MapDataset.range(total), [Prepare(task, rows) for task in tasks]
+    if packed is not None:
+        examples = positions.map(_MemoryRows(packed, blank))
+    elif buckets.shapes:
+        keys = positions.map(_EvaluationKey(tasks))
+        # A seed here too, though always the same: some take the first batches only, which must not be the shortest.
+        examples = Bucketed(keys, prepare, buckets.measured, buckets.shapes, batch_size, 0, blank)
+    else:
+        examples = positions.map(_EvaluationKey(tasks)).map(_EvaluationRow(prepare, blank))
+    process_rows = _ProcessRows(examples, batch_size, process, start)
     return _read(process_rows, reading).batch(batch_size // process.count, drop_remainder=True)

@@ -112,11 +112,13 @@ class Jsonl(_Records):
             record = json.loads(text)
         except json.JSONDecodeError as error:
             message = f"{self.where(index)}: bad JSON at column {error.colno}: {error.msg}, in {shorten(text.strip())}"
-            raise DataError(message) from None
+            whole = "; a file that is one array is source 'json'" if text.lstrip().startswith("[") else ""
+            raise DataError(message + whole) from None
         if not isinstance(record, dict):
             raise DataError(
                 f"{self.where(index)}: a line must hold a JSON object {{...}}, got {type(record).__name__}"
                 f" {shorten(record)}"
+                + ("; a file that is one array is source 'json'" if isinstance(record, list) else "")
             )
         return record
 

@@ -1,10 +1,12 @@
 """Tasks over labels: examples for classification and for image-text contrast from the records of a source.
 
 A task is made for one source and turns record ``index`` into a fixed-shape example, or None where it is left out.
+Rows of text are padded to ``longest``, and cropped to a bucket afterwards (:mod:`jft.data.buckets`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +27,8 @@ class Task:
     packs = False
     drops = False  # whether some records may be left out (too long, too short)
     classes: tuple[str, ...] | None = None
+    longest: tuple[int, ...] = ()  # of text: tokens of its longest row, of an encoder-decoder both sides
+    truncated = 0  # examples that were cut so far
 
     def __init__(self, source: Source):
         self.source = source
@@ -85,27 +89,25 @@ def padded(ids: np.ndarray, length: int, fill: int = 0) -> np.ndarray:
     return row
 
 
+MOST = 1000
+"""Different values of a label field that are still classes."""
+
+
 class Labels:
     """Class names of a label field, and the class index of a value of it.
 
-    The names come from the source (TFDS, HF features, folders, digits), or from ``classes``: a list of names, or a
-    number of classes. JSONL and CSV know none, and a name list made from the rows of one split could differ from
-    another's, so there ``classes`` must be set: the error lists the values of the first rows.
+    The names come from ``classes`` (a list of names, or a number of classes), from the source (TFDS, HF features, folders,
+    digits), or else are the values that the field has, sorted, numbers by size: values 0 to n are then indices, others (a
+    rating from 1 to 5) names. Evaluation takes those of the training data, for one split may lack a class.
     """
 
     def __init__(self, source: Source, field: str, classes: Sequence | int | None):
         self.field = field
         known = source.class_names(field)
         if classes is None and known is None:
-            # A hint needs no more, and a large set is slow to read.
-            values = sorted({str(field_of(source, i, field)) for i in range(min(len(source), 1000))})
-            sample = shorten(values, 200)
-            raise DataError(
-                f"{source.name}: the source names no classes for {field!r}; set classes: a list of names, or their number."
-                f" Values among the first rows: {sample}"
-            )
-        if classes is None:
-            names: Sequence = known or ()
+            names: Sequence = _values(source, field)
+        elif classes is None:
+            names = known or ()
         elif isinstance(classes, int):
             names = known if known is not None and len(known) == classes else [str(i) for i in range(classes)]
         else:
@@ -114,22 +116,57 @@ class Labels:
             raise DataError(f"classes must be at least two different names, got {shorten(list(names))}")
         self.names = tuple(names)
         self._index = {name: i for i, name in enumerate(self.names)}
+        # Names that are numbers and no indices, such as 1 to 5: a value is then a name.
+        numbers = all(map(_is_number, names)) and list(names) != [str(i) for i in range(len(names))]
+        self._numbers = known is None and numbers
 
     def __call__(self, value: Any) -> np.int32:
         """The class index of a name, of an index, or of an index written as text."""
-        if isinstance(value, str) and value in self._index:
-            return np.int32(self._index[value])
+        if (isinstance(value, str) or self._numbers) and (name := _text(value)) in self._index:
+            return np.int32(self._index[name])
         try:
             # 3.0 is an index, 3.5 is none.
             index = int(value) if not isinstance(value, float) or value == int(value) else -1
         except (TypeError, ValueError, OverflowError):
             index = -1
-        if not 0 <= index < len(self.names):
+        if self._numbers or not 0 <= index < len(self.names):
             raise DataError(
                 f"label {self.field!r} is {shorten(value)}, neither one of the {len(self.names)} classes"
                 f" {shorten(list(self.names), 120)} nor an index of them"
             )
         return np.int32(index)
+
+
+def _is_number(name: str) -> bool:
+    try:
+        return math.isfinite(float(name))
+    except ValueError:
+        return False
+
+
+def _text(value: Any) -> str:
+    # CSV has text only, and a column of integers with gaps becomes one of floats elsewhere.
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _values(source: Source, field: str) -> list[str]:
+    """The different values of a label field, sorted. :class:`DataError` for one, and for as many as no classes are."""
+    # A label that is missing is no class; the pass over all data names its record.
+    values = {_text(value) for value in source.column(field) if value is not None and value != ""}
+    if not 2 <= len(values) <= MOST:
+        raise DataError(
+            f"{source.name}: field {field!r} has {len(values)} different value{'s' * (len(values) > 1)}, such as"
+            f" {shorten(sorted(values)[:9], 100)}, which make no classes; set label to another field, or classes to a list of"
+            " names or their number"
+        )
+    if not all(map(_is_number, values)):
+        return sorted(values)
+    ascending = sorted(values, key=float)
+    whole = ascending[0] == "0" and all(value.isdigit() for value in ascending)
+    # One that no row has is a class all the same, if it is between others that begin at 0.
+    return (
+        [str(i) for i in range(int(ascending[-1]) + 1)] if whole and int(ascending[-1]) < 2 * len(values) else ascending
+    )
 
 
 def image_settings(settings: Mapping[str, Any] | None, image_size: int | None) -> ImageSettings | None:
@@ -190,7 +227,7 @@ class _Sentences:
 
     def __init__(self, tokenizer: Tokenizer, max_length: int, too_long: str):
         check_length(max_length, too_long)
-        self.tokenizer, self.max_length, self.too_long = tokenizer, max_length, too_long
+        self.tokenizer, self.max_length, self.too_long, self.truncated = tokenizer, max_length, too_long, 0
         # By the tokenizer, which keeps the special tokens and shortens the longer text of a pair.
         if too_long == "truncate":
             from dataclasses import replace
@@ -208,6 +245,7 @@ class _Sentences:
             raise DataError("the text has no tokens")
         if not fit(ids, self.max_length, self.too_long):
             return None
+        self.truncated += encoding.cut
         row = {
             "tokens": padded(ids, self.max_length, self.tokenizer.pad),
             "segments": padded(np.ones(len(ids), np.int32), self.max_length),
@@ -228,11 +266,41 @@ class TextClassification(Task):
         super().__init__(source)
         self.labels, self.sentences = Labels(source, label, classes), _Sentences(tokenizer, max_length, too_long)
         self.fields, self.classes = (text, pair), self.labels.names
-        self.drops = too_long == "drop"
+        self.drops, self.longest = too_long == "drop", (max_length,)
+
+    @property
+    def truncated(self) -> int:  # type: ignore[override]  # counted where texts are cut
+        return self.sentences.truncated
 
     def encode(self, index: int, record: Mapping[str, Any], rng: np.random.Generator | None) -> Example | None:
         text, pair = (None if f is None else self.text(index, record, f) for f in self.fields)
         label = self.labels(field_of(self.source, index, self.labels.field, record))
+        row = self.sentences(text or "", pair)
+        return None if row is None else {**row, "labels": label}
+
+
+class TextRegression(Task):
+    """``{"tokens", "segments": int32 [T], "labels": float32}``: texts, or pairs of them, with a number (``classes: 1``)."""
+
+    def __init__(self, source: Source, tokenizer: Tokenizer, text: str = "text", pair: str | None = None,
+                 label: str = "label", max_length: int = 512, too_long: str = "truncate"):  # fmt: skip
+        super().__init__(source)
+        self.sentences, self.fields, self.label = _Sentences(tokenizer, max_length, too_long), (text, pair), label
+        self.drops, self.longest = too_long == "drop", (max_length,)
+
+    @property
+    def truncated(self) -> int:  # type: ignore[override]  # counted where texts are cut
+        return self.sentences.truncated
+
+    def encode(self, index: int, record: Mapping[str, Any], rng: np.random.Generator | None) -> Example | None:
+        text, pair = (None if f is None else self.text(index, record, f) for f in self.fields)
+        value = field_of(self.source, index, self.label, record)
+        try:
+            label = np.float32(value)
+        except (TypeError, ValueError):
+            label = np.float32(np.nan)
+        if not np.isfinite(label):
+            raise DataError(f"label {self.label!r} is {shorten(value)}, which is no number")
         row = self.sentences(text or "", pair)
         return None if row is None else {**row, "labels": label}
 

@@ -24,11 +24,15 @@ PLAIN_CHAT = (
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids, with each token's [start, stop) characters in the text, and segment types of a pair (0, 1)."""
+    """Token ids, with each token's [start, stop) characters in the text, and segment types of a pair (0, 1).
+
+    cut: whether the tokenizer's truncation left tokens out.
+    """
 
     ids: np.ndarray
     offsets: np.ndarray
     types: np.ndarray
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class Tokenizer:
         """Ids of a text (of a pair of texts); ``special``: with the tokens its post-processor adds ([CLS], bos ...)."""
         encoding = self.core.encode(text, pair, add_special_tokens=special)
         offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
-        return Encoded(np.asarray(encoding.ids, np.int32), offsets, np.asarray(encoding.type_ids, np.int32))
+        ids, types = np.asarray(encoding.ids, np.int32), np.asarray(encoding.type_ids, np.int32)
+        return Encoded(ids, offsets, types, bool(encoding.overflowing))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids, special tokens included."""

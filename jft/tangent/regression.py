@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 
 from jft import delta
 from jft.compiled import program_cache
+from jft.data.batches import equally_long
 from jft.delta import TaskVector
 from jft.tangent import subspace as spaces
 from jft.tangent.kernel import MEMORY, kernel, vjp_program
@@ -254,7 +255,7 @@ def _blocks(data: Iterable[Example]) -> _Blocks:
     items = [_item(item) for item in data]
     if not items:
         raise ValueError("ridge was given no data")
-    batches: Sequence[Any] = [jax.tree.map(np.asarray, batch) for batch, _, _ in items]
+    batches = equally_long([jax.tree.map(np.asarray, batch) for batch, _, _ in items])
     targets = np.concatenate([y.reshape(len(y), -1) for _, y, _ in items])
     weights = np.concatenate([w for _, _, w in items])
     return _Blocks(jax.tree.map(lambda *x: np.concatenate(x), *batches), targets, weights, len(items[0][2]))

@@ -24,7 +24,7 @@ from jft.train.state import State
 from jft.tree import host
 
 # All other metrics (loss, perplexity) are better when smaller.
-HIGHER_IS_BETTER = ("accuracy", "exact_match")
+HIGHER_IS_BETTER = ("accuracy", "exact_match", "f1", "matthews", "pearson")
 
 
 @dataclasses.dataclass(frozen=True)

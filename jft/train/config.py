@@ -126,14 +126,18 @@ class Config:
     """A run."""
 
     seed: int = _key(0, "of initial values and of the data's order")
-    steps: int = _key(1000, "updates")
+    steps: int = _key(0, "updates; either these or epochs")
+    epochs: float = _key(0.0, "passes over the training data, of a mixture over as many examples as all its parts have")
     batch_size: int = _key(32, "examples per update, over all devices")
     accumulate: int = _key(1, "microbatches per batch; any number gives the same gradient")
-    objective: str = _key("", "lm, classification, contrastive or seq2seq; empty: what the data asks for")
+    objective: str = _key("", "lm, classification, regression, contrastive or seq2seq; empty: what the data asks for")
     objective_options: dict = _key({}, "its options: z_loss, label_smoothing")
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: dict = _key({}, "training data, in the format of jft.data.build")
-    eval_data: dict = _key({}, "evaluation data; empty for none")
+    eval_data: dict = _key({}, "evaluation data; without a source: that of data, with these keys; empty for none")
+    check_data: float = _key(
+        20.0, "seconds to look at all records of each before anything is compiled; 0: at the first alone"
+    )
     # Open: its keys are those of the method's function, which the registry checks.
     method: dict = _key({"name": "full"}, "name of a method and its options: see `jft methods`")
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -171,6 +175,20 @@ def check(config: Any) -> Config:
     """
     # `to_dict` also resolves field references, which have no type to check.
     return _check(config.to_dict() if isinstance(config, ConfigDict) else config, Config, "")
+
+
+def check_length(config: Config) -> None:
+    """``ValueError`` unless exactly one of steps and epochs is given."""
+    if config.steps < 0 or config.epochs < 0:
+        raise ValueError(f"config.steps is {config.steps} and config.epochs {config.epochs:g}; they cannot be negative")
+    if not config.steps and not config.epochs:
+        raise ValueError(
+            "how long to train is not given; set config.steps (updates) or config.epochs (passes over the data)"
+        )
+    if config.steps and config.epochs:
+        raise ValueError(
+            f"config.steps={config.steps} and config.epochs={config.epochs:g} are both given; set one of them to 0"
+        )
 
 
 def _check(value: Any, schema: type, prefix: str) -> Any:

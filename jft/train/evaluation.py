@@ -26,7 +26,8 @@ def _sums(
 ) -> dict[str, Any]:
     # Without `key`: evaluation draws no noise.
     outputs = apply(params, batch) if plan is None else plan.outputs(apply, params[0], params[1], batch, dtype)
-    return batch_sums(objective, outputs, batch)
+    more = objective.counts(outputs, batch) if hasattr(objective, "counts") else {}
+    return batch_sums(objective, outputs, batch) | more
 
 
 def batch_sums(objective: Objective, outputs: Any, batch: Any) -> dict[str, Any]:
@@ -52,13 +53,15 @@ def mean(
     Raises ``ValueError`` where there is no batch, nothing in them counts, or the objective refuses one.
     """
     # Python floats: a float32 sum over many batches would lose the last ones.
-    totals: dict[str, float] = {}
+    totals: dict[str, Any] = {}
     for batch in itertools.islice(batches, limit) if limit else batches:
         batch = feed.host(batch)
         objective.weight(batch, np)  # refuses on the host what the loss would take without a word
         batch = parallel.put_batch(batch, mesh) if mesh is not None else batch
         for name, value in jax.device_get(compute(params, batch)).items():
-            totals[name] = totals.get(name, 0.0) + float(np.float64(value))
+            # Counts of an objective may be arrays.
+            whole = np.asarray(value, np.float64)
+            totals[name] = totals.get(name, 0.0) + (float(whole) if whole.ndim == 0 else whole)
     # Divided once, so that a short last batch counts by its weight.
     return told(totals, objective)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from jft import data, methods, models, parallel, tree
+from jft.data.config import derived
 from jft.models.loading import fetch
 from jft.names import nearest
 from jft.train import feed
-from jft.train.config import Config, ModelConfig, check
+from jft.train.config import Config, ModelConfig, check, check_length
 from jft.train.finetune import finetune
 from jft.train.training import Run
 
@@ -31,7 +32,7 @@ ARCHITECTURES = {
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def run(config: Any, workdir: str | Path) -> Run:
+def run(config: Any, workdir: str | Path | None, *, callbacks: Sequence[Any] = (), dry_run: bool = False) -> Run:
     """Train what ``config`` (a ConfigDict or nested dict, see :mod:`jft.train.config`) says, in ``workdir``.
 
     Writes ``config.json``, ``metrics.jsonl``, ``checkpoints/`` and ``task_vector.safetensors`` there. Started again with the
@@ -39,8 +40,12 @@ def run(config: Any, workdir: str | Path) -> Run:
 
     With ``fleet``, a list of sections, its members train side by side and a list of runs comes back. A section has ``name``,
     ``seed``, and ``data``, ``eval_data``, ``method`` and ``optimizer``, whose keys are laid over those of the config.
+
+    callbacks: as in :func:`jft.finetune`. dry_run: everything up to the first step, printed; nothing is written, and None comes
+    back.
     """
     config = check(config)
+    check_length(config)
     # Sections are checked first: errors in a config must not wait for data and weights to load.
     sections = [_section(one, i) for i, one in enumerate(config.fleet)]
     # The first member's data stands for all where tokenizer, classes and image size come from the data.
@@ -52,22 +57,27 @@ def run(config: Any, workdir: str | Path) -> Run:
     method = methods.method(**config.method)
     # Before data is opened: a mesh that the devices do not make up is refused in no time.
     mesh = parallel.make_mesh(dataclasses.asdict(config.mesh))
-    workdir = _directory(workdir)
+    # A dry run has none, so that it can write nothing.
+    workdir = None if dry_run or workdir is None else _directory(workdir)
     # Before the model, whose vocabulary and number of classes may come from the data.
     train, test = loaders(config, workdir)
     tokenizer = train.tokenizer
+    highest = look(config, train, test)
+    _say(config, _length(config, train))
     # One device needs no mesh, and programs without shardings are the simplest.
     model, params = build_model(config.model, config.seed, mesh if mesh.size > 1 else None, train.classes, tokenizer)
+    _check_tokens(params, highest)
     # Otherwise rows that are too long would stop the run at its first evaluation.
     if test is not None:
-        feed.check(test.sample(), model, None)
+        feed.check(test.largest(), model, None)
     source = config.model.source or config.model.arch
     manifest = {"source": source, "data": config.data, "config": dataclasses.asdict(config)}
     return finetune(
         model,
         params,
         train,
-        steps=config.steps,
+        steps=config.steps or None,
+        epochs=config.epochs or None,
         method=method,
         optimizer=dataclasses.asdict(config.optimizer),
         objective={"name": config.objective, **config.objective_options} if config.objective else None,
@@ -81,12 +91,14 @@ def run(config: Any, workdir: str | Path) -> Run:
         workdir=workdir,
         checkpoint=dataclasses.asdict(config.checkpoint),
         log=dataclasses.asdict(config.log),
-        profile=dataclasses.asdict(config.profile),
+        profile=None if dry_run else dataclasses.asdict(config.profile),
         tokenizer=tokenizer,
         manifest=manifest,
         # Nobody else holds these parameters; the members of a fleet share them to the end.
         donate=not sections,
         fleet=[_member(config, one, (train, test), workdir) for one in sections] or None,
+        callbacks=callbacks,
+        dry_run=dry_run,
     )
 
 
@@ -95,6 +107,34 @@ def _samples(config: Config) -> dict[str, Any]:
     chat = bool(config.data.get("chat") or config.data.get("messages"))
     options = {"prompts": config.eval.samples, "exact_match": config.eval.exact_match}
     return {**options, "max_tokens": config.eval.max_tokens, "chat": chat}
+
+
+def _say(config: Config, text: str) -> None:
+    if config.log.progress and jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def _length(config: Config, train: Any) -> str:
+    """How long the run is, in steps or epochs as the config says, and what that is in the other."""
+    if config.epochs:
+        return f"{config.epochs:g} epochs of {train.epoch:.4g} steps, each of {config.batch_size} rows"
+    # Packed rows are known once all records are tokenised, which no text is worth.
+    epochs = f", {config.steps / train.epoch:.3g} epochs" if not train.rows.pack else ""
+    return f"{config.steps} steps, each of {config.batch_size} rows{epochs}"
+
+
+def look(config: Config, train: Any, test: Any) -> int:
+    """Look at all records of the loaders, say what is there, and refuse what could not be used; the highest token id."""
+    highest = -1
+    for name, loader in (("data", train), ("eval_data", test)):
+        if loader is not None and config.check_data > 0:
+            try:
+                found = loader.survey(config.check_data)
+            except data.DataError as error:
+                raise data.DataError(f"{name}: {error}") from None
+            _say(config, found.text(name, loader))
+            highest = max(highest, found.highest)
+    return highest
 
 
 OWN = ("name", "seed", "data", "eval_data", "method", "optimizer")
@@ -110,7 +150,9 @@ def _section(section: Any, index: int) -> dict[str, Any]:
     return dict(section)
 
 
-def _member(config: Config, section: Mapping[str, Any], shared: tuple[Any, Any], workdir: Path) -> dict[str, Any]:
+def _member(
+    config: Config, section: Mapping[str, Any], shared: tuple[Any, Any], workdir: Path | None
+) -> dict[str, Any]:
     """The options of a member of the fleet for :func:`finetune`."""
     sections = {k: v for k, v in section.items() if k in ("data", "eval_data", "method")}
     settings: dict[str, Any] = {
@@ -127,6 +169,7 @@ def _member(config: Config, section: Mapping[str, Any], shared: tuple[Any, Any],
     if seed != config.seed or "data" in sections or "eval_data" in sections:
         # Members without loaders of their own share one object, which `Streams` knows by identity and reads once.
         out["data"], out["eval_data"] = loaders(changed, workdir, shared[0])
+        look(changed, out["data"], out["eval_data"])
     # `config.json` of a member is that of a run by itself, which `jft train` could repeat.
     written = dataclasses.asdict(dataclasses.replace(changed, fleet=()))
     written["optimizer"] |= section.get("optimizer", {})
@@ -148,8 +191,13 @@ def build_model(
     count = config.classes
     if count < 0:
         if not classes:
-            raise ValueError("config.model.classes is -1, but the data has no classes; give a number")
+            raise ValueError(
+                "config.model.classes is -1, but the data has no classes; give a number (1 for a regression)"
+            )
         count = len(classes)
+    # A head may have more, as those of a study's tasks have.
+    if classes and 0 < count < len(classes):
+        raise ValueError(f"config.model.classes is {count}, but the data has {len(classes)} classes; set it to -1")
     if config.source:
         model, params = models.load(
             config.source,
@@ -252,13 +300,22 @@ def loaders(config: Config, workdir: Path | None, first: Any = None) -> tuple[An
     if not config.eval_data:
         return train, None
     # Ids mean the same in both only if one tokenizer made them, also where it was trained on the training data.
-    settings = {k: v for k, v in config.eval_data.items() if k != "tokenizer"}
-    test = data.build(settings, tokenizer=train.tokenizer, train=False, **shared)
+    settings = {k: v for k, v in derived(config.data, config.eval_data).items() if k != "tokenizer"}
+    test = data.build(settings, tokenizer=train.tokenizer, train=False, classes=train.classes, **shared)
     if train.classes != test.classes:
         raise ValueError(
             f"eval_data has classes {test.classes}, data has {train.classes}; they must be the same, in order"
         )
     return train, test
+
+
+def _check_tokens(params: Any, highest: int) -> None:
+    """Refuse token ids that the model has no row for; vocabularies may have gaps, so that their size does not tell."""
+    for path, x in tree.flatten(params).items():
+        if path.endswith("embed/table") and highest >= x.shape[-2]:
+            raise ValueError(
+                f"the data holds the token {highest}, but {path} has {x.shape[-2]} rows; use the model's own tokenizer"
+            )
 
 
 def _check_vocabulary(params: Any, tokenizer: Any) -> None:

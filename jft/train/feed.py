@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jft import parallel, tree
+from jft.data.batches import equally_long
 from jft.train.objectives import Objective
 from jft.train.state import Layout
 
@@ -139,7 +140,7 @@ class Feed:
     """
 
     def __init__(self, data: Any):
-        self._iterator = _iterator(data)
+        self._data, self._iterator = data, _iterator(data)
         # `iter` of an iterator is itself; then the caller opened it, and closes it.
         self._closes = self._iterator is not data
         # Each with the position before it: a batch that was only peeked at is not taken, whatever the iterator counts.
@@ -165,6 +166,13 @@ class Feed:
     def peek(self) -> Any:
         """The next batch, without taking it."""
         return self.ahead(1)[0]
+
+    def largest(self, known: bool = True) -> Any:
+        """A batch of the largest shape: of a loader with buckets that of its longest, else the next one.
+
+        known: of the examples that are known, not of what the settings allow (:meth:`jft.data.Loader.largest`).
+        """
+        return host(self._data.largest(known)) if hasattr(self._data, "largest") else self.peek()
 
     def ahead(self, count: int) -> list[Any]:
         """The next ``count`` batches, without taking them."""
@@ -271,6 +279,10 @@ class Streams:
         """The next batches as the step takes them, without taking them."""
         return self._joined([x.peek() for x in self._feeds])
 
+    def largest(self) -> Any:
+        """A batch of the largest shape as the step takes it."""
+        return self._joined([x.largest() for x in self._feeds])
+
     def next(self, n: int, objective: Any) -> tuple[Any, Any]:
         """``(the first member's batch, all batches stacked)``; what is wrong with one is said of its member."""
         batches = []
@@ -300,6 +312,7 @@ class Streams:
     def _joined(self, batches: list[Any]) -> Any:
         if not self.differ:
             return batches[0]
+        batches = equally_long(batches)
         # Checked at each step: a loader may give shorter rows at any time, and np.stack would not say which member's.
         first = tree.flatten(batches[0])
         for i, batch in enumerate(batches[1:], 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,14 +15,15 @@ import jax
 from jft import parallel
 from jft.compiled import forget_if_crowded
 from jft.methods import Method
-from jft.train import reselection
+from jft.train import reselection, step
+from jft.train.callbacks import Callback
 from jft.train.feed import Streams, global_shapes
 from jft.train.members import Fleet, Members, listed, member
 from jft.train.metrics import Logging
 from jft.train.objectives import Objective
 from jft.train.preemption import Preempted, Watch
 from jft.train.profile import Profile
-from jft.train.report import Report
+from jft.train.report import Report, expense, introduction
 from jft.train.run_config import Profiling, RunConfig, options
 from jft.train.samples import Samples
 from jft.train.training import Pending, Run, Training
@@ -40,7 +42,8 @@ def finetune(
     params: Any,
     data: Iterable | None,
     *,
-    steps: int,
+    steps: int | None = None,
+    epochs: float | None = None,
     method: str | Mapping[str, Any] | Method = "full",
     optimizer: str | Mapping[str, Any] | Optimizer | optax.GradientTransformation | None = None,
     objective: str | Mapping[str, Any] | Objective | None = None,
@@ -60,8 +63,10 @@ def finetune(
     manifest: Mapping[str, Any] | None = None,
     donate: bool = False,
     fleet: Sequence[Mapping[str, Any]] | None = None,
+    callbacks: Sequence[Callback] = (),
+    dry_run: bool = False,
 ) -> Run:
-    """Fine-tune ``params`` for ``steps`` updates on ``data``.
+    """Fine-tune ``params`` for ``steps`` updates on ``data``, or for so many ``epochs``: passes over a jft loader or a list.
 
     model: a jft model, or any pure ``apply(params, batch) -> outputs``. data: an endless loader of host batches, or a list
     of batches, gone through again and again; with several processes, each gives its own rows.
@@ -86,10 +91,14 @@ def finetune(
     comes back, each that of the member by itself to rounding, and ``workdir`` has a folder for each. A member whose loss is
     not finite stays at its last good state, and its :attr:`Run.error` says so; the others go on (:mod:`jft.train.members`).
 
+    callbacks: functions of each row of metrics, of which any may end the run early (:mod:`jft.train.callbacks`).
+    dry_run: everything up to the first step: print what the run would be, write nothing, and return None.
+
     Raises :class:`NonFiniteError` with the last good state saved, :class:`Preempted` when asked to stop,
     :class:`jft.parallel.MemoryBudgetError` where it would not fit, ``Changed`` where the workdir holds another run.
     """
     # What to do.
+    steps = _steps(steps, epochs, [data] if fleet is None else [one.get("data", data) for one in fleet])
     config = RunConfig(
         model,
         steps,
@@ -117,8 +126,10 @@ def finetune(
     # Before data is opened, whose loaders start threads.
     members.check(config)
     streams = Streams(members)
-    # The objective follows from the fields of a batch; it is peeked at, so training still begins with it.
-    config = config.filled(params, streams.feed(0).peek())
+    # What is wrong with the first batches is found now; peeked at, so training still begins with them.
+    streams.peek()
+    # The objective follows from the fields of a batch.
+    config = config.filled(params, streams.feed(0).largest())
     workdir = None if workdir is None else Path(workdir)
 
     # What trains: by name, or as the run that is taken up says, or found now from the base and the first batches.
@@ -126,12 +137,20 @@ def finetune(
 
     # How it lies on the devices, and whether it fits, before anything is allocated.
     update = members.compile_step(trains.recipe, params, trains.chosen, config.mesh, streams.differ)
-    batch = global_shapes(streams.peek(), axis=int(streams.differ))
+    # The largest, since a run must fit to its end.
+    batch = global_shapes(streams.largest(), axis=int(streams.differ))
     # A schedule starts every new selection from the base, which donation would overwrite.
     donate = donate and members[0].method.schedule is None
     remedies = members.remedies(update, params, trains.chosen, batch, model)
     budget = parallel.device_budget(update.layout.device)
     memory = parallel.check(update.memory(batch, params, donate), budget, remedies)
+    if dry_run:
+        with contextlib.closing(streams):
+            times = 1 if streams.differ else len(members)
+            costs = expense(memory, step.work(update, batch, params, times), batch)
+            for line in introduction(config, members, update, streams, params, costs, tokenizer):
+                print(line)
+            return None  # type: ignore[return-value]  # as said
     # After the check of memory, which took shapes alone. No copy where they lie so already.
     params = jax.device_put(params, update.layout.params)
 
@@ -140,7 +159,7 @@ def finetune(
     begin = training.begin(workdir, checkpoint, trains.decided, donate)
 
     # What the user sees, the loop, and what came of it.
-    report = Report(training, begin, memory, batch, tokenizer)
+    report = Report(training, begin, memory, batch, tokenizer, callbacks)
     with contextlib.ExitStack() as stack:
         # Closed in the reverse order: checkpoints first, which wait for the last write.
         for closing in (report, streams, *([training.checkpoints] if training.checkpoints else [])):
@@ -159,6 +178,26 @@ def finetune(
         # The signal came after the last step, where there was nothing left to stop.
         watch.pass_on()
     return runs if members.stacked else runs[0]  # type: ignore[return-value]
+
+
+def _steps(steps: int | None, epochs: float | None, data: Sequence[Any]) -> int:
+    """Updates of a run, from exactly one of ``steps`` and ``epochs`` of the data of its members."""
+    if steps is not None and epochs is None:
+        return steps
+    if steps is not None or epochs is None:
+        raise ValueError(f"give exactly one of steps and epochs; steps is {steps} and epochs {epochs}")
+    if epochs <= 0:
+        raise ValueError(f"epochs is {epochs}; it must be above 0")
+    for x in data:
+        if not hasattr(x, "epoch") and not isinstance(x, Sequence):
+            kind = type(x).__name__
+            raise ValueError(f"data is a {kind}, of which nothing tells how long a pass is; give steps, not epochs")
+    each = [float(x.epoch) if hasattr(x, "epoch") else len(x) for x in data]
+    # Rounded up, so that all is seen; rounded first, as 0.1 * 30 is more than 3.
+    counts = {math.ceil(round(epochs * one, 6)) for one in each}
+    if len(counts) > 1:
+        raise ValueError(f"{epochs:g} epochs are {sorted(counts)} steps for the members of the fleet; give steps")
+    return counts.pop()
 
 
 def _loop(
@@ -228,6 +267,15 @@ def _loop(
             preemption = Preempted(done)
             report.say(str(preemption))
             raise preemption
+        if report.stopped and done < config.steps:
+            if pending is not None:
+                fetch(pending)
+            if has_evaluation and not evaluates:
+                scores = evaluate(done)
+            if checkpoints is not None and not saves:
+                training.save(done, streams.positions(), scores if has_evaluation else None)
+            report.say(f"a callback ended the run after step {done}")
+            break
     # A finished run that is started again has had no step at which evaluation was due.
     if begin == config.steps and has_evaluation:
         scores = evaluate(begin)

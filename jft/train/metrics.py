@@ -196,11 +196,15 @@ def _starts(kind: str, name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """FLOPs of one step on all devices, and how they were counted (``source``), over their peak FLOP/s (None: unknown)."""
+    """FLOPs of one step on all devices, and how they were counted (``source``), over their peak FLOP/s (None: unknown).
+
+    positions: of the tokens of that step, padding included; 0 where FLOPs do not follow from tokens.
+    """
 
     flops: float | None
     source: str
     peak: float | None
+    positions: int = 0
 
 
 class Meter:
@@ -211,25 +215,33 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self._since, self._steps, self._examples, self._tokens = time.perf_counter(), 0, 0, 0
+        self._since, self._steps, self._examples, self._tokens, self._positions = time.perf_counter(), 0, 0, 0, 0
 
-    def add(self, examples: int, tokens: int) -> None:
+    def add(self, examples: int, tokens: int, positions: int = 0) -> None:
+        """A step. tokens: without padding; positions: with it."""
         self._steps += 1
         self._examples += examples
         self._tokens += tokens
+        self._positions += positions
 
     def pause(self, seconds: float) -> None:
         self._since += seconds
 
     def read(self) -> dict[str, float]:
-        """Rates since the last reading: ``steps_per_s``, ``examples_per_s``, ``tokens_per_s``, ``mfu`` where known."""
+        """Rates since the last reading: ``steps_per_s``, ``examples_per_s``, ``tokens_per_s`` and ``mfu`` where known,
+        both of tokens that are not padding, and ``padding``, its share.
+        """
         # A clock may not have moved between two readings.
         seconds = max(time.perf_counter() - self._since, 1e-9)
         rates = {"steps_per_s": self._steps / seconds, "examples_per_s": self._examples / seconds}
         if self._tokens:
             rates["tokens_per_s"] = self._tokens / seconds
+        if self._positions:
+            rates["padding"] = 1 - self._tokens / self._positions
         if self._work.flops and self._work.peak:
-            rates["mfu"] = self._work.flops * rates["steps_per_s"] / self._work.peak
+            # Work on padding is none of the model's.
+            steps = self._tokens / seconds / self._work.positions if self._work.positions else rates["steps_per_s"]
+            rates["mfu"] = self._work.flops * steps / self._work.peak
         self._reset()
         return rates
 
@@ -237,7 +249,9 @@ class Meter:
 def line(step: int, steps: int, split: str, values: dict[str, float]) -> str:
     """One row as text: ``train 120/1000  loss 1.234  accuracy 0.56  12.3 steps/s``."""
     # What fits one line; the file has all of them.
-    names = [k for k in ("loss", "accuracy", "perplexity", "grad_norm", "lr") if k in values]
+    names = [
+        k for k in ("loss", "accuracy", "f1", "matthews", "pearson", "perplexity", "grad_norm", "lr") if k in values
+    ]
     parts = [f"{split:5} {step}/{steps}"] + [f"{k} {values[k]:.4g}" for k in names]
     for key, unit in (("steps_per_s", "steps/s"), ("tokens_per_s", "tokens/s")):
         if key in values:

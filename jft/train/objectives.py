@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jft.models.logits import Logits, scan_chunks
 from jft.names import nearest
@@ -28,7 +29,8 @@ class Objective(Protocol):
     splits: whether the loss of a batch is the sum of its examples' losses, so that microbatches add up. One that also has
     ``sampled_loss(key, outputs, batch)`` can be asked for its true Fisher information (:mod:`jft.select.scores`), one with
     ``weights(batch, xp)`` says how much each prediction counts (:mod:`jft.analysis` compares predictions one by one), one with
-    a true ``chunks`` takes :class:`jft.models.logits.Logits` where others take arrays.
+    ``counts(outputs, batch)`` gives evaluation more sums, of any shape, for ``report`` to make metrics of, one with a true
+    ``chunks`` takes :class:`jft.models.logits.Logits` where others take arrays.
     """
 
     splits: ClassVar[bool]
@@ -225,6 +227,17 @@ def _examples(batch: Batch, key: str, xp: Any) -> Any:
     return xp.ones((rows,), "float32") if valid is None else valid.astype("float32")
 
 
+def _of_classes(hits: np.ndarray, predicted: np.ndarray, there: np.ndarray) -> dict[str, float]:
+    """F1 and Matthews' coefficient from the shares of examples, by class."""
+    both = predicted + there
+    each = 2 * hits / np.where(both > 0, both, 1)
+    f1 = each[1] if len(each) == 2 else each[both > 0].mean()
+    spread = (1 - np.sum(predicted**2)) * (1 - np.sum(there**2))
+    # Of one class alone, predicted or there, it is 0 by convention.
+    matthews = (np.sum(hits) - np.sum(predicted * there)) / math.sqrt(spread) if spread > 1e-12 else 0.0
+    return {"f1": float(f1), "matthews": float(matthews)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Classification:
     """Cross entropy of logits ``[B, C]`` with ``labels[B]``; examples with ``valid`` false do not count.
@@ -268,8 +281,63 @@ class Classification:
         """``(sum of losses, weight)`` with targets drawn from the model's own prediction; no smoothing."""
         return _sampled(key, outputs, _examples(batch, "labels", jnp))
 
+    def counts(self, outputs: Any, batch: Batch) -> dict[str, Array]:
+        """By class ``[3, C]``: how often it was predicted rightly, predicted, and there."""
+        labels, classes = _field(batch, "labels"), outputs.shape[-1]
+        predicted, there = (jax.nn.one_hot(x, classes) for x in (jnp.argmax(outputs, axis=-1), labels))
+        weights = self.weights(batch)[:, None]
+        return {"by_class": jnp.stack([jnp.sum(weights * x, axis=0) for x in (predicted * there, predicted, there)])}
+
     def report(self, means: dict[str, float]) -> dict[str, float]:
-        return means
+        """Adds ``f1`` (of two classes that of the second, else the mean over all that occur) and ``matthews``, the
+        correlation coefficient of Matthews 1975, for more classes that of Gorodkin 2004.
+        """
+        out = dict(means)
+        by_class = out.pop("by_class", None)
+        return out if by_class is None else {**out, **_of_classes(*np.asarray(by_class, np.float64))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Regression:
+    """Squared error of outputs ``[B, 1]`` to ``labels[B]``, float; examples with ``valid`` false do not count.
+
+    Evaluation reports Pearson's correlation as well.
+    """
+
+    splits: ClassVar[bool] = True
+
+    def weights(self, batch: Batch, xp: Any = jnp) -> Any:
+        """Weight of each example, float32 ``[B]``."""
+        return _examples(batch, "labels", xp)
+
+    def weight(self, batch: Batch, xp: Any = jnp) -> Any:
+        if _field(batch, "labels").ndim != 1:
+            raise ValueError(f"labels of a regression are one number for each example, not {batch['labels'].shape}")
+        return xp.sum(self.weights(batch, xp))
+
+    def _pair(self, outputs: Any, batch: Batch) -> tuple[Array, Array]:
+        if outputs.ndim != 2 or outputs.shape[-1] != 1:
+            raise ValueError(f"a regression takes outputs [B, 1], got {outputs.shape}; use a classifier of 1 class")
+        return outputs[:, 0].astype(jnp.float32), _field(batch, "labels").astype(jnp.float32)
+
+    def loss(self, outputs: Any, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
+        x, y = self._pair(outputs, batch)
+        weights = self.weights(batch)
+        return jnp.sum(weights * jnp.square(x - y)), jnp.sum(weights), {}
+
+    def counts(self, outputs: Any, batch: Batch) -> dict[str, Array]:
+        """Sums of x, y, x^2, y^2 and xy."""
+        x, y = self._pair(outputs, batch)
+        return {"moments": jnp.stack([x, y, x * x, y * y, x * y]) @ self.weights(batch)}
+
+    def report(self, means: dict[str, float]) -> dict[str, float]:
+        out = dict(means)
+        if (moments := out.pop("moments", None)) is not None:
+            x, y, xx, yy, xy = map(float, moments)  # type: ignore[call-overload]  # five numbers
+            spread = max(xx - x * x, 0) * max(yy - y * y, 0)
+            # Of predictions that are all equal there is no correlation.
+            out["pearson"] = (xy - x * y) / math.sqrt(spread) if spread > 0 else 0.0
+        return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,16 +373,18 @@ class Contrastive:
 objectives: dict[str, type] = {
     "lm": LanguageModel,
     "classification": Classification,
+    "regression": Regression,
     "contrastive": Contrastive,
     "seq2seq": Seq2Seq,
 }
 
 
 def infer(batch: Batch) -> Objective:
-    """The objective that a batch's fields speak of: labels, an image with a text, decoder tokens, or tokens."""
+    """The objective of a batch by its fields: labels (integers, or numbers), an image with a text, decoder tokens or tokens."""
     fields = set(batch) if isinstance(batch, Mapping) else {"tokens"}
     if "labels" in fields:
-        return Classification()
+        fractional = jnp.issubdtype(getattr(batch["labels"], "dtype", np.int32), jnp.floating)
+        return Regression() if fractional else Classification()
     # After labels: a labelled image may have a caption as well.
     if {"images", "tokens"} <= fields:
         return Contrastive()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from jft import files, terminal, tree
 from jft.data.display import marked
 from jft.methods import Plan
 from jft.train import feed, step
+from jft.train.callbacks import Callback, Event
 from jft.train.metrics import Meter, Metrics, Progress
 from jft.train.optimizers import Given
 from jft.train.training import Pending, Training
@@ -23,10 +25,20 @@ from jft.train.training import Pending, Training
 class Report:
     """Rows of metrics for each member, and lines for all; opened once the run may start.
 
-    begin: the step it goes on from. memory: of a step, as text. batch: shapes of the global one.
+    begin: the step it goes on from. memory: of a step, as text. batch: shapes of the largest global one. stopped: whether a
+    callback has ended the run.
     """
 
-    def __init__(self, training: Training, begin: int, memory: Any, batch: Any, tokenizer: Any):
+    def __init__(
+        self,
+        training: Training,
+        begin: int,
+        memory: Any,
+        batch: Any,
+        tokenizer: Any,
+        callbacks: Sequence[Callback] = (),
+    ):
+        self.stopped, self._callbacks = False, callbacks
         self._training, config, members = training, training.config, training.members
         self._log, self._steps, primary = config.log, config.steps, jax.process_index() == 0
         # Not before: a start that was refused leaves the config of the run that is there.
@@ -42,25 +54,13 @@ class Report:
         work = step.work(training.update, batch, training.params, times)
         self._meter = Meter(work)
         if config.log.progress and primary:
-            self._introduce(f"step takes {memory}; FLOPs by {work.source}", begin, tokenizer)
-
-    def _introduce(self, costs: str, begin: int, tokenizer: Any) -> None:
-        run, layout = self._training, self._training.update.layout
-        # Peeked at: it is the batch that the next step takes.
-        first = example(run.streams.feed(0).peek(), run.config.objective, tokenizer)
-        plan, trained = run.update.recipe.plan, run.update.single.trained
-        shardings = None if layout.mesh is None else layout.params
-        self.say(text(rows(run.params, trained, shardings)))
-        names = ", ".join(member.name for member in run.members)
-        members = f"{len(run.members)} members ({names}), each by " if run.members.stacked else ""
-        self.say(f"{members}method {describe(plan)}; {costs}")
-        if first:
-            self.say(first)
-        # A new head is random, and a user of LoRA easily overlooks that it does not train.
-        if "classifier/w" in plan.paths and "classifier/w" not in plan.leaves:
-            self.say("the classifier stays as it is, which suits a fixed head; also='^classifier/' trains it")
-        if begin:
-            self.say(f"resumed after step {begin}")
+            costs = expense(memory, work, batch)
+            for line in introduction(
+                config, members, training.update, training.streams, training.params, costs, tokenizer
+            ):
+                self.say(line)
+            if begin:
+                self.say(f"resumed after step {begin}")
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -73,7 +73,8 @@ class Report:
     def count(self, done: int, batch: Any) -> None:
         """Update ``done`` was given to the devices; ``batch``: a host batch of one member."""
         # Host batches are of one process; rates are of the run.
-        self._meter.add(feed.rows(batch) * jax.process_count(), feed.tokens(batch) * jax.process_count())
+        counts = feed.rows(batch), feed.tokens(batch), feed.positions(batch)
+        self._meter.add(*(count * jax.process_count() for count in counts))
         self._progress.advance(done)
 
     def train(self, pending: Pending) -> None:
@@ -91,6 +92,7 @@ class Report:
                 lr = {} if isinstance(member.optimizer, Given) else {"lr": rate}
                 rows.append(values | lr | speed)
                 metrics.write(pending.step, "train", rows[-1])
+                self._call(i, pending.step, "train", rows[-1])
         # All rows have the same keys: one program makes them, and optimizers of a fleet are of one kind.
         mean = {k: float(np.mean([row[k] for row in rows])) for k in rows[0]}
         if self._training.members.stacked:
@@ -100,13 +102,22 @@ class Report:
     def evaluation(self, done: int, results: list[dict[str, float]], seconds: float) -> None:
         """Results of each member, nothing for one without evaluation data; what they took does not count as training."""
         self.pause(seconds)
-        for member, metrics, result in zip(self._training.members, self._metrics, results, strict=True):
+        each = zip(self._training.members, self._metrics, results, strict=True)
+        for i, (member, metrics, result) in enumerate(each):
             if result:
                 metrics.write(done, "eval", result)
+                self._call(i, done, "eval", result)
             if result and member.name:
                 self.say(f"{member.name}: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()))
             elif result:
                 self._progress.show(done, "eval", result)
+
+    def _call(self, index: int, done: int, split: str, metrics: Mapping[str, float]) -> None:
+        """Give a row of metrics of one member to the callbacks."""
+        name, merged = self._training.members[index].name, functools.partial(self._training.merged, index)
+        for callback in self._callbacks:
+            # Not `or`: all callbacks see all rows.
+            self.stopped |= callback(Event(done, self._steps, split, dict(metrics), name, merged)) is True
 
     def pause(self, seconds: float) -> None:
         """Leave out of all rates ``seconds`` that have just gone into something else than training."""
@@ -116,6 +127,34 @@ class Report:
         for metrics in self._metrics:
             metrics.close()
         self._progress.close()
+
+
+def expense(memory: Any, work: Any, batch: Any) -> str:
+    """What a step takes, as text. batch: shapes of the largest."""
+    side = {
+        name: batch[name].shape[-1]
+        for name in ("tokens", "decoder_tokens")
+        if isinstance(batch, Mapping) and name in batch
+    }
+    longest = f" with rows of {' + '.join(map(str, side.values()))} tokens, the longest" if side else ""
+    return f"step takes {memory}{longest}; FLOPs by {work.source}"
+
+
+def introduction(
+    config: Any, members: Any, update: Any, streams: Any, params: Any, costs: str, tokenizer: Any
+) -> Iterator[str]:
+    """What a run is, before its first step: the table of its weights, its method and costs, and its first example."""
+    plan, layout = update.recipe.plan, update.layout
+    yield text(rows(params, update.single.trained, None if layout.mesh is None else layout.params))
+    names = ", ".join(member.name for member in members)
+    each = f"{len(members)} members ({names}), each by " if members.stacked else ""
+    yield f"{each}method {describe(plan)}; {costs}"
+    # Peeked at: it is the batch that the next step takes.
+    if first := example(streams.feed(0).peek(), config.objective, tokenizer):
+        yield first
+    # A new head is random, and a user of LoRA easily overlooks that it does not train.
+    if "classifier/w" in plan.paths and "classifier/w" not in plan.leaves:
+        yield "the classifier stays as it is, which suits a fixed head; also='^classifier/' trains it"
 
 
 def write_config(workdir: Path | None, manifest: Mapping[str, Any]) -> None:

@@ -387,7 +387,7 @@ def formula_flops(params: Any, trained_paths: Any, tokens: float, predicts_token
 
 
 def work(update: Step, batch: Any, params: Any, times: int = 1) -> Work:
-    """FLOPs of one step: by formula where the batch is tokens, else as XLA counts the compiled step.
+    """FLOPs of one step of ``batch``: by formula where it is tokens, padding included, else as XLA counts the compiled step.
 
     times: members that each go through the whole batch.
     """
@@ -400,7 +400,7 @@ def work(update: Step, batch: Any, params: Any, times: int = 1) -> Work:
     if tokens:
         predicts = isinstance(recipe.objective, LanguageModel | Seq2Seq)
         count = formula_flops(params, recipe.plan.leaves, tokens, predicts)
-        return Work(count * times, f"(4 N + 2 T) per token: {count:.3g} a step", peak)
+        return Work(count * times, f"(4 N + 2 T) per token: {count:.3g} a step", peak, tokens)
     counted = flops(update.compiled(batch))
     if counted is None:
         return Work(None, "nothing: this backend does not count", peak)

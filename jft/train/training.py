@@ -117,7 +117,8 @@ class Training:
     ):
         self.config, self.members, self.streams, self.update, self.params = config, members, streams, update, params
         self._plans, self._chosen, self._calibration = trains.plans, trains.chosen, trains.calibration
-        self._batch = global_shapes(streams.feed(0).peek())
+        # Of what the settings allow: a resumed run must find the same.
+        self._batch = global_shapes(streams.feed(0).largest(known=False))
         self._settled: Settled = {}
         self._facts = [self._describe(i) for i in range(len(members))]
         shared = delta.describe_base(params)  # read once
@@ -262,6 +263,11 @@ class Training:
             return config.model, recipe.plan.bind(kept, state.trained, config.dtype)
         # No weights give a linearized model, so that nothing can be cached.
         return Linearized(recipe.plan, apply_of(config.model, config.mesh), config.dtype), (kept, state.trained)
+
+    def merged(self, index: int) -> Any:
+        """The parameters of one member as they are now, plain, in the dtypes of the base."""
+        state, kept = self.update.member(self.held, index)
+        return self._plans[index].merged(self.members[index].start(self.params), kept, state.trained)
 
     def restore_best(self) -> list[dict[str, float]]:
         """Go back to the best checkpoint, where one is kept; its evaluation."""

@@ -109,7 +109,7 @@ def test_a_run_from_a_config_on_eight_devices(tmp_path):
     second = experiment.run(config, tmp_path)
     assert int(second.state.step) == 6
     assert second.task_vector.manifest["config"]["steps"] == 6
-    assert set(second.evaluation) == {"loss", "accuracy"}
+    assert set(second.evaluation) == {"loss", "accuracy", "f1", "matthews"}
 
 
 def test_a_saved_result_is_a_source_again(tmp_path):
@@ -186,6 +186,8 @@ def test_a_bad_record_ends_the_run_with_its_state_saved(tmp_path):
     config.data = {"source": "jsonl", "files": str(file), "task": "classification", "text": "text", "label": "label"}
     config.data = config.data.to_dict() | {"classes": 2, "tokenizer": "bytes", "max_length": 16}
     config.eval_data, config.steps, config.batch_size = {}, 20, 8
+    # As where neither the pass over the data nor the choice of buckets came so far.
+    config.check_data, config.data.buckets = 0.0, False
     with pytest.raises(ValueError, match=r"data.jsonl:33: .*is 7.*; the state after step \d+ is saved in") as caught:
         experiment.run(config, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / str(caught.value).split("after step ")[1].split()[0]).is_dir()
