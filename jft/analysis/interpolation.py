@@ -46,7 +46,9 @@ class Forward:
     @classmethod
     def of(cls, tau: TaskVector) -> Forward:
         """The one that ``tau`` was trained with, by its manifest."""
-        method = tau.manifest.get("method") or {}
+        method = tau.manifest.get("method")
+        # The name of a method alone says nothing of its forward pass.
+        method = method if isinstance(method, Mapping) else {}
         return cls(method.get("forward") or "standard", method.get("until"))
 
 

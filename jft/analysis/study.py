@@ -18,6 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jft import files
 from jft.analysis import environment, protocols, report, run_store, seeds, settings, tables, task_runs
 from jft.analysis.bases import prepare
 from jft.analysis.tasks import prepare_all
@@ -110,6 +111,7 @@ def check(config: Mapping[str, Any]) -> None:
             "the config has no studies; build it with jft.analysis.study.collection(title, NAME=study(...))"
         )
     for name, entry in config["studies"].items():
+        files.check_name(name, "the name of a study")
         try:
             _check(entry)
         except ValueError as error:
@@ -129,6 +131,9 @@ def _check(study: Mapping[str, Any]) -> None:
         raise ValueError(f"arithmetic.control {control!r} is not one of {', '.join(tasks)}")
     if study["nonlinear"] and study["nonlinear"] not in methods:
         raise ValueError(f"nonlinear {study['nonlinear']!r} is not one of {', '.join(methods)}")
+    for what, names in (("task", tasks), ("method", methods)):
+        for name in names:
+            files.check_name(name, f"the name of a {what}")
     settings.of_maps(study)
     seeds.check(study["seeds"])
     for method in methods:

@@ -14,9 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
-from jft import tree
+from jft import safetensors_files, tree
 from jft.delta import LowRank, TaskVector
 from jft.delta import manifest as manifests
 from jft.delta.singular import factors
@@ -82,7 +81,7 @@ def save_adapter(model: Model, tau: TaskVector, directory: str | os.PathLike, ba
     config = _config(ranks, templates) | {"base_model_name_or_path": base, "fan_in_fan_out": not linear}
     if jax.process_index() == 0:
         with writer.whole_directory(target) as partial:
-            safetensors.numpy.save_file(tensors, partial / WEIGHTS, {"format": "pt"})
+            safetensors_files.save(tensors, partial / WEIGHTS, {"format": "pt"})
             writer.write_json(partial / CONFIG, config)
     return target
 
@@ -105,7 +104,7 @@ def load_adapter(model: Model, directory: str | os.PathLike, base: Any = None) -
         )
     if not (folder / WEIGHTS).is_file():
         raise LoadError(f"{folder} has no {WEIGHTS}; save the adapter with safe_serialization=True")
-    tensors = safetensors.numpy.load_file(folder / WEIGHTS)
+    tensors = safetensors_files.load(folder / WEIGHTS, LoadError)
     shapes = tree.flatten(model.abstract())
     stabilised = bool(config.get("use_rslora"))
     deltas: dict[str, LowRank] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,28 +17,10 @@ from jft import tree
 from jft.models.classifier import Classifier
 from jft.models.core import Model
 from jft.models.hf import heads, reader, registry, writer
-from jft.models.hf.checkpoint import NAMES, read_json
+from jft.models.hf.checkpoint import NAMES
 from jft.models.hf.mapping import Family, Source
-from jft.models.loading import fetch
+from jft.models.loading import describe, fetch
 from jft.tree import host
-
-COMPANIONS = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
-"""Files of tokenizers and image processors."""
 
 KEPT = (
     "bos_token_id",
@@ -90,9 +71,8 @@ def save(
         with writer.whole_directory(target) as partial:
             writer.write_weights(partial, tensors, shard_bytes)
             writer.write_json(partial / "config.json", description)
-            for name in COMPANIONS:
-                if origin is not None and (origin / name).is_file():
-                    shutil.copyfile(origin / name, partial / name)
+            if origin is not None:
+                writer.copy_companions(origin, partial)
     else:
         writer.write_weights(None, tensors, shard_bytes)
     _barrier("jft.save: end")
@@ -198,7 +178,7 @@ def _describe(family: Family, config: Any, tensors: list[writer.Tensor], origin:
     backbone = getattr(config, "backbone", config)
     description = family.to_hf(backbone)
     if origin is not None and (origin / "config.json").is_file():
-        known = read_json(origin / "config.json")
+        known = describe(origin)
         description |= {key: known[key] for key in KEPT if known.get(key) is not None}
     largest: dict[str, int] = defaultdict(int)
     for tensor in tensors:

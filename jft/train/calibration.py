@@ -400,7 +400,7 @@ def calibration_of(
             raise ValueError("this method chooses by evaluation, again and again; give eval_data, a list or a loader")
         # One compiled program for all candidates: equal models are equal arguments.
         compute = evaluation.sums(apply_for(recipe.objective, model, mesh), recipe.objective)
-        return evaluation.mean(compute, params, eval_data, recipe.objective, mesh, eval_batches)
+        return evaluation.mean(compute, params, eval_data, recipe.objective, mesh, eval_batches, model=model)
 
     return RunCalibration(
         model,

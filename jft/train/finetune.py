@@ -111,7 +111,7 @@ def finetune(
     forget_if_crowded()
     # Before data is opened, whose loaders start threads.
     members.check(config)
-    streams = Streams(members)
+    streams = Streams(members, config.model)
     # The objective follows from the fields of a batch; it is peeked at, so training still begins with it.
     config = config.filled(params, streams.feed(0).peek())
     workdir = None if workdir is None else Path(workdir)
