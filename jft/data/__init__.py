@@ -40,6 +40,9 @@ mixture, in examples; evaluation reads every part once, whatever its weight.
 **tokenizer**: ``"bytes"``, ``"bpe:VOCAB"`` (trained on the data, kept in ``directory``), a Hugging Face directory or a
 tokenizer.json. **reading**: ``threads`` (4), ``prefetch`` (64 examples), ``workers`` (0 processes).
 
+**Limits.** A record of JSONL or CSV has 64 MiB at most, an image of a folder 2**26 pixels; files are regular ones, no pipes or
+devices. A chat template has 10 s and 50 million characters for a conversation. docs/files.md has all of them.
+
 **Order and position.** See :mod:`jft.data.pipeline`: unpacked training data has one global order for any number of
 processes, threads and workers, and a saved position may be resumed on another number of them. Packed data, and data
 with dropped records, resumes exactly on the same number; another is refused. Evaluation counts every example once.

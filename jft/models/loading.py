@@ -43,7 +43,8 @@ def load(
     classes: a :class:`Classifier` of that many classes with ``pool``; its head is read where the checkpoint has one of
     that shape, else drawn from ``seed``. 0: the backbone, or the classifier that :func:`jft.save` wrote.
 
-    Host memory stays near what is kept there: one shard of one parameter beyond it.
+    Host memory stays near what is kept there: one shard of one parameter beyond it. Nothing of the directory is run: weights
+    are safetensors, never pickles, and ``auto_map`` is not read.
 
     Raises :class:`LoadError` (a ``ValueError``), naming the file or tensor: unknown architecture or feature; missing,
     unexpected, mis-shaped, quantised tensors; truncated or corrupt or missing files; pickles in place of safetensors.

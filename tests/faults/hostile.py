@@ -5,8 +5,8 @@
     python -m tests.faults.hostile --list
 
 A case is a kind of damage in a place. It must end in an error of one line that names the file (no traceback, nothing that a
-terminal would act on), within 30 s and 2 GB, with no code run and nothing written outside; or, where its kind is harmless there,
-in nothing at all. Kinds and places are in :mod:`tests.faults.hostile_files`: a later case is one line there.
+terminal would act on), within 30 s and 2 GB, with no code run and nothing written outside; or, where its kind is harmless,
+in nothing at all. The cases are in the modules below: a later one is a line there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import resource
@@ -30,6 +31,7 @@ from pathlib import Path
 SECONDS = 30
 MEMORY = 2 * 2**30
 PAYLOAD = "hostile_payload"
+MODULES = ("json", "models", "vectors", "templates", "data", "names")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -121,9 +123,7 @@ def _message(case: Case, text: str, shown: str) -> str:
 
 def cases(words: list[str] | None = None) -> list[Case]:
     """All cases, always in the same order; with ``words``, those with one of them in their names."""
-    from tests.faults import hostile_files
-
-    out = hostile_files.cases()
+    out = [case for name in MODULES for case in importlib.import_module(f"tests.faults.hostile_{name}").cases()]
     repeated = [name for name, n in collections.Counter(c.name for c in out).items() if n > 1]
     assert not repeated, repeated
     return [c for c in out if not words or any(word in c.name for word in words)]
