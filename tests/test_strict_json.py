@@ -8,7 +8,11 @@ from jft import strict_json
 
 MUTATIONS = [
     ("jft/strict_json.py", "    if len(value) < len(pairs):", "    if len(value) > len(pairs):"),
-    ("jft/strict_json.py", "return value if nan or math.isfinite(value)", "return value if True or math.isfinite(value)"),
+    (
+        "jft/strict_json.py",
+        "return value if nan or math.isfinite(value)",
+        "return value if True or math.isfinite(value)",
+    ),
     ("jft/strict_json.py", "> MAX_DEPTH and depth(value) > MAX_DEPTH", "> MAX_DEPTH and depth(value) > 9 * MAX_DEPTH"),
     ("jft/strict_json.py", "return float(name) if nan else fail(", "return float(name) if not nan else fail("),
     ("jft/strict_json.py", "lambda x: _whole(x) and 0 < x < 2**31)", "lambda x: _whole(x) and 0 <= x < 2**31)"),
@@ -52,7 +56,7 @@ def test_reads_what_json_writes(value):
 def test_errors_name_place_and_reason(text, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         strict_json.loads(text, "x")
-    with pytest.raises(ValueError, match="; fetch it again$"):
+    with pytest.raises(ValueError, match=r"; fetch it again$"):
         strict_json.loads(text, "x", hint="fetch it again")
 
 

@@ -41,8 +41,6 @@ class ImageFolder(Source):
         labels: list[int] = []
         for label, folder in enumerate(folders):
             files = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
-            for file in files:
-                check_regular(file, DataError)
             if not files:
                 raise DataError(f"image_folder: {str(folder)!r} holds no images ({', '.join(EXTENSIONS)})")
             self.files += files
@@ -66,6 +64,8 @@ class ImageFolder(Source):
         from PIL import Image
 
         file = self.files[index]
+        # Here, not for all files at the start: network file systems take a while for each.
+        check_regular(file, DataError)
         try:
             with Image.open(file) as image:
                 if image.width * image.height > MAX_PIXELS:

@@ -17,9 +17,10 @@ from jft import tree
 from jft.models.classifier import Classifier
 from jft.models.core import Model
 from jft.models.hf import heads, reader, registry, writer
-from jft.models.hf.checkpoint import NAMES
+from jft.models.hf.checkpoint import NAMES, read_json
+from jft.models.hf.config_schema import check_kinds
 from jft.models.hf.mapping import Family, Source
-from jft.models.loading import describe, fetch
+from jft.models.loading import fetch
 from jft.tree import host
 
 KEPT = (
@@ -178,7 +179,8 @@ def _describe(family: Family, config: Any, tensors: list[writer.Tensor], origin:
     backbone = getattr(config, "backbone", config)
     description = family.to_hf(backbone)
     if origin is not None and (origin / "config.json").is_file():
-        known = describe(origin)
+        known = read_json(origin / "config.json")
+        check_kinds(known, origin / "config.json")
         description |= {key: known[key] for key in KEPT if known.get(key) is not None}
     largest: dict[str, int] = defaultdict(int)
     for tensor in tensors:

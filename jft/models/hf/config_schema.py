@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jft.models.hf import heads, registry
 from jft.models.hf.checkpoint import Entry, LoadError
-from jft.strict_json import COUNT, FLAG, FRACTION, NULL, OBJECT, POSITIVE, SIZE, TEXT, Kind, check, listed
+from jft.strict_json import COUNT, FLAG, FRACTION, NULL, OBJECT, POSITIVE, SIZE, TEXT, Kind, check, listed, need
 
 TOKEN = Kind("a token id", lambda x: type(x) is int and -1 <= x < 2**31)
 PIXELS = Kind("a number of pixels up to 65536", lambda x: type(x) is int and 0 < x <= 65536)
@@ -82,7 +83,7 @@ SCHEMA: dict[str, Kind] = {
     "mlp_only_layers": listed(COUNT) | NULL,
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), TOKEN | listed(TOKEN) | NULL),
     "decoder_start_token_id": TOKEN | NULL,
-    **dict.fromkeys(("id2label", "label2id", "jft_classifier"), OBJECT | NULL),
+    **dict.fromkeys(("id2label", "label2id", heads.KEY), OBJECT | NULL),
 }
 _TOWERS = ("vision_config", "text_config", "vision_config_dict", "text_config_dict")
 _ROPES = ("rope_parameters", "rope_scaling")
@@ -102,12 +103,18 @@ def _sections(description: Mapping[str, Any], schema: Mapping[str, Kind], where:
 
 
 def check_kinds(description: Mapping[str, Any], where: object) -> None:
-    """:class:`LoadError`, naming the key, for a value of a ``config.json`` of another kind than :data:`SCHEMA` says."""
+    """:class:`LoadError`, naming the key, for a value of a ``config.json`` of another kind than :data:`SCHEMA` says.
+
+    Of a model type that jft does not know, whose keys may mean something else, only that one is looked at.
+    """
+    check(description, {"model_type": SCHEMA["model_type"]}, where, LoadError)
+    if description.get("model_type") not in registry.families():
+        return
     for section, schema, place in _sections(description, SCHEMA, str(where)):
         check(section, schema, place, LoadError)
-    head = description.get("jft_classifier")
+    head = description.get(heads.KEY)
     if head is not None:
-        check(dict.fromkeys(HEAD) | head, HEAD, f"{where}: jft_classifier", LoadError)
+        need(head, HEAD, f"{where}: {heads.KEY}", LoadError)
 
 
 def check_sizes(description: Mapping[str, Any], entries: Mapping[str, Entry], where: object) -> None:
