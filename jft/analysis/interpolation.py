@@ -84,6 +84,7 @@ def readings(
 
     def device_batches() -> Iterator[Any]:
         for batch in map(feed.host, batches_again):
+            feed.check_ids(batch, model)
             if check is not None:
                 check(batch)
             yield parallel.put_batch(batch, mesh)

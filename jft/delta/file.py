@@ -207,6 +207,7 @@ def _header(path: str | os.PathLike, metadata: Mapping[str, str]) -> dict[str, A
     schema = _DELTA | (_SUMS if "crc32" in metadata else {})
     for of, entry in header["deltas"].items():
         strict_json.need(entry, schema, f"{where}: {of!r:.80}", FileError)
+        strict_json.check(entry, _SUMS, f"{where}: {of!r:.80}", FileError)
         strict_json.check(entry["static"], {"shape": _SHAPE}, f"{where}: {of!r:.80}", FileError)
     try:
         manifests.check_read(header["manifest"])

@@ -123,7 +123,7 @@ MUTATIONS = [
 ]
 SAME = [
     "{{ 'a' ~ 1 ~ messages[0]['content'][1:-1] }}{{ messages[-1]['content'][::-1] }}",
-    "{% for m in messages %}{{ loop.index }}{{ m.role|upper }}: {{ m['content']|trim }}{% if loop.last %}.{% endif %}{% endfor %}",
+    "{% for m in messages %}{{ m.role|upper }}: {{ m['content']|trim }}{% if loop.last %}.{% endif %}{% endfor %}",
     "{% set n = namespace(x=2) %}{% for i in range(3) %}{% set n.x = n.x * 3 + i %}{% endfor %}{{ n.x ** 2 }}",
     "{% macro f(a, b='y') %}<{{ a }}{{ b }}>{% endmacro %}{{ f('x') }}{{ f(1, b=2) }}{{ ['p', 'q']|join('-') }}",
     "{% set t %}{{ 'in' }}side{% endset %}{{ t|length }}{{ '%s of %03d' % ('a', 7) }}{{ '{:>5}'.format('r') }}",

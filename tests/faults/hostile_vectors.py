@@ -83,6 +83,9 @@ def vectors() -> Iterator[Case]:
         make = _vector(indices=indices)
         yield Case(f"task vector/indices {name}", make, _apply_vector, names="tau.safetensors")
     for name, change in {
+        "checksums a number": {"crc32": 1},
+        "checksums of numbers": {"crc32": {"indices": 1, "values": 2}},
+        "checksums of others": {"crc32": {"indices": "00000000", "values": "00000000"}},
         "kind null": {"kind": None},
         "kind unknown": {"kind": "../x"},
         "kind a list": {"kind": []},

@@ -7,6 +7,17 @@ import pytest
 from jft.data import sandbox
 from tests.faults import hostile
 
+# What code, or a file of another, depends on: not a third of them.
+ALWAYS = ("tfds/", "safe/", "link/", "overwrite/", "pickle/", "index/", "recipe/", "metrics/")
+MUTATIONS = [
+    ("jft/data/tfds.py", '"pythonClassName", "python_class_name")', '"pythonClassName")'),
+    ("jft/data/tfds.py", 'not name.startswith("tensorflow_datasets.")', 'not name.startswith("tensorflow_datasets")'),
+    ("jft/data/tfds.py", '                if isinstance(value.get("json"), str):', "                if False:"),
+    ("jft/merge/recipe.py", "        if count > MAX_VALUES:", "        if count > 10**7 * MAX_VALUES:"),
+    ("jft/train/metrics.py", '_ROW = {"step": strict_json.COUNT, ', "_ROW = {"),
+    ("jft/files.py", "    if not stat.S_ISREG(status.st_mode):", "    if stat.S_ISDIR(status.st_mode):"),
+]
+
 
 def test_there_are_many_and_always_the_same():
     names = [case.name for case in hostile.cases()]
@@ -18,7 +29,8 @@ def test_there_are_many_and_always_the_same():
 @pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged images
 def test_hostile_files_are_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.5)
-    results = list(hostile.run(hostile.cases()[::3]))
+    cases = enumerate(hostile.cases())
+    results = list(hostile.run([case for i, case in cases if i % 3 == 0 or case.name.startswith(ALWAYS)]))
     wrong = {name: result for name, result, _ in results if result not in ("refused", "accepted")}
     assert not wrong, "\n".join(f"{name}: {result}" for name, result in wrong.items())
 
