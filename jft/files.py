@@ -6,8 +6,11 @@ import contextlib
 import os
 import secrets
 import stat
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -63,6 +66,19 @@ def read_text(path: str | os.PathLike, limit: int, error: type[ValueError] = Val
         return read_bytes(path, limit, error).decode("utf-8")
     except UnicodeDecodeError as bad:
         raise error(f"{os.fspath(path)}: not UTF-8 text (byte {bad.start}); convert the file") from None
+
+
+def read_npz(path: str | os.PathLike) -> dict[str, Any]:
+    """The arrays of a NumPy ``.npz`` file by name; ``ValueError`` naming it for another file. Pickled objects are refused."""
+    import numpy as np
+
+    check_regular(path)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    # Of damaged archives zipfile, zlib and NumPy raise errors of their own; of a single array there is no ``files``.
+    except (ValueError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{os.fspath(path)} is no whole .npz file: {error}") from None
 
 
 def check_name(name: object, what: str, error: type[ValueError] = ValueError) -> str:

@@ -20,12 +20,12 @@ from jft.delta import LowRank, TaskVector
 from jft.delta import manifest as manifests
 from jft.delta.singular import factors
 from jft.models.core import Model
-from jft.models.hf import reader, registry, writer
-from jft.models.hf.checkpoint import LoadError, read_json
+from jft.models.hf import adapter_config, reader, registry, writer
+from jft.models.hf.checkpoint import LoadError
 from jft.models.hf.mapping import Source
 from jft.tree import host
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = adapter_config.FILE, "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # These change the base when they start, so that their factors alone are not the change.
 _CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -95,7 +95,7 @@ def load_adapter(model: Model, directory: str | os.PathLike, base: Any = None) -
     changed the base when they started (PiSSA, OLoRA, CorDA, LoftQ): the factors are then not the whole change.
     """
     folder = Path(directory).expanduser()
-    config = read_json(folder / CONFIG)
+    config = adapter_config.read(folder)
     start = str(config.get("init_lora_weights"))
     if config.get("peft_type") != "LORA" or start.startswith(_CHANGING_STARTS):
         kind = start if config.get("peft_type") == "LORA" else config.get("peft_type")
@@ -199,8 +199,7 @@ def _config(ranks: Mapping[str, int], templates: Mapping[str, str]) -> dict[str,
 
 def _alpha(config: Mapping[str, Any], module: str) -> float:
     """The ``lora_alpha`` of a module, as peft finds it."""
-    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-    return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), config["lora_alpha"])
+    return adapter_config.value_of(config.get("alpha_pattern"), module, config["lora_alpha"])
 
 
 def _pair(

@@ -208,7 +208,7 @@ class RunCalibration:
         # Not the default device: a run may be on another one, and arrays of two devices do not mix.
         device = next(iter(self.params.values())).sharding
         # Closed also when a consumer stops early: a loader has threads.
-        with contextlib.closing(feed.Feed(data)) as source:
+        with contextlib.closing(feed.Feed(data, self.model)) as source:
             # One by one: a position of the data is the loader's own, and not a count to go to.
             for step in range(self._passed):
                 source.next(step, self.objective)

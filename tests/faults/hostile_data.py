@@ -239,6 +239,57 @@ def images() -> Iterator[Case]:
         yield Case(f"image/{name}", image(FILES[name]), read, names="a.png")
 
 
+# Arrays of NumPy.
+
+
+class _Runs:
+    """What a pickle would run."""
+
+    def __reduce__(self) -> tuple:
+        return __import__, (PAYLOAD,)
+
+
+def _npz(file: Path) -> None:
+    np.savez(file, a=np.arange(99))
+
+
+def arrays() -> Iterator[Case]:
+    """``.npz`` files, whose arrays of objects would be pickles."""
+
+    def read(folder: Any) -> Any:
+        from jft import files
+
+        return files.read_npz(folder / "data.npz")
+
+    def cut(file: Path) -> None:
+        _npz(file)
+        file.write_bytes(file.read_bytes()[:-30])
+
+    def flipped(file: Path) -> None:
+        _npz(file)
+        raw = bytearray(file.read_bytes())
+        raw[300] ^= 1
+        file.write_bytes(raw)
+
+    def single(file: Path) -> None:
+        with file.open("wb") as handle:
+            np.save(handle, np.arange(3))
+
+    kinds = {
+        "objects": lambda file: np.savez(file, a=np.array([_Runs()], object)),
+        "empty": content(""),
+        "words": content("Entry not found"),
+        "cut": cut,
+        "bit flipped": flipped,
+        "single array": single,
+        "pickle": content(b"\x80\x04\x95."),
+        "pipe": FILES["pipe"],
+        "device": FILES["device"],
+    }
+    for name, damage in kinds.items():
+        yield Case(f"npz/{name}", damaged("data.npz", damage), read, names="data.npz")
+
+
 # TFDS folders.
 
 
@@ -288,4 +339,4 @@ def tfds_folders() -> Iterator[Case]:
 
 def cases() -> Iterator[Case]:
     """All of them, in a fixed order."""
-    yield from itertools.chain(tokenizers(), tables(), images(), tfds_folders())
+    yield from itertools.chain(tokenizers(), tables(), images(), arrays(), tfds_folders())

@@ -202,6 +202,34 @@ HEADERS: dict[str, Callable[[dict, bytes], tuple[Any, bytes]]] = {
 }
 
 
+def adapters() -> Iterator[Case]:
+    """Values of the config of an adapter."""
+    for name, values in {
+        "no alpha": {"lora_alpha": ...},
+        "alpha as text": {"lora_alpha": "4"},
+        "alpha null": {"lora_alpha": None},
+        "rank of a float": {"r": 2.0},
+        "rank 0": {"r": 0},
+        "patterns a list": {"alpha_pattern": [1]},
+        "pattern of text": {"alpha_pattern": {"q_proj": "8"}},
+        "pattern that is none": {"alpha_pattern": {"(": 8}},
+        "pattern without end": {"alpha_pattern": {"(([a-z._0-9]+)+)+x": 8}},
+        "pattern of many stars": {"alpha_pattern": {".*" * 30 + "x": 8}},
+        "long pattern": {"rank_pattern": {"a" * 10_000: 8}},
+        "type a list": {"peft_type": ["LORA"]},
+        "start that changes the base": {"init_lora_weights": "pissa"},
+        "bias a list": {"bias": [1]},
+    }.items():
+
+        def make(folder: Path, values: Any = values) -> Path:
+            file = adapter_folder(folder) / "adapter_config.json"
+            config = {k: v for k, v in (json.loads(file.read_text()) | values).items() if v is not ...}
+            file.write_text(json.dumps(config))
+            return folder
+
+        yield Case(f"adapter value/{name}", make, load_adapter, names="adapter_config.json")
+
+
 def headers() -> Iterator[Case]:
     """Every damage of the header of a model's weights, and of the file around it."""
     for kind, change in HEADERS.items():
@@ -347,4 +375,4 @@ def pickles() -> Iterator[Case]:
 
 def cases() -> Iterator[Case]:
     """All of them, in a fixed order."""
-    yield from itertools.chain(config_values(), headers(), indices(), pickles())
+    yield from itertools.chain(config_values(), adapters(), headers(), indices(), pickles())
