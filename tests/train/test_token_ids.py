@@ -6,7 +6,8 @@ import pytest
 
 import jft
 from jft.data import tokenizer
-from jft.models import ClipConfig, DecoderConfig, Model, TextConfig, VisionConfig
+from jft.models import ClipConfig, DecoderConfig, Model, VisionConfig
+from jft.models.clip import TextConfig
 from jft.train import evaluate, experiment, feed
 
 MUTATIONS = [
