@@ -1,4 +1,4 @@
-"""Tables for the terminal: columns under bold headers, two spaces apart, without lines; printed, or as plain text."""
+"""Tables and text for the terminal; tables have columns under bold headers, two spaces apart, without lines."""
 
 from __future__ import annotations
 
@@ -9,6 +9,21 @@ from typing import Any
 # What is piped into a file or a pager: a terminal's 80 columns would fold what has room there.
 _PIPED = 150
 _ENDLESS = 1_000_000
+
+
+def plain(text: str) -> str:
+    """``text`` with control characters, other than line breaks and tabulators, and lone surrogates as escapes (``\\x1b``).
+
+    What stands in a file, a name in it or a line of data, must not move the cursor, recolour or retitle the terminal that it
+    is shown in, nor turn the direction of what is written there.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" or (c.isspace() and c > "\x9f") else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 # rich is imported inside the functions: most uses of the library print no table.
@@ -34,7 +49,7 @@ def table(
     lines = list(rows)
     for i, row in enumerate(lines):
         # Text, not str: rich would read [brackets] of a path or a pattern as markup.
-        out.add_row(*(Text(str(cell)) for cell in row), style="bold" if total and i == len(lines) - 1 else None)
+        out.add_row(*(Text(plain(str(cell))) for cell in row), style="bold" if total and i == len(lines) - 1 else None)
     return out
 
 

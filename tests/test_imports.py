@@ -8,7 +8,19 @@ import jft
 ROOT = Path(jft.__file__).parent
 # Folders and files of jft, from the ground up; those of one line stand on one floor.
 FLOORS = [
-    {"tree", "dot", "files", "names", "compiled", "terminal", "version", "kernels", "gguf"},
+    {
+        "tree",
+        "dot",
+        "files",
+        "strict_json",
+        "safetensors_files",
+        "names",
+        "compiled",
+        "terminal",
+        "version",
+        "kernels",
+        "gguf",
+    },
     {"delta"},
     {"parallel"},
     {"models", "data"},

@@ -52,3 +52,10 @@ def test_a_terminal_gets_bold_headers_and_total_and_no_longer_lines(monkeypatch)
     lines = written.splitlines()
     assert len(lines) > 5 and lines[0].startswith("\x1b[1m") and lines[-1].startswith("\x1b[1m")
     assert not lines[1].startswith("\x1b[1m")
+
+
+def test_control_characters_are_shown_as_escapes():
+    assert terminal.plain("é\u3000日本 \U0001f600\n\tx") == "é\u3000日本 \U0001f600\n\tx"
+    assert terminal.plain("\x1b[31mred\x1b]0;t\x07") == r"\x1b[31mred\x1b]0;t\x07"
+    assert terminal.plain("a\u202eb\x9b\r\x7f\ud800") == r"a\u202eb\x9b\r\x7f\ud800"
+    assert terminal.text(terminal.table(["a"], [["\x1b[2J"]])).splitlines()[1].strip() == r"\x1b[2J"

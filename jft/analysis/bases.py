@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jft import data, files, parallel, tree
+from jft import data, parallel, safetensors_files, tree
 from jft.analysis import run_store, settings
 from jft.models.classifier import Classifier
 from jft.models.core import Model
@@ -110,15 +110,17 @@ def _describe(config: Any) -> str:
 
 def write_params(params: Any, path: Path) -> None:
     """Parameters by path in one safetensors file, whole or not at all."""
-    from safetensors.numpy import save_file
-
     flat = tree.flatten(jax.device_get(params))
-    with files.whole(path) as temporary:
-        save_file({p: np.ascontiguousarray(x) for p, x in flat.items()}, temporary)
+    safetensors_files.save({p: np.ascontiguousarray(x) for p, x in flat.items()}, path)
 
 
 def read_params(path: Path) -> Any:
-    """Parameters from a file of :func:`write_params`."""
-    from safetensors.numpy import load_file
-
-    return tree.unflatten({p: jnp.asarray(x) for p, x in load_file(path).items()})
+    """Parameters from a file of :func:`write_params`; ``ValueError`` where it is damaged or gone."""
+    if not path.is_file():
+        raise ValueError(f"{path} is gone, the base of this study; remove {path.parent} to pretrain it again")
+    try:
+        flat = safetensors_files.load(path)
+    except ValueError as error:
+        raise ValueError(f"{error}, or remove {path.parent} to pretrain the base again") from None
+    # Copies: a map of the file would keep it open, and end with it.
+    return tree.unflatten({p: jnp.array(x) for p, x in flat.items()})

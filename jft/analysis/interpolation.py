@@ -46,7 +46,9 @@ class Forward:
     @classmethod
     def of(cls, tau: TaskVector) -> Forward:
         """The one that ``tau`` was trained with, by its manifest."""
-        method = tau.manifest.get("method") or {}
+        method = tau.manifest.get("method")
+        # The name of a method alone says nothing of its forward pass.
+        method = method if isinstance(method, Mapping) else {}
         return cls(method.get("forward") or "standard", method.get("until"))
 
 
@@ -82,6 +84,7 @@ def readings(
 
     def device_batches() -> Iterator[Any]:
         for batch in map(feed.host, batches_again):
+            feed.check_ids(batch, model)
             if check is not None:
                 check(batch)
             yield parallel.put_batch(batch, mesh)

@@ -45,6 +45,7 @@ def linearity(
     totals: list[dict[str, Any]] = [{} for _ in grid]
     for batch in batches:
         host = feed.host(batch)
+        feed.check_ids(host, model)
         # On the host the objective refuses a batch that it would take silently under jit.
         objective.weight(host, np)
         device_batch = parallel.put_batch(host, mesh)

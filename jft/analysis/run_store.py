@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jft import files
+from jft import files, strict_json
 
 NAME = "outcome.json"
 
@@ -32,7 +32,7 @@ def read(workdir: Path, config: Any, name: str = NAME) -> dict[str, Any] | None:
     path = workdir / name
     if not path.exists():
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = _record(path)
     current = plain(config)
     if record["config"] != current:
         different = ", ".join(
@@ -50,11 +50,20 @@ def digests(paths: Mapping[str, Path]) -> dict[str, str]:
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
 
 
+def _record(path: Path) -> dict[str, Any]:
+    """What :func:`write` or :func:`kept` left; ``ValueError`` with the way out where the file is damaged."""
+    hint = f"remove {path}, and that part is done again"
+    # Scores of runs that diverged may not be finite.
+    record = strict_json.read(path, hint=hint, nan=True)
+    strict_json.need(record, {"config": strict_json.OBJECT, "outcome": strict_json.OBJECT}, path, hint=hint)
+    return record
+
+
 def kept(path: Path, config: Any, compute: Callable[[], Any]) -> Any:
     """The result of ``compute()`` that ``path`` records for an equal ``config``; else a new one, which is recorded."""
     current = plain(config)
     if path.exists():
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = _record(path)
         if record["config"] == current:
             return record["outcome"]
     outcome = plain(compute())

@@ -18,6 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jft import files
 from jft.analysis import (
     environment,
     grafting,
@@ -149,6 +150,7 @@ def check(config: Mapping[str, Any]) -> None:
             "the config has no studies; build it with jft.analysis.study.collection(title, NAME=study(...))"
         )
     for name, entry in config["studies"].items():
+        files.check_name(name, "the name of a study")
         try:
             _check(entry)
         except ValueError as error:
@@ -168,6 +170,9 @@ def _check(study: Mapping[str, Any]) -> None:
         raise ValueError(f"arithmetic.control {control!r} is not one of {', '.join(tasks)}")
     if study["nonlinear"] and study["nonlinear"] not in methods:
         raise ValueError(f"nonlinear {study['nonlinear']!r} is not one of {', '.join(methods)}")
+    for what, names in (("task", tasks), ("method", methods)):
+        for name in names:
+            files.check_name(name, f"the name of a {what}")
     settings.of_maps(study)
     merging.check(study)
     grafting.check(study)

@@ -197,7 +197,8 @@ def diff(options: argparse.Namespace) -> int:
         print(json.dumps(report, indent=2))
         return 0
     same_base = bases[0] == bases[1]
-    print("same base: " + str(bases[0] or "unknown") if same_base else f"different bases: {bases[0]} and {bases[1]}")
+    text = f"same base: {bases[0] or 'unknown'}" if same_base else f"different bases: {bases[0]} and {bases[1]}"
+    print(terminal.plain(text))
     _print_table(["path", "cosine", "norm_first", "norm_second", "overlap"], [*rows, {"path": "all", **total}])
     return 0
 
@@ -347,9 +348,10 @@ def _print_manifest(manifest: dict[str, Any]) -> None:
     entries = dict(manifest)
     base = entries.pop("base", None)
     parents = entries.pop("parents", [])
-    print(f"base         {base['fingerprint']} ({base['parameters']:,} parameters)" if base else "base         unknown")
+    text = f"{base['fingerprint']} ({base['parameters']:,} parameters)" if base else "unknown"
+    print(terminal.plain(f"base         {text}"))
     for key, value in entries.items():
-        print(f"{key:<12} {value if isinstance(value, str) else json.dumps(value)}")
+        print(terminal.plain(f"{key:<12} {value if isinstance(value, str) else json.dumps(value)}"))
     for parent in parents:
         coefficient = f"{parent['coefficient']:g} * " if parent.get("coefficient") is not None else ""
         print(f"{'parent':<12} {coefficient}{json.dumps(parent['manifest'])}")

@@ -47,13 +47,13 @@ def main(argv: Sequence[str]) -> int:
     if args.base or not args.workdir:
         metrics = measure(run, run.base)
     else:
-        method = run.task_vector().manifest.get("method", {})
+        from jft.analysis.interpolation import Forward
+
         # As the run trained: elsewhere its task vector gives another function.
-        forward = args.forward or method.get("forward", "standard")
+        trained = Forward.of(run.task_vector())
+        forward = args.forward or trained.name
         metrics = (
-            linearized(run, args.until or method.get("until"))
-            if forward == "linearized"
-            else measure(run, run.params())
+            linearized(run, args.until or trained.until) if forward == "linearized" else measure(run, run.params())
         )
     print(json.dumps(metrics) if args.json else "  ".join(f"{key} {value:.6g}" for key, value in metrics.items()))
     return 0

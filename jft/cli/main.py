@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from jft import terminal
 from jft.cli.errors import UsageError
 from jft.names import nearest
 
@@ -79,7 +80,7 @@ def call(argv: Sequence[str]) -> int:
         if traceback:
             raise
         # On one line, whatever line breaks the message has.
-        print(f"jft: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"jft: {terminal.plain(' '.join(str(error).split()))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 

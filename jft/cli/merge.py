@@ -181,7 +181,7 @@ def _dry_run(recipe: Any, out: str, options: argparse.Namespace) -> int:
         return 0
     print(f"{recipe.method}: rule {report['rule']}, preset {report['preset']}")
     for name in report["inputs"]:
-        print(f"reads   {name}")
+        print(terminal.plain(f"reads   {name}"))
     print(f"reads   {human(planned.nbytes_read)} in {len(planned.jobs)} tensors")
     print(f"writes  {out}: {human(sum(sizes.values()))} in {len(sizes)} file{'s' * (len(sizes) > 1)}")
     _notes(planned)
@@ -202,7 +202,7 @@ def _cell(value: Any) -> str:
 
 def _notes(planned: Any) -> None:
     for note in planned.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(terminal.plain(f"note: {note}"), file=sys.stderr)
 
 
 @contextlib.contextmanager

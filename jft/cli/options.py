@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import json
 import runpy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jft import strict_json
 from jft.cli.errors import Parser, UsageError
 from jft.names import nearest
 
@@ -39,7 +39,8 @@ def load(spec: str) -> ConfigDict:
     if not Path(path).is_file():
         raise UsageError(f"config file {path!r} does not exist{_nearest_config(path)}")
     if path.endswith(".json"):
-        return ConfigDict(json.loads(Path(path).read_text(encoding="utf-8")))
+        hint = "write it anew, or give the --config=FILE.py that the run was started with"
+        return ConfigDict(strict_json.read(path, error=UsageError, hint=hint, nan=True))
     # Run, not imported: a config file belongs to no package.
     get_config = runpy.run_path(path).get("get_config")
     if get_config is None:

@@ -17,6 +17,8 @@ EXAMPLES = """
 
 The workdir gets config.json, metrics.jsonl, checkpoints/ and task_vector.safetensors; started again with the same workdir,
 a run goes on where it stopped. `--keys` lists every key of a config; `jft init KIND` writes one to begin with.
+
+FILE.py is Python and is run: read a config that you were given. A model directory, or data, is not run (docs/files.md).
 """
 
 

@@ -52,6 +52,9 @@ texts of like length, in windows of the global order (:mod:`jft.data.buckets`).
 **tokenizer**: ``"bytes"``, ``"bpe:VOCAB"`` (trained on the data, kept in ``directory``), a Hugging Face directory, a
 tokenizer.json or a GGUF file. **reading**: ``threads`` (4), ``prefetch`` (64 examples), ``workers`` (0 processes).
 
+**Limits.** A record of JSONL or CSV has 64 MiB at most, an image of a folder 2**26 pixels; files are regular ones, no pipes or
+devices. A chat template has 10 s and 50 million characters for a conversation. docs/files.md has all of them.
+
 **Order and position.** See :mod:`jft.data.pipeline`: unpacked training data has one global order for any number of
 processes, threads and workers, and a saved position may be resumed on another number of them. Packed data, and data
 with dropped records and one length, resumes exactly on the same number; another is refused. Evaluation counts every example

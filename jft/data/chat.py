@@ -21,13 +21,22 @@ _OPEN, _CLOSE = "\ue1f0", "\ue1f1"
 Message = dict[str, Any]
 
 
+def _no_width(form: str) -> str:
+    # The C library fills a field to any width that stands in it.
+    if re.search(r"%[^a-zA-Z%]*\d", form):
+        raise ValueError(f"strftime_now({form[:40]!r}) has a width, which no date needs")
+    return form
+
+
 # Compiling is slow, and every example renders several times.
 @functools.lru_cache(maxsize=32)
 def _compile(template: str, date: str | None) -> Any:
+    # Imported where a template is used: Jinja takes a while.
     import jinja2
     from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.ext import Extension
+
+    from jft.data.sandbox import MAX_TEMPLATE, Environment
 
     class Generation(Extension):
         """``{% generation %}...{% endgeneration %}``: its output between the two marks."""
@@ -53,21 +62,28 @@ def _compile(template: str, date: str | None) -> Any:
         separators: Any = None,
         sort_keys: bool = False,
     ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        # Each value may get a line, and levels inside each other as many spaces each.
+        if isinstance(indent, int) and indent > 16:
+            raise jinja2.TemplateError(f"tojson(indent={indent}) is more than 16")
+        text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        environment.budget.spend(len(text))
+        return text
 
-    # Sandboxed, as templates come with downloaded models. The whitespace options are those of transformers.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
+    if len(template) > MAX_TEMPLATE:
+        raise DataError(f"the chat template has {len(template):,} characters; at most {MAX_TEMPLATE:,} are read")
+    environment = Environment([Generation])
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     if date is not None:
         day = datetime.date.fromisoformat(date)
-        environment.globals["strftime_now"] = day.strftime
+        environment.globals["strftime_now"] = lambda form: day.strftime(_no_width(form))
     try:
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
         raise DataError(f"the chat template does not parse: line {error.lineno}: {error.message}") from None
+    # Python compiles what Jinja makes of it, and refuses in many ways what is too deep or too long.
+    except (RecursionError, SyntaxError, ValueError, MemoryError, OverflowError) as error:
+        raise DataError(f"the chat template cannot be compiled: {type(error).__name__}: {error}") from None
 
 
 class ChatTemplate:
@@ -88,11 +104,16 @@ class ChatTemplate:
     def _render_with_marks(self, messages: Sequence[Message], prompt: bool, tools: Any) -> str:
         import jinja2
 
+        compiled = _compile(self.template, self.date)
+        compiled.environment.budget.start()
         try:
-            return _compile(self.template, self.date).render(
+            return compiled.render(
                 messages=list(messages), add_generation_prompt=prompt, tools=tools, documents=None, **self.specials
             )
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+        # Whatever the template stumbles over: it is the user's file.
+        except (
+            jinja2.TemplateError, TypeError, LookupError, ValueError, ArithmeticError, AttributeError, RuntimeError,
+        ) as error:  # fmt: skip
             hint = "; set `date` (ISO) in the data settings" if "strftime_now" in str(error) else ""
             raise DataError(f"the chat template refused the messages: {error}{hint}") from None
 

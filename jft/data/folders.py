@@ -11,7 +11,10 @@ import numpy as np
 
 from jft.data.errors import DataError, choose
 from jft.data.source import Source
+from jft.files import check_regular
 
+MAX_PIXELS = 2**26
+"""Of an image: 8192 x 8192. A file of some kilobytes may say that it has any number."""
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
@@ -20,7 +23,8 @@ class ImageFolder(Source):
 
     Classes are the directories directly under ``root`` (under ``root/split`` where ``split`` is given), sorted by name.
     classes: rename or check them: a list in sorted-directory order, or a mapping of directory to name.
-    Raises :class:`DataError` where there is no class directory, a class is empty, or a file is not an image (naming it).
+    Raises :class:`DataError` where there is no class directory, a class is empty, or a file is not an image, or one of more
+    than ``MAX_PIXELS`` (naming it).
     """
 
     def __init__(self, root: str, split: str | None = None, classes: list | dict | None = None):
@@ -60,11 +64,18 @@ class ImageFolder(Source):
         from PIL import Image
 
         file = self.files[index]
+        # Here, not for all files at the start: network file systems take a while for each.
+        check_regular(file, DataError)
         try:
             with Image.open(file) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise DataError(f"{file}: {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read")
                 # Grey, palette and alpha files too, so that all records have three channels.
                 pixels = np.asarray(image.convert("RGB"))
-        except OSError as error:
+        except DataError:
+            raise
+        # Of damaged files Pillow raises its own errors, those of its decoders, SyntaxError and more.
+        except Exception as error:
             raise DataError(f"{file}: not a readable image: {error}") from error
         return {"image": pixels, "label": int(self.labels[index]), "file": os.path.basename(file)}
 

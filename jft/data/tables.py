@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import glob
 import io
-import json
 import os
 from array import array
 from collections.abc import Iterator
@@ -14,9 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from jft import strict_json
 from jft.data.errors import DataError, shorten
 from jft.data.source import Source
+from jft.files import check_regular
 
+MAX_RECORD = 64 * 2**20
+"""Bytes of a line of JSONL, or a row of CSV: a longer one is mostly a file of another kind, and would fill the memory."""
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
@@ -38,6 +41,7 @@ def find_files(files: str | os.PathLike | list | tuple) -> list[str]:
     for file in matches:
         if os.path.isdir(file):
             raise DataError(f"{file} is a directory; name its files, as {os.path.join(file, '*')!r}")
+        check_regular(file, DataError)
         if file.endswith(_COMPRESSED):
             raise DataError(f"{file} is compressed, and cannot be read by offset; decompress it first")
     return matches
@@ -92,8 +96,13 @@ class _Records(Source):
             raise DataError(f"{self.where(index)}: not UTF-8 text ({error.reason}); convert the file") from None
 
 
+def _check_size(size: int, file: str, line: int) -> None:
+    if size > MAX_RECORD:
+        raise DataError(f"{file}:{line}: a record of more than {MAX_RECORD // 2**20} MiB; is it one record a line?")
+
+
 class Jsonl(_Records):
-    """JSON Lines: one JSON object a line; blank lines are skipped.
+    """JSON Lines: one JSON object a line, of 64 MiB at most; blank lines are skipped.
 
     files: a path, a glob, or a list of them. Raises :class:`DataError` naming file and line for a line that is not a
     JSON object, and for a missing or empty file.
@@ -101,7 +110,9 @@ class Jsonl(_Records):
 
     def _ranges(self, stream: io.BufferedReader, number: int) -> Iterator[tuple[int, int, int]]:
         start = 0
-        for line, raw in enumerate(stream, 1):
+        # One byte more than a record may have, to see that it has.
+        for line, raw in enumerate(iter(lambda: stream.readline(MAX_RECORD + 1), b""), 1):
+            _check_size(len(raw), self.files[number], line)
             if raw.strip():
                 yield start, start + len(raw), line
             start += len(raw)
@@ -109,11 +120,10 @@ class Jsonl(_Records):
     def _parse(self, raw: bytes, index: int) -> dict[str, Any]:
         text = self._text(raw, index)
         try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
-            message = f"{self.where(index)}: bad JSON at column {error.colno}: {error.msg}, in {shorten(text.strip())}"
+            record = strict_json.loads(text, self.where(index), error=DataError)
+        except DataError as error:
             whole = "; a file that is one array is source 'json'" if text.lstrip().startswith("[") else ""
-            raise DataError(message + whole) from None
+            raise DataError(f"{error}, in {shorten(text.strip())}{whole}") from None
         if not isinstance(record, dict):
             raise DataError(
                 f"{self.where(index)}: a line must hold a JSON object {{...}}, got {type(record).__name__}"
@@ -126,8 +136,9 @@ class Jsonl(_Records):
 class Csv(_Records):
     """Comma-separated values with a header row; quoted fields may hold commas, quotes ("") and line breaks.
 
-    Every value is a string. separator: one character. Files must share one header. Raises :class:`DataError` naming file
-    and line for a row of another width, an unclosed quote, a repeated column name, a missing or empty file.
+    A row has 64 MiB at most and a field 131,072 characters (``csv.field_size_limit`` raises that). Every value is a string.
+    separator: one character. Files must share one header. Raises :class:`DataError` naming file and line for a row of another
+    width, an unclosed quote, a repeated column name, a missing or empty file.
     """
 
     def __init__(self, files: str | os.PathLike | list | tuple, separator: str = ","):
@@ -144,7 +155,11 @@ class Csv(_Records):
             return
         position = stream.tell()
         stream.seek(first[0])
-        header = self._split(stream.read(first[1] - first[0]).decode("utf-8-sig"))
+        where = f"{self.files[number]}:{first[2]}"
+        try:
+            header = self._split(stream.read(first[1] - first[0]).decode("utf-8-sig"), where)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: not UTF-8 text ({error.reason}); convert the file") from None
         # ``_rows`` is in the middle of the stream.
         stream.seek(position)
         if len(set(header)) != len(header):
@@ -160,9 +175,10 @@ class Csv(_Records):
     def _rows(stream: io.BufferedReader, file: str) -> Iterator[tuple[int, int, int]]:
         # A row ends at a line end outside quotes; an escaped quote ("") counts twice and so changes nothing.
         start, position, first_line, quotes, line = 0, 0, 1, 0, 0
-        while raw := stream.readline():
+        while raw := stream.readline(MAX_RECORD + 1):
             line += 1
             position += len(raw)
+            _check_size(position - start, file, first_line)
             quotes += raw.count(b'"')
             if quotes % 2:
                 continue
@@ -173,12 +189,15 @@ class Csv(_Records):
         if quotes % 2:
             raise DataError(f"{file}:{first_line}: a quote opened in this row is never closed")
 
-    def _split(self, text: str) -> list[str]:
-        # newline="": the csv module reads line breaks inside quotes itself.
-        return next(csv.reader(io.StringIO(text, newline=""), delimiter=self.separator))
+    def _split(self, text: str, where: str) -> list[str]:
+        try:
+            # newline="": the csv module reads line breaks inside quotes itself.
+            return next(csv.reader(io.StringIO(text, newline=""), delimiter=self.separator), [])
+        except csv.Error as error:
+            raise DataError(f"{where}: bad CSV: {error}; JSONL takes longer fields, or csv.field_size_limit") from None
 
     def _parse(self, raw: bytes, index: int) -> dict[str, Any]:
-        values = self._split(self._text(raw, index))
+        values = self._split(self._text(raw, index), self.where(index))
         if len(values) != len(self.header):
             raise DataError(
                 f"{self.where(index)}: {len(values)} values for the {len(self.header)} columns {self.header}:"

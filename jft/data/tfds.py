@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from jft.data.errors import DataError
+from jft import strict_json
+from jft.data.errors import DataError, shorten
 from jft.data.source import Source
 from jft.names import nearest
 
@@ -32,7 +34,13 @@ def _builder(name: str | None, directory: str | None, data_dir: str | None) -> A
             raise DataError(
                 f"tfds: {directory!r} holds no dataset_info.json; name the directory of a version (.../1.0.0)"
             )
-        return tfds.builder_from_directory(directory)
+        _check_features(Path(directory))
+        try:
+            return tfds.builder_from_directory(directory)
+        except Exception as error:  # protobuf's errors, and whatever the features make of what they find
+            raise DataError(f"tfds: {directory!r} cannot be read: {shorten(str(error), 200)}") from error
+    # A set that is prepared there, of a builder that is not installed, is read by what its files say.
+    _check_features(Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / str(name).split(":")[0])
     try:
         return tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
@@ -41,6 +49,34 @@ def _builder(name: str | None, directory: str | None, data_dir: str | None) -> A
         raise DataError(f"tfds: no data set named {name!r}.{near}") from None
     except (ValueError, AssertionError, ModuleNotFoundError) as error:
         raise DataError(f"tfds: {name!r} cannot be built: {str(error).splitlines()[0]}") from error
+
+
+# Names of the class in its JSON form, older and newer; protobuf takes both spellings of the latter.
+_CLASS = ("type", "pythonClassName", "python_class_name")
+
+
+def _check_features(folder: Path) -> None:
+    """:class:`DataError` where a ``features.json`` in ``folder`` names a class that is not of tensorflow_datasets.
+
+    TFDS imports the module of that class, so that a folder from elsewhere could run any module that can be imported here.
+    """
+    for file in sorted(folder.rglob("features.json")) if folder.is_dir() else ():
+        pending: list[Any] = [strict_json.read(file, error=DataError, hint="prepare the data set again")]
+        while pending:
+            value = pending.pop()
+            if isinstance(value, list):
+                pending += value
+            elif isinstance(value, dict):
+                pending += value.values()
+                for name in (value[key] for key in _CLASS if key in value):
+                    if isinstance(name, str) and not name.startswith("tensorflow_datasets."):
+                        raise DataError(
+                            f"{file} names the class {name!r:.80}, whose module would be imported; only features of "
+                            "tensorflow_datasets itself are read"
+                        )
+                # JSON inside JSON, of features that write themselves so.
+                if isinstance(value.get("json"), str):
+                    pending.append(strict_json.loads(value["json"], file, error=DataError))
 
 
 class Tfds(Source):

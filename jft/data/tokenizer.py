@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -11,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from jft import files, gguf
-from jft.data.errors import DataError
+from jft import files, gguf, strict_json
+from jft.data.errors import DataError, shorten
+from jft.strict_json import NULL, TEXT, Kind, listed
 
 # Ids 256.. of the "bytes" tokenizer, and the specials of a trained BPE; the turn markers serve PLAIN_CHAT.
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<sep>", "<system>", "<user>", "<assistant>", "<end>")
@@ -57,14 +59,30 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self.core.get_vocab_size(with_added_tokens=True)
 
+    @functools.cached_property
+    def rows(self) -> int:
+        """Rows that an embedding needs for every id: one more than the largest, which may be beyond ``vocab_size``."""
+        ids = self.core.get_vocab(with_added_tokens=True).values()
+        given = (i for i in (self.bos_id, self.eos_id, self.pad, self.start_id) if i is not None)
+        return 1 + max((*ids, *given), default=-1)
+
     @property
     def pad(self) -> int:
         """The id that fills rows: pad, else eos, else 0."""
         return next((i for i in (self.pad_id, self.eos_id) if i is not None), 0)
 
     def encode(self, text: str, pair: str | None = None, special: bool = False) -> Encoded:
-        """Ids of a text (of a pair of texts); ``special``: with the tokens its post-processor adds ([CLS], bos ...)."""
-        encoding = self.core.encode(text, pair, add_special_tokens=special)
+        """Ids of a text (of a pair of texts); ``special``: with the tokens its post-processor adds ([CLS], bos ...).
+
+        Raises :class:`DataError` for what is no text, such as lone surrogates.
+        """
+        try:
+            encoding = self.core.encode(text, pair, add_special_tokens=special)
+        # As in :func:`load`: a tokenizer.json may be read, and contradict itself.
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise DataError(f"{self.name} cannot encode {shorten(text)}: {error}") from None
         offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
         ids, types = np.asarray(encoding.ids, np.int32), np.asarray(encoding.type_ids, np.int32)
         return Encoded(ids, offsets, types, bool(encoding.overflowing))
@@ -90,33 +108,32 @@ class Tokenizer:
             files.write_text(target / name, text)
 
 
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+_TOKEN = Kind("a token id", lambda x: type(x) is int and 0 <= x < 2**31)
+
+
 def _json(file: Path) -> dict:
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file}: bad JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{file}: must hold a JSON object, got {type(value).__name__}")
-    return value
+    return strict_json.read(file, error=DataError, hint="fetch it again") if file.is_file() else {}
 
 
 def _template(directory: Path, config: dict) -> str | None:
     # The newer form, which prevails in transformers as well.
     file = directory / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
+        return files.read_text(file, strict_json.MAX_BYTES, DataError)
+    template, where = config.get("chat_template"), directory / "tokenizer_config.json"
     if isinstance(template, list):  # several named templates
+        for one in template:
+            strict_json.need(one, {"name": TEXT, "template": TEXT}, f"{where}: chat_template", DataError)
         by_name = {t["name"]: t["template"] for t in template}
         return by_name.get("default")
+    strict_json.check({"chat_template": template}, {"chat_template": TEXT | NULL}, where, DataError)
     return template
 
 
 def _first(value: Any) -> Any:
     # Some models list several end tokens, of which the first ends a text.
-    return value[0] if isinstance(value, list) and value else value
+    return (value[0] if value else None) if isinstance(value, list) else value
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
@@ -140,13 +157,19 @@ def load(path: str | os.PathLike) -> Tokenizer:
         raise DataError(f"tokenizer {str(path)!r}: no such file or directory (built in: 'bytes', 'bpe:VOCAB')")
     try:
         core = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
+    # The library raises bare Exception; where its Rust gives up, a BaseException of a class that it does not export.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise DataError(f"{file}: not a tokenizer.json: {error}") from None
     # A saved tokenizer may cut or pad by itself; lengths are the tasks' business.
     core.no_truncation()
     core.no_padding()
     config = _json(file.parent / "tokenizer_config.json")
     model = _json(file.parent / "config.json")
+    # A padding id of -1, which some old models have, would be looked up like any other.
+    schema = dict.fromkeys(_IDS, _TOKEN | listed(_TOKEN) | NULL)
+    strict_json.check(model, schema, file.parent / "config.json", DataError)
     entries = {**_json(file.parent / "special_tokens_map.json"), **config}
     specials = {}
     for key in ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"):
@@ -166,7 +189,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
         bos_id=id_of("bos"),
         eos_id=id_of("eos"),
         pad_id=id_of("pad"),
-        start_id=model.get("decoder_start_token_id"),
+        start_id=_first(model.get("decoder_start_token_id")),
         chat_template=_template(file.parent, config),
         specials=specials,
         name=str(path),

@@ -15,7 +15,7 @@ from jft.delta.changed import COLUMNS, ROWS, Change, Matrices
 from jft.delta.encoding import Encoding, unravel
 from jft.delta.entries import Entries
 from jft.delta.low_rank import LowRank
-from jft.delta.numeric import inner, matmul
+from jft.delta.numeric import check_indices, inner, matmul
 from jft.delta.registry import register, rule
 from jft.delta.selected import (
     Layout,
@@ -65,8 +65,7 @@ class Blocks(Sparse):
         b, c = values[1:]
         if not (b and c) or i % b or o % c:
             raise ValueError(f"blocks of {b} x {c} do not divide matrices of {i} x {o}")
-        if self.indices.dtype != jnp.int32:
-            object.__setattr__(self, "indices", jnp.asarray(self.indices, jnp.int32))
+        check_indices("indices of blocks", self.indices)
         # Before the grid below, in which a block row past the end of its matrix would be one of the next matrix.
         if visible(self.indices) and n[0]:
             m, row = (np.asarray(self.indices)[:, axis] for axis in (0, 1))
@@ -78,6 +77,9 @@ class Blocks(Sparse):
             if order is not None:
                 object.__setattr__(self, "indices", self.indices[order])
                 object.__setattr__(self, "values", self.values[order])
+        # Only now, when they are known to fit.
+        if self.indices.dtype != jnp.int32:
+            object.__setattr__(self, "indices", jnp.asarray(self.indices, jnp.int32))
 
     @classmethod
     def of(cls, delta: Encoding, block: tuple[int, int]) -> Blocks:

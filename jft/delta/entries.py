@@ -16,7 +16,7 @@ import numpy as np
 from jft.delta import elias_fano
 from jft.delta.changed import COLUMNS, ROWS, Change
 from jft.delta.encoding import Dense, Encoding, Sum, entry_index
-from jft.delta.numeric import inner
+from jft.delta.numeric import check_indices, inner
 from jft.delta.registry import register, rule
 from jft.delta.selected import (
     Layout,
@@ -73,6 +73,7 @@ class Entries(Sparse):
         if max(matrix(shape)) >= 2**31:
             raise ValueError(f"a weight of shape {shape} has {matrix(shape)} rows and columns; int32 counts to 2**31")
         rows, columns, values = self.rows, self.columns, self.values
+        check_indices("rows and columns of entries", rows, columns)
         # `find`, unions and Elias-Fano coding rely on the order.
         order = row_major("entries", rows, columns, matrix(shape))
         if order is not None:

@@ -24,10 +24,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jft import tree
+from jft import strict_json, tree
 from jft.version import __version__
 
 Manifest = dict[str, Any]
+_UNCHECKED = "pass check=False (--no-check) to go on"
 
 
 class BaseMismatch(ValueError):
@@ -66,6 +67,42 @@ def check(manifest: Mapping[str, Any]) -> Manifest:
     return dict(manifest)
 
 
+_LEAF = strict_json.Kind(
+    "a checksum, a size and a dtype",
+    lambda x: isinstance(x, list) and len(x) == 3 and all(isinstance(x[i], str) for i in (0, 2)) and type(x[1]) is int,
+)
+_BASE = {
+    "fingerprint": strict_json.TEXT,
+    "parameters": strict_json.Kind("a whole number", lambda x: type(x) is int and x >= 0),
+    "leaves": strict_json.Kind(
+        "leaves, at least one, each a checksum, a size and a dtype",
+        lambda x: isinstance(x, dict) and len(x) > 0 and all(map(_LEAF.test, x.values())),
+    ),
+}
+_READ = {
+    "operation": strict_json.TEXT,
+    "parents": strict_json.listed(strict_json.OBJECT),
+    "narrowed": strict_json.listed(strict_json.TEXT),
+    "method": strict_json.TEXT | strict_json.OBJECT | strict_json.NULL,
+}
+
+
+def check_read(manifest: Manifest) -> None:
+    """``ValueError`` for a manifest of a file that says of what jft reads in it (of the base above all) something else than it
+    may. An empty list of leaves is refused: every base would agree with it.
+    """
+    strict_json.check(manifest, _READ, "its manifest")
+    if manifest.get("base") is not None:
+        base = manifest["base"]
+        strict_json.need(base, _BASE, "its manifest: base")
+        if base["fingerprint"] != tree.fingerprint_of({path: leaf[0] for path, leaf in base["leaves"].items()}):
+            raise ValueError("its manifest: base: the fingerprint is not that of the leaves")
+    for parent in manifest.get("parents", ()):
+        strict_json.need(parent, {"manifest": strict_json.OBJECT}, "its manifest: a parent")
+        coefficient = {"coefficient": strict_json.NUMBER | strict_json.NULL}
+        strict_json.check(parent, coefficient, "its manifest: a parent")
+
+
 def versions() -> dict[str, str]:
     """Versions of what computed the result."""
     return {"jft": __version__, "jax": importlib.metadata.version("jax"), "python": platform.python_version()}
@@ -74,8 +111,10 @@ def versions() -> dict[str, str]:
 def narrow(manifest: Manifest, keep: Callable[[str], bool], note: str) -> Manifest:
     """The manifest of a vector and its base restricted to the paths that ``keep`` keeps."""
     result = dict(manifest) | {"narrowed": [*manifest.get("narrowed", ()), note]}
-    if "base" in manifest:
-        result["base"] = _base({p: leaf for p, leaf in manifest["base"]["leaves"].items() if keep(p)})
+    if manifest.get("base"):
+        leaves = {p: leaf for p, leaf in manifest["base"]["leaves"].items() if keep(p)}
+        # Of no leaf nothing is known: a description without any would agree with every base.
+        result = {k: v for k, v in result.items() if k != "base"} | ({"base": _base(leaves)} if leaves else {})
     return result
 
 
@@ -136,6 +175,8 @@ def verify(manifest: Manifest, params: Any, what: str = "these parameters") -> N
     base = manifest.get("base")
     if not base:
         return
+    if not base["leaves"]:
+        raise BaseMismatch(f"the task vector names no leaf of its base, so {what} cannot be verified; {_UNCHECKED}")
     flat = tree.flatten(params)
     missing = [path for path in base["leaves"] if path not in flat]
     # Only leaves of the base: a checksum reads every weight of a leaf.
@@ -150,7 +191,7 @@ def verify(manifest: Manifest, params: Any, what: str = "these parameters") -> N
             difference += f" ({other_dtypes[0]} is {dtype} here, {expected} there)"
         raise BaseMismatch(
             f"{what} have fingerprint {tree.fingerprint_of(sums)}, the task vector's base has {base['fingerprint']}; "
-            f"they {difference}. Load the base it was made from, in the same dtype, or pass check=False (--no-check) to go on"
+            f"they {difference}. Load the base it was made from, in the same dtype, or {_UNCHECKED}"
         )
 
 
@@ -161,7 +202,7 @@ def _base(leaves: dict[str, list]) -> dict[str, Any]:
 
 def _parent(manifest: Manifest) -> Manifest:
     """A manifest without the table of leaves: its fingerprint says which base it was."""
-    if "base" not in manifest:
+    if not manifest.get("base"):
         return manifest
     return manifest | {"base": {k: v for k, v in manifest["base"].items() if k != "leaves"}}
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.delta.changed import COLUMNS, ROWS
-from jft.delta.numeric import wide
+from jft.delta.numeric import check_indices, wide
 from jft.delta.registry import register, rule
 from jft.delta.selected import Layout
 from jft.delta.sparse import Sparse
@@ -52,6 +52,7 @@ class NM(Sparse):
                 f"{n} of {self.m} entries of a weight of shape {self.shape} need offsets and values {expected}, not "
                 f"{tuple(self.offsets.shape)} and {tuple(self.values.shape)}"
             )
+        check_indices("offsets", self.offsets)
         if visible(self.offsets) and self.offsets.size:
             offsets = np.asarray(self.offsets)
             # Sorted, equal offsets are neighbours.

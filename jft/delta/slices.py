@@ -16,7 +16,7 @@ from jft.delta.changed import COLUMNS, ROWS, Change, Matrices
 from jft.delta.encoding import Encoding, unravel
 from jft.delta.entries import Entries
 from jft.delta.low_rank import LowRank
-from jft.delta.numeric import inner, wide
+from jft.delta.numeric import check_indices, inner, wide
 from jft.delta.registry import register, rule
 from jft.delta.selected import (
     Layout,
@@ -52,6 +52,7 @@ class Slicing(Sparse):
                 f"{self.kind} of a weight of shape {self.shape} need indices [k] and values [k, *{self.slice_shape}], "
                 f"not {k} and {tuple(self.values.shape)}"
             )
+        check_indices(f"indices of {self.kind}", self.indices)
         if not visible(self.indices) or not k[0]:
             return
         indices = np.asarray(self.indices)

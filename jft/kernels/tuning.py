@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from jft import files
+from jft import files, strict_json
 
 
 def folder() -> Path:
@@ -60,7 +60,7 @@ def write(kind: str, cases: Mapping[str, Mapping[str, Any]]) -> Path:
 @functools.lru_cache(maxsize=8)
 def _table(path: Path, changed: int) -> Mapping[str, Mapping[str, Any]]:
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = strict_json.read(path)
         valid = isinstance(table, dict) and all(isinstance(config, dict) for config in table.values())
     except ValueError:
         valid = False

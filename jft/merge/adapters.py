@@ -6,12 +6,12 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from jft.merge import host
-from jft.models.hf.checkpoint import DTYPES, LoadError, read_header, read_json
+from jft.models.hf import adapter_config
+from jft.models.hf.checkpoint import DTYPES, LoadError, read_header
 from jft.names import nearest
 
 FILE = "adapter_model.safetensors"
@@ -29,7 +29,7 @@ class PeftAdapter:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self.config = read_json(directory / "adapter_config.json")
+        self.config = adapter_config.read(directory)
         kind = self.config.get("peft_type")
         if kind != "LORA":
             raise LoadError(f"{directory} is a peft adapter of type {kind!r}; LORA is what can be merged")
@@ -38,7 +38,7 @@ class PeftAdapter:
                 raise LoadError(
                     f"{directory} has {option}={self.config[option]!r}, which is not read; merge it with peft"
                 )
-        if self.config.get("bias", "none") != "none":
+        if self.config.get("bias") not in (None, "none"):
             raise LoadError(f"{directory} has bias={self.config['bias']!r}, which is not read; merge it with peft")
         if not (directory / FILE).is_file():
             raise LoadError(
@@ -85,8 +85,8 @@ class PeftAdapter:
 
     def scaling(self, module: str, rank: int) -> float:
         """The factor of ``B A``."""
-        alpha = _pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
-        declared = _pattern(self.config.get("rank_pattern"), module, self.config["r"])
+        alpha = adapter_config.value_of(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
+        declared = adapter_config.value_of(self.config.get("rank_pattern"), module, self.config["r"])
         if declared != rank:
             raise ValueError(f"{self.directory}: {module!r} has rank {rank}, adapter_config.json says {declared}")
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
@@ -123,11 +123,3 @@ def _shortened(module: str) -> list[str]:
     """The module without its first names, one after the other: ``transformer.h.0.x`` is ``h.0.x`` in older files."""
     parts = module.split(".")
     return [".".join(parts[i:]) for i in range(1, min(3, len(parts)))]
-
-
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that the module's name ends in, as peft looks it up."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +11,8 @@ from jft.merge import output, streaming
 from jft.merge.plan import Plan, plan
 from jft.merge.recipe import Recipe
 from jft.models.hf import writer
-from jft.models.saving import COMPANIONS
 
-MANIFEST = "jft_merge.json"
+MANIFEST = writer.MERGE
 
 
 def merge_to_disk(
@@ -45,7 +43,5 @@ def merge_to_disk(
         writer.write_index(directory, written.shards)
         writer.write_json(directory / "config.json", planned.config)
         writer.write_json(directory / MANIFEST, planned.manifest)
-        for name in COMPANIONS:
-            if (planned.companions / name).is_file():
-                shutil.copyfile(planned.companions / name, directory / name)
+        writer.copy_companions(planned.companions, directory)
     return planned

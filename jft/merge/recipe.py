@@ -10,9 +10,12 @@ from typing import Any
 
 import yaml
 
+from jft import files, strict_json
 from jft.names import nearest
 
 Settings = Mapping[str, Any]
+MAX_BYTES, MAX_VALUES = 1_000_000, 100_000
+"""Of a recipe."""
 
 TOP = {
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
@@ -72,12 +75,30 @@ def load(path: str | os.PathLike) -> Recipe:
     """The recipe in a YAML file. Raises ``ValueError`` naming the file and what is wrong with it."""
     file = Path(path)
     try:
-        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+        value = yaml.safe_load(files.read_text(file, MAX_BYTES))
+        _check_extent(value)
         return parse(value)
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not YAML: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{file}: lists or mappings too deep inside each other") from None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def _check_extent(value: Any) -> None:
+    """``ValueError`` for a value that YAML's aliases make larger than any recipe, or endless, out of a few lines."""
+    pending, count = [value], 0
+    while pending:
+        count += 1
+        if count > MAX_VALUES:
+            raise ValueError(f"the recipe has more than {MAX_VALUES:,} values, aliases (*NAME) included")
+        one = pending.pop()
+        if isinstance(one, Mapping | list):
+            pending += [*one.values()] if isinstance(one, Mapping) else one
+    # Endless ones are refused above.
+    if strict_json.depth(value) > strict_json.MAX_DEPTH:
+        raise ValueError(f"more than {strict_json.MAX_DEPTH} lists or mappings inside each other")
 
 
 def parse(value: Any) -> Recipe:
@@ -103,6 +124,9 @@ def parse(value: Any) -> Recipe:
     for key in ("dtype", "out_dtype"):
         if value.get(key) not in (None, *DTYPES):
             raise ValueError(f"{key} is one of {', '.join(sorted(DTYPES))}, not {value[key]!r}")
+    seed = value.get("seed", 0)
+    if not strict_json.COUNT.test(seed):
+        raise ValueError(f"seed is {strict_json.COUNT.name}, not {seed!r:.60}")
     return Recipe(
         method=value["merge_method"],
         base=base,
@@ -111,7 +135,7 @@ def parse(value: Any) -> Recipe:
         dtype=value.get("out_dtype") or value.get("dtype"),
         tokenizer=value.get("tokenizer_source"),
         preset=value.get("preset"),
-        seed=int(value.get("seed", 0)),
+        seed=seed,
         mismatch=mismatch,
         check=bool(value.get("check", True)),
         text=value,

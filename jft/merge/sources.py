@@ -21,8 +21,9 @@ from jft.delta import Dense, LowRank, file
 from jft.delta import manifest as manifests
 from jft.merge import host
 from jft.merge.adapters import PeftAdapter
+from jft.models import loading
 from jft.models.core import Model
-from jft.models.hf import reader, registry
+from jft.models.hf import config_schema, reader, registry
 from jft.models.hf.checkpoint import DTYPES, Checkpoint, Entry, LoadError, read_header, read_json
 from jft.models.loading import fetch
 from jft.names import nearest
@@ -67,7 +68,8 @@ class Directory(Source):
         self.checkpoint = Checkpoint(self.path)
         config = self.path / "config.json"
         self.config = read_json(config) if config.is_file() else {}
-        if "quantization_config" in self.config:
+        config_schema.check_kinds(self.config, config)
+        if self.config.get("quantization_config") is not None:
             raise LoadError(f"{config}: the weights are quantised; merge the checkpoint they were made from")
         #: Tensors that count as unchanged, because this model lacks them or has them in another shape.
         self.unchanged: set[str] = set()
@@ -207,9 +209,10 @@ class VectorFile(Source):
         self.read = functools.lru_cache(maxsize=16)(lambda p: file.read(self.path, [p])[0][p])
 
     def check(self, names: Mapping[str, Entry], base: Directory) -> None:
+        # Layers of dense deltas are read past `file.read`, which looks at checksums and for what is not finite.
+        file.verify(self.path)
         family = registry.family_of(base.config, base.path / "config.json")
-        config = family.from_hf(base.config)
-        config = config if family.refine is None else family.refine(config, frozenset(base.entries))
+        config = loading.backbone(family, base.config, base.checkpoint)
         table, shapes = family.table(config), tree.flatten(Model(config).abstract())
         known = self.header.manifest.get("base", {}).get("leaves", {}) if self.verify else {}
         for path in self.header.entries:

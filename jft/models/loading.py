@@ -17,7 +17,7 @@ from jft import tree
 from jft.gguf import is_gguf
 from jft.models.classifier import Classifier
 from jft.models.core import Execution, Model
-from jft.models.hf import heads, reader, registry
+from jft.models.hf import config_schema, heads, reader, registry
 from jft.models.hf.checkpoint import Checkpoint, LoadError, read_json
 from jft.models.hf.mapping import Family
 
@@ -45,7 +45,8 @@ def load(
     classes: a :class:`Classifier` of that many classes with ``pool``; its head is read where the checkpoint has one of
     that shape, else drawn from ``seed``. 0: the backbone, or the classifier that :func:`jft.save` wrote.
 
-    Host memory stays near what is kept there: one shard of one parameter beyond it.
+    Host memory stays near what is kept there: one shard of one parameter beyond it. Nothing of the directory is run: weights
+    are safetensors, never pickles, and ``auto_map`` is not read.
 
     Raises :class:`LoadError` (a ``ValueError``), naming the file or tensor: unknown architecture or feature; missing,
     unexpected, mis-shaped, quantised tensors; truncated or corrupt or missing files; pickles in place of safetensors.
@@ -111,22 +112,28 @@ def describe(directory: Path) -> dict[str, Any]:
     if not file.is_file():
         raise LoadError(f"{directory} has no config.json; it is not a Hugging Face checkpoint")
     description = read_json(file)
-    if "quantization_config" in description:
-        method = (description["quantization_config"] or {}).get("quant_method")
+    config_schema.check_kinds(description, file)
+    if (quantised := description.get("quantization_config")) is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise LoadError(f"{file}: the weights are quantised ({method}); load the checkpoint they were made from")
     return description
 
 
-def _config(family: Family, description: dict, checkpoint: Checkpoint, classes: int, pool: str | None) -> Any:
+def backbone(family: Family, description: dict, checkpoint: Checkpoint) -> Any:
+    """The jft config that a checked ``config.json`` (:func:`describe`) and the names of its tensors make."""
     where = checkpoint.description
+    config_schema.check_sizes(description, checkpoint.entries, where)
     try:
         config = family.from_hf(description)
-        if family.refine is not None:
-            config = family.refine(config, frozenset(checkpoint.entries))
+        return config if family.refine is None else family.refine(config, frozenset(checkpoint.entries))
     except KeyError as error:
         raise LoadError(f"{where} lacks {error.args[0]!r}") from error
     except ValueError as error:
         raise LoadError(f"{where}: {error}") from error
+
+
+def _config(family: Family, description: dict, checkpoint: Checkpoint, classes: int, pool: str | None) -> Any:
+    config = backbone(family, description, checkpoint)
     head_config = description.get(heads.KEY)
     if classes < 0:
         raise LoadError(f"classes is a number of classes, or 0 for none, not {classes}")

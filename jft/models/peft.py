@@ -14,19 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
-from jft import tree
+from jft import safetensors_files, tree
 from jft.delta import LowRank, TaskVector
 from jft.delta import manifest as manifests
 from jft.delta.singular import factors
 from jft.models.core import Model
-from jft.models.hf import reader, registry, writer
-from jft.models.hf.checkpoint import LoadError, read_json
+from jft.models.hf import adapter_config, reader, registry, writer
+from jft.models.hf.checkpoint import LoadError
 from jft.models.hf.mapping import Source
 from jft.tree import host
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = adapter_config.FILE, "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # These change the base when they start, so that their factors alone are not the change.
 _CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -82,7 +81,7 @@ def save_adapter(model: Model, tau: TaskVector, directory: str | os.PathLike, ba
     config = _config(ranks, templates) | {"base_model_name_or_path": base, "fan_in_fan_out": not linear}
     if jax.process_index() == 0:
         with writer.whole_directory(target) as partial:
-            safetensors.numpy.save_file(tensors, partial / WEIGHTS, {"format": "pt"})
+            safetensors_files.save(tensors, partial / WEIGHTS, {"format": "pt"})
             writer.write_json(partial / CONFIG, config)
     return target
 
@@ -96,7 +95,7 @@ def load_adapter(model: Model, directory: str | os.PathLike, base: Any = None) -
     changed the base when they started (PiSSA, OLoRA, CorDA, LoftQ): the factors are then not the whole change.
     """
     folder = Path(directory).expanduser()
-    config = read_json(folder / CONFIG)
+    config = adapter_config.read(folder)
     start = str(config.get("init_lora_weights"))
     if config.get("peft_type") != "LORA" or start.startswith(_CHANGING_STARTS):
         kind = start if config.get("peft_type") == "LORA" else config.get("peft_type")
@@ -105,7 +104,7 @@ def load_adapter(model: Model, directory: str | os.PathLike, base: Any = None) -
         )
     if not (folder / WEIGHTS).is_file():
         raise LoadError(f"{folder} has no {WEIGHTS}; save the adapter with safe_serialization=True")
-    tensors = safetensors.numpy.load_file(folder / WEIGHTS)
+    tensors = safetensors_files.load(folder / WEIGHTS, LoadError)
     shapes = tree.flatten(model.abstract())
     stabilised = bool(config.get("use_rslora"))
     deltas: dict[str, LowRank] = {}
@@ -200,8 +199,7 @@ def _config(ranks: Mapping[str, int], templates: Mapping[str, str]) -> dict[str,
 
 def _alpha(config: Mapping[str, Any], module: str) -> float:
     """The ``lora_alpha`` of a module, as peft finds it."""
-    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-    return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), config["lora_alpha"])
+    return adapter_config.value_of(config.get("alpha_pattern"), module, config["lora_alpha"])
 
 
 def _pair(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,27 +19,10 @@ from jft.models.classifier import Classifier
 from jft.models.core import Model
 from jft.models.hf import heads, reader, registry, writer
 from jft.models.hf.checkpoint import NAMES, read_json
+from jft.models.hf.config_schema import check_kinds
 from jft.models.hf.mapping import Family, Source
 from jft.models.loading import fetch
 from jft.tree import host
-
-COMPANIONS = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
-"""Files of tokenizers and image processors."""
 
 KEPT = (
     "bos_token_id",
@@ -108,9 +90,7 @@ def _copy_companions(origin: Path, directory: Path) -> None:
         tokenizer.core(file).save(str(directory / "tokenizer.json"))
         writer.write_json(directory / "tokenizer_config.json", tokenizer.config(file))
         return
-    for name in COMPANIONS:
-        if (origin / name).is_file():
-            shutil.copyfile(origin / name, directory / name)
+    writer.copy_companions(origin, directory)
 
 
 def _barrier(name: str) -> None:
@@ -213,6 +193,7 @@ def _describe(family: Family, config: Any, tensors: list[writer.Tensor], origin:
     description = family.to_hf(backbone)
     if origin is not None and (origin / "config.json").is_file():
         known = read_json(origin / "config.json")
+        check_kinds(known, origin / "config.json")
         description |= {key: known[key] for key in KEPT if known.get(key) is not None}
     largest: dict[str, int] = defaultdict(int)
     for tensor in tensors:

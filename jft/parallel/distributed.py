@@ -163,7 +163,7 @@ def _register(connection: socket.socket, processes: int, connections: dict[int, 
         # Bounded, and not necessarily text: anything may connect to an open port.
         hello = json.loads(connection.makefile(errors="replace").readline(1000))
         sender, count = int(hello["process_id"]), int(hello["processes"])
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         connection.close()
         return
     problem = None

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jft import files
 from jft.methods import Card
 from jft.methods.parametrise import InPlace
 from jft.methods.plan import Method
@@ -59,8 +60,10 @@ class Slots:
             return memory.Accesses(nothing, nothing, 1)
         # Read here, not in the preset: a config may name a file that is on the machine of the run alone.
         if isinstance(known, str | os.PathLike):
-            with np.load(known) as file:
-                known = memory.Accesses(file["counts"], file["batches"], int(file["size"]))
+            held = files.read_npz(known)
+            if not {"counts", "batches", "size"} <= set(held):
+                raise ValueError(f"{known} has the arrays {', '.join(held)}; a background has counts, batches and size")
+            known = memory.Accesses(held["counts"], held["batches"], int(held["size"]))
         if known.batches.shape != nothing.shape:
             raise ValueError(f"the background counts {known.batches.shape[0]} slots, and the memory has {slots}")
         return known

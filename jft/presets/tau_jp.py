@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from jft import files
 from jft.methods.card import Card
 from jft.methods.parametrise import InPlace
 from jft.methods.plan import Method
@@ -89,8 +89,5 @@ def tau_jp(data: Patterns = (), weight: float = 1.0, form: Form = "norm") -> Met
     data: for each other task an ``.npz`` file, its arrays the fields of a batch, stacked ``[batches, B, ...]``; no targets are
     needed. form: the ``norm``, or ``squared``.
     """
-    tasks = []
-    for path in patterns(data):
-        with np.load(path) as file:
-            tasks.append({name: file[name] for name in file.files})
+    tasks = [files.read_npz(path) for path in patterns(data)]
     return Method(Select(), InPlace(), penalties=(JacobianProduct(weight, tuple(tasks), form),), forward="linearized")

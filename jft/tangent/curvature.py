@@ -11,10 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import safetensors
-import safetensors.numpy
 
-from jft import files, tree
+from jft import safetensors_files, strict_json, tree
 from jft.delta.manifest import BaseMismatch
 
 Array = jax.Array
@@ -65,20 +63,23 @@ class Curvature:
         tensors = {f"{p}|{name}": tree.host(x) for p, pair in self.factors.items() for name, x in pair.items()}
         header = {"format": FORMAT, "version": VERSION, "examples": self.examples, "base": self.base}
         if jax.process_index() == 0:
-            with files.whole(path) as temporary:
-                safetensors.numpy.save_file(tensors, temporary, {"jft": json.dumps(header)})
+            safetensors_files.save(tensors, path, {"jft": json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Curvature:
         """Read what :meth:`save` wrote; ``ValueError`` for another file."""
-        with safetensors.safe_open(path, "numpy") as handle:
-            header = json.loads((handle.metadata() or {}).get("jft", "{}"))
-            if header.get("format") != FORMAT or header["version"] > VERSION:
-                raise ValueError(f"{path} is no curvature of version {VERSION} or lower")
-            factors: dict[str, dict[str, Array]] = {}
-            for key in handle.keys():  # noqa: SIM118 (no mapping)
-                name, field = key.rsplit("|", 1)
-                factors.setdefault(name, {})[field] = jnp.asarray(handle.get_tensor(key))
+        tensors = safetensors_files.Tensors(path)
+        header = strict_json.loads(tensors.metadata.get("jft", "{}"), path)
+        if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
+            raise ValueError(f"{path} is no curvature of version {VERSION} or lower")
+        strict_json.need(header, {"examples": strict_json.POSITIVE, "base": strict_json.TEXT}, path)
+        factors: dict[str, dict[str, Array]] = {}
+        for key in tensors:
+            name, _, field = key.rpartition("|")
+            factors.setdefault(name, {})[field] = jnp.array(tensors.array(key))
+        for name, pair in factors.items():
+            if set(pair) != {"inputs", "outputs"}:
+                raise ValueError(f"{path} is no curvature: {name!r} has {', '.join(pair)}, not inputs and outputs")
         return cls(dict(sorted(factors.items())), header["examples"], header["base"])
 
 

@@ -208,7 +208,7 @@ class RunCalibration:
         # Not the default device: a run may be on another one, and arrays of two devices do not mix.
         device = next(iter(self.params.values())).sharding
         # Closed also when a consumer stops early: a loader has threads.
-        with contextlib.closing(feed.Feed(data)) as source:
+        with contextlib.closing(feed.Feed(data, self.model)) as source:
             # One by one: a position of the data is the loader's own, and not a count to go to.
             for step in range(self._passed):
                 source.next(step, self.objective)
@@ -400,7 +400,7 @@ def calibration_of(
             raise ValueError("this method chooses by evaluation, again and again; give eval_data, a list or a loader")
         # One compiled program for all candidates: equal models are equal arguments.
         compute = evaluation.sums(apply_for(recipe.objective, model, mesh), recipe.objective)
-        return evaluation.mean(compute, params, eval_data, recipe.objective, mesh, eval_batches)
+        return evaluation.mean(compute, params, eval_data, recipe.objective, mesh, eval_batches, model=model)
 
     return RunCalibration(
         model,

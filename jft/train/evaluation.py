@@ -46,16 +46,24 @@ def sums(apply: Callable, objective: Objective, plan: Plan | None = None, dtype:
 
 
 def mean(
-    compute: Callable, params: Any, batches: Iterable, objective: Objective, mesh: Any = None, limit: int = 0
+    compute: Callable,
+    params: Any,
+    batches: Iterable,
+    objective: Objective,
+    mesh: Any = None,
+    limit: int = 0,
+    model: Any = None,
 ) -> dict:
     """``sum of sums / sum of weights`` over ``batches`` (the first ``limit``, 0 for all), added in float64 on the host.
 
-    Raises ``ValueError`` where there is no batch, nothing in them counts, or the objective refuses one.
+    model: whose tokens the batches hold. Raises ``ValueError`` where there is no batch, nothing in them counts, the objective
+    refuses one, or the model has no such token.
     """
     # Python floats: a float32 sum over many batches would lose the last ones.
     totals: dict[str, Any] = {}
     for batch in itertools.islice(batches, limit) if limit else batches:
         batch = feed.host(batch)
+        feed.check_ids(batch, model)
         objective.weight(batch, np)  # refuses on the host what the loss would take without a word
         batch = parallel.put_batch(batch, mesh) if mesh is not None else batch
         for name, value in jax.device_get(compute(params, batch)).items():
@@ -84,4 +92,4 @@ def evaluate(model: Any, params: Any, batches: Iterable, objective: Any = "lm", 
     objective = find_objective(objective)
     # Batches must lie on the devices of the parameters: jit refuses arrays on two sets of devices.
     mesh = mesh or find_mesh(params)
-    return mean(sums(apply_for(objective, model, mesh), objective), params, batches, objective, mesh)
+    return mean(sums(apply_for(objective, model, mesh), objective), params, batches, objective, mesh, model=model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 
 from jft import data, methods, models, parallel, tree
 from jft.data.config import derived
-from jft.models.loading import fetch
+from jft.models.loading import describe, fetch
 from jft.names import nearest
 from jft.train import feed
 from jft.train.config import Config, ModelConfig, check, check_length
@@ -241,7 +240,7 @@ def _from_scratch(config: ModelConfig, seed: int, mesh: Any, classes: int, token
     kind = getattr(models, ARCHITECTURES[config.arch])
     # A default: a config may have more rows than tokens, as padding for the mesh.
     if tokenizer is not None and "vocab" in kind.__dataclass_fields__:
-        options.setdefault("vocab", tokenizer.vocab_size)
+        options.setdefault("vocab", tokenizer.rows)
     architecture = _architecture(kind, options, f"config.model.options of {config.arch}")
     if classes:
         architecture = models.Classifier(architecture, classes, config.pool)
@@ -285,11 +284,9 @@ def loaders(config: Config, workdir: Path | None, first: Any = None) -> tuple[An
         directory = fetch(config.model.source)
         # Vision models have none.
         tokenizer = directory if directory.is_file() or (directory / "tokenizer.json").is_file() else None
-        base_config = (
-            json.loads((directory / "config.json").read_text()) if (directory / "config.json").is_file() else {}
-        )
+        base_config = {} if directory.is_file() else describe(directory)
         # A CLIP config has it in the vision tower's section.
-        image_size = base_config.get("image_size") or base_config.get("vision_config", {}).get("image_size")
+        image_size = base_config.get("image_size") or (base_config.get("vision_config") or {}).get("image_size")
     shared: Any = {"batch_size": config.batch_size, "seed": config.seed, "image_size": image_size, "directory": workdir}
     train = data.build(config.data, tokenizer=tokenizer if first is None else first.tokenizer, **shared)
     # Names may differ, since members learn other tasks; the head has one shape.
@@ -322,7 +319,8 @@ def _check_vocabulary(params: Any, tokenizer: Any) -> None:
     tables = {p: x.shape[-2] for p, x in tree.flatten(params).items() if p.endswith("embed/table")}
     for path, rows in tables.items():
         # Lookups clip their indices: too large an id would train the last row, and raise nothing.
-        if tokenizer is not None and tokenizer.vocab_size > rows:
+        if tokenizer is not None and tokenizer.rows > rows:
             raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, but {path} has {rows} rows; use the model's own tokenizer"
+                f"the tokenizer has {tokenizer.vocab_size} tokens with ids up to {tokenizer.rows - 1}, but {path} has {rows} "
+                "rows; use the model's own tokenizer, and look at the ids of its special tokens"
             )

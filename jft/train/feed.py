@@ -44,6 +44,7 @@ def check(batch: Any, model: Any, mesh: Any) -> None:
         raise ValueError(
             f"rows of {length} tokens, but the model has {longest} positions; set data.max_length to at most that"
         )
+    check_ids(batch, model)
     if mesh is None:
         return
     parts = parallel.batch_shards(mesh)
@@ -54,6 +55,29 @@ def check(batch: Any, model: Any, mesh: Any) -> None:
             f"a batch of {count} does not divide over the {parts} devices of the mesh's data and fsdp; "
             f"set batch_size to a multiple of {parts}, or make the mesh smaller"
         )
+
+
+def vocabulary(model: Any) -> int | None:
+    """Rows of the embedding of a jft model; None where nothing is known of it, as of other libraries' models."""
+    config = getattr(model, "config", None)
+    config = getattr(config, "backbone", config)
+    # A CLIP has its text tower's.
+    return getattr(getattr(config, "text", config), "vocab", None)
+
+
+def check_ids(batch: Any, model: Any) -> None:
+    """Refuse token ids that the embedding has no row for, padding included. Lookups clip them: the last row would train."""
+    rows, fields = vocabulary(model), batch if isinstance(batch, Mapping) else {"tokens": batch}
+    if rows is None:
+        return
+    for name in ("tokens", "decoder_tokens"):
+        ids = fields.get(name)
+        # Shapes have no ids.
+        if isinstance(ids, np.ndarray) and ids.size and not 0 <= ids.min() <= ids.max() < rows:
+            raise ValueError(
+                f"{name} holds id {ids.max() if ids.max() >= rows else ids.min()}, and the model has {rows} tokens, 0 to "
+                f"{rows - 1}; use the model's own tokenizer, and look at the ids of its special tokens"
+            )
 
 
 def put(batch: Any, layout: Layout) -> Any:
@@ -136,11 +160,12 @@ class Feed:
     """An endless stream of host batches with a JSON position.
 
     data: an iterable whose iterators have ``get_state`` and ``set_state`` (jft's loaders, Grain); a sequence of batches,
-    gone through again and again; or any other iterable, whose position is the number of batches drawn.
+    gone through again and again; or any other iterable, whose position is the number of batches drawn. model: that whose
+    tokens they hold, where ids are to be checked (:func:`check_ids`).
     """
 
-    def __init__(self, data: Any):
-        self._data, self._iterator = data, _iterator(data)
+    def __init__(self, data: Any, model: Any = None):
+        self._data, self._iterator, self._model = data, _iterator(data), model
         # `iter` of an iterator is itself; then the caller opened it, and closes it.
         self._closes = self._iterator is not data
         # Each with the position before it: a batch that was only peeked at is not taken, whatever the iterator counts.
@@ -182,6 +207,7 @@ class Feed:
                 self._ahead.append((position, host(next(self._iterator))))
             except StopIteration:
                 raise ValueError(f"the data ended (position {position}); training data must repeat") from None
+            check_ids(self._ahead[-1][1], self._model)
         return [batch for _, batch in itertools.islice(self._ahead, count)]
 
     def next(self, step: int, objective: Objective) -> Any:
@@ -246,13 +272,13 @@ def rows(batch: Any) -> int:
 class Streams:
     """The data of all members: what several have in common is read once."""
 
-    def __init__(self, members: Sequence[Any]):
+    def __init__(self, members: Sequence[Any], model: Any = None):
         self._members = members
         # By identity: loaders do not compare by value, and equal lists may be two streams.
         data = {id(m.data): m.data for m in members}
         indices = {key: i for i, key in enumerate(data)}
         self.stream_of = [indices[id(m.data)] for m in members]
-        self._feeds = [Feed(x) for x in data.values()]
+        self._feeds = [Feed(x, model) for x in data.values()]
 
     @property
     def differ(self) -> bool:

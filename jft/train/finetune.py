@@ -125,7 +125,7 @@ def finetune(
     forget_if_crowded()
     # Before data is opened, whose loaders start threads.
     members.check(config)
-    streams = Streams(members)
+    streams = Streams(members, config.model)
     # What is wrong with the first batches is found now; peeked at, so training still begins with them.
     streams.peek()
     # The objective follows from the fields of a batch.

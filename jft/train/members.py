@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jft import methods, tree
+from jft import files, methods, tree
 from jft.methods import Method, Plan
 from jft.methods.parametrise import Parametrisation
 from jft.models.core import is_jft_model
@@ -100,9 +100,9 @@ def _name(index: int, options: Options) -> str:
         if key not in KEYS:
             raise ValueError(f"member {name!r} of the fleet has no key {key!r}{nearest(key, KEYS)}: {', '.join(KEYS)}")
     # The fleet's own checkpoints lie beside the members' folders.
-    if not name or name in (".", "..", "checkpoints") or "/" in name or "\\" in name:
+    if name == "checkpoints":
         raise ValueError(f"a member of the fleet is called {name!r}, which cannot be the name of its folder")
-    return name
+    return files.check_name(name, "the name of a member of the fleet")
 
 
 def _check_weights(name: str, params: Mapping[str, Any], base: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from jft import files
+from jft import files, strict_json, terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +65,27 @@ class JsonLines:
 def read(path: Path) -> list[dict]:
     """The rows of a ``metrics.jsonl``; a truncated last line is dropped. Other damage is refused, naming the line."""
     rows = []
-    lines = path.read_text().splitlines()
+    try:
+        files.check_regular(path)
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); {_REMOVE}") from None
     for number, line in enumerate(lines, 1):
+        where = f"{path}: line {number}"
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = strict_json.loads(line, where, hint=_REMOVE)
+        except ValueError:
             # Only the last line can be cut off by a crash; an earlier one was changed by somebody.
             if number < len(lines):
-                raise ValueError(f"{path}: line {number} is not JSON: {line[:80]!r}") from None
+                raise
+            continue
+        strict_json.need(row, _ROW, where, hint=_REMOVE)
+        rows.append(row)
     return rows
+
+
+_ROW = {"step": strict_json.COUNT, "split": strict_json.TEXT}
+_REMOVE = "remove that line, or the file, of which nothing but the log depends"
 
 
 class TensorBoard:
@@ -280,6 +292,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print ``text``, above the bar if there is one."""
+        # It may hold rows of data.
+        text = terminal.plain(text)
         if self._bar is not None:
             # Text of the user's data may hold [brackets], which rich would take for markup.
             self._bar.console.print(text, markup=False, highlight=False)

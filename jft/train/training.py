@@ -240,7 +240,7 @@ class Training:
             if member.eval_data is not None:
                 state, kept = self.update.member(self.held, i)
                 rest = member.eval_data, config.objective, config.mesh, config.eval_batches
-                scores[i] = evaluation.mean(score, (kept, state.trained), *rest)
+                scores[i] = evaluation.mean(score, (kept, state.trained), *rest, model=config.model)
                 if config.samples.exact_match:
                     scores[i] |= config.samples.scores(*self._generator(i), member.eval_data)
         return scores

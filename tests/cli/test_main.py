@@ -68,3 +68,12 @@ def test_methods_as_json(capsys):
     assert rows["bitfit"]["trains"].startswith("all weights matching")
     assert main.call(["methods", "lora"]) == 0
     assert "option   rank = 16" in capsys.readouterr().out
+
+
+def test_a_file_cannot_write_to_the_terminal(monkeypatch, capsys):
+    def fail(argv):
+        raise ValueError("in \x1b[31ma.json\x1b]0;title\x07:\nkey \u202e is bad")
+
+    monkeypatch.setattr(methods, "main", fail)
+    assert main.call(["methods"]) == 1
+    assert capsys.readouterr().err == "jft: in \\x1b[31ma.json\\x1b]0;title\\x07: key \\u202e is bad\n"

@@ -1,5 +1,9 @@
-import pytest
+import json
 
+import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from jft.data import sandbox
 from jft.data.chat import ChatTemplate, check_messages
 from jft.data.errors import DataError
 from tests.data.chats import CHATML, INST, MARKED, TALK, THINKING
@@ -104,3 +108,54 @@ def test_marks_mask_as_transformers(tmp_path):
     example = PromptResponse(One(), load(tmp_path), messages="messages").example(0, None)
     assert example["tokens"].tolist() == list(theirs["input_ids"])
     assert example["loss_mask"].astype(int).tolist() == list(theirs["assistant_masks"])
+
+
+MUTATIONS = [
+    ("jft/data/sandbox.py", "        if self.left < 0:", "        if self.left < -(10**9):"),
+    (
+        "jft/data/sandbox.py",
+        "        if time.monotonic() > self.until:",
+        "        if time.monotonic() > self.until + 9:",
+    ),
+    ("jft/data/sandbox.py", "optimized=False", "optimized=True"),
+    ("jft/data/sandbox.py", "        self.finalize = _printed\n", ""),
+    ("jft/data/chat.py", "        compiled.environment.budget.start()\n", ""),
+]
+SAME = [
+    "{{ 'a' ~ 1 ~ messages[0]['content'][1:-1] }}{{ messages[-1]['content'][::-1] }}",
+    "{% for m in messages %}{{ m.role|upper }}: {{ m['content']|trim }}{% if loop.last %}.{% endif %}{% endfor %}",
+    "{% set n = namespace(x=2) %}{% for i in range(3) %}{% set n.x = n.x * 3 + i %}{% endfor %}{{ n.x ** 2 }}",
+    "{% macro f(a, b='y') %}<{{ a }}{{ b }}>{% endmacro %}{{ f('x') }}{{ f(1, b=2) }}{{ ['p', 'q']|join('-') }}",
+    "{% set t %}{{ 'in' }}side{% endset %}{{ t|length }}{{ '%s of %03d' % ('a', 7) }}{{ '{:>5}'.format('r') }}",
+    "{{ messages|map(attribute='role')|list|tojson }}{{ 'a-b'.split('-')[0] }}{{ 'ab'.replace('b', 'c') }}{{ ' x'|indent(2) }}",
+    "{{ [1, 2] + [3] }}{{ messages|selectattr('role', 'equalto', 'user')|list|length }}{{ {'a': 1}.items()|list }}",
+]
+
+
+@pytest.mark.parametrize("template", SAME)
+def test_the_budget_changes_no_text(template):
+    plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    plain.filters["tojson"] = json.dumps
+    assert ChatTemplate(template).render(TALK) == plain.from_string(template).render(messages=TALK)
+
+
+def test_every_rendering_has_a_budget_of_its_own(monkeypatch):
+    monkeypatch.setattr(sandbox, "MAX_CHARACTERS", 2000)
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
+    short, long = ([{"role": "user", "content": "x" * n}] for n in (1500, 2500))
+    for _ in range(3):
+        assert template.render(short) == "x" * 1500
+        with pytest.raises(DataError, match="makes more than 2,000 characters"):
+            template.render(long)
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.0)
+    with pytest.raises(DataError, match="takes more than 0 s"):
+        template.render(short)
+
+
+def test_nothing_runs_while_a_template_is_compiled():
+    # What would be folded: a filter and an operator of constants.
+    template = ChatTemplate("{{ 'a'|upper }}{{ 'b' * 3 }}{% if 'c'|upper == 'C' %}{{ 'd' ~ 'e' }}{% endif %}")
+    code = sandbox.Environment().compile(template.template, raw=True)
+    for folded in ("'A'", "'bbb'", "'C' == 'C'", "'de'"):
+        assert folded not in code
+    assert template.render(TALK) == "Abbbde"

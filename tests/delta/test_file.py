@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,26 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jft.delta import Dense, TaskVector, describe, file
+from jft.delta import BaseMismatch, Dense, TaskVector, apply, describe, file
 from tests.delta.algebra import KINDS, make
+
+MUTATIONS = [
+    ("jft/delta/file.py", "checksum(value) != sums[field]", "checksum(value) == sums[field][1:]"),
+    ("jft/delta/file.py", 'start = zlib.crc32(f"{name}{list(value.shape)}".encode())', "start = 0"),
+    (
+        "jft/delta/file.py",
+        "        if not finite(value):\n            raise FileError",
+        "        if False:\n            raise FileError",
+    ),
+    (
+        "jft/delta/file.py",
+        "            if not finite(value):\n                raise ValueError",
+        "            if False:\n                raise ValueError",
+    ),
+    ("jft/delta/file.py", "    if strange:", "    if False:"),
+    ("jft/delta/manifest.py", 'if not base["leaves"]:', "if False:"),
+    ("jft/delta/manifest.py", "if leaves else {})", "if True else {})"),
+]
 
 
 def vector(kinds=KINDS, seed=0):
@@ -42,7 +61,7 @@ def test_round_trip_is_bit_equal(tmp_path, kinds, seed, dtype):
 
 
 def test_unusual_values_and_shapes(tmp_path):
-    values = jnp.array([0.0, -0.0, jnp.inf, 1e-40, jnp.nan])
+    values = jnp.array([0.0, -0.0, 3.4e38, 1e-40, -1e-45])
     tau = TaskVector(
         {
             "scalar": Dense(jnp.float32(2)),
@@ -75,10 +94,13 @@ def test_names_follow_the_documented_format(tmp_path):
             "layers/1/w|1.b",
         ]
         metadata = handle.metadata()
-    assert list(metadata) == ["jft"]
+    assert sorted(metadata) == ["crc32", "jft"]
+    assert metadata["crc32"] == f"{zlib.crc32(metadata['jft'].encode()):08x}"
     header = json.loads(metadata["jft"])
     assert (header["format"], header["version"]) == ("jft.task_vector", 1)
-    assert header["deltas"]["layers/0/w"] == {"kind": "rows", "shape": [4, 24, 20], "static": {"shape": [4, 24, 20]}}
+    rows = header["deltas"]["layers/0/w"]
+    assert sorted(rows.pop("crc32")) == ["indices", "values"]
+    assert rows == {"kind": "rows", "shape": [4, 24, 20], "static": {"shape": [4, 24, 20]}}
 
 
 def test_inspect_reads_no_values(tmp_path):
@@ -148,7 +170,10 @@ def _rewrite(path, change, drop=()):
         (lambda p: _rewrite(p, lambda h: h | {"version": 2}), "format version 2, this jft reads 1; upgrade"),
         (lambda p: _rewrite(p, lambda h: h | {"format": "other"}), "is no task vector"),
         (lambda p: _rewrite(p, lambda h: {k: v for k, v in h.items() if k != "deltas"}), "no manifest or no deltas"),
-        (lambda p: _rewrite(p, lambda h: h, drop=["layers/0/w|values"]), "'layers/0/w' is damaged: a rows delta has"),
+        (
+            lambda p: _rewrite(p, lambda h: h, drop=["layers/0/w|values"]),
+            r"'layers/0/w' is damaged: it has \['indices'\]",
+        ),
         (
             lambda p: _rewrite(
                 p, lambda h: h | {"deltas": {"layers/0/w": h["deltas"]["layers/0/w"] | {"kind": "magic"}}}
@@ -168,3 +193,77 @@ def test_damaged_files_are_refused(tmp_path, damage, message):
     with pytest.raises(file.FileError, match=message) as error:
         TaskVector.load(path)
     assert str(path) in str(error.value)
+
+
+def test_every_byte_is_under_a_checksum(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tau = TaskVector({"w": make("rows", 1, (2, 2, 2))}, {"method": "lora"})
+    tau.save(path)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for at in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            same(TaskVector.load(path), tau)
+        except file.FileError:
+            continue
+        # Spaces that fill up the header are the one thing that means nothing.
+        assert whole[at : at + 1] == b" ", (at, whole[at - 20 : at + 20])
+
+
+def test_damage_is_seen_where_it_is_read(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tau = vector(["dense", "rows"])
+    tau.save(path)
+    data = path.read_bytes()
+    at = data.index(np.asarray(tau["layers/1/w"].values).tobytes())
+    path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    assert TaskVector.load(path, ["layers/0/w"]).paths == ["layers/0/w"]
+    for read in (TaskVector.load, file.verify, lambda p: TaskVector.load(p, ["layers/1/w"])):
+        with pytest.raises(file.FileError, match="'layers/1/w' is damaged: its values have another checksum"):
+            read(path)
+
+
+def test_files_of_before_there_were_checksums_load(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tau = vector(["dense", "sum", "entries"])
+    tau.save(path)
+    without = lambda entry: {k: v for k, v in entry.items() if k != "crc32"}
+    _rewrite(path, lambda h: h | {"deltas": {p: without(entry) for p, entry in h["deltas"].items()}})
+    same(TaskVector.load(path), tau)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(tmp_path, value):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(ValueError, match=r"delta of 'w' is not finite \(value, as float32\); nothing was written"):
+        TaskVector({"w": Dense(jnp.array([1.0, value]))}).save(path)
+    # 1e5 is beyond float16.
+    with pytest.raises(ValueError, match="as float16"):
+        TaskVector({"w": Dense(jnp.array([1e5]))}).save(path, "float16")
+    assert not path.exists()
+    TaskVector({"w": Dense(jnp.array([1.0, 2.0]))}).save(path)
+    with safetensors.safe_open(path, framework="numpy") as handle:
+        header = json.loads(handle.metadata()["jft"])
+    del header["deltas"]["w"]["crc32"]
+    safetensors.numpy.save_file({"w|value": np.array([1, value], np.float32)}, path, {"jft": json.dumps(header)})
+    with pytest.raises(file.FileError, match=r"x\.safetensors: the delta of 'w' has value that are not finite"):
+        TaskVector.load(path)
+
+
+def test_a_base_without_leaves_agrees_with_nothing(tmp_path):
+    base = {"w": jnp.ones(3), "v": jnp.ones(2)}
+    tau = TaskVector({"w": Dense(jnp.ones(3)), "head": Dense(jnp.ones(2))}, describe(base))
+    assert set(tau.select("w").manifest["base"]["leaves"]) == {"w"}
+    # Of the head its base says nothing.
+    assert "base" not in tau.select("head").manifest
+    empty = TaskVector(dict(tau.items()), tau.manifest | {"base": {**tau.manifest["base"], "leaves": {}}})
+    with pytest.raises(
+        BaseMismatch, match=r"names no leaf of its base, so these parameters cannot be verified; pass check"
+    ):
+        apply(base | {"head": jnp.ones(2)}, empty)
+    empty.save(tmp_path / "x.safetensors")
+    with pytest.raises(file.FileError, match=r"base: leaves is \{\}; it must be leaves, at least one"):
+        TaskVector.load(tmp_path / "x.safetensors")

@@ -19,6 +19,16 @@ from jft.models.hf.checkpoint import Checkpoint
 from jft.parallel import make_mesh
 from tests.models.checkpoints import LLAMA, llama_tensors, write
 
+MUTATIONS = [
+    ("jft/models/hf/checkpoint.py", '".." in parts or', ""),
+    ("jft/models/hf/writer.py", 'if folder.parent.name == "snapshots" else []', 'if folder.parent.name == "x" else []'),
+    ("jft/models/hf/writer.py", "if not any(file.resolve().is_relative_to(home) for home in homes):", "if False:"),
+    ("jft/models/hf/writer.py", "    if others:\n", "    if False:\n"),
+    ("jft/models/hf/config_schema.py", "section[name] > limit:", "section[name] > 10**12:"),
+    ("jft/safetensors_files.py", "        if entry.start != end:", "        if entry.start < end:"),
+    ("jft/safetensors_files.py", "    if end < size:", "    if end < size - 99:"),
+]
+
 BF16 = ml_dtypes.bfloat16
 
 
@@ -277,7 +287,7 @@ def test_wrong_descriptions_are_named(tmp_path):
         with pytest.raises(LoadError, match=message):
             jft.load(write(tmp_path / str(i), tensors, description))
     (tmp_path / "0" / "config.json").write_text("{")
-    with pytest.raises(LoadError, match=r"config\.json is not JSON"):
+    with pytest.raises(LoadError, match=r"config\.json: bad JSON at column 2"):
         jft.load(tmp_path / "0")
     (tmp_path / "0" / "config.json").unlink()
     with pytest.raises(LoadError, match=r"has no config\.json"):
@@ -359,3 +369,50 @@ def test_the_hub_that_is_absent_or_away_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(LoadError, match=r"pip install 'jft\[hf\]'"):
         jft.load("org/model")
+
+
+def test_overwriting_deletes_nothing_of_others(tmp_path):
+    model, params = fresh(LLAMA)
+    jft.save(model, params, tmp_path / "a")
+    for name in ("model-00001-of-00002.safetensors", "tokenizer.json"):
+        (tmp_path / "a" / name).write_bytes(b"")
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    with pytest.raises(
+        ValueError, match=r"a also holds notes\.txt, which jft does not write and overwriting would delete"
+    ):
+        jft.save(model, params, tmp_path / "a", overwrite=True)
+    assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
+    (tmp_path / "a" / "notes.txt").unlink()
+    jft.save(model, params, tmp_path / "a", overwrite=True)
+    assert {f.name for f in (tmp_path / "a").iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_like_copies_no_link_out_of_its_folder(tmp_path):
+    model, params = fresh(LLAMA)
+    jft.save(model, params, tmp_path / "hub" / "snapshots" / "1")
+    origin = tmp_path / "hub" / "snapshots" / "1"
+    (tmp_path / "hub" / "blobs").mkdir()
+    (tmp_path / "hub" / "blobs" / "abc").write_text("{}")
+    (origin / "tokenizer.json").symlink_to("../../blobs/abc")
+    (origin / "vocab.json").symlink_to("tokenizer.json")
+    jft.save(model, params, tmp_path / "good", like=origin)
+    assert (tmp_path / "good" / "tokenizer.json").read_text() == (tmp_path / "good" / "vocab.json").read_text() == "{}"
+    assert not (tmp_path / "good" / "tokenizer.json").is_symlink()
+    (tmp_path / "secret").write_text("key")
+    (origin / "merges.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(
+        ValueError, match=r"merges\.txt is a link to .*secret, outside its folder; put the file itself there"
+    ):
+        jft.save(model, params, tmp_path / "bad", like=origin)
+    assert not (tmp_path / "bad").exists()
+
+
+def test_an_index_names_files_of_its_folder(tmp_path):
+    directory = write(tmp_path / "a", llama_tensors(), shards=2)
+    (directory / "model-00001-of-00002.safetensors").rename(tmp_path / "stolen.safetensors")
+    index = directory / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001-of-00002", "../stolen"))
+    with pytest.raises(
+        LoadError, match=r"is said to be in '\.\./stolen\.safetensors', which is no file of that folder"
+    ):
+        jft.load(directory)

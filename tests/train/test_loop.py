@@ -247,14 +247,19 @@ def test_resuming_on_another_mesh(tmp_path):
 
 def test_metrics_survive_a_torn_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n{"step": 3, "lo')
+    rows = [{"step": n, "split": "train", "loss": 1.0 / n} for n in (1, 2)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "spl')
     sink = JsonLines(path, 1)
-    sink.write({"step": 2, "loss": float("nan")})
+    sink.write(rows[1] | {"loss": float("nan")})
     sink.close()
-    assert read(path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": "nan"}]
-    path.write_text('{"step"\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 1 is not JSON"):
-        read(path)
+    assert read(path) == [rows[0], rows[1] | {"loss": "nan"}]
+    for line, message in (
+        ('{"step"', "line 1: bad JSON"),
+        ('{"split": "train"}', "line 1: lacks 'step'; remove that line"),
+    ):
+        path.write_text(f"{line}\n{json.dumps(rows[1])}\n")
+        with pytest.raises(ValueError, match=message):
+            read(path)
 
 
 def test_tensorboard_and_wandb(tmp_path):

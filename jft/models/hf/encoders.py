@@ -60,7 +60,8 @@ def _from_bert(family: str) -> Callable[[dict[str, Any]], EncoderConfig]:
     def from_hf(raw: dict[str, Any]) -> EncoderConfig:
         refuse(raw, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
         # RoBERTa counts positions from its padding id + 1, a habit of fairseq.
-        offset = raw.get("pad_token_id", 1) + 1 if family == "roberta" else 0
+        padding = raw.get("pad_token_id")
+        offset = (1 if padding is None else padding) + 1 if family == "roberta" else 0
         return EncoderConfig(
             family=family,
             vocab=raw.get("vocab_size", 50265 if family == "roberta" else 30522),

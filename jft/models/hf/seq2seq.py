@@ -17,6 +17,11 @@ def _from_hf(raw: dict[str, Any]) -> T5Config:
     # v1.1 said "tie_word_embeddings: false"; transformers reads that as "do not scale" and saves it under the other name.
     # Whether there is a head of its own, the tensor names tell.
     scale = raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings") is not False)
+    start = raw.get("decoder_start_token_id") or 0
+    if not 0 <= start < raw.get("vocab_size", 32128):
+        raise ValueError(
+            f"decoder_start_token_id is {start}, no row of the embedding of {raw.get('vocab_size', 32128)}"
+        )
     return T5Config(
         vocab=raw.get("vocab_size", 32128),
         width=raw.get("d_model", 512),
@@ -34,7 +39,7 @@ def _from_hf(raw: dict[str, Any]) -> T5Config:
         scale_outputs=scale,
         eps=raw.get("layer_norm_epsilon", 1e-6),
         # T5 starts its decoder with the padding id, 0.
-        start=raw.get("decoder_start_token_id") or 0,
+        start=start,
     )
 
 

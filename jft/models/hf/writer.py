@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -130,6 +131,45 @@ def _sync(handle: Any) -> None:
     os.fsync(handle.fileno())
 
 
+COMPANIONS = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""Files of tokenizers and image processors."""
+MERGE = "jft_merge.json"
+_WRITTEN = {"config.json", SINGLE, INDEX, MERGE, *COMPANIONS}
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+def copy_companions(origin: Path, target: Path) -> None:
+    """Copy the files of tokenizers and image processors of a checkpoint.
+
+    ``ValueError`` for a link out of its folder, which would copy whatever file of this machine whoever made the folder chose;
+    those of the hub's cache, which lead from ``snapshots/COMMIT`` to ``blobs`` beside it, are good.
+    """
+    folder = origin.resolve()
+    homes = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
+    for name in COMPANIONS:
+        file = origin / name
+        if not file.is_file():
+            continue
+        if not any(file.resolve().is_relative_to(home) for home in homes):
+            raise ValueError(f"{file} is a link to {file.resolve()}, outside its folder; put the file itself there")
+        shutil.copyfile(file, target / name)
+
+
 def check_target(target: Path, overwrite: bool) -> None:
     """Check of a target: ``ValueError`` with the way out where something else occupies it."""
     if not target.exists():
@@ -142,6 +182,14 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise ValueError(f"{target} exists and is not empty; give another name, or overwrite=True to replace it")
     if not (target / "config.json").is_file():
         raise ValueError(f"{target} has no config.json, so it is no checkpoint; overwrite=True replaces only those")
+    # The directory is replaced as a whole, and what else lies there would go with it.
+    others = sorted(p.name for p in target.iterdir() if p.name not in _WRITTEN and not _SHARD.fullmatch(p.name))
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise ValueError(
+            f"{target} also holds {', '.join(others[:3])}{more}, which jft does not write and overwriting would delete; move "
+            "it away, or give another name"
+        )
 
 
 @contextlib.contextmanager
