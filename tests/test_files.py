@@ -1,9 +1,13 @@
 """Files are whole or not there; hints name what was meant."""
 
+import os
+
 import pytest
 
 from jft import files
 from jft.names import nearest
+
+MUTATIONS = [("jft/files.py", '("", ".", "..") and not', '("", ".") and not')]
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -36,3 +40,29 @@ def test_nearest():
     assert nearest("zzz", ["full"], cutoff=0.0, hint="; nearest: {}") == "; nearest: full"
     assert nearest(1, [1, 2]) == " (did you mean '1'?)"
     assert nearest("x", [], cutoff=0.0) == ""
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "../x", "/x", "a\0b", "\x1b[31m", "x" * 201, None, 3])
+def test_names_that_lead_elsewhere_are_refused(name):
+    with pytest.raises(ValueError, match=r"the task is .*, which cannot be the name of its folder"):
+        files.check_name(name, "the task")
+
+
+@pytest.mark.parametrize("name", ["a", "a b", "ß.é", "...", "x" * 200, "a..b", "-"])
+def test_other_names_are_kept(name):
+    assert files.check_name(name, "the task") == name
+
+
+def test_what_is_no_regular_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("é")
+    (tmp_path / "link").symlink_to("file")
+    for name, what in (("pipe", "pipe is a pipe, socket or device"), (".", "is a directory"), ("/dev/zero", "device")):
+        with pytest.raises(ValueError, match=f"{what}, not a file"):
+            files.read_bytes(tmp_path / name, 10)
+    assert files.read_text(tmp_path / "link", 2) == "é"
+    with pytest.raises(ValueError, match="file: 2 bytes, where 1 at most are read; mend it"):
+        files.read_bytes(tmp_path / "file", 1, hint="mend it")
+    (tmp_path / "file").write_bytes(b"a\xff")
+    with pytest.raises(ValueError, match=r"file: not UTF-8 text \(byte 1\); convert the file"):
+        files.read_text(tmp_path / "file", 9)

@@ -20,7 +20,7 @@ MUTATIONS = [
     ("jft/delta/singular.py", "matmul(r, t.T), lambda", "matmul(t, r.T).T[::-1], lambda"),
     ("jft/models/peft.py", "lora_a[start:stop, place.inputs] = a.T", "lora_a[start:stop, place.inputs] = 2 * a.T"),
     ("jft/models/peft.py", "math.sqrt(len(a)) if", "len(a) if"),
-    ("jft/models/peft.py", "((v for p, v in patterns", "((v + 1 for p, v in patterns"),
+    ("jft/models/hf/adapter_config.py", "            return value\n    return", "            return value + 1\n    return"),
     ("jft/models/peft.py", "linear = rows[0, 0] == rows[-1, 0]", "linear = rows[0, 0] != rows[-1, 0]"),
 ]  # fmt: skip
 SHAPES = {"layers/attn/q/w": (2, 8, 32), "layers/mlp/down/w": (2, 16, 8), "head/w": (8, 20)}

@@ -213,6 +213,13 @@ def test_every_byte_is_under_a_checksum(tmp_path):
         assert whole[at : at + 1] == b" ", (at, whole[at - 20 : at + 20])
 
 
+def test_a_checksum_is_of_dtype_and_shape_too():
+    x = np.arange(6, dtype=np.float32)
+    others = (x.view(np.int32), x.reshape(2, 3), x.reshape(3, 2), x.astype(np.float64), x + 1)
+    assert len({file.checksum(y) for y in (x, *others)}) == 6
+    assert file.checksum(x.reshape(2, 3).T) == file.checksum(np.ascontiguousarray(x.reshape(2, 3).T))
+
+
 def test_damage_is_seen_where_it_is_read(tmp_path):
     path = tmp_path / "x.safetensors"
     tau = vector(["dense", "rows"])
