@@ -14,6 +14,7 @@ from jft.analysis.interpolation import grid, params_at, weighing
 from jft.compiled import program_cache
 from jft.delta import TaskVector
 from jft.train import feed
+from jft.train.evaluation import batch_sums, told
 from jft.train.objectives import Objective
 from jft.train.state import find_mesh
 from jft.train.step import apply_of
@@ -76,10 +77,8 @@ def _compare(apply: Any, objective: Any) -> Any:
         sums: dict[str, Any] = {name: jnp.sum(x * counts) for name, x in each.items()}
         agree = jnp.argmax(y, axis=-1) == jnp.argmax(linear, axis=-1)
         sums["same"] = jnp.sum(weights * agree)
-        for name, outputs in (("standard", y), ("linearized", linear)):
-            loss, weight, metrics = objective.loss(outputs, batch)
-            sums[name] = {"loss": loss, **metrics}
-        return {**sums, "weight": weight}
+        sums |= {name: batch_sums(objective, x, batch) for name, x in (("standard", y), ("linearized", linear))}
+        return {**sums, "weight": sums["standard"]["weight"]}
 
     return jax.jit(run)
 
@@ -89,18 +88,16 @@ def _add(total: dict[str, Any], sums: dict[str, Any]) -> None:
         if isinstance(value, dict):
             _add(total.setdefault(name, {}), value)
         else:
-            total[name] = total.get(name, 0.0) + float(np.float64(value))
+            # Counts of an objective may be arrays.
+            whole = np.asarray(value, np.float64)
+            total[name] = total.get(name, 0.0) + (float(whole) if whole.ndim == 0 else whole)
 
 
 def _row(a: float, total: dict[str, Any], objective: Objective) -> dict[str, Any]:
-    weight = total.get("weight")
-    if not weight:
-        raise ValueError("the data have no batch, or none in which anything counts (loss mask, valid, labels)")
+    # Refuses data in which nothing counts, before anything is divided by its weight.
+    both = {name: told(total[name], objective) for name in ("standard", "linearized")}
+    weight = total["weight"]
     norms = (total["change"] * total["straight"]) ** 0.5
-    both = {
-        name: objective.report({key: value / weight for key, value in total[name].items()})
-        for name in ("standard", "linearized")
-    }
     # At the base nothing changes, whatever two programs round differently.
     return {
         "coefficient": a,

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from jft import files, strict_json
 from jft.data.errors import DataError, shorten
 from jft.data.source import Source
 from jft.data.tables import find_files
+
+MAX_BYTES = 2_000_000_000
+"""Of a JSON file, which is read whole; larger ones are for source ``jsonl``."""
 
 
 class Memory(Source):
@@ -73,13 +76,13 @@ class Json(Source):
     @staticmethod
     def _read(file: str, field: str | None) -> list[Any]:
         try:
-            with open(file, encoding="utf-8-sig") as stream:
-                value = json.load(stream)
+            # utf-8-sig: editors of some systems write a mark before the text.
+            content = files.read_bytes(file, MAX_BYTES, DataError).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise DataError(f"{file}: not UTF-8 text ({error.reason}); convert the file") from None
-        except json.JSONDecodeError as error:
-            more = "; one object a line is source 'jsonl'" if error.msg == "Extra data" else ""
-            raise DataError(f"{file}:{error.lineno}: bad JSON at column {error.colno}: {error.msg}{more}") from None
+        lines = content.lstrip().startswith("{") and "\n{" in content
+        hint = "one object a line is source 'jsonl'" if lines else ""
+        value = strict_json.loads(content, file, hint=hint, error=DataError)
         if field is not None and isinstance(value, Mapping):
             value = value.get(field)
         if not isinstance(value, list):
@@ -202,7 +205,7 @@ def _picture(value: Any, source: Source, index: int) -> Any:
 def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:
     """Class names by column from the metadata that `datasets` writes into a Parquet file."""
     try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, ValueError):
+        features = strict_json.loads((metadata or {})[b"huggingface"], "metadata")["info"]["features"]
+    except (KeyError, TypeError, ValueError):
         return {}
     return {k: tuple(v["names"]) for k, v in features.items() if isinstance(v, dict) and v.get("names")}

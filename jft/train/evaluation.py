@@ -26,14 +26,14 @@ def _sums(
 ) -> dict[str, Any]:
     # Without `key`: evaluation draws no noise.
     outputs = apply(params, batch) if plan is None else plan.outputs(apply, params[0], params[1], batch, dtype)
-    more = objective.counts(outputs, batch) if hasattr(objective, "counts") else {}
-    return batch_sums(objective, outputs, batch) | more
+    return batch_sums(objective, outputs, batch)
 
 
 def batch_sums(objective: Objective, outputs: Any, batch: Any) -> dict[str, Any]:
-    """``{"loss", metrics..., "weight"}``, sums over the batch; :func:`told` takes their totals."""
+    """``{"loss", metrics..., counts..., "weight"}``, sums over the batch; :func:`told` takes their totals."""
     loss, weight, sums = objective.loss(outputs, batch)
-    return {"loss": loss, **sums, "weight": weight}
+    counts = objective.counts(outputs, batch) if hasattr(objective, "counts") else {}
+    return {"loss": loss, **sums, **counts, "weight": weight}
 
 
 @program_cache
@@ -74,7 +74,7 @@ def mean(
     return told(totals, objective)
 
 
-def told(totals: dict[str, float], objective: Objective) -> dict[str, float]:
+def told(totals: dict[str, Any], objective: Objective) -> dict[str, float]:
     """Mean loss and metrics, from sums over all batches. Raises ``ValueError`` where nothing in them counts."""
     weight = totals.get("weight")
     # Also where there was no batch at all, and hence no "weight".

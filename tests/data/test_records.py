@@ -58,7 +58,7 @@ def test_parquet_has_names_of_classes_and_images(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "source", "message"),
     [
-        ("a.json", '[{"text": "x"}', "json", r"a\.json:1: bad JSON at column 15"),
+        ("a.json", '[{"text": "x"}', "json", r"a\.json: bad JSON at column 15"),
         ("a.json", '{"text": "x"}\n{"text": "y"}', "json", "one object a line is source 'jsonl'"),
         ("a.json", '{"rows": [{"text": "x"}]}', "json", r"set field to the key that holds the array \(rows\)"),
         ("a.json", "[]", "json", "the file holds no records"),
