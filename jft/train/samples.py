@@ -70,7 +70,7 @@ class Samples:
         if not pairs:
             raise ValueError("eval.exact_match: no example has tokens before its first target, to be answered")
         # Of a chat also the token that ends a turn, which ids alone do not tell.
-        options = {"max_tokens": self.max_tokens, "eos": ends(model, self.tokenizer, self.chat)}
+        options: dict[str, Any] = {"max_tokens": self.max_tokens, "eos": ends(model, self.tokenizer, self.chat)}
         answers = generate(model, params, [q for q, _ in pairs], tokenizer=self.tokenizer, **options)
         decode = lambda ids: self.tokenizer.core.decode(ids.tolist(), skip_special_tokens=True)
         right = [answer.strip() == decode(ids).strip() for answer, (_, ids) in zip(answers, pairs, strict=True)]
