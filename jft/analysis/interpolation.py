@@ -149,7 +149,8 @@ def scores(
         for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
     return [
-        evaluation.told({name: float(x[p]) for name, x in totals.items()}, objective) for p in range(len(coefficients))
+        evaluation.told({name: evaluation.total(0.0, x[p]) for name, x in totals.items()}, objective)
+        for p in range(len(coefficients))
     ]
 
 

@@ -13,7 +13,7 @@ from jft import parallel, tangent
 from jft.analysis.interpolation import grid, params_at, weighing
 from jft.compiled import program_cache
 from jft.delta import TaskVector
-from jft.train import feed
+from jft.train import evaluation, feed
 from jft.train.objectives import Objective
 from jft.train.state import find_mesh
 from jft.train.step import apply_of
@@ -76,8 +76,9 @@ def _compare(apply: Any, objective: Any) -> Any:
         agree = jnp.argmax(y, axis=-1) == jnp.argmax(linear, axis=-1)
         sums["same"] = jnp.sum(weights * agree)
         for name, outputs in (("standard", y), ("linearized", linear)):
-            loss, weight, metrics = objective.loss(outputs, batch)
-            sums[name] = {"loss": loss, **metrics}
+            sums[name] = evaluation.batch_sums(objective, outputs, batch)
+            # The same of both.
+            weight = sums[name].pop("weight")
         return {**sums, "weight": weight}
 
     return jax.jit(run)
@@ -88,7 +89,7 @@ def _add(total: dict[str, Any], sums: dict[str, Any]) -> None:
         if isinstance(value, dict):
             _add(total.setdefault(name, {}), value)
         else:
-            total[name] = total.get(name, 0.0) + float(np.float64(value))
+            total[name] = evaluation.total(total.get(name, 0.0), value)
 
 
 def _row(a: float, total: dict[str, Any], objective: Objective) -> dict[str, Any]:
