@@ -151,8 +151,10 @@ def scores(
     for sums in readings(model, params, taus, coefficients, batches, summed(objective), forward, check):
         for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
-    at = lambda p: {name: x[p] if x.ndim > 1 else float(x[p]) for name, x in totals.items()}
-    return [evaluation.told(at(p), objective) for p in range(len(coefficients))]
+    return [
+        evaluation.told({name: evaluation.total(0.0, x[p]) for name, x in totals.items()}, objective)
+        for p in range(len(coefficients))
+    ]
 
 
 def weighing(objective: Objective) -> Any:

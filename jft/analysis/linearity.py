@@ -13,8 +13,7 @@ from jft import parallel, tangent
 from jft.analysis.interpolation import grid, params_at, weighing
 from jft.compiled import program_cache
 from jft.delta import TaskVector
-from jft.train import feed
-from jft.train.evaluation import batch_sums, told
+from jft.train import evaluation, feed
 from jft.train.objectives import Objective
 from jft.train.state import find_mesh
 from jft.train.step import apply_of
@@ -77,8 +76,10 @@ def _compare(apply: Any, objective: Any) -> Any:
         sums: dict[str, Any] = {name: jnp.sum(x * counts) for name, x in each.items()}
         agree = jnp.argmax(y, axis=-1) == jnp.argmax(linear, axis=-1)
         sums["same"] = jnp.sum(weights * agree)
-        sums |= {name: batch_sums(objective, x, batch) for name, x in (("standard", y), ("linearized", linear))}
-        return {**sums, "weight": sums["standard"]["weight"]}
+        both = {
+            name: evaluation.batch_sums(objective, x, batch) for name, x in (("standard", y), ("linearized", linear))
+        }
+        return {**sums, **both, "weight": both["standard"]["weight"]}
 
     return jax.jit(run)
 
@@ -88,14 +89,12 @@ def _add(total: dict[str, Any], sums: dict[str, Any]) -> None:
         if isinstance(value, dict):
             _add(total.setdefault(name, {}), value)
         else:
-            # Counts of an objective may be arrays.
-            whole = np.asarray(value, np.float64)
-            total[name] = total.get(name, 0.0) + (float(whole) if whole.ndim == 0 else whole)
+            total[name] = evaluation.total(total.get(name, 0.0), value)
 
 
 def _row(a: float, total: dict[str, Any], objective: Objective) -> dict[str, Any]:
     # Refuses data in which nothing counts, before anything is divided by its weight.
-    both = {name: told(total[name], objective) for name in ("standard", "linearized")}
+    both = {name: evaluation.told(total[name], objective) for name in ("standard", "linearized")}
     weight = total["weight"]
     norms = (total["change"] * total["straight"]) ** 0.5
     # At the base nothing changes, whatever two programs round differently.

@@ -30,10 +30,16 @@ def _sums(
 
 
 def batch_sums(objective: Objective, outputs: Any, batch: Any) -> dict[str, Any]:
-    """``{"loss", metrics..., counts..., "weight"}``, sums over the batch; :func:`told` takes their totals."""
+    """``{"loss", metrics..., "weight"}``, sums over the batch, some of them arrays; :func:`told` takes their totals."""
     loss, weight, sums = objective.loss(outputs, batch)
     counts = objective.counts(outputs, batch) if hasattr(objective, "counts") else {}
     return {"loss": loss, **sums, **counts, "weight": weight}
+
+
+def total(before: Any, value: Any) -> Any:
+    """``before + value`` in float64: a float, or an array."""
+    whole = np.asarray(value, np.float64)
+    return before + (float(whole) if whole.ndim == 0 else whole)
 
 
 @program_cache
@@ -67,9 +73,7 @@ def mean(
         objective.weight(batch, np)  # refuses on the host what the loss would take without a word
         batch = parallel.put_batch(batch, mesh) if mesh is not None else batch
         for name, value in jax.device_get(compute(params, batch)).items():
-            # Counts of an objective may be arrays.
-            whole = np.asarray(value, np.float64)
-            totals[name] = totals.get(name, 0.0) + (float(whole) if whole.ndim == 0 else whole)
+            totals[name] = total(totals.get(name, 0.0), value)
     # Divided once, so that a short last batch counts by its weight.
     return told(totals, objective)
 

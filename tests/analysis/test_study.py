@@ -212,7 +212,10 @@ def test_linearized_methods_are_evaluated_linearized(workdir):
 )
 def test_wrong_uses_of_others_vectors_are_refused(methods, said):
     config = study.collection(
-        "t", one=study.study(base={"source": "x"}, tasks={"t": {"data": {"source": "digits"}}}, methods=methods)
+        "t",
+        one=study.study(
+            base={"source": "x"}, common={"steps": 1}, tasks={"t": {"data": {"source": "digits"}}}, methods=methods
+        ),
     )
     with pytest.raises(ValueError, match=said):
         study.check(config)

@@ -77,13 +77,17 @@ def test_rows_are_the_padded_ones_cropped_and_each_record_comes_once_an_epoch(tm
     assert collections.Counter(itertools.chain(*map(numbers, window))) == collections.Counter(
         dict.fromkeys(by_number, 1)
     )
-    used = collections.Counter()
+    used, place = collections.Counter(), {n: i for i, n in enumerate(itertools.chain(*map(numbers, whole)))}
     for batch in window:
         length = batch["tokens"].shape[1]
         used[length] += 1
         assert (length,) in loader.shapes
         longest = max((batch["segments"] > 0).sum(1))
         assert min(s for (s,) in loader.shapes if s >= longest) == length, "the smallest that holds the batch"
+        # Within a bucket the order of the data stays.
+        own = [min(s for (s,) in loader.shapes if s >= n) for n in (batch["segments"] > 0).sum(1)]
+        at = [place[n] for n, bucket in zip(numbers(batch), own, strict=True) if bucket == length]
+        assert at == sorted(at)
         for row, number in enumerate(numbers(batch)):
             other, i = by_number[number]
             assert not other["segments"][i, length:].any() and other["labels"][i] == batch["labels"][row]
