@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +35,15 @@ def may_add(path: str, config: Any = None) -> bool:
     return options.is_open(path) or path in {key for key, _, _ in documentation()}
 
 
+def _say(text: str) -> None:
+    """Print, where there still is a terminal: after SIGHUP there may be none."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        # What is left in the buffer must not raise again at exit, whose status would be lost.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: Sequence[str]) -> int:
     """``jft train --config=FILE.py[:ARG] --workdir=DIR [--config.KEY=VALUE]``."""
     parser = Parser(prog="jft train", description=__doc__, epilog=EXAMPLES)
@@ -47,13 +58,15 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--workdir=DIR is needed")
 
     from jft.train import Preempted, experiment
-    from jft.train.preemption import EXIT_CODE
+    from jft.train.preemption import EXIT_CODE, Watch
 
     restored.start()
     try:
-        run = experiment.run(config, args.workdir)
+        # From the first moment, so that a signal while data and model load ends with the same status.
+        with Watch():
+            run = experiment.run(config, args.workdir)
     except Preempted as preemption:
-        print(f"jft: {preemption}")
+        _say(f"jft: {preemption}")
         return EXIT_CODE
     fleet = isinstance(run, list)
     runs: Any = run if fleet else [run]

@@ -7,8 +7,13 @@ by a rename, so one that a crash cut short is never seen as whole, and is remove
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import json
+import logging
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +22,10 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jft import delta, tree
+from jft import delta, files, tree
 from jft.delta import file
 from jft.methods.registry import comparable
+from jft.train import digests
 from jft.train.state import State
 from jft.tree import host
 
@@ -115,6 +121,11 @@ class Checkpoints:
         # A copy: `renewed` changes it.
         self.directory, self.options, self.identity = directory, options, dict(identity)
         self.decided = decided
+        # The step that is being written, and its write.
+        self._write: tuple[int, concurrent.futures.Future] | None = None
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        _quiet()
+        self._probe(0)
         self._checkpointer = self._open()
 
     def _open(self) -> ocp.training.Checkpointer:
@@ -134,8 +145,50 @@ class Checkpoints:
         return ocp.training.Checkpointer(
             self.directory.absolute(),
             preservation_policy=policies.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=True,
         )
+
+    def _refuse(self, step: int, reason: str) -> OSError:
+        whole = next((f.name for f in digests.steps(self.directory) if not digests.examine(f).damage), None)
+        good = f"the last good checkpoint is that of step {whole}" if whole else "there is no checkpoint yet"
+        return OSError(
+            f"the checkpoint of step {step} cannot be written to {self.directory}: {reason}; {good}. Make room, or the "
+            "directory writable, and run the same again"
+        )
+
+    def _probe(self, step: int) -> None:
+        """Refuse at once where no file can be made: Orbax would wait for minutes for the directory."""
+        if jax.process_index():
+            return
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            files.write_text(probe := self.directory / ".probe", "x")
+            probe.unlink()
+        except OSError as error:
+            raise self._refuse(step, error.strerror or str(error)) from None
+
+    def _finish(self, response: Any, step: int) -> None:
+        """Wait for the write of ``step``, and write its digest beside it."""
+        response.result()
+        if jax.process_index() == 0:
+            digests.write(self.directory / str(step), step)
+
+    def check(self) -> None:
+        """Raise ``OSError`` for a write in the background that has failed, in one line."""
+        # Alone, since one process of several must not stop before the others.
+        if self._write is not None and self._write[1].done() and jax.process_count() == 1:
+            self._wait()
+
+    def _wait(self) -> None:
+        """Wait for the write in the background. Raises ``OSError`` where it failed, with its leftovers removed."""
+        if self._write is None:
+            return
+        (step, write), self._write = self._write, None
+        try:
+            write.result()
+        # Whatever Orbax and TensorStore raise: they have no class of their own for a disk.
+        except Exception as error:
+            digests.clear(self.directory)
+            raise self._refuse(step, _reason(error)) from None
 
     def renewed(self, identity: Mapping[str, Any], decided: Any = None) -> None:
         """Take over the identity and decision of the run after a reselection, for all checkpoints from now on."""
@@ -157,9 +210,11 @@ class Checkpoints:
         """The state and evaluation of the best checkpoint by ``options.best``; see :meth:`restore`."""
         name = self.options.best
         # Closing waits for checkpoints that are still being written; a closed checkpointer cannot load, hence the new one.
+        self._wait()
         self._checkpointer.close()
         self._checkpointer = self._open()
         scored = {c.step: c.metrics for c in self._checkpointer.checkpoints if c.metrics and name in c.metrics}
+        scored = {s: m for s, m in scored.items() if not digests.examine(self.directory / str(s)).damage}
         if not scored:
             raise ValueError(f"no checkpoint in {self.directory} has the metric {name!r}; evaluation gives others")
         # Of equals both take the first, the earliest step.
@@ -187,6 +242,8 @@ class Checkpoints:
             return
         if metrics and self.options.best and self.options.best not in metrics:
             raise ValueError(f"checkpoint.best is {self.options.best!r}, but evaluation gives {', '.join(metrics)}")
+        self._wait()
+        self._probe(step)
         # Tensors and constants apart: Orbax stores arrays in one item and JSON in another.
         packed = {path: values.pack() for path, values in (settled or {}).items()}
         constants = {path: [settled[path].kind, static] for path, (_, static) in packed.items()} if settled else {}
@@ -194,7 +251,7 @@ class Checkpoints:
         # Left out where nothing has settled, as in every run without a schedule.
         arrays = {"settled": inside} if inside else {}
         run = {"identity": self.identity, "positions": _gather(position), "settled": constants, "decided": self.decided}
-        self._checkpointer.save_checkpointables_async(
+        response = self._checkpointer.save_checkpointables_async(
             step,
             # Flat by path, as `newest` reads it, whatever classes the states of optax have.
             {"state": tree.flatten(state), "run": run, **arrays},
@@ -202,6 +259,7 @@ class Checkpoints:
             force=True,
             metrics=dict(metrics) if metrics else None,
         )
+        self._write = step, self._pool.submit(self._finish, response, step)
 
     def restore(self, shapes: State, step: int | None = None) -> tuple[State, Any]:
         """``(state, data position)`` of ``step`` (default the newest), in the shardings of ``shapes``.
@@ -239,8 +297,34 @@ class Checkpoints:
         return out
 
     def close(self) -> None:
-        """Wait for unfinished writes."""
+        """Wait for unfinished writes. Raises ``OSError`` where one failed."""
+        try:
+            self._wait()
+        except OSError:
+            # It would raise the same again, in its own words.
+            with contextlib.suppress(Exception):
+                self._checkpointer.close()
+            raise
+        finally:
+            self._pool.shutdown()
         self._checkpointer.close()
+
+
+def _reason(error: BaseException) -> str:
+    """What the operating system said, from inside the messages of Orbax and TensorStore."""
+    found = re.search(r"OS error \d+: ([^\]]+)|\[Errno \d+\] ([^:]+)", str(error))
+    return (found[1] or found[2]).strip() if found else (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _quiet() -> None:
+    """Keep Orbax from logging tracebacks of what is raised here in one line."""
+    log = logging.getLogger("absl")
+    if _not_orbax not in log.filters:
+        log.addFilter(_not_orbax)
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def _gather(position: Any) -> list[Any]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jft import data, methods, models, parallel, tree
 from jft.models.loading import fetch
 from jft.names import nearest
-from jft.train import feed
+from jft.train import feed, lock
 from jft.train.config import Config, ModelConfig, check
 from jft.train.finetune import finetune
 from jft.train.training import Run
@@ -53,6 +53,13 @@ def run(config: Any, workdir: str | Path) -> Run:
     # Before data is opened: a mesh that the devices do not make up is refused in no time.
     mesh = parallel.make_mesh(dataclasses.asdict(config.mesh))
     workdir = _directory(workdir)
+    # Before the data, which writes a tokenizer there.
+    with lock.of_all(workdir):
+        return _run(config, sections, method, mesh, workdir)
+
+
+def _run(config: Config, sections: list[dict[str, Any]], method: Any, mesh: Any, workdir: Path) -> Run:
+    """:func:`run` of a config that was checked, alone in its workdir."""
     # Before the model, whose vocabulary and number of classes may come from the data.
     train, test = loaders(config, workdir)
     tokenizer = train.tokenizer

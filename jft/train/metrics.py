@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -129,6 +130,7 @@ class Metrics:
         self, workdir: Path | None, step: int = 0, tensorboard: bool = False, wandb: str = "", writes: bool = True
     ):
         self.rows: list[dict] = []
+        self._resumed: list[dict] = []
         self._sinks: list[Sink] = []
         # Rows are kept in memory all the same, for `Run.metrics`.
         if workdir is None:
@@ -144,11 +146,15 @@ class Metrics:
             self._sinks.append(WeightsAndBiases(workdir, wandb))
         lines = JsonLines(workdir / "metrics.jsonl", step)
         self.rows = list(lines.rows)
+        self._resumed = [row for row in self.rows if row.get("step") == step]
         self._sinks.append(lines)
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         """Log ``values`` of ``split`` (train, eval) after ``step`` updates."""
         row = {"step": step, "split": split, **values}
+        # A finished run that is started again evaluates its last state once more.
+        if any(r["step"] == step and r["split"] == split for r in self._resumed):
+            return
         self.rows.append(row)
         for sink in self._sinks:
             sink.write(row)
@@ -270,7 +276,9 @@ class Progress:
             # Text of the user's data may hold [brackets], which rich would take for markup.
             self._bar.console.print(text, markup=False, highlight=False)
         elif self._shows:
-            print(text, flush=True)
+            # The terminal of a lost connection is gone, and the run must still save.
+            with contextlib.suppress(OSError):
+                print(text, flush=True)
 
     def advance(self, step: int) -> None:
         """``step`` updates have been given to the devices."""
