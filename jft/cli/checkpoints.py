@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jft.cli.errors import Parser, UsageError
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
 
     from jft.train import digests
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for folder in reversed(digests.steps(directory)):
         found = digests.examine(folder)
         state = "damaged" if found.damage else "whole" if found.digested else "no digest"

@@ -13,6 +13,7 @@ import numpy as np
 from jft.data import pipeline
 from jft.data.errors import DataError
 from jft.data.pipeline import Process, Reading, Rows
+from jft.data.source import fingerprint
 from jft.data.tasks import Example, Task
 from jft.data.tokenizer import Tokenizer
 
@@ -113,6 +114,12 @@ class Loader:
 
     def __iter__(self) -> LoaderIterator:
         return LoaderIterator(self)
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """The content that it reads: ``rows``, a hash for each source (:func:`jft.data.source.fingerprint`), ``tokenizer``."""
+        tokenizer = {} if self.tokenizer is None else {"tokenizer": self.tokenizer.fingerprint()}
+        return {"rows": [fingerprint(task.source) for task in self.tasks], **tokenizer}
 
     def layout(self) -> dict[str, Any]:
         """The settings that must be equal for a saved position to mean the same examples."""

@@ -39,12 +39,14 @@ class Checkpointing:
 
     every: steps between checkpoints, the last step included; 0 for none, save on being asked to stop. keep: how many of the
     newest stay. best: also keep the best by this metric of evaluation (``loss``, ``accuracy``...), which must be evaluated
-    wherever a checkpoint is written; the run then ends with that state in place of the last.
+    wherever a checkpoint is written; the run then ends with that state in place of the last. accept: go on though data,
+    tokenizer, objective or settings of the optimizer have changed since the checkpoint.
     """
 
     every: int = 0
     keep: int = 2
     best: str = ""
+    accept: bool = False
 
     def __post_init__(self):
         if self.every < 0 or self.keep < 1:
@@ -65,21 +67,92 @@ def _dotted(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.removesuffix("."): value}
 
 
-def compare(saved: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
-    """Refuse with :class:`Changed` where the identities differ: ``what``, and each difference as ``key: old -> new``."""
+# Not what a run is: a longer run, other rows of metrics and other checkpoints go on from the same state.
+FREE = ("steps", "checkpoint", "log", "profile", "eval", "eval_data")
+# What a state may go on under, where the user says so. Another optimizer has another state.
+ACCEPTABLE = ("data.", "content.", "optimizer.", "objective.")
+# They follow from the config: shown where nothing of that has changed.
+DERIVED = ("base.", "batch.", "trained.")
+
+
+def _acceptable(key: str) -> bool:
+    key = re.sub(r"^fleet\.[^.]+\.", "", key)
+    return f"{key}.".startswith(ACCEPTABLE) and key != "optimizer.name"
+
+
+def _config_changes(saved: Any, now: Any) -> dict[str, tuple[Any, Any]]:
+    """Keys of the configs that differ and may decide the run, with both values."""
+    if not isinstance(saved, Mapping) or not isinstance(now, Mapping):
+        return {}
+    old, new = _dotted(saved), _dotted(json.loads(json.dumps(now)))
+    keys = [k for k in sorted(old.keys() | new.keys()) if k.split(".")[0] not in FREE and old.get(k) != new.get(k)]
+    return {k: (old.get(k, "nothing"), new.get(k, "nothing")) for k in keys}
+
+
+def _content(saved: Any, now: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The identities without what one alone says of content, and without the path of a tokenizer whose content is known."""
+    # A fleet's are those of its members.
+    if isinstance(saved.get("fleet"), Mapping) and isinstance(now.get("fleet"), Mapping):
+        pairs = {k: _content(saved["fleet"][k], now["fleet"][k]) for k in saved["fleet"].keys() & now["fleet"].keys()}
+        old, new = ({**x["fleet"], **{k: pair[i] for k, pair in pairs.items()}} for i, x in enumerate((saved, now)))
+        return {**saved, "fleet": old}, {**now, "fleet": new}
+    both = bool(saved.get("content")) and bool(now.get("content"))
+    known = both and "tokenizer" in saved["content"] and "tokenizer" in now["content"]
+    sides = []
+    for side in (saved, now):
+        side = dict(side) if both else {k: v for k, v in side.items() if k != "content"}
+        if known and isinstance(side.get("data"), Mapping):
+            side["data"] = {k: v for k, v in side["data"].items() if k != "tokenizer"}
+        sides.append(side)
+    return sides[0], sides[1]
+
+
+WORDS = {
+    "content.tokenizer": "the tokenizer's content has changed (vocabulary, rules, special tokens or template)",
+    "content.rows": "the data's content or order has changed",
+}
+
+
+def _shown(key: str, old: Any, new: Any) -> str:
+    # Hashes tell a person nothing.
+    word = next((text for name, text in WORDS.items() if key.endswith(name)), None)
+    return f"  {word}" if word else f"  {key}: {old!r} -> {new!r}"
+
+
+def compare(
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    what: str,
+    configs: tuple[Any, Any] = (None, None),
+    accept: bool = False,
+) -> None:
+    """Refuse with :class:`Changed` where the identities differ: ``what``, and each difference as ``key: old -> new``.
+
+    configs: of the saved run and of this one, in whose words differences are said. accept: pass over what :data:`ACCEPTABLE`
+    names.
+    """
+    saved, now = _content(saved, now)
     # Through JSON, which makes lists of tuples and strings of keys, as the saved one went.
     old, new = _dotted(comparable(saved)), _dotted(comparable(json.loads(json.dumps(now))))
     # "nothing" is what messages show for an absent key, and equals no value that a run saves.
     keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k, "nothing") != new.get(k, "nothing")]
+    if accept:
+        keys = [k for k in keys if not _acceptable(k)]
     if keys:
+        changed = _config_changes(*configs)
+        lines = [_shown(k, *pair) for k, pair in changed.items()]
+        # Offered where it would be enough.
+        way = ", set checkpoint.accept=True to go on all the same" if all(map(_acceptable, keys)) else ""
+        # What the config's words have said, or what follows from them, is not said twice.
+        keys = [k for k in keys if not (changed and f"{k}.".startswith(DERIVED)) and k not in changed]
         # What trains follows from the rest, leaf by leaf: shown last, and not to the last leaf.
         keys.sort(key=lambda k: k.startswith("trained."))
-        lines = [f"  {k}: {old.get(k, 'nothing')!r} -> {new.get(k, 'nothing')!r}" for k in keys[:SHOWN]]
-        lines += [f"  and {len(keys) - SHOWN} more"] if len(keys) > SHOWN else []
-        changes = "\n".join(lines)
+        lines += [_shown(k, old.get(k, "nothing"), new.get(k, "nothing")) for k in keys]
+        rest = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        changes = "\n".join(lines[:SHOWN] + rest)
         raise Changed(
             f"{what} of another run, so going on in this workdir would be wrong:\n{changes}\n"
-            "undo the change, or give another workdir"
+            f"undo the change{way}, or give another workdir"
         )
 
 
@@ -117,10 +190,18 @@ def newest(directory: Path) -> tuple[int, dict[str, Any] | None, dict[str, jax.S
 class Checkpoints:
     """The checkpoints of one run in ``directory``."""
 
-    def __init__(self, directory: Path, options: Checkpointing, identity: Mapping[str, Any], decided: Any = None):
+    def __init__(
+        self,
+        directory: Path,
+        options: Checkpointing,
+        identity: Mapping[str, Any],
+        decided: Any = None,
+        config: Any = None,
+    ):
         # A copy: `renewed` changes it.
         self.directory, self.options, self.identity = directory, options, dict(identity)
-        self.decided = decided
+        # config: of the run, for the words of a refusal.
+        self.decided, self.config = decided, config
         # The step that is being written, and its write.
         self._write: tuple[int, concurrent.futures.Future] | None = None
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
@@ -251,6 +332,7 @@ class Checkpoints:
         # Left out where nothing has settled, as in every run without a schedule.
         arrays = {"settled": inside} if inside else {}
         run = {"identity": self.identity, "positions": _gather(position), "settled": constants, "decided": self.decided}
+        run["config"] = self.config
         response = self._checkpointer.save_checkpointables_async(
             step,
             # Flat by path, as `newest` reads it, whatever classes the states of optax have.
@@ -269,7 +351,10 @@ class Checkpoints:
         step = self.latest if step is None else step
         run = self._checkpointer.load_checkpointables(step, {"run": None})["run"]
         # Before the state is read: of another run its shapes would differ, and Orbax's error would name none of the reasons.
-        compare(run["identity"], self.identity, f"the checkpoints in {self.directory} are")
+        configs = run.get("config"), self.config
+        compare(
+            run["identity"], self.identity, f"the checkpoints in {self.directory} are", configs, self.options.accept
+        )
         positions = run["positions"]
         # One global position, the same on every process, holds for any number of them; the data checks the rest.
         if all(p == positions[0] for p in positions):
