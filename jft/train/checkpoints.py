@@ -333,14 +333,19 @@ class Checkpoints:
         arrays = {"settled": inside} if inside else {}
         run = {"identity": self.identity, "positions": _gather(position), "settled": constants, "decided": self.decided}
         run["config"] = self.config
-        response = self._checkpointer.save_checkpointables_async(
-            step,
-            # Flat by path, as `newest` reads it, whatever classes the states of optax have.
-            {"state": tree.flatten(state), "run": run, **arrays},
-            # Whether a step is due is decided by `due`, not by a policy of Orbax.
-            force=True,
-            metrics=dict(metrics) if metrics else None,
-        )
+        try:
+            response = self._checkpointer.save_checkpointables_async(
+                step,
+                # Flat by path, as `newest` reads it, whatever classes the states of optax have.
+                {"state": tree.flatten(state), "run": run, **arrays},
+                # Whether a step is due is decided by `due`, not by a policy of Orbax.
+                force=True,
+                metrics=dict(metrics) if metrics else None,
+            )
+        # What can be seen before the background begins.
+        except OSError as error:
+            digests.clear(self.directory)
+            raise self._refuse(step, _reason(error)) from None
         self._write = step, self._pool.submit(self._finish, response, step)
 
     def restore(self, shapes: State, step: int | None = None) -> tuple[State, Any]:

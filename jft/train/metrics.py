@@ -55,12 +55,19 @@ class JsonLines:
         self._file = path.open("a")
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps({k: _number(v) for k, v in row.items()}) + "\n")
-        # A reader may follow the file; a row every few steps makes buffering worth nothing.
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({k: _number(v) for k, v in row.items()}) + "\n")
+            # A reader may follow the file; a row every few steps makes buffering worth nothing.
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                f"{self._file.name} cannot be written: {error.strerror}; make room, and run the same again"
+            ) from None
 
     def close(self) -> None:
-        self._file.close()
+        # Rows are on disk already, or were refused; what a full disk left in the buffer is told once.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def read(path: Path) -> list[dict]:
