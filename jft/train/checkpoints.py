@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,7 @@ class Checkpoints:
         # The step that is being written, and its write.
         self._write: tuple[int, concurrent.futures.Future] | None = None
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._failed = False
         _quiet()
         self._probe(0)
         self._checkpointer = self._open()
@@ -229,6 +231,7 @@ class Checkpoints:
         )
 
     def _refuse(self, step: int, reason: str) -> OSError:
+        self._failed = True
         whole = next((f.name for f in digests.steps(self.directory) if not digests.examine(f).damage), None)
         good = f"the last good checkpoint is that of step {whole}" if whole else "there is no checkpoint yet"
         return OSError(
@@ -342,8 +345,8 @@ class Checkpoints:
                 force=True,
                 metrics=dict(metrics) if metrics else None,
             )
-        # What can be seen before the background begins.
-        except OSError as error:
+        # What is seen before the background begins; on a full disk Orbax's own cleaning up fails as well.
+        except Exception as error:
             digests.clear(self.directory)
             raise self._refuse(step, _reason(error)) from None
         self._write = step, self._pool.submit(self._finish, response, step)
@@ -390,18 +393,20 @@ class Checkpoints:
         """Wait for unfinished writes. Raises ``OSError`` where one failed."""
         try:
             self._wait()
-        except OSError:
-            # It would raise the same again, in its own words.
-            with contextlib.suppress(Exception):
-                self._checkpointer.close()
-            raise
         finally:
             self._pool.shutdown()
-        self._checkpointer.close()
+            # After a failure, which was told, it would raise the same again in its own words.
+            with contextlib.suppress(Exception) if self._failed else contextlib.nullcontext():
+                self._checkpointer.close()
 
 
 def _reason(error: BaseException) -> str:
     """What the operating system said, from inside the messages of Orbax and TensorStore."""
+    # Of a chain the first that the system raised: later ones are of cleaning up.
+    chain: list[BaseException] = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and len(chain) < 20:
+        chain.append(before)
+    error = next((e for e in chain if isinstance(e, OSError) or "OS error" in str(e)), error)
     found = re.search(r"OS error \d+: ([^\]]+)|\[Errno \d+\] ([^:]+)", str(error))
     return (found[1] or found[2]).strip() if found else (str(error).splitlines() or [type(error).__name__])[0][:200]
 
@@ -411,6 +416,14 @@ def _quiet() -> None:
     log = logging.getLogger("absl")
     if _not_orbax not in log.filters:
         log.addFilter(_not_orbax)
+        before = sys.excepthook
+
+        def hook(kind: Any, value: Any, trace: Any) -> None:
+            # TensorStore prints it for writes that end after the loop in which Orbax waited for them.
+            if kind is not RuntimeError or str(value) != "Event loop is closed":
+                before(kind, value, trace)
+
+        sys.excepthook = hook
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
