@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -416,14 +415,6 @@ def _quiet() -> None:
     log = logging.getLogger("absl")
     if _not_orbax not in log.filters:
         log.addFilter(_not_orbax)
-        before = sys.excepthook
-
-        def hook(kind: Any, value: Any, trace: Any) -> None:
-            # TensorStore prints it for writes that end after the loop in which Orbax waited for them.
-            if kind is not RuntimeError or str(value) != "Event loop is closed":
-                before(kind, value, trace)
-
-        sys.excepthook = hook
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
