@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +53,15 @@ def resolved(config: Any) -> str:
     return json.dumps(dataclasses.asdict(whole), indent=2)
 
 
+def _say(text: str) -> None:
+    """Print, where there still is a terminal: after SIGHUP there may be none."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        # What is left in the buffer must not raise again at exit, whose status would be lost.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: Sequence[str]) -> int:
     """``jft train --config=FILE.py[:ARG] --workdir=DIR [--config.KEY=VALUE]``."""
     parser = Parser(prog="jft train", description=__doc__, epilog=EXAMPLES)
@@ -78,13 +89,15 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--workdir=DIR is needed")
 
     from jft.train import Preempted, experiment
-    from jft.train.preemption import EXIT_CODE
+    from jft.train.preemption import EXIT_CODE, Watch
 
     restored.start()
     try:
-        run = experiment.run(config, args.workdir, dry_run=args.dry_run)
+        # From the first moment, so that a signal while data and model load ends with the same status.
+        with Watch():
+            run = experiment.run(config, args.workdir, dry_run=args.dry_run)
     except Preempted as preemption:
-        print(f"jft: {preemption}")
+        _say(f"jft: {preemption}")
         return EXIT_CODE
     if args.dry_run:
         print("dry run: nothing was trained, and nothing written")

@@ -16,6 +16,7 @@ from jft.data.buckets import Measured, Shape
 from jft.data.errors import DataError
 from jft.data.packing import bins
 from jft.data.pipeline import Buckets, Prepare, Process, Reading, Rows
+from jft.data.source import fingerprint
 from jft.data.survey import Survey, survey
 from jft.data.tasks import Example, Task
 from jft.data.tokenizer import Tokenizer
@@ -158,6 +159,12 @@ class Loader:
 
     def __iter__(self) -> LoaderIterator:
         return LoaderIterator(self)
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """The content that it reads: ``rows``, a hash for each source (:func:`jft.data.source.fingerprint`), ``tokenizer``."""
+        tokenizer = {} if self.tokenizer is None else {"tokenizer": self.tokenizer.fingerprint()}
+        return {"rows": [fingerprint(task.source) for task in self.tasks], **tokenizer}
 
     def layout(self) -> dict[str, Any]:
         """The settings that must be equal for a saved position to mean the same examples."""

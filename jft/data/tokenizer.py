@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -70,6 +71,11 @@ class Tokenizer:
     def pad(self) -> int:
         """The id that fills rows: pad, else eos, else 0."""
         return next((i for i in (self.pad_id, self.eos_id) if i is not None), 0)
+
+    def fingerprint(self) -> str:
+        """SHA-256, as hex, of what decides ids: vocabulary, rules, special ids and chat template, not the path."""
+        ids = self.bos_id, self.eos_id, self.pad_id, self.start_id, self.chat_template, sorted(self.specials.items())
+        return hashlib.sha256((self.core.to_str() + repr(ids)).encode("utf-8", "surrogatepass")).hexdigest()
 
     def encode(self, text: str, pair: str | None = None, special: bool = False) -> Encoded:
         """Ids of a text (of a pair of texts); ``special``: with the tokens its post-processor adds ([CLS], bos ...).

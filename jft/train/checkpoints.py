@@ -7,8 +7,13 @@ by a rename, so one that a crash cut short is never seen as whole, and is remove
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import json
+import logging
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +22,10 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jft import delta, tree
+from jft import delta, files, tree
 from jft.delta import file
 from jft.methods.registry import comparable
+from jft.train import digests
 from jft.train.state import State
 from jft.tree import host
 
@@ -33,12 +39,14 @@ class Checkpointing:
 
     every: steps between checkpoints, the last step included; 0 for none, save on being asked to stop. keep: how many of the
     newest stay. best: also keep the best by this metric of evaluation (``loss``, ``accuracy``...), which must be evaluated
-    wherever a checkpoint is written; the run then ends with that state in place of the last.
+    wherever a checkpoint is written; the run then ends with that state in place of the last. accept: go on though data,
+    tokenizer, objective or settings of the optimizer have changed since the checkpoint.
     """
 
     every: int = 0
     keep: int = 2
     best: str = ""
+    accept: bool = False
 
     def __post_init__(self):
         if self.every < 0 or self.keep < 1:
@@ -59,21 +67,92 @@ def _dotted(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.removesuffix("."): value}
 
 
-def compare(saved: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
-    """Refuse with :class:`Changed` where the identities differ: ``what``, and each difference as ``key: old -> new``."""
+# Not what a run is: a longer run, other rows of metrics and other checkpoints go on from the same state.
+FREE = ("steps", "checkpoint", "log", "profile", "eval", "eval_data")
+# What a state may go on under, where the user says so. Another optimizer has another state.
+ACCEPTABLE = ("data.", "content.", "optimizer.", "objective.")
+# They follow from the config: shown where nothing of that has changed.
+DERIVED = ("base.", "batch.", "trained.")
+
+
+def _acceptable(key: str) -> bool:
+    key = re.sub(r"^fleet\.[^.]+\.", "", key)
+    return f"{key}.".startswith(ACCEPTABLE) and key != "optimizer.name"
+
+
+def _config_changes(saved: Any, now: Any) -> dict[str, tuple[Any, Any]]:
+    """Keys of the configs that differ and may decide the run, with both values."""
+    if not isinstance(saved, Mapping) or not isinstance(now, Mapping):
+        return {}
+    old, new = _dotted(saved), _dotted(json.loads(json.dumps(now)))
+    keys = [k for k in sorted(old.keys() | new.keys()) if k.split(".")[0] not in FREE and old.get(k) != new.get(k)]
+    return {k: (old.get(k, "nothing"), new.get(k, "nothing")) for k in keys}
+
+
+def _content(saved: Any, now: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The identities without what one alone says of content, and without the path of a tokenizer whose content is known."""
+    # A fleet's are those of its members.
+    if isinstance(saved.get("fleet"), Mapping) and isinstance(now.get("fleet"), Mapping):
+        pairs = {k: _content(saved["fleet"][k], now["fleet"][k]) for k in saved["fleet"].keys() & now["fleet"].keys()}
+        old, new = ({**x["fleet"], **{k: pair[i] for k, pair in pairs.items()}} for i, x in enumerate((saved, now)))
+        return {**saved, "fleet": old}, {**now, "fleet": new}
+    both = bool(saved.get("content")) and bool(now.get("content"))
+    known = both and "tokenizer" in saved["content"] and "tokenizer" in now["content"]
+    sides = []
+    for side in (saved, now):
+        side = dict(side) if both else {k: v for k, v in side.items() if k != "content"}
+        if known and isinstance(side.get("data"), Mapping):
+            side["data"] = {k: v for k, v in side["data"].items() if k != "tokenizer"}
+        sides.append(side)
+    return sides[0], sides[1]
+
+
+WORDS = {
+    "content.tokenizer": "the tokenizer's content has changed (vocabulary, rules, special tokens or template)",
+    "content.rows": "the data's content or order has changed",
+}
+
+
+def _shown(key: str, old: Any, new: Any) -> str:
+    # Hashes tell a person nothing.
+    word = next((text for name, text in WORDS.items() if key.endswith(name)), None)
+    return f"  {word}" if word else f"  {key}: {old!r} -> {new!r}"
+
+
+def compare(
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    what: str,
+    configs: tuple[Any, Any] = (None, None),
+    accept: bool = False,
+) -> None:
+    """Refuse with :class:`Changed` where the identities differ: ``what``, and each difference as ``key: old -> new``.
+
+    configs: of the saved run and of this one, in whose words differences are said. accept: pass over what :data:`ACCEPTABLE`
+    names.
+    """
+    saved, now = _content(saved, now)
     # Through JSON, which makes lists of tuples and strings of keys, as the saved one went.
     old, new = _dotted(comparable(saved)), _dotted(comparable(json.loads(json.dumps(now))))
     # "nothing" is what messages show for an absent key, and equals no value that a run saves.
     keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k, "nothing") != new.get(k, "nothing")]
+    if accept:
+        keys = [k for k in keys if not _acceptable(k)]
     if keys:
+        changed = _config_changes(*configs)
+        lines = [_shown(k, *pair) for k, pair in changed.items()]
+        # Offered where it would be enough.
+        way = ", set checkpoint.accept=True to go on all the same" if all(map(_acceptable, keys)) else ""
+        # What the config's words have said, or what follows from them, is not said twice.
+        keys = [k for k in keys if not (changed and f"{k}.".startswith(DERIVED)) and k not in changed]
         # What trains follows from the rest, leaf by leaf: shown last, and not to the last leaf.
         keys.sort(key=lambda k: k.startswith("trained."))
-        lines = [f"  {k}: {old.get(k, 'nothing')!r} -> {new.get(k, 'nothing')!r}" for k in keys[:SHOWN]]
-        lines += [f"  and {len(keys) - SHOWN} more"] if len(keys) > SHOWN else []
-        changes = "\n".join(lines)
+        lines += [_shown(k, old.get(k, "nothing"), new.get(k, "nothing")) for k in keys]
+        rest = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        changes = "\n".join(lines[:SHOWN] + rest)
         raise Changed(
             f"{what} of another run, so going on in this workdir would be wrong:\n{changes}\n"
-            "undo the change, or give another workdir"
+            f"undo the change{way}, or give another workdir"
         )
 
 
@@ -111,10 +190,24 @@ def newest(directory: Path) -> tuple[int, dict[str, Any] | None, dict[str, jax.S
 class Checkpoints:
     """The checkpoints of one run in ``directory``."""
 
-    def __init__(self, directory: Path, options: Checkpointing, identity: Mapping[str, Any], decided: Any = None):
+    def __init__(
+        self,
+        directory: Path,
+        options: Checkpointing,
+        identity: Mapping[str, Any],
+        decided: Any = None,
+        config: Any = None,
+    ):
         # A copy: `renewed` changes it.
         self.directory, self.options, self.identity = directory, options, dict(identity)
-        self.decided = decided
+        # config: of the run, for the words of a refusal.
+        self.decided, self.config = decided, config
+        # The step that is being written, and its write.
+        self._write: tuple[int, concurrent.futures.Future] | None = None
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._failed = False
+        _quiet()
+        self._probe(0)
         self._checkpointer = self._open()
 
     def _open(self) -> ocp.training.Checkpointer:
@@ -134,8 +227,51 @@ class Checkpoints:
         return ocp.training.Checkpointer(
             self.directory.absolute(),
             preservation_policy=policies.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=True,
         )
+
+    def _refuse(self, step: int, reason: str) -> OSError:
+        self._failed = True
+        whole = next((f.name for f in digests.steps(self.directory) if not digests.examine(f).damage), None)
+        good = f"the last good checkpoint is that of step {whole}" if whole else "there is no checkpoint yet"
+        return OSError(
+            f"the checkpoint of step {step} cannot be written to {self.directory}: {reason}; {good}. Make room, or the "
+            "directory writable, and run the same again"
+        )
+
+    def _probe(self, step: int) -> None:
+        """Refuse at once where no file can be made: Orbax would wait for minutes for the directory."""
+        if jax.process_index():
+            return
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            files.write_text(probe := self.directory / ".probe", "x")
+            probe.unlink()
+        except OSError as error:
+            raise self._refuse(step, error.strerror or str(error)) from None
+
+    def _finish(self, response: Any, step: int) -> None:
+        """Wait for the write of ``step``, and write its digest beside it."""
+        response.result()
+        if jax.process_index() == 0:
+            digests.write(self.directory / str(step), step)
+
+    def check(self) -> None:
+        """Raise ``OSError`` for a write in the background that has failed, in one line."""
+        # Alone, since one process of several must not stop before the others.
+        if self._write is not None and self._write[1].done() and jax.process_count() == 1:
+            self._wait()
+
+    def _wait(self) -> None:
+        """Wait for the write in the background. Raises ``OSError`` where it failed, with its leftovers removed."""
+        if self._write is None:
+            return
+        (step, write), self._write = self._write, None
+        try:
+            write.result()
+        # Whatever Orbax and TensorStore raise: they have no class of their own for a disk.
+        except Exception as error:
+            digests.clear(self.directory)
+            raise self._refuse(step, _reason(error)) from None
 
     def renewed(self, identity: Mapping[str, Any], decided: Any = None) -> None:
         """Take over the identity and decision of the run after a reselection, for all checkpoints from now on."""
@@ -157,9 +293,11 @@ class Checkpoints:
         """The state and evaluation of the best checkpoint by ``options.best``; see :meth:`restore`."""
         name = self.options.best
         # Closing waits for checkpoints that are still being written; a closed checkpointer cannot load, hence the new one.
+        self._wait()
         self._checkpointer.close()
         self._checkpointer = self._open()
         scored = {c.step: c.metrics for c in self._checkpointer.checkpoints if c.metrics and name in c.metrics}
+        scored = {s: m for s, m in scored.items() if not digests.examine(self.directory / str(s)).damage}
         if not scored:
             raise ValueError(f"no checkpoint in {self.directory} has the metric {name!r}; evaluation gives others")
         # Of equals both take the first, the earliest step.
@@ -187,6 +325,8 @@ class Checkpoints:
             return
         if metrics and self.options.best and self.options.best not in metrics:
             raise ValueError(f"checkpoint.best is {self.options.best!r}, but evaluation gives {', '.join(metrics)}")
+        self._wait()
+        self._probe(step)
         # Tensors and constants apart: Orbax stores arrays in one item and JSON in another.
         packed = {path: values.pack() for path, values in (settled or {}).items()}
         constants = {path: [settled[path].kind, static] for path, (_, static) in packed.items()} if settled else {}
@@ -194,14 +334,21 @@ class Checkpoints:
         # Left out where nothing has settled, as in every run without a schedule.
         arrays = {"settled": inside} if inside else {}
         run = {"identity": self.identity, "positions": _gather(position), "settled": constants, "decided": self.decided}
-        self._checkpointer.save_checkpointables_async(
-            step,
-            # Flat by path, as `newest` reads it, whatever classes the states of optax have.
-            {"state": tree.flatten(state), "run": run, **arrays},
-            # Whether a step is due is decided by `due`, not by a policy of Orbax.
-            force=True,
-            metrics=dict(metrics) if metrics else None,
-        )
+        run["config"] = self.config
+        try:
+            response = self._checkpointer.save_checkpointables_async(
+                step,
+                # Flat by path, as `newest` reads it, whatever classes the states of optax have.
+                {"state": tree.flatten(state), "run": run, **arrays},
+                # Whether a step is due is decided by `due`, not by a policy of Orbax.
+                force=True,
+                metrics=dict(metrics) if metrics else None,
+            )
+        # What is seen before the background begins; on a full disk Orbax's own cleaning up fails as well.
+        except Exception as error:
+            digests.clear(self.directory)
+            raise self._refuse(step, _reason(error)) from None
+        self._write = step, self._pool.submit(self._finish, response, step)
 
     def restore(self, shapes: State, step: int | None = None) -> tuple[State, Any]:
         """``(state, data position)`` of ``step`` (default the newest), in the shardings of ``shapes``.
@@ -211,7 +358,10 @@ class Checkpoints:
         step = self.latest if step is None else step
         run = self._checkpointer.load_checkpointables(step, {"run": None})["run"]
         # Before the state is read: of another run its shapes would differ, and Orbax's error would name none of the reasons.
-        compare(run["identity"], self.identity, f"the checkpoints in {self.directory} are")
+        configs = run.get("config"), self.config
+        compare(
+            run["identity"], self.identity, f"the checkpoints in {self.directory} are", configs, self.options.accept
+        )
         positions = run["positions"]
         # One global position, the same on every process, holds for any number of them; the data checks the rest.
         if all(p == positions[0] for p in positions):
@@ -239,8 +389,36 @@ class Checkpoints:
         return out
 
     def close(self) -> None:
-        """Wait for unfinished writes."""
-        self._checkpointer.close()
+        """Wait for unfinished writes. Raises ``OSError`` where one failed."""
+        try:
+            self._wait()
+        finally:
+            self._pool.shutdown()
+            # After a failure, which was told, it would raise the same again in its own words.
+            with contextlib.suppress(Exception) if self._failed else contextlib.nullcontext():
+                self._checkpointer.close()
+
+
+def _reason(error: BaseException) -> str:
+    """What the operating system said, from inside the messages of Orbax and TensorStore."""
+    # Of a chain the first that the system raised: later ones are of cleaning up.
+    chain: list[BaseException] = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and len(chain) < 20:
+        chain.append(before)
+    error = next((e for e in chain if isinstance(e, OSError) or "OS error" in str(e)), error)
+    found = re.search(r"OS error \d+: ([^\]]+)|\[Errno \d+\] ([^:]+)", str(error))
+    return (found[1] or found[2]).strip() if found else (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _quiet() -> None:
+    """Keep Orbax from logging tracebacks of what is raised here in one line."""
+    log = logging.getLogger("absl")
+    if _not_orbax not in log.filters:
+        log.addFilter(_not_orbax)
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def _gather(position: Any) -> list[Any]:

@@ -101,6 +101,7 @@ class CheckpointConfig:
     every: int = _key(0, "steps between checkpoints; 0: only when asked to stop")
     keep: int = _key(2, "newest checkpoints that stay")
     best: str = _key("", "keep, and end with, the best by this metric of evaluation")
+    accept: bool = _key(False, "go on though data, tokenizer, objective or optimizer settings have changed")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from jft import data, methods, models, parallel, tree
 from jft.data.config import derived
 from jft.models.loading import describe, fetch
 from jft.names import nearest
-from jft.train import feed
+from jft.train import feed, lock
 from jft.train.config import Config, ModelConfig, check, check_length
 from jft.train.finetune import finetune
 from jft.train.training import Run
@@ -58,6 +59,21 @@ def run(config: Any, workdir: str | Path | None, *, callbacks: Sequence[Any] = (
     mesh = parallel.make_mesh(dataclasses.asdict(config.mesh))
     # A dry run has none, so that it can write nothing.
     workdir = None if dry_run or workdir is None else _directory(workdir)
+    # Before the data, which writes a tokenizer there.
+    with lock.of_all(workdir) if workdir is not None else contextlib.nullcontext():
+        return _run(config, sections, method, mesh, workdir, callbacks, dry_run)
+
+
+def _run(
+    config: Config,
+    sections: list[dict[str, Any]],
+    method: Any,
+    mesh: Any,
+    workdir: Path | None,
+    callbacks: Sequence[Any],
+    dry_run: bool,
+) -> Run:
+    """:func:`run` of a config that was checked, alone in its workdir."""
     # Before the model, whose vocabulary and number of classes may come from the data.
     train, test = loaders(config, workdir)
     tokenizer = train.tokenizer

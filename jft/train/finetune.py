@@ -15,7 +15,7 @@ import jax
 from jft import parallel
 from jft.compiled import forget_if_crowded
 from jft.methods import Method
-from jft.train import reselection, step
+from jft.train import digests, lock, reselection, step
 from jft.train.callbacks import Callback
 from jft.train.feed import Streams, global_shapes
 from jft.train.members import Fleet, Members, listed, member
@@ -125,12 +125,41 @@ def finetune(
     forget_if_crowded()
     # Before data is opened, whose loaders start threads.
     members.check(config)
+    workdir = None if workdir is None else Path(workdir)
+    further = (checkpoint, tokenizer, donate, callbacks, dry_run)
+    if workdir is None or dry_run:
+        return _train(config, members, params, workdir, None, *further)
+    # One run at a time, of which the first process holds the lock for all.
+    with lock.of_all(workdir), Watch() as watch:
+        return _train(config, members, params, workdir, watch, *further)
+
+
+def _train(
+    config: RunConfig,
+    members: Members,
+    params: Any,
+    workdir: Path | None,
+    watch: Watch | None,
+    checkpoint: Any,
+    tokenizer: Any,
+    donate: bool,
+    callbacks: Sequence[Callback],
+    dry_run: bool,
+) -> Any:
+    """:func:`finetune` with its arguments checked, alone in its workdir."""
+    # Before anything looks for the newest checkpoint.
+    folder = None if workdir is None or dry_run else workdir / "checkpoints"
+    notes = digests.set_aside(folder) if folder is not None and jax.process_index() == 0 else []
+    if folder is not None and jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        # Nobody looks for the newest checkpoint before the damaged ones are out of the way.
+        multihost_utils.sync_global_devices("checkpoints verified")
     streams = Streams(members, config.model)
     # What is wrong with the first batches is found now; peeked at, so training still begins with them.
     streams.peek()
     # The objective follows from the fields of a batch.
     config = config.filled(params, streams.feed(0).largest())
-    workdir = None if workdir is None else Path(workdir)
 
     # What trains: by name, or as the run that is taken up says, or found now from the base and the first batches.
     trains = reselection.find(config, members, streams, params, workdir)
@@ -141,7 +170,7 @@ def finetune(
     batch = global_shapes(streams.largest(), axis=int(streams.differ))
     # A schedule starts every new selection from the base, which donation would overwrite.
     donate = donate and members[0].method.schedule is None
-    remedies = members.remedies(update, params, trains.chosen, batch, model)
+    remedies = members.remedies(update, params, trains.chosen, batch, config.model)
     budget = parallel.device_budget(update.layout.device)
     memory = parallel.check(update.memory(batch, params, donate), budget, remedies)
     if dry_run:
@@ -160,6 +189,8 @@ def finetune(
 
     # What the user sees, the loop, and what came of it.
     report = Report(training, begin, memory, batch, tokenizer, callbacks)
+    for note in notes:
+        report.say(note)
     with contextlib.ExitStack() as stack:
         # Closed in the reverse order: checkpoints first, which wait for the last write.
         for closing in (report, streams, *([training.checkpoints] if training.checkpoints else [])):
@@ -169,14 +200,15 @@ def finetune(
             trace = Profile(config.profile, training, report, begin, workdir / "profile")
             # Also on an error or interrupt: the trace of the steps so far is whole.
             stack.callback(trace.close)
-        # Without checkpoints nothing can be saved, and a signal is best left to end the run.
-        watch = stack.enter_context(Watch()) if training.checkpoints else None
+        # Without a workdir nothing can be saved, and a signal is best left to end the run.
+        if watch is not None:
+            watch.begin()
         scores = _loop(training, report, watch, trace, begin)
     # After the stack has closed, so that metrics are on disk before the task vector that ends the run.
     runs = [training.result(i, scores[i], report.rows(i)) for i in range(len(members))]
-    if watch is not None:
-        # The signal came after the last step, where there was nothing left to stop.
-        watch.pass_on()
+    if watch is not None and watch.noted:
+        # It came while the result was written; a caller with more to do must not go on.
+        raise Preempted(config.steps, finished=True)
     return runs if members.stacked else runs[0]  # type: ignore[return-value]
 
 
@@ -247,6 +279,8 @@ def _loop(
             rates = [m.optimizer.rate(n, config.steps) for m in training.members]
             metrics, done = training.step(batch, rates), n + 1
         report.count(done, first)
+        if checkpoints is not None:
+            checkpoints.check()
         if pending is not None:
             fetch(pending)
         pending = Pending(done, metrics, rates, positions)
@@ -279,6 +313,12 @@ def _loop(
     # A finished run that is started again has had no step at which evaluation was due.
     if begin == config.steps and has_evaluation:
         scores = evaluate(begin)
+    if watch is not None and watch.noted:
+        # The signal came during the last step or its evaluation.
+        training.save(config.steps, streams.positions(), scores if has_evaluation else None)
+        preemption = Preempted(config.steps)
+        report.say(str(preemption))
+        raise preemption
     if checkpoints is not None and checkpoints.options.best:
         scores = training.restore_best()
         report.say(f"the best by {checkpoints.options.best} is that of step {int(training.held.state.step)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -54,12 +55,19 @@ class JsonLines:
         self._file = path.open("a")
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps({k: _number(v) for k, v in row.items()}) + "\n")
-        # A reader may follow the file; a row every few steps makes buffering worth nothing.
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({k: _number(v) for k, v in row.items()}) + "\n")
+            # A reader may follow the file; a row every few steps makes buffering worth nothing.
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                f"{self._file.name} cannot be written: {error.strerror}; make room, and run the same again"
+            ) from None
 
     def close(self) -> None:
-        self._file.close()
+        # Rows are on disk already, or were refused; what a full disk left in the buffer is told once.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def read(path: Path) -> list[dict]:
@@ -141,6 +149,7 @@ class Metrics:
         self, workdir: Path | None, step: int = 0, tensorboard: bool = False, wandb: str = "", writes: bool = True
     ):
         self.rows: list[dict] = []
+        self._resumed: list[dict] = []
         self._sinks: list[Sink] = []
         # Rows are kept in memory all the same, for `Run.metrics`.
         if workdir is None:
@@ -156,11 +165,15 @@ class Metrics:
             self._sinks.append(WeightsAndBiases(workdir, wandb))
         lines = JsonLines(workdir / "metrics.jsonl", step)
         self.rows = list(lines.rows)
+        self._resumed = [row for row in self.rows if row.get("step") == step]
         self._sinks.append(lines)
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         """Log ``values`` of ``split`` (train, eval) after ``step`` updates."""
         row = {"step": step, "split": split, **values}
+        # A finished run that is started again evaluates its last state once more.
+        if any(r["step"] == step and r["split"] == split for r in self._resumed):
+            return
         self.rows.append(row)
         for sink in self._sinks:
             sink.write(row)
@@ -298,7 +311,9 @@ class Progress:
             # Text of the user's data may hold [brackets], which rich would take for markup.
             self._bar.console.print(text, markup=False, highlight=False)
         elif self._shows:
-            print(text, flush=True)
+            # The terminal of a lost connection is gone, and the run must still save.
+            with contextlib.suppress(OSError):
+                print(text, flush=True)
 
     def advance(self, step: int) -> None:
         """``step`` updates have been given to the devices."""

@@ -1,4 +1,4 @@
-"""Preemption: SIGTERM or SIGINT ends the run after the current step, with a checkpoint, at the same step on all hosts."""
+"""Preemption: SIGTERM, SIGINT or SIGHUP ends the run after the current step, with a checkpoint, the same step on all hosts."""
 
 from __future__ import annotations
 
@@ -14,19 +14,26 @@ EXIT_CODE = 75  # EX_TEMPFAIL: not finished, start me again
 class Preempted(SystemExit):
     """The run was asked to stop and has saved itself: run the same command again to go on.
 
-    step: updates made. Uncaught, the process exits with code 75.
+    step: updates made, None before training began. Uncaught, the process exits with code 75.
     """
 
-    def __init__(self, step: int):
+    def __init__(self, step: int | None, finished: bool = False):
         super().__init__(EXIT_CODE)
-        self.step = step
+        self.step, self.finished = step, finished
 
     def __str__(self) -> str:
+        if self.step is None:
+            return "stopped before the first step, nothing to save; run the same again"
+        if self.finished:
+            return f"stopped after the last step, {self.step}; the result is written"
         return f"stopped after step {self.step}, saved; run the same again to go on"
 
 
 class Watch:
-    """While entered, notes SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once.
+    """While entered, SIGTERM, SIGINT and SIGHUP (a lost terminal) end the run by :class:`Preempted`.
+
+    Before :meth:`begin` there is nothing to save, and they do so at once; after it they are noted, and the loop stops where
+    it can save. A second SIGINT interrupts at once. SIGHUP stays ignored where it is (``nohup``).
 
     Signals reach Python in the main thread only; elsewhere nothing is watched. With several processes SIGTERM is left to
     JAX's preemption service, which finds a step at which all of them stop.
@@ -35,6 +42,7 @@ class Watch:
     def __init__(self) -> None:
         self._stop = threading.Event()
         self._previous: dict[int, Any] = {}
+        self._begun = False
 
     def __enter__(self) -> Watch:
         import jax
@@ -42,21 +50,27 @@ class Watch:
         self._many = jax.process_count() > 1
         # `signal.signal` raises anywhere else.
         if threading.current_thread() is threading.main_thread() and not self._many:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._note)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._note)
         return self
+
+    def begin(self) -> None:
+        """From now on there is a state to save."""
+        self._begun = True
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # The second Ctrl-C is of a user who does not want to wait for the step.
         if self._stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._stop.set()
-        self._number = number
+        if not self._begun:
+            raise Preempted(None)
 
-    def pass_on(self) -> None:
-        """Deliver once more a signal that came too late to stop anything, now that the run is whole and saved."""
-        if self._stop.is_set():
-            signal.raise_signal(self._number)
+    @property
+    def noted(self) -> bool:
+        """Whether a signal has come, to this process."""
+        return self._stop.is_set()
 
     def reached(self, step: int) -> bool:
         """Whether to stop after ``step``; the same answer on every process."""

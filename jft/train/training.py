@@ -135,7 +135,7 @@ class Training:
         """Open the checkpoints, and hold what they have; the step that training goes on from, 0 without any."""
         members = self.members
         each = [
-            {"base": base["fingerprint"], "data": m.manifest.get("data"), **facts}
+            {"base": base["fingerprint"], "data": m.manifest.get("data"), **facts, **_content(m.data)}
             for m, base, facts in zip(members, self._bases, self._facts, strict=True)
         ]
         self.checkpoints = _open(workdir, checkpoint, members.identity(each), decided, members, self.config)
@@ -282,11 +282,23 @@ class Training:
         base = member.start(self.params)
         stopped = {} if error is None else {"stopped": str(error)}
         # The run's own facts last: a manifest cannot pretend to others.
-        facts = {**member.manifest, **self._facts[i], "steps": int(state.step), "evaluation": scores, **stopped}
+        facts = {
+            **member.manifest,
+            **self._facts[i],
+            **_content(member.data),
+            "steps": int(state.step),
+            "evaluation": scores,
+            **stopped,
+        }
         encoded = reselection.change(self._settled, tree.flatten(base), plan.encode(base, kept, state.trained))
         vector = delta.TaskVector(encoded, {"base": self._bases[i], **delta.describe(None, **facts)})
         save(vector, member.workdir)
         return Run(plan, state, rows, scores, vector, base, kept, error)
+
+
+def _content(data: Any) -> dict[str, Any]:
+    """What is known of the content of jft's own loaders; other iterables may be read once only."""
+    return {"content": data.fingerprint} if hasattr(data, "fingerprint") else {}
 
 
 def _open(workdir: Path | None, checkpoint: Any, facts: Any, decided: Any, members: Members, config: RunConfig) -> Any:
@@ -311,7 +323,7 @@ def _open(workdir: Path | None, checkpoint: Any, facts: Any, decided: Any, membe
             )
     # After the checks: a refused start makes no folder.
     workdir.mkdir(parents=True, exist_ok=True)
-    return Checkpoints(workdir / "checkpoints", checkpointing, facts, decided)
+    return Checkpoints(workdir / "checkpoints", checkpointing, facts, decided, members[0].manifest.get("config"))
 
 
 def save(vector: delta.TaskVector, workdir: Path | None) -> None:

@@ -297,7 +297,7 @@ def test_task_vector_manifest_is_json(tmp_path):
     assert json.loads(json.dumps(run.task_vector.manifest))["config"] == {"a": 1}
 
 
-def test_a_signal_in_the_last_step_is_passed_on_once_the_run_is_saved(tmp_path, monkeypatch):
+def test_a_signal_in_the_last_step_stops_the_run_saved_and_the_next_start_writes_the_result(tmp_path, monkeypatch):
     import signal
 
     from jft.train import preemption
@@ -306,8 +306,11 @@ def test_a_signal_in_the_last_step_is_passed_on_once_the_run_is_saved(tmp_path, 
     # A shell starts what runs in the background with the signal ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(jft.train.Preempted, match="stopped after step 1, saved"):
             train(tmp_path, steps=1)
     finally:
         signal.signal(signal.SIGINT, before)
+    assert not (tmp_path / "task_vector.safetensors").exists()
+    monkeypatch.undo()
+    train(tmp_path, steps=1)
     assert (tmp_path / "task_vector.safetensors").is_file()
