@@ -184,4 +184,8 @@ def _slice_bytes(piece: Any) -> int:
 
 def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     with files.whole(path) as temporary:
+        # What open() gives a new file by the umask; safetensors makes its own readable by the owner alone.
+        temporary.touch()
+        mode = temporary.stat().st_mode
         safetensors.numpy.save_file(tensors, temporary, metadata)
+        temporary.chmod(mode)

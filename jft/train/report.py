@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -41,6 +42,8 @@ class Report:
         times = 1 if training.streams.differ else len(members)
         work = step.work(training.update, batch, training.params, times)
         self._meter = Meter(work)
+        # Examples and tokens of the steps that are on the devices, oldest first.
+        self._queued: collections.deque[tuple[int, int]] = collections.deque()
         if config.log.progress and primary:
             self._introduce(f"step takes {memory}; FLOPs by {work.source}", begin, tokenizer)
 
@@ -59,6 +62,13 @@ class Report:
         # A new head is random, and a user of LoRA easily overlooks that it does not train.
         if "classifier/w" in plan.paths and "classifier/w" not in plan.leaves:
             self.say("the classifier stays as it is, which suits a fixed head; also='^classifier/' trains it")
+        for member in run.members:
+            warmup = getattr(member.optimizer, "warmup", 0)
+            if warmup > self._steps:
+                self.say(
+                    f"{member.label}optimizer.warmup is {warmup} steps, more than the run has: at step {self._steps} the "
+                    f"learning rate is {member.optimizer.rate(self._steps - 1, self._steps):.3g}, not {member.optimizer.lr:g}"
+                )
         if begin:
             self.say(f"resumed after step {begin}")
 
@@ -70,14 +80,16 @@ class Report:
         """All rows of one member, those of the parts before included."""
         return self._metrics[index].rows
 
-    def count(self, done: int, batch: Any) -> None:
-        """Update ``done`` was given to the devices; ``batch``: a host batch of one member."""
+    def queue(self, batch: Any) -> None:
+        """A step was given to the devices; ``batch``: a host batch of one member."""
         # Host batches are of one process; rates are of the run.
-        self._meter.add(feed.rows(batch) * jax.process_count(), feed.tokens(batch) * jax.process_count())
-        self._progress.advance(done)
+        self._queued.append((feed.rows(batch) * jax.process_count(), feed.tokens(batch) * jax.process_count()))
 
     def train(self, pending: Pending) -> None:
-        """Metrics of a step, where it is one to log, of members that go on."""
+        """A step is done; its metrics, where it is one to log, of members that go on."""
+        # Not as it is queued: the host runs ahead of the devices, and rates would be those of dispatching.
+        self._meter.add(*self._queued.popleft())
+        self._progress.advance(pending.step)
         # The last step is always logged, so that every run has a row.
         if pending.step % self._log.every and pending.step != self._steps:
             return
