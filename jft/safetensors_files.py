@@ -103,8 +103,12 @@ def save(tensors: Mapping[str, np.ndarray], file: str | os.PathLike, metadata: M
     import safetensors.numpy
 
     with files.whole(file) as temporary:
+        # What open() gives a new file by the umask; safetensors makes its own readable by the owner alone.
+        temporary.touch()
+        mode = temporary.stat().st_mode
         try:
             safetensors.numpy.save_file(dict(tensors), temporary, None if metadata is None else dict(metadata))
+            temporary.chmod(mode)
         except safetensors.SafetensorError as bad:
             raise OSError(f"{os.fspath(file)} cannot be written: {bad}; nothing was changed there") from None
 

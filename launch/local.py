@@ -1,6 +1,6 @@
 """Start one command as several processes of one program on this machine.
 
-    python launch/local.py --processes 2 --devices 4 -- jft train --config=configs/quickstart_lm.py --workdir=runs/two
+    python launch/local.py --processes 2 --devices 4 -- jft train --config=configs/decoder_sft.py --workdir=runs/two
 
 Each process gets its own fake CPU devices (--devices) and the three variables by which jft finds the others:
 JFT_COORDINATOR, JFT_NUM_PROCESSES, JFT_PROCESS_ID. Output lines carry the process number. When one process fails, the

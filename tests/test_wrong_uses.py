@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -118,11 +119,17 @@ USES = {
     "a value of the wrong type": (lambda t: job(t, steps="many"), "config.steps is 'many'.*takes an integer"),
     "an unknown method": (lambda t: job(t, method__name="lorra"), "'lorra' is unknown.*did you mean 'lora'"),
     "an unknown option of a method": (lambda t: job(t, method={"name": "lora", "rnk": 2}), "no option 'rnk'.*'rank'"),
+    "one number for a block's two extents": (
+        lambda t: jft.method("block_sparse", block=64), r"block is 64; give rows and columns, as in block=\(64, 64\)"),
     "a pattern that matches nothing": (
         lambda t: job(t, method={"name": "pattern", "include": "atn"}), "'atn' matches no weight.*nearest.*attn"),
     "a layer that is not there": (
         lambda t: job(t, method={"name": "last_k_layers", "k": 3}), "layer -3 does not exist: the model has 1 layer"),
     "an unknown optimizer": (lambda t: job(t, optimizer__name="adamm"), "adamm.*adamw"),
+    "a decay of moments out of range": (lambda t: job(t, optimizer__b1=2.0), "optimizer.b1 is 2.0; it must be .*below 1"),
+    "a momentum of 1": (
+        lambda t: job(t, optimizer={"name": "sgd", "lr": 0.1, "momentum": 1.0}), "optimizer.momentum is 1.0"),
+    "an end of the rate below zero": (lambda t: job(t, optimizer__end=-1.0), "optimizer.end -1.0"),
     "an unknown architecture": (lambda t: job(t, model__arch="visio"), "'visio' is unknown.*'vision'"),
     "an unknown field of an architecture": (
         lambda t: job(t, model__options__widht=8), "no option 'widht'; did you mean 'width'"),
@@ -202,6 +209,56 @@ def test_wrong_use(name, tmp_path, monkeypatch):
 
 def test_the_list_is_long_enough():
     assert len(USES) >= 25
+
+
+def test_a_warmup_longer_than_the_run_is_said(tmp_path, capsys):
+    finetune(optimizer={"lr": 0.5, "warmup": 5}, log={"progress": True}, steps=2)
+    assert "optimizer.warmup is 5 steps, more than the run has: at step 2 the learning rate is 0.2, not 0.5" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_base_from_scratch_is_the_same_on_one_device_and_on_eight():
+    from jft.train.config import ModelConfig
+    from jft.train.experiment import build_model
+
+    options = {"vocab": 67, "width": 24, "layers": 1, "heads": 2, "hidden": 40}
+    config = ModelConfig(arch="decoder", options=options)
+    one = build_model(config)[1]
+    eight = build_model(config, mesh=jft.parallel.make_mesh({"fsdp": 8}))[1]
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_a_task_vector_is_as_readable_as_other_new_files(tmp_path):
+    vector().save(tmp_path / "tau.safetensors")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "tau.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_config_that_the_launcher_names_exists():
+    root = Path(__file__).parents[1]
+    named = re.search(r"--config=(\S+)", (root / "launch/local.py").read_text())
+    assert named and (root / named[1]).is_file()
+
+
+def test_rates_count_steps_that_are_done():
+    """Each step takes at least 20 ms, also those before and at an evaluation: dispatches would give rates of 0 and more."""
+    import time
+
+    def wait(x):
+        time.sleep(0.02)
+        return x
+
+    def slow(params, batch):
+        out = jax.pure_callback(wait, jax.ShapeDtypeStruct((), jnp.float32), batch["x"][0, 0])
+        return model(params, batch) + 0 * jax.lax.stop_gradient(out)
+
+    run = jft.finetune(
+        slow, PARAMS, BATCHES, steps=6, eval_data=BATCHES, eval_every=2, log={"every": 1, "progress": False}
+    )
+    rates = [row["steps_per_s"] for row in run.metrics if row["split"] == "train"]
+    assert len(rates) == 6 and min(rates) > 0 and max(rates) <= 50
 
 
 def test_the_small_config_is_right_in_itself(tmp_path):

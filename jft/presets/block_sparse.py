@@ -37,6 +37,8 @@ def block_sparse(
     where = {"matrix": budget.PerMatrix, "layer": budget.PerLayer, "global": budget.Globally}
     if scope not in where:
         raise ValueError(f"scope {scope!r} is unknown; choose one of {', '.join(where)}")
+    if not isinstance(block, tuple | list) or len(block) != 2:
+        raise ValueError(f"block is {block!r}; give rows and columns, as in block=(64, 64)")
     if isinstance(score, str):
         if score not in SCORES:
             raise ValueError(f"score {score!r} is unknown; choose one of {', '.join(SCORES)}")

@@ -262,10 +262,9 @@ def _from_scratch(config: ModelConfig, seed: int, mesh: Any, classes: int, token
         architecture = models.Classifier(architecture, classes, config.pool)
     model = models.Model(architecture)
     key = jax.random.key(seed)
-    if mesh is None:
-        return model, model.init(key, jnp.dtype(config.param_dtype))
-    shardings = parallel.shardings(model.abstract(config.param_dtype), mesh)
-    # Under jit with shardings each device makes its own shards; no device ever holds the whole model.
+    shardings = None if mesh is None else parallel.shardings(model.abstract(config.param_dtype), mesh)
+    # Under jit with shardings each device makes its own shards; no device ever holds the whole model. Without a mesh too:
+    # outside jit the values round otherwise, and a base drawn on one device would be another on eight.
     return model, jax.jit(lambda k: model.init(k, jnp.dtype(config.param_dtype)), out_shardings=shardings)(key)
 
 

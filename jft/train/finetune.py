@@ -262,6 +262,14 @@ def _loop(
     for n in range(begin, config.steps):
         # Before the batch is taken: a score looks at the batches that come next.
         training.reselect(n)
+        done = n + 1
+        evaluates = has_evaluation and config.evaluates(done)
+        saves = checkpoints is not None and checkpoints.due(done, config.steps)
+        waits = evaluates or saves or done == config.steps
+        # The host will wait for this step: were the last one fetched after it, one would take no time and the other twice.
+        if waits and pending is not None:
+            fetch(pending)
+            pending = None
         # Of before the batch, for a checkpoint of the state without it.
         positions = streams.positions()
         with trace.step(n) if trace else contextlib.nullcontext():
@@ -277,19 +285,17 @@ def _loop(
                 raise ValueError(f"{error}; the state after step {n} is saved in {checkpoints.directory}") from error
             # On the host: a schedule is then no part of the compiled program.
             rates = [m.optimizer.rate(n, config.steps) for m in training.members]
-            metrics, done = training.step(batch, rates), n + 1
-        report.count(done, first)
+            metrics = training.step(batch, rates)
+        report.queue(first)
         if checkpoints is not None:
             checkpoints.check()
         if pending is not None:
             fetch(pending)
         pending = Pending(done, metrics, rates, positions)
 
-        evaluates = has_evaluation and config.evaluates(done)
-        saves = checkpoints is not None and checkpoints.due(done, config.steps)
         # `reached` is called at every step, since with several processes it is a point where they agree.
         stops = watch is not None and watch.reached(done) and done < config.steps
-        if evaluates or saves or stops or done == config.steps:
+        if waits or stops:
             fetch(pending)
             pending = None
         if evaluates:

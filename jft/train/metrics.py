@@ -316,7 +316,7 @@ class Progress:
                 print(text, flush=True)
 
     def advance(self, step: int) -> None:
-        """``step`` updates have been given to the devices."""
+        """``step`` updates are done."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 

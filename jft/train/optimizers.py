@@ -78,6 +78,14 @@ class Optimizer:
             raise ValueError(f"optimizer.lr is {self.lr}; it must be positive and finite")
         if min(self.weight_decay, self.warmup, self.clip) < 0:
             raise ValueError(f"weight_decay, warmup and clip cannot be negative: {self}")
+        for name in ("b1", "b2", "momentum"):
+            # Shares of what is remembered; at 1 nothing is ever learned, beyond it sums explode.
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if not self.eps >= 0 or not 0 <= self.end < math.inf:
+            raise ValueError(
+                f"optimizer.eps is {self.eps} and optimizer.end {self.end}; neither can be negative or NaN"
+            )
 
     @property
     def to_base(self) -> bool:

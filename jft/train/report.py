@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
@@ -53,6 +54,8 @@ class Report:
         times = 1 if training.streams.differ else len(members)
         work = step.work(training.update, batch, training.params, times)
         self._meter = Meter(work)
+        # Examples, tokens and positions of the steps that are on the devices, oldest first.
+        self._queued: collections.deque[tuple[int, ...]] = collections.deque()
         if config.log.progress and primary:
             costs = expense(memory, work, batch)
             for line in introduction(
@@ -70,15 +73,17 @@ class Report:
         """All rows of one member, those of the parts before included."""
         return self._metrics[index].rows
 
-    def count(self, done: int, batch: Any) -> None:
-        """Update ``done`` was given to the devices; ``batch``: a host batch of one member."""
+    def queue(self, batch: Any) -> None:
+        """A step was given to the devices; ``batch``: a host batch of one member."""
         # Host batches are of one process; rates are of the run.
         counts = feed.rows(batch), feed.tokens(batch), feed.positions(batch)
-        self._meter.add(*(count * jax.process_count() for count in counts))
-        self._progress.advance(done)
+        self._queued.append(tuple(count * jax.process_count() for count in counts))
 
     def train(self, pending: Pending) -> None:
-        """Metrics of a step, where it is one to log, of members that go on."""
+        """A step is done; its metrics, where it is one to log, of members that go on."""
+        # Not as it is queued: the host runs ahead of the devices, and rates would be those of dispatching.
+        self._meter.add(*self._queued.popleft())
+        self._progress.advance(pending.step)
         # The last step is always logged, so that every run has a row.
         if pending.step % self._log.every and pending.step != self._steps:
             return
@@ -155,6 +160,14 @@ def introduction(
     # A new head is random, and a user of LoRA easily overlooks that it does not train.
     if "classifier/w" in plan.paths and "classifier/w" not in plan.leaves:
         yield "the classifier stays as it is, which suits a fixed head; also='^classifier/' trains it"
+    for member in members:
+        warmup = getattr(member.optimizer, "warmup", 0)
+        if warmup > config.steps:
+            rate, steps = member.optimizer.rate(config.steps - 1, config.steps), config.steps
+            yield (
+                f"{member.label}optimizer.warmup is {warmup} steps, more than the run has: at step {steps} the learning "
+                f"rate is {rate:.3g}, not {member.optimizer.lr:g}"
+            )
 
 
 def write_config(workdir: Path | None, manifest: Mapping[str, Any]) -> None:
