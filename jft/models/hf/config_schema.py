@@ -6,6 +6,7 @@ family. Null is what it says only where families leave a key out that way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -123,13 +124,14 @@ def check_sizes(description: Mapping[str, Any], entries: Mapping[str, Entry], wh
     Every layer and expert has a tensor or a row of one. Before a model is described by these sizes, for which 10**9 layers take
     all memory; the shapes of all tensors are compared after it.
     """
-    longest = max((n for entry in entries.values() for n in entry.shape), default=1)
-    most = dict.fromkeys(LAYERS, len(entries)) | dict.fromkeys(EXPERTS, max(longest, len(entries)))
-    most |= dict.fromkeys(EXTENTS, longest)
+    # Values of the largest tensor, not its longest axis: of extents a config may have some that its family does not read.
+    largest = max((math.prod(entry.shape) for entry in entries.values()), default=1)
+    most = dict.fromkeys(LAYERS, len(entries)) | dict.fromkeys(EXPERTS, max(largest, len(entries)))
+    most |= dict.fromkeys(EXTENTS, largest)
     for section, _, place in _sections(description, SCHEMA, str(where)):
         for name, limit in most.items():
             if isinstance(section.get(name), int) and section[name] > limit:
                 raise LoadError(
-                    f"{place}: {name} is {section[name]}, more than the weights hold ({len(entries)} tensors, of at most "
-                    f"{longest} along an axis); config.json and the weights do not belong together"
+                    f"{place}: {name} is {section[name]}, more than the weights hold ({len(entries)} tensors of at most "
+                    f"{largest} values); config.json and the weights do not belong together"
                 )
