@@ -1,6 +1,6 @@
 """Digests of checkpoints: whether one is whole, and the newest that is.
 
-A checkpoint's folder holds ``digest.json``, written once the checkpoint is: its step, and size and SHA-256 of every file. One
+A checkpoint's folder holds ``digest.json``, written once the checkpoint is: its step, and size and CRC-32 of every file. One
 without it was written by an earlier version, or its process was killed in the moment between; only its outline is checked.
 """
 
@@ -8,26 +8,30 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import json
 import os
 import secrets
 import shutil
+import zlib
 from pathlib import Path
 
-from jft import files
+from jft import files, strict_json
 
 NAME = "digest.json"
 ORBAX = "_CHECKPOINT_METADATA"
 TEMPORARY = ".orbax-checkpoint-tmp"
 ASIDE = "checkpoints-damaged"
+_PIECE = 1 << 20
 
 
 def _of(path: Path) -> list:
-    """Size in bytes and SHA-256 of a file."""
+    """Size in bytes and CRC-32 of a file: against damage, which it finds at a third of the time of SHA-256."""
+    size, crc = path.stat().st_size, 0
     with path.open("rb") as file:
-        # OpenSSL's, without the interpreter's lock: files are hashed side by side.
-        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+        # In pieces that stay in the cache; zlib works without the interpreter's lock, so files are read side by side.
+        while piece := file.read(_PIECE):
+            crc = zlib.crc32(piece, crc)
+    return [size, f"{crc:08x}"]
 
 
 def _files(folder: Path) -> list[str]:
@@ -46,7 +50,7 @@ def write(folder: Path, step: int) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class Checkpoint:
     """A checkpoint as it lies on disk. damage: what is wrong with it, empty where it is whole; digested: has a digest."""
 
     step: int
@@ -60,14 +64,14 @@ def _damage(folder: Path, step: int) -> tuple[str, bool]:
         missing = [name for name in (ORBAX, "state", "run") if not (folder / name).exists()]
         if not missing:
             try:
-                json.loads((folder / ORBAX).read_text())
-            except (ValueError, OSError, RecursionError):
+                strict_json.read(folder / ORBAX, nan=True)
+            except (ValueError, OSError):
                 return f"{ORBAX} cannot be read", False
         return (f"it has no {', '.join(missing)}" if missing else ""), False
     try:
-        content = json.loads((folder / NAME).read_text())
+        content = strict_json.read(folder / NAME)
         inside, expected = content["step"], {str(k): list(v) for k, v in content["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return f"{NAME} cannot be read", True
     if inside != step:
         return f"it is that of step {inside}, renamed", True
@@ -86,10 +90,10 @@ def _damage(folder: Path, step: int) -> tuple[str, bool]:
     return (f"the content of {changed[0]} has changed" if changed else ""), True
 
 
-def examine(folder: Path) -> Found:
+def examine(folder: Path) -> Checkpoint:
     """The checkpoint in ``folder``, whose name is its step, read and compared with its digest."""
     damage, digested = _damage(folder, int(folder.name))
-    return Found(int(folder.name), folder, damage, digested)
+    return Checkpoint(int(folder.name), folder, damage, digested)
 
 
 def steps(directory: Path) -> list[Path]:
@@ -113,17 +117,19 @@ def set_aside(directory: Path) -> list[str]:
     clear(directory)
     lines = []
     for folder in steps(directory):
-        found = examine(folder)
-        if not found.damage:
-            if not found.digested:
-                lines.append(f"the checkpoint of step {found.step} has no digest, so damage to it would not be noticed")
+        checkpoint = examine(folder)
+        if not checkpoint.damage:
+            if not checkpoint.digested:
+                lines.append(
+                    f"the checkpoint of step {checkpoint.step} has no digest, so damage to it would not be noticed"
+                )
             if any(", left" in line for line in lines):
-                lines.append(f"the newest whole checkpoint is that of step {found.step}")
+                lines.append(f"the newest whole checkpoint is that of step {checkpoint.step}")
             return lines
         target = directory.parent / ASIDE / folder.name
         if target.exists():
             target = target.with_name(f"{folder.name}-{secrets.token_hex(4)}")
         target.parent.mkdir(exist_ok=True)
         os.rename(folder, target)
-        lines.append(f"the checkpoint {folder} is damaged, left and moved to {target}: {found.damage}")
+        lines.append(f"the checkpoint {folder} is damaged, left and moved to {target}: {checkpoint.damage}")
     return lines if not lines else [*lines, "no whole checkpoint is there: the run starts from its beginning"]

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from jft import strict_json
+
 NAME = ".lock"
 # Of file systems without locks (gcsfuse, some of FUSE): a run there goes on without one.
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -32,7 +34,7 @@ class Locked(OSError):
 def _holder(path: Path) -> str:
     """Who holds the lock, as its file says."""
     try:
-        who = json.loads(path.read_text())
+        who = strict_json.read(path)
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(who["since"]))
         return f"process {who['pid']} on {who['host']} since {since} ({who['command']})"
     # The lock is what counts; the holder may just be writing its name.
