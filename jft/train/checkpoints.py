@@ -10,10 +10,12 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -326,6 +328,7 @@ class Checkpoints:
         if metrics and self.options.best and self.options.best not in metrics:
             raise ValueError(f"checkpoint.best is {self.options.best!r}, but evaluation gives {', '.join(metrics)}")
         self._wait()
+        _ignore_closed_loops()
         self._probe(step)
         # Tensors and constants apart: Orbax stores arrays in one item and JSON in another.
         packed = {path: values.pack() for path, values in (settled or {}).items()}
@@ -397,6 +400,21 @@ class Checkpoints:
             # After a failure, which was told, it would raise the same again in its own words.
             with contextlib.suppress(Exception) if self._failed else contextlib.nullcontext():
                 self._checkpointer.close()
+
+
+@functools.cache
+def _ignore_closed_loops() -> None:
+    """Keep TensorStore from printing a traceback for each write that ends after a save has failed.
+
+    It tells the event loop of the save, which Orbax has closed by then. All else goes to the hook that was there.
+    """
+    hook = sys.unraisablehook
+
+    def report(unraisable: Any) -> None:
+        if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+            hook(unraisable)
+
+    sys.unraisablehook = report
 
 
 def _reason(error: BaseException) -> str:
