@@ -15,12 +15,13 @@ from jft.delta.changed import COLUMNS, ROWS, Change, Matrices
 from jft.delta.encoding import Encoding, unravel
 from jft.delta.entries import Entries
 from jft.delta.low_rank import LowRank
-from jft.delta.numeric import check_indices, inner, matmul
+from jft.delta.numeric import inner, matmul
 from jft.delta.registry import register, rule
 from jft.delta.selected import (
     Layout,
     below,
     cells,
+    check_indices,
     flat_index,
     joined,
     over_leading,

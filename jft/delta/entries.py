@@ -16,12 +16,13 @@ import numpy as np
 from jft.delta import elias_fano
 from jft.delta.changed import COLUMNS, ROWS, Change
 from jft.delta.encoding import Dense, Encoding, Sum, entry_index
-from jft.delta.numeric import check_indices, inner
+from jft.delta.numeric import inner
 from jft.delta.registry import register, rule
 from jft.delta.selected import (
     Layout,
     below,
     cells,
+    check_indices,
     flat_index,
     joined,
     over_leading,

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.delta.changed import COLUMNS, ROWS
-from jft.delta.numeric import check_indices, wide
+from jft.delta.numeric import wide
 from jft.delta.registry import register, rule
-from jft.delta.selected import Layout
+from jft.delta.selected import Layout, check_indices
 from jft.delta.sparse import Sparse
 from jft.tree import visible
 

@@ -31,13 +31,6 @@ def matmul(a: Array, b: Array) -> Array:
     return jnp.matmul(wide(a), wide(b), precision=jax.lax.Precision.HIGHEST)
 
 
-def check_indices(what: str, *indices: Any) -> None:
-    """``ValueError`` for indices that are no integers: fractions would be cut off, and a mask is none."""
-    for x in indices:
-        if not jnp.issubdtype(x.dtype, jnp.integer):
-            raise ValueError(f"{what} must be integers, not {x.dtype}")
-
-
 def count_nonzero(x: Array) -> int:
     """Non-zero elements, exactly, also beyond 2**31 of them."""
     if x.ndim == 0 or x.size <= _COUNTED_AT_ONCE:

@@ -407,6 +407,13 @@ def _with_sharding(at: Array, mask: Array, grid: tuple[int, ...]) -> Array:
     return at if at.sharding.is_equivalent_to(target, at.ndim) else jax.device_put(at, target)
 
 
+def check_indices(what: str, *indices: Any) -> None:
+    """``ValueError`` for indices that are no integers: fractions would be cut off, and a mask is none."""
+    for x in indices:
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"{what} must be integers, not {x.dtype}")
+
+
 def row_major(what: str, rows: Array, columns: Array, extents: tuple[int, int]) -> np.ndarray | None:
     """The permutation that puts coordinates in row-major order; None where they are, or cannot be looked at.
 

@@ -16,11 +16,12 @@ from jft.delta.changed import COLUMNS, ROWS, Change, Matrices
 from jft.delta.encoding import Encoding, unravel
 from jft.delta.entries import Entries
 from jft.delta.low_rank import LowRank
-from jft.delta.numeric import check_indices, inner, wide
+from jft.delta.numeric import inner, wide
 from jft.delta.registry import register, rule
 from jft.delta.selected import (
     Layout,
     below,
+    check_indices,
     flat_index,
     over_leading,
     padded_coordinates,

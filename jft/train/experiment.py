@@ -118,7 +118,9 @@ def _run(
 
 
 def _samples(config: Config) -> dict[str, Any]:
-    """The options of :class:`jft.train.samples.Samples`."""
+    """The options of :class:`jft.train.samples.Samples`; none where nothing is generated."""
+    if not config.eval.samples and not config.eval.exact_match:
+        return {}
     chat = bool(config.data.get("chat") or config.data.get("messages"))
     options = {"prompts": config.eval.samples, "exact_match": config.eval.exact_match}
     return {**options, "max_tokens": config.eval.max_tokens, "chat": chat}

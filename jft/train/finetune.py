@@ -110,7 +110,7 @@ def finetune(
         eval_batches,
         options(Logging, log),
         options(Profiling, profile),
-        dataclasses.replace(options(Samples, samples), tokenizer=tokenizer),
+        dataclasses.replace(options(Samples, samples), tokenizer=tokenizer) if samples else None,
     )
     if config.profile.steps and workdir is None:
         raise ValueError("profile is given, but no workdir to write to")

@@ -50,7 +50,7 @@ class RunConfig:
     eval_batches: int
     log: Logging
     profile: Profiling
-    samples: Samples = Samples()
+    samples: Samples | None = None
 
     def __post_init__(self):
         for name, least in (("steps", 1), ("eval_every", 0), ("eval_batches", 0)):
@@ -78,7 +78,8 @@ class RunConfig:
         # With eval_batches an endless iterator serves: each evaluation takes the next ones.
         if 0 < self.eval_every < self.steps and not self.eval_batches and hasattr(eval_data, "__next__"):
             raise ValueError("eval_data is an iterator, which ends with the first evaluation; give a list or a loader")
-        self.samples.check(self.model, eval_data)
+        if self.samples is not None:
+            self.samples.check(self.model, eval_data)
 
     def evaluates(self, done: int) -> bool:
         """Whether evaluation is due after ``done`` steps, where there is data for it."""

@@ -43,8 +43,6 @@ class Samples:
 
     def check(self, model: Any, eval_data: Any) -> None:
         """``ValueError`` for what would fail at the first evaluation."""
-        if not self:
-            return
         if is_jft_model(model) and not isinstance(model.config, DecoderConfig):
             raise ValueError(
                 f"eval.samples and eval.exact_match are of decoders, and {type(model.config).__name__} is none"

@@ -241,14 +241,16 @@ class Training:
                 state, kept = self.update.member(self.held, i)
                 rest = member.eval_data, config.objective, config.mesh, config.eval_batches
                 scores[i] = evaluation.mean(score, (kept, state.trained), *rest, model=config.model)
-                if config.samples.exact_match:
+                if config.samples is not None and config.samples.exact_match:
                     scores[i] |= config.samples.scores(*self._generator(i), member.eval_data)
         return scores
 
     def texts(self, done: int) -> list[str]:
         """What each member makes of the prompts of the config, a line each; also in its folder."""
         samples, lines = self.config.samples, []
-        for i, member in enumerate(self.members if samples.prompts else ()):
+        if samples is None or not samples.prompts:
+            return []
+        for i, member in enumerate(self.members):
             texts = samples.texts(*self._generator(i))
             write_samples(member.workdir, done, samples.prompts, texts)
             pairs = zip(samples.prompts, texts, strict=True)
