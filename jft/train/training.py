@@ -92,6 +92,13 @@ class Run:
     _kept: Any
     error: NonFiniteError | None = None
 
+    # Without the arrays, which a notebook would print.
+    def __repr__(self) -> str:
+        scores = self.evaluation or (self.metrics[-1] if self.metrics else {})
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in scores.items() if isinstance(v, int | float))
+        ended = f", ended by {self.error}" if self.error else ""
+        return f"Run(step {int(self.state.step)}: {shown}; {self.task_vector!r}{ended})"
+
     @functools.cached_property
     def params(self) -> Any:
         """The fine-tuned parameters, plain, in the dtypes of the base."""
