@@ -60,7 +60,7 @@ def test_the_result_and_its_manifest(tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), jft.apply(params, loaded), run.params)
     rows = read(tmp_path / "metrics.jsonl")
     assert rows[-1] == {"step": 12, "split": "eval", **run.evaluation}
-    assert re.fullmatch(r"Run\(step 12: loss [^;]*; TaskVector\(2 paths, [^\n]*\)\)", repr(run))
+    assert re.fullmatch(r"Run\(step 12: accuracy [^;]*; TaskVector\(2 paths, [^\n]*\)\)", repr(run))
 
 
 def test_checkpoints_hold_only_what_trains(tmp_path):
