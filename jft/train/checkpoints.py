@@ -86,7 +86,8 @@ def _config_changes(saved: Any, now: Any) -> dict[str, tuple[Any, Any]]:
     """Keys of the configs that differ and may decide the run, with both values."""
     if not isinstance(saved, Mapping) or not isinstance(now, Mapping):
         return {}
-    old, new = _dotted(saved), _dotted(json.loads(json.dumps(now)))
+    # Both through JSON: what Orbax gives back has tuples where it was given lists.
+    old, new = (_dotted(json.loads(json.dumps(x))) for x in (saved, now))
     keys = [k for k in sorted(old.keys() | new.keys()) if k.split(".")[0] not in FREE and old.get(k) != new.get(k)]
     return {k: (old.get(k, "nothing"), new.get(k, "nothing")) for k in keys}
 

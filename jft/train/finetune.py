@@ -282,7 +282,10 @@ def _loop(
                 if checkpoints is None or jax.process_count() > 1:
                     raise
                 training.save(n, positions)
-                raise ValueError(f"{error}; the state after step {n} is saved in {checkpoints.directory}") from error
+                raise ValueError(
+                    f"{error}; the state after step {n} is saved in {checkpoints.directory}: mend the data, or the settings of "
+                    "data, and go on from there with checkpoint.accept=True"
+                ) from error
             # On the host: a schedule is then no part of the compiled program.
             rates = [m.optimizer.rate(n, config.steps) for m in training.members]
             metrics = training.step(batch, rates)

@@ -279,7 +279,7 @@ def test_low_rank(options):
             u, s, vt = np.linalg.svd(before, full_matrices=False)
             r = np.argmax(np.cumsum(s**2) >= options.get("energy", 1) * (s**2).sum() * (1 - 1e-6)) + 1
             r = min(r, options.get("rank", len(s)))
-            np.testing.assert_allclose(after, (u[:, :r] * s[:r]) @ vt[:r], atol=2e-6, err_msg=path)
+            np.testing.assert_allclose(after, (u[:, :r] * s[:r]) @ vt[:r], atol=5e-6, err_msg=path)
     assert isinstance(result["layers/moe/w"], LowRank)
 
 

@@ -65,8 +65,9 @@ def strike(moment: str, act: Callable[[], object]) -> None:
 def _child(workdir: str, moment: str, number: int, output: str) -> None:
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
-    # What runs in the background of a shell has the signal ignored.
+    # Signals may be ignored here, as they are in the background of a shell.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if number:
         strike(moment, lambda: os.kill(os.getpid(), number))
     else:  # no file may grow beyond this: what a full disk does

@@ -105,7 +105,8 @@ def test_laws():
     for d in data:
         d["w"][:, 2] = 0
     dead = regmean(taus, statistics=[{"w": gram(d["w"])} for d in data])
-    assert not np.asarray(dead["w"].dense())[2].any()
+    # Zero but for the rounding of a solver, which differs between processors.
+    assert np.abs(dead["w"].dense()[2]).max() < 1e-6
     assert np.isfinite(dead["w"].dense()).all()
 
 

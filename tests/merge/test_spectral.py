@@ -218,8 +218,8 @@ def test_transposes_and_order(rule):
     taus = vectors(shapes={"a": (7, 12)})
     turned = [TaskVector({"a": Dense(tau["a"].dense().T)}) for tau in taus]
     merged = dense(rule(taus), "a")
-    np.testing.assert_allclose(dense(rule(turned), "a").T, merged, atol=1e-6)
-    np.testing.assert_allclose(dense(rule(taus[::-1]), "a"), merged, atol=1e-6)
+    np.testing.assert_allclose(dense(rule(turned), "a").T, merged, atol=4e-6)
+    np.testing.assert_allclose(dense(rule(taus[::-1]), "a"), merged, atol=4e-6)
 
 
 @pytest.mark.parametrize("rule", [iso_cts, functools.partial(wudi, solver="closed_form", ridge=0.01)])

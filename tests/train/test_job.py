@@ -192,6 +192,9 @@ def test_a_bad_record_ends_the_run_with_its_state_saved(tmp_path):
         experiment.run(config, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / str(caught.value).split("after step ")[1].split()[0]).is_dir()
     file.write_text("\n".join([*lines, json.dumps({"text": "x", "label": 1}), *lines]) + "\n")
+    with pytest.raises(ValueError, match="\n  the data's content or order has changed\nundo"):
+        experiment.run(config, tmp_path / "run")
+    config.checkpoint.accept = True
     assert int(experiment.run(config, tmp_path / "run").state.step) == 20
 
 
