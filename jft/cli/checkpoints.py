@@ -32,10 +32,10 @@ def main(argv: Sequence[str]) -> int:
 
     rows: list[dict[str, Any]] = []
     for folder in reversed(digests.steps(directory)):
-        found = digests.examine(folder)
-        state = "damaged" if found.damage else "whole" if found.digested else "no digest"
+        checkpoint = digests.examine(folder)
+        state = "damaged" if checkpoint.damage else "whole" if checkpoint.digested else "no digest"
         size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-        rows.append({"step": found.step, "state": state, "bytes": size, "damage": found.damage})
+        rows.append({"step": checkpoint.step, "state": state, "bytes": size, "damage": checkpoint.damage})
     if args.json:
         print(json.dumps(rows, indent=2))
     elif not rows:

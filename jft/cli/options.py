@@ -141,16 +141,21 @@ def _names(path: str) -> bool:
     return bool(parents) and NAMES.get(parents[-1]) == last
 
 
+def _section(config: ConfigDict, path: str) -> ConfigDict | None:
+    """The section that holds the key at ``path``; None where there is none yet."""
+    node: Any = config
+    for key in path.split(".")[:-1]:
+        node = node.get(key) if isinstance(node, ConfigDict) else None
+    return node if isinstance(node, ConfigDict) else None
+
+
 def _begin_anew(config: ConfigDict, path: str, name: str) -> None:
     """Before the key at ``path``, which names what its section is about, becomes ``name``: drop what was of another.
 
     Of a method all options; of data what the new source does not know, so that the task stays.
     """
-    *parents, last = path.split(".")
-    node: Any = config
-    for key in parents:
-        node = node.get(key) if isinstance(node, ConfigDict) else None
-    if not isinstance(node, ConfigDict) or node.get(last) in (None, "", name):
+    node, last = _section(config, path), path.split(".")[-1]
+    if node is None or node.get(last) in (None, "", name):
         return
     kept: set[str] = set()
     if last == "source":
@@ -165,12 +170,8 @@ def _begin_anew(config: ConfigDict, path: str, name: str) -> None:
 def _unset_alternative(config: ConfigDict, path: str, others: set[str]) -> None:
     """Before the key at ``path`` is set: its alternative goes back to nothing, unless ``others`` set that as well."""
     *parents, last = path.split(".")
-    prefix = "".join(f"{p}." for p in parents)
-    other = ALTERNATIVES.get(last)
-    node: Any = config
-    for key in parents:
-        node = node.get(key) if isinstance(node, ConfigDict) else None
-    if other is None or not isinstance(node, ConfigDict) or prefix + other in others or not node.get(other):
+    node, other = _section(config, path), ALTERNATIVES.get(last)
+    if other is None or node is None or ".".join([*parents, other]) in others or not node.get(other):
         return
     # An open section of data has a source too, and no arch.
     with node.unlocked():

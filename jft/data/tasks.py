@@ -255,7 +255,32 @@ class _Sentences:
         return row
 
 
-class TextClassification(Task):
+class _LabelledText(Task):
+    """A text, or a pair of texts, with a label: ``{"tokens", "segments": int32 [T], "labels"}``."""
+
+    def __init__(
+        self, source: Source, tokenizer: Tokenizer, text: str, pair: str | None, max_length: int, too_long: str
+    ):
+        super().__init__(source)
+        self.sentences, self.fields = _Sentences(tokenizer, max_length, too_long), (text, pair)
+        self.drops, self.longest = too_long == "drop", (max_length,)
+
+    @property
+    def truncated(self) -> int:  # type: ignore[override]  # counted where texts are cut
+        return self.sentences.truncated
+
+    def label_of(self, index: int, record: Mapping[str, Any]) -> np.generic:
+        """The label of a record; :class:`DataError` for one that is none."""
+        raise NotImplementedError
+
+    def encode(self, index: int, record: Mapping[str, Any], rng: np.random.Generator | None) -> Example | None:
+        text, pair = (None if f is None else self.text(index, record, f) for f in self.fields)
+        label = self.label_of(index, record)
+        row = self.sentences(text or "", pair)
+        return None if row is None else {**row, "labels": label}
+
+
+class TextClassification(_LabelledText):
     """``{"tokens", "segments": int32 [T], "labels": int32}``; with ``pair`` also ``token_types``.
 
     text, pair: fields, or patterns with braces. The tokenizer's special tokens ([CLS], [SEP] ...) are added.
@@ -263,37 +288,23 @@ class TextClassification(Task):
 
     def __init__(self, source: Source, tokenizer: Tokenizer, text: str = "text", pair: str | None = None,
                  label: str = "label", classes: Any = None, max_length: int = 512, too_long: str = "truncate"):  # fmt: skip
-        super().__init__(source)
-        self.labels, self.sentences = Labels(source, label, classes), _Sentences(tokenizer, max_length, too_long)
-        self.fields, self.classes = (text, pair), self.labels.names
-        self.drops, self.longest = too_long == "drop", (max_length,)
+        super().__init__(source, tokenizer, text, pair, max_length, too_long)
+        self.labels = Labels(source, label, classes)
+        self.classes = self.labels.names
 
-    @property
-    def truncated(self) -> int:  # type: ignore[override]  # counted where texts are cut
-        return self.sentences.truncated
-
-    def encode(self, index: int, record: Mapping[str, Any], rng: np.random.Generator | None) -> Example | None:
-        text, pair = (None if f is None else self.text(index, record, f) for f in self.fields)
-        label = self.labels(field_of(self.source, index, self.labels.field, record))
-        row = self.sentences(text or "", pair)
-        return None if row is None else {**row, "labels": label}
+    def label_of(self, index: int, record: Mapping[str, Any]) -> np.generic:
+        return self.labels(field_of(self.source, index, self.labels.field, record))
 
 
-class TextRegression(Task):
+class TextRegression(_LabelledText):
     """``{"tokens", "segments": int32 [T], "labels": float32}``: texts, or pairs of them, with a number (``classes: 1``)."""
 
     def __init__(self, source: Source, tokenizer: Tokenizer, text: str = "text", pair: str | None = None,
                  label: str = "label", max_length: int = 512, too_long: str = "truncate"):  # fmt: skip
-        super().__init__(source)
-        self.sentences, self.fields, self.label = _Sentences(tokenizer, max_length, too_long), (text, pair), label
-        self.drops, self.longest = too_long == "drop", (max_length,)
+        super().__init__(source, tokenizer, text, pair, max_length, too_long)
+        self.label = label
 
-    @property
-    def truncated(self) -> int:  # type: ignore[override]  # counted where texts are cut
-        return self.sentences.truncated
-
-    def encode(self, index: int, record: Mapping[str, Any], rng: np.random.Generator | None) -> Example | None:
-        text, pair = (None if f is None else self.text(index, record, f) for f in self.fields)
+    def label_of(self, index: int, record: Mapping[str, Any]) -> np.generic:
         value = field_of(self.source, index, self.label, record)
         try:
             label = np.float32(value)
@@ -301,8 +312,7 @@ class TextRegression(Task):
             label = np.float32(np.nan)
         if not np.isfinite(label):
             raise DataError(f"label {self.label!r} is {shorten(value)}, which is no number")
-        row = self.sentences(text or "", pair)
-        return None if row is None else {**row, "labels": label}
+        return label
 
 
 class Contrastive(Task):
