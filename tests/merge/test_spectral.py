@@ -58,9 +58,28 @@ WEIGHTS = [1.0, 0.5, -2.0]
 
 
 def vectors(count=3, seed=0, shapes=SHAPES, scale=0.1):
+    """Vectors whose matrices have singular values apart, and leading directions that hardly overlap.
+
+    Directions of close values, and the polar factor of those that nearly coincide, are lost to float32 on either side.
+    """
     rng = np.random.default_rng(seed)
-    draw = lambda shape: jnp.asarray(rng.normal(size=shape) * scale, jnp.float32)
-    return [TaskVector({path: Dense(draw(shape)) for path, shape in shapes.items()}) for _ in range(count)]
+    of = {path: (apart if len(shape) > 1 else normal)(rng, count, shape) for path, shape in shapes.items()}
+    return [TaskVector({p: Dense(jnp.asarray(x[i] * scale, jnp.float32)) for p, x in of.items()}) for i in range(count)]
+
+
+def normal(rng, count, shape):
+    return rng.normal(size=(count, *shape))
+
+
+def apart(rng, count, shape):
+    *stack, rows, columns = shape
+    size = min(rows, columns)
+    rank = size // count
+    values = np.concatenate([np.linspace(3, 1.2, rank), np.linspace(0.5, 0.1, size - rank)])
+    left, right = (np.linalg.qr(rng.normal(size=(*stack, n, n)))[0] for n in (rows, columns))
+    turn = lambda x, i: np.roll(x, -i * rank, axis=-1)[..., :size]
+    exact = [(turn(left, i) * values) @ np.swapaxes(turn(right, i), -1, -2) for i in range(count)]
+    return np.stack(exact) + 0.1 * rng.normal(size=(count, *shape))
 
 
 def dense(tau, path):
@@ -332,8 +351,9 @@ def test_fusionbench(rule, module, call):
     import torch
 
     theirs = peers.fusionbench(f"method.{module}")
-    taus = vectors(shapes={"a": (24, 15), "b": (5,)})
-    x = [{p: torch.tensor(dense(tau, p).T.astype(np.float32)) for p in tau} for tau in taus]
+    taus = vectors(shapes={"a": (24, 15), "large": (160, 96), "b": (5,)})
+    # In float64, so that what differs is not their rounding.
+    x = [{p: torch.tensor(dense(tau, p).T.astype(np.float64)) for p in tau} for tau in taus]
     for path, value in call(theirs, x).items():
         merged, reference = dense(rule(taus, preset="fusionbench"), path), value.detach().numpy().T
         assert np.linalg.norm(merged - reference) < 1e-5 * np.linalg.norm(reference)
