@@ -7,7 +7,10 @@ import pytest
 from jft import files
 from jft.names import nearest
 
-MUTATIONS = [("jft/files.py", '("", ".", "..") and not', '("", ".") and not')]
+MUTATIONS = [
+    ("jft/files.py", '("", ".", "..") and not', '("", ".") and not'),
+    ("jft/files.py", "    if not stat.S_ISREG(status.st_mode):", "    if stat.S_ISFIFO(status.st_mode):"),
+]
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -57,7 +60,7 @@ def test_what_is_no_regular_file_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_text("é")
     (tmp_path / "link").symlink_to("file")
-    for name, what in (("pipe", "pipe is a pipe, socket or device"), (".", "is a directory"), ("/dev/zero", "device")):
+    for name, what in ((".", "is a directory"), ("pipe", "pipe is a pipe, socket or device"), ("/dev/zero", "device")):
         with pytest.raises(ValueError, match=f"{what}, not a file"):
             files.read_bytes(tmp_path / name, 10)
     assert files.read_text(tmp_path / "link", 2) == "é"

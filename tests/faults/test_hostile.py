@@ -15,7 +15,6 @@ MUTATIONS = [
     ("jft/data/tfds.py", '                if isinstance(value.get("json"), str):', "                if False:"),
     ("jft/merge/recipe.py", "        if count > MAX_VALUES:", "        if count > 10**7 * MAX_VALUES:"),
     ("jft/train/metrics.py", '_ROW = {"step": strict_json.COUNT, ', "_ROW = {"),
-    ("jft/files.py", "    if not stat.S_ISREG(status.st_mode):", "    if stat.S_ISDIR(status.st_mode):"),
 ]
 
 
