@@ -115,6 +115,8 @@ def stopped(workdir: Path, whole: Path, moment: str, number: int) -> str:
         return f"status {status} in place of {expected}: {output[-300:]}"
     if "Traceback" in output:
         return f"a traceback: {output[-300:]}"
+    if moment in ("start", "compile") and digests.steps(workdir / "checkpoints"):
+        return "steps after the signal, where there was nothing to save yet"
     train(workdir)
     return differs(workdir, whole)
 

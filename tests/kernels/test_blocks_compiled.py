@@ -27,7 +27,6 @@ CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 
 MUTATIONS = (
     ("jft/kernels/blocks_forms.py", '"cuda": "jft.kernels.block_sddmm_gpu"', '"rocm": "jft.kernels.block_sddmm_gpu"'),
-    ("jft/kernels/blocks_forms.py", '"tpu": "jft.kernels.blocks_tpu"', '"xpu": "jft.kernels.blocks_tpu"'),
     ("jft/kernels/blocks_tpu.py", "first = jnp.arange(config.groups)[:, None] * m", "first = jnp.zeros((3, 1), int)"),
     ("jft/kernels/blocks_tpu.py", "jnp.where(before < 0, jnp.argmax", "jnp.where(before < 9, jnp.argmax"),
     ("jft/kernels/blocks_tpu.py", "size % LANES for size in block", "size % 64 for size in block"),
