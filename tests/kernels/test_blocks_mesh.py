@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jft import parallel
+from jft.delta import BlockLayout
 from jft.kernels.blocks import cell_spmm
 from jft.kernels.blocks_forms import Axes
 from jft.models.core import on_mesh
@@ -28,6 +29,7 @@ MESHES = {
     "tensor of rows, fsdp of columns": ({"data": 2, "fsdp": 2, "tensor": 2}, ("tensor",), ("fsdp",)),
     "fsdp alone": ({"fsdp": 8}, ("fsdp",), ()),
     "two axes of rows": ({"data": 2, "fsdp": 2, "tensor": 2}, ("data", "fsdp"), ("tensor",)),
+    "rows and columns over tokens": ({"data": 2, "fsdp": 2, "tensor": 2}, ("fsdp",), ("data",)),
 }
 
 
@@ -67,11 +69,14 @@ def test_on_a_mesh_only_blocks_travel(name):
 
     @jax.jit
     def both(x, dy, at, values):
+        layout = BlockLayout(B, B, axes)
         with on_mesh(mesh):
-            y, pull = jax.vjp(lambda x, values: cell_spmm(x, at, values, F, axes), x, values)
-            return y, *pull(dy)
+            y, pull = jax.vjp(lambda x, values: layout.product(x, at, values, (D, F)), x, values)
+            transposed, at, values = layout.transposed(at, values)
+            return y, *pull(dy), transposed.product(dy, at, values, (F, D))
 
-    y, dx, dvalues = both(xs, dys, placed, held)
+    y, dx, dvalues, back = both(xs, dys, placed, held)
+    np.testing.assert_allclose(back, dy @ w.T, atol=1e-4)
     np.testing.assert_allclose(y, x @ w, atol=1e-4)
     np.testing.assert_allclose(dx, dy @ w.T, atol=1e-4)
     gradient = (x.T.astype(np.float64) @ dy).reshape(grid[0], -1, B, grid[1], F // B // grid[1], B)
