@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jft.delta.changed import Change, Matrices
@@ -344,10 +345,11 @@ def _words(mask: Array) -> Array:
     """Bool ``[..., n]`` as uint32 ``[..., ceil(n / 32)]``, the first entry in the lowest bit."""
     padding = -mask.shape[-1] % _WORD
     if padding:
-        mask = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, padding)])
-    mask = mask.reshape(*mask.shape[:-1], -1, _WORD)
-    # Bit by bit rather than a sum over the axis, whose 4-byte operand XLA's CPU backend would write out.
-    return functools.reduce(jnp.bitwise_or, [mask[..., i].astype(jnp.uint32) << i for i in range(_WORD)])
+        mask = lax.pad(mask, False, [(0, 0, 0)] * (mask.ndim - 1) + [(0, padding, 0)])
+    fours = mask.astype(jnp.uint8).reshape(*mask.shape[:-1], -1, _WORD // 4, 4)
+    # A product moves the lowest bits of four bytes to bits 24 to 27; none of its sixteen terms meets another.
+    nibbles = (lax.bitcast_convert_type(fours, jnp.uint32) * np.uint32(0x01020408) >> 24) & 15
+    return lax.reduce_or(nibbles << np.arange(0, _WORD, 4, dtype=np.uint32), axes=(nibbles.ndim - 1,))
 
 
 def _locate(mask: Array, grid: tuple[int, ...], capacity: int) -> Array:
@@ -365,12 +367,12 @@ def _coordinates(mask: Array, capacity: int) -> Array:
     words_per_row = words.shape[-1]
     words = words.reshape(-1)
     counts = jax.lax.population_count(words).astype(jnp.int32)
-    ends = jnp.cumsum(counts)
+    ends = lax.cumsum(counts)
     slot = jnp.arange(capacity, dtype=jnp.int32)
     # The word of slot j is the number of words that end at j or before; one bin more is for those past the last slot.
     word_ends = jnp.zeros(capacity + 1, jnp.int32).at[jnp.minimum(ends, capacity)].add(1, indices_are_sorted=True)
     # Slots of padding have no word; they read the last one and are replaced below.
-    word = jnp.minimum(jnp.cumsum(word_ends[:capacity]), words.size - 1)
+    word = jnp.minimum(lax.cumsum(word_ends[:capacity]), words.size - 1)
     rank = slot - (ends[word] - counts[word])
     column = word % words_per_row * _WORD + _bit(words[word], rank)
     valid = slot < ends[-1]
@@ -381,13 +383,13 @@ def _coordinates(mask: Array, capacity: int) -> Array:
 
 def _bit(word: Array, rank: Array) -> Array:
     """The position of the set bit of ``word`` that has ``rank`` set bits below it."""
-    position = jnp.zeros_like(rank)
+    position = lax.full_like(rank, 0)
     for half in (16, 8, 4, 2, 1):
-        low = jax.lax.population_count(word & jnp.uint32((1 << half) - 1)).astype(jnp.int32)
+        low = lax.population_count(word & np.uint32((1 << half) - 1)).astype(jnp.int32)
         above = rank >= low
-        rank = jnp.where(above, rank - low, rank)
-        position = jnp.where(above, position + half, position)
-        word = jnp.where(above, word >> half, word)
+        rank = lax.select(above, rank - low, rank)
+        position = lax.select(above, position + half, position)
+        word = lax.select(above, word >> half, word)
     return position
 
 

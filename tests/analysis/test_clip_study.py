@@ -13,6 +13,14 @@ from jft.models.clip import ClipConfig, TextConfig
 from jft.models.vision import VisionConfig
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    devices = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: devices)
+        yield
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip") / "base"

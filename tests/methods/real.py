@@ -7,6 +7,7 @@ on patches of 2 x 2 pixels for 60 steps, every other one that reads images a qua
 """
 
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -122,8 +123,12 @@ def optimizer(lr):
     return {"name": "adamw", "lr": lr, "schedule": "cosine", "warmup": 5}
 
 
+@functools.cache
 def loader(split, **options):
-    return jft.data.build({**SCANS, "split": split, **options}, batch_size=64, train=split == "train")
+    """Batches of a split, read once for all presets: a pass for evaluation, as many as are trained on for training."""
+    train = split == "train"
+    batches = jft.data.build({**SCANS, "split": split, **options}, batch_size=64, train=train)
+    return list(itertools.islice(batches, STEPS)) if train else list(batches)
 
 
 @functools.cache
