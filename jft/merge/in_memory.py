@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jft.compiled import program_cache
 from jft.delta import Dense, TaskVector
 from jft.delta import manifest as manifests
 from jft.delta.numeric import wide
-from jft.merge.rule import Rule, Tensor
+from jft.merge.rule import Pass, Rule, Tensor, ranked_before
 from jft.select import threshold
 
 Array = jax.Array
@@ -53,10 +54,8 @@ def merge(
         return TaskVector.combine(terms, coefficients)
     manifest = manifests.derive([t.manifest for t in taus], "merge", **(note or {}))
     tensors = _Tensors(rule, taus, values, flat, _statistics(rule, taus, statistics), seed)
-    if rule.scope == "model" and rule.ranks is not None:
-        tensors.thresholds = tensors.of_model(rule.ranks)
-    if rule.totals is not None:
-        tensors.totals = tensors.summed(rule.totals)
+    for look in rule.passes:
+        tensors.known = (*tensors.known, tensors.reduced(look) if look.ranks is None else tensors.ranked(look))
     results = {path: tensors.run(path, rule.merge, scale) for path in tensors.paths}
     if not rule.each:
         return TaskVector({path: Dense(x) for path, x in results.items()}, manifest)
@@ -94,8 +93,8 @@ class _Tensors:
             self.key = jax.random.key(seed)
         self.paths = list(dict.fromkeys(path for tau in taus for path in tau))
         self.shapes = {path: next(tau[path].shape for tau in taus if path in tau) for path in self.paths}
-        self.thresholds: Array | None = None
-        self.totals: Any = None
+        # What the passes found so far.
+        self.known: tuple[Any, ...] = ()
 
     @property
     def numbers(self) -> dict[str, np.ndarray]:
@@ -104,22 +103,23 @@ class _Tensors:
 
     def dense(self, path: str) -> tuple[Array, ...]:
         """The delta of ``path`` of every vector, float32."""
-        deltas: list[Array | None] = []
-        for tau in self.taus:
-            if path not in tau:
-                deltas.append(None)
-                continue
-            delta = tau[path]
-            if delta.relative and self.base is not None:
-                delta = delta.resolve(self.base[path])
-            if delta.shape != self.shapes[path]:
-                raise ValueError(f"{path!r} has shape {self.shapes[path]} in one vector and {delta.shape} in another")
-            try:
-                deltas.append(delta.dense())
-            except ValueError as error:
-                raise ValueError(f"{path!r}: {error}; or merge with base=params") from None
+        deltas = [self.dense_of(path, i) for i in range(len(self.taus))]
         present = next(x for x in deltas if x is not None)
         return tuple(jnp.zeros_like(present) if x is None else x for x in deltas)
+
+    def dense_of(self, path: str, i: int) -> Array | None:
+        """The delta of ``path`` of one vector, float32; None where it has none."""
+        if path not in self.taus[i]:
+            return None
+        delta = self.taus[i][path]
+        if delta.relative and self.base is not None:
+            delta = delta.resolve(self.base[path])
+        if delta.shape != self.shapes[path]:
+            raise ValueError(f"{path!r} has shape {self.shapes[path]} in one vector and {delta.shape} in another")
+        try:
+            return delta.dense()
+        except ValueError as error:
+            raise ValueError(f"{path!r}: {error}; or merge with base=params") from None
 
     def statistics_of(self, path: str, stack: tuple[int, ...]) -> Any:
         """The statistics of ``path``, arrays ``[stack, N, ...]``; None where there are none."""
@@ -133,29 +133,37 @@ class _Tensors:
                 raise ValueError(f"statistics of {path!r} have shape {tuple(x.shape)}; they must begin with {stack}")
         return jax.tree.map(lambda *x: jnp.stack([wide(jnp.asarray(y)) for y in x], axis=len(stack)), *trees)
 
-    def run(self, path: str, function: Callable[..., Any], scale: Any = 1.0) -> Any:
-        """``scale * function(tensor, **options)`` for every tensor of a path, stacked as the path is."""
+    def run(self, path: str, function: Callable[..., Any], scale: Any = 1.0, ranked: int | None = None) -> Any:
+        """``scale * function(tensor, **options)`` for every tensor of a path, stacked as the path is.
+
+        ranked: the number of the pass whose score this is: without what later ones found, so that it is the same program
+        whenever it runs, and without traced parameters, which have no value where entries are ranked.
+        """
         deltas = self.dense(path)
+        passes = self.known[:ranked]
+        score = ranked_before(self.rule.passes[: len(passes)]) if ranked is None else None
         stack = self.shapes[path][: stack_axes(path, len(self.shapes[path]))]
         size = self.rule.entries(self.shapes[path][len(stack) :])
         ranks = None
         if self.rule.ranks is not None:
             ranks = jnp.asarray(self.rule.ranks(size, self.numbers), jnp.uint32)
-        call = _Call(
-            base=wide(jnp.asarray(self.base[path])) if self.rule.base and self.base is not None else None,
-            # Scores do not depend on traced weights, which are not known where entries are ranked.
-            parameters={
+        thresholds = [x for look, x in zip(self.rule.passes, passes, strict=False) if look.of is None]
+        common = {
+            "parameters": {
                 name: jnp.stack([jnp.asarray(x, jnp.float32) for x in v])
                 for name, v in self.values.items()
-                if function is not self.rule.score or _concrete(v)
+                if ranked is None or _concrete(v)
             },
-            ranks=ranks,
-            thresholds=self.thresholds,
-            totals=self.totals,
-            key=tree.key_for(self.key, path),
-            scale=jnp.asarray(scale, jnp.float32),
-            statistics=self.statistics_of(path, stack),
-        )
+            "ranks": ranks,
+            "thresholds": thresholds[-1] if thresholds else None,
+            "passes": passes,
+            "key": tree.key_for(self.key, path),
+        }
+        stacked = {
+            "base": wide(jnp.asarray(self.base[path])) if self.rule.base and self.base is not None else None,
+            "statistics": self.statistics_of(path, stack),
+            "scores": None if score is None else self.scores(path, score),
+        }
         each = self.rule.each and function is self.rule.merge
         program = _program(
             function,
@@ -164,34 +172,43 @@ class _Tensors:
             each,
             _sharding(deltas[0]) if function is self.rule.merge and not each else None,
         )
-        return program(deltas, call)
+        return program(deltas, stacked, common, jnp.asarray(scale, jnp.float32))
 
-    def summed(self, function: Callable[..., Any]) -> Any:
-        """The sum over all tensors of a pytree of sums."""
+    def reduced(self, look: Pass) -> Any:
+        """What a pass sums up to over all tensors, or the maximum."""
+        assert look.of is not None, "a pass without ranks has a function"
+        inside, between = (jnp.sum, jnp.add) if look.reduce == "sum" else (jnp.max, jnp.maximum)
         total = None
         for path in self.paths:
-            stack = stack_axes(path, len(self.shapes[path]))
-            part = self.run(path, function)
-            part = jax.tree.map(lambda x, n=stack: jnp.sum(x, axis=tuple(range(n))), part)
-            total = part if total is None else jax.tree.map(jnp.add, total, part)
+            axes = tuple(range(stack_axes(path, len(self.shapes[path]))))
+            part = jax.tree.map(functools.partial(inside, axis=axes), self.run(path, look.of))
+            total = part if total is None else jax.tree.map(between, total, part)
         return total
 
-    def score(self, path: str, i: int) -> Array:
-        """What entries of model ``i`` are ranked by, of the shape of the weight."""
-        if self.rule.score is None:
-            return jnp.abs(self.dense(path)[i])
-        stack = stack_axes(path, len(self.shapes[path]))
-        return jnp.take(self.run(path, self.rule.score), i, axis=stack)
-
-    def of_model(self, ranks: Callable[[int, Mapping[str, np.ndarray]], np.ndarray]) -> Array:
-        """The magnitudes ``[N, R]`` of the ranks among the entries of each whole vector."""
+    def ranked(self, look: Pass) -> Array:
+        """The values ``[N, R]`` of the ranks of a pass among the entries of each whole vector."""
+        assert look.ranks is not None, "the pass has ranks"
         size = sum(math.prod(shape) for shape in self.shapes.values())
         rows = []
-        for i, row in enumerate(np.asarray(ranks(size, self.numbers))):
+        for i, row in enumerate(np.asarray(look.ranks(size, self.numbers))):
             with self._known():
-                magnitudes = {path: self.score(path, i) for path in self.paths}
-                rows.append([threshold.threshold(magnitudes, int(k))[0] if k > 0 else math.inf for k in row])
+                scores = {path: self.score(path, i) for path in self.paths}
+                rows.append([threshold.threshold(scores, int(k))[0] if k > 0 else math.inf for k in row])
         return jnp.asarray(rows, jnp.float32)
+
+    def score(self, path: str, i: int) -> Array:
+        """What the next pass ranks the entries of model ``i`` by, of the shape of the weight."""
+        number = len(self.known)
+        if self.rule.passes[number].of is None:
+            delta = self.dense_of(path, i)
+            return jnp.zeros(self.shapes[path], jnp.float32) if delta is None else jnp.abs(delta)
+        return jnp.take(self.scores(path, number), i, axis=stack_axes(path, len(self.shapes[path])))
+
+    def scores(self, path: str, number: int) -> Array:
+        """``[stack, N, ...]``, what the pass of that number ranks."""
+        function = self.rule.passes[number].of
+        assert function is not None, "magnitudes are no score"
+        return self.run(path, function, ranked=number)
 
     def _known(self) -> contextlib.AbstractContextManager[None]:
         """The context in which what does not depend on a traced parameter has values, as where weights are learned."""
@@ -200,52 +217,32 @@ class _Tensors:
         return jax.ensure_compile_time_eval() if traced else contextlib.nullcontext()
 
 
-class _Call(NamedTuple):
-    """The arguments of a program beside the deltas."""
-
-    base: Array | None
-    parameters: dict[str, Array]
-    ranks: Array | None
-    thresholds: Array | None
-    totals: Any
-    key: Array
-    scale: Array
-    statistics: Any
-
-
 @program_cache(maxsize=256)
 def _program(
     function: Callable[..., Any], options: Options, stack: int, each: bool, sharding: Any
 ) -> Callable[..., Any]:
-    def program(deltas: tuple[Array, ...], call: _Call) -> Any:
+    def program(deltas: tuple[Array, ...], stacked: Mapping[str, Any], common: Mapping[str, Any], scale: Array) -> Any:
         # [..., N, tensor]: the stack first, for it is what is mapped over.
         models = jnp.stack(deltas, axis=stack)
         shape = models.shape[:stack]
 
-        def one(delta: Array, base: Array | None, statistics: Any, index: Array) -> Any:
-            layer = index // math.prod(shape[1:]) if stack else index
-            tensor = Tensor(
-                deltas=delta,
-                base=base,
-                parameters=call.parameters,
-                ranks=call.ranks,
-                thresholds=call.thresholds,
-                totals=call.totals,
-                key=jax.random.fold_in(call.key, index),
-                layer=layer,
-                layers=jnp.int32(shape[0] if stack else 0),
-                statistics=statistics,
-            )
-            return jax.tree.map(lambda x: call.scale * x, function(tensor, **dict(options)))
+        def one(delta: Array, stacked: Mapping[str, Any], index: Array) -> Any:
+            place = {
+                "key": jax.random.fold_in(common["key"], index),
+                "layer": index // math.prod(shape[1:]) if stack else index,
+                "layers": jnp.int32(shape[0] if stack else 0),
+            }
+            tensor = Tensor(delta, **{**common, **stacked, **place})
+            return jax.tree.map(lambda x: scale * x, function(tensor, **dict(options)))
 
         indices = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
         # Experts side by side, so that a mesh may spread them; layers one after the other, so that one is dense at a time.
         for _ in range(stack - 1):
             one = jax.vmap(one)
         if stack:
-            result = jax.lax.map(lambda args: one(*args), (models, call.base, call.statistics, indices))
+            result = jax.lax.map(lambda args: one(*args), (models, stacked, indices))
         else:
-            result = one(models, call.base, call.statistics, indices)
+            result = one(models, stacked, indices)
         # One result for each model: the axis of models stands behind the stack.
         return jnp.moveaxis(result, stack, 0) if each else result
 

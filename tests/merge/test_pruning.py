@@ -27,7 +27,7 @@ MUTATIONS = [
     ("jft/merge/trim.py", "jax.random.fold_in(tensor.key, i)", "tensor.key"),
     ("jft/merge/trim.py", "jnp.moveaxis(magnitudes, axis, -1)", "jnp.moveaxis(magnitudes, axis, axis)"),
     ("jft/merge/dare.py", "uniform(tensor) < probability", "uniform(tensor) > probability"),
-    ("jft/merge/dare.py", "score=_magnitudes,", "score=None,"),
+    ("jft/merge/dare.py", "Pass(_magnitudes, _ranks)", "Pass(lambda tensor, **_: jnp.abs(tensor.deltas), _ranks)"),
     ("jft/merge/dare.py", '{"density": parameters["trim"]}', "parameters"),
     ("jft/merge/della.py", "* 2 * epsilon", "* epsilon"),
     ("jft/merge/della.py", "(ranks / (n - 1))", "(ranks / n)"),

@@ -27,6 +27,8 @@ from jft.merge.rule import Rule
 from tests.models import checkpoints
 
 MUTATIONS = [
+    ("jft/merge/host.py", "np.where(bits & _SIGN, ~bits, bits | _SIGN)", "bits | _SIGN"),
+    ("jft/merge/streaming.py", "else np.maximum", "else np.minimum"),
     ("jft/merge/host.py", "carry += np.uint32(0x7FFF)", "carry += np.uint32(0x8000)"),
     ("jft/merge/host.py", "if above < rank <= above + inner.size", "if above < rank"),
     (
@@ -137,6 +139,24 @@ def test_rules_of_whole_tensors(models, tmp_path, monkeypatch):
         np.testing.assert_allclose(written[job.name].reshape(job.shape), expected[job.name], atol=1e-6)
 
 
+@pytest.mark.parametrize("balance", ["softmax", "tanh"])
+def test_passes_over_the_whole_model(models, balance):
+    """Maxima, sums and ranks of coefficients, each from those before, of three tensors; one has no entries."""
+    rule = RULES["pcb"].build(density=0.3, balance=balance, weights=[1.0, 0.5, -0.7])
+    names = ["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+    jobs = [streaming.dataclasses.replace(job, rule=rule) for job in plan(recipe(models)).jobs if job.name in names]
+    written = {}
+    empty = streaming.dataclasses.replace(jobs[-1], name="empty", shape=(0,))
+    output = types.SimpleNamespace(missing={*names, "empty"}, write=written.__setitem__)
+    streaming.run([*jobs, empty], output)
+    base, *tuned = ({n: jnp.asarray(tensors(Path(m))[n]) for n in names} for m in models)
+    wide = {n: x.astype(jnp.float32) for n, x in base.items()}
+    expected = apply(wide, merge(rule, [TaskVector.between(base, t) for t in tuned]), check=False)
+    assert written.pop("empty").size == 0
+    for job in jobs:
+        np.testing.assert_allclose(written[job.name].reshape(job.shape), expected[job.name], atol=1e-6)
+
+
 def test_eight_devices_give_what_one_gives():
     """Task vectors over jft's own paths, sharded."""
     mesh = jax.make_mesh((8,), ("fsdp",))
@@ -151,6 +171,10 @@ def test_eight_devices_give_what_one_gives():
         assert len(b["head/w"].value.sharding.device_set) == 8
         for path in spec:
             np.testing.assert_array_equal(a[path].dense(), b[path].dense())
+    for balance in ("softmax", "tanh"):
+        a, b = (RULES["pcb"](taus, [1.0, 0.5, 0.25], density=0.3, balance=balance) for taus in (one, eight))
+        for path in spec:
+            np.testing.assert_allclose(a[path].dense(), b[path].dense(), atol=1e-6)
 
 
 def test_cuts_are_exact():
@@ -173,10 +197,11 @@ def test_limits_of_a_model_are_exact():
     rng = np.random.default_rng(0)
     parts = [[np.round(rng.standard_normal(n), d).astype(np.float32) for d in (1, 6)] for n in (3, 70_000, 500)]
     ranks = np.array([[1, 0, 20_000], [70_503, 5, 40_000]])
-    found = host.limits(lambda count: [count(x) for x in parts], ranks)
-    for i in range(2):
-        ordered = np.sort(np.abs(np.concatenate([p[i] for p in parts])))[::-1]
-        np.testing.assert_array_equal(found[i], [ordered[k - 1] if k else np.inf for k in ranks[i]])
+    for by, score in ((host.magnitude_order, np.abs), (host.order, lambda x: x)):
+        found = host.limits(lambda count: [count(x) for x in parts], ranks, by)
+        for i in range(2):
+            ordered = np.sort(score(np.concatenate([p[i] for p in parts])))[::-1]
+            np.testing.assert_array_equal(found[i], [ordered[k - 1] if k else np.inf for k in ranks[i]])
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32, np.float64])

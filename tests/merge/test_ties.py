@@ -10,9 +10,9 @@ from tests.merge import peers
 
 MUTATIONS = [
     ("jft/merge/ties.py", "np.minimum(kept + 1, entries)", "np.minimum(kept, entries)"),
-    ("jft/merge/ties.py", "jnp.sign(tensor.totals) if zero", "-jnp.sign(tensor.totals) if zero"),
+    ("jft/merge/ties.py", "jnp.sign(tensor.passes[-1]) if zero", "-jnp.sign(tensor.passes[-1]) if zero"),
     ("jft/merge/ties.py", 'weights if divide == "weights" else 1.0, 0.0', "1.0, 0.0"),
-    ("jft/merge/trim.py", "magnitudes >= limit if not exact", "magnitudes > limit if not exact"),
+    ("jft/merge/trim.py", "magnitudes >= _expanded", "magnitudes > _expanded"),
 ]
 SHAPES = {"a": (7, 13), "b": (5,), "layers/w": (3, 4, 6), "layers/experts/w": (2, 2, 3, 4)}
 
