@@ -336,24 +336,9 @@ def test_wrong_options(rule, options):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_mergekit(kind, tmp_path, monkeypatch):
     """All of mergekit's generalized task arithmetic, with our random numbers in the place of its own."""
-    import mergekit.merge_methods.generalized_task_arithmetic as theirs
-    import torch
-
     base, tuned = peers.models(tmp_path, kind)
     params, taus = peers.vectors(base, tuned)
-    numbers, sparsify, bernoulli = uniforms(taus), theirs.sparsify, torch.bernoulli
-    known = {np.asarray(t[n].dense()).tobytes(): numbers[n][i] for i, t in enumerate(taus) for n in numbers}
-    current = []
-
-    def sparsify_known(delta, **options):
-        current[:] = [torch.tensor(known[delta.numpy().tobytes()])]
-        return sparsify(delta, **options)
-
-    def drawn(p):
-        return (current[0].reshape(p.shape) < p).to(p.dtype) if current else bernoulli(p)
-
-    monkeypatch.setattr(theirs, "sparsify", sparsify_known)
-    monkeypatch.setattr(torch, "bernoulli", drawn)
+    peers.known_masks(monkeypatch, taus)
     weights = [0.6, -0.4, 0.3]
     cases = [
         ("dare_linear", dare, {"density": [0.1, 0.5, 1.0]}, {}, {}),
