@@ -16,8 +16,10 @@ from jft import tree
 from jft.compiled import program_cache
 from jft.delta import Dense, TaskVector
 from jft.delta import manifest as manifests
+from jft.delta.encoding import Encoding
 from jft.delta.numeric import wide
 from jft.merge.rule import Pass, Rule, Tensor, ranked_before
+from jft.merge.support import Support, support
 from jft.select import threshold
 
 Array = jax.Array
@@ -37,9 +39,10 @@ def merge(
     """The task vector that ``rule`` makes of ``vectors``, times ``scale``; with :attr:`Rule.each` a list, one per vector.
 
     A path that a vector lacks is a zero change of it. Layers of a stack, and experts, are tensors of their own. One path is
-    dense at a time, in float32, sharded as the first of its deltas. base: the parameters the vectors are changes of, for
-    rules that read them and for masks and gates. statistics: one ``{path: pytree of arrays}`` per model, for rules that read
-    them; arrays of a stacked path begin with the axes of the stack. note: entries of the manifest.
+    dense at a time, in float32, sharded as the first of its deltas. Where a rule is elementwise and all deltas of a path
+    store entries, no more than half of them together, none is dense: the result is entries, too. base: the parameters the
+    vectors are changes of, for rules that read them and for masks and gates. statistics: one ``{path: pytree of arrays}`` per
+    model, for rules that read them; arrays of a stacked path begin with the axes of the stack. note: entries of the manifest.
 
     Raises ``ValueError`` where the rule reads a base and there is none, or a change is relative to one;
     :class:`jft.delta.BaseMismatch` for vectors of different bases, or of another than ``base``.
@@ -58,8 +61,8 @@ def merge(
         tensors.known = (*tensors.known, tensors.reduced(look) if look.ranks is None else tensors.ranked(look))
     results = {path: tensors.run(path, rule.merge, scale) for path in tensors.paths}
     if not rule.each:
-        return TaskVector({path: Dense(x) for path, x in results.items()}, manifest)
-    return [TaskVector({p: Dense(x[i]) for p, x in results.items()}, manifest) for i in range(len(taus))]
+        return TaskVector({path: tensors.encoded(path, x) for path, x in results.items()}, manifest)
+    return [TaskVector({p: tensors.encoded(p, x[i]) for p, x in results.items()}, manifest) for i in range(len(taus))]
 
 
 def stack_axes(path: str, ndim: int) -> int:
@@ -93,6 +96,13 @@ class _Tensors:
             self.key = jax.random.key(seed)
         self.paths = list(dict.fromkeys(path for tau in taus for path in tau))
         self.shapes = {path: next(tau[path].shape for tau in taus if path in tau) for path in self.paths}
+        self.supports: dict[str, Support] = {}
+        # Entries that no model changes add nothing to sums, and are none of the largest magnitudes.
+        if rule.elementwise and not rule.base and not rule.statistics and ranked_before(rule.passes) is None:
+            for path, shape in self.shapes.items():
+                found = support([tau[path] for tau in taus if path in tau], stack_axes(path, len(shape)))
+                if found is not None:
+                    self.supports[path] = found
         # What the passes found so far.
         self.known: tuple[Any, ...] = ()
 
@@ -101,16 +111,22 @@ class _Tensors:
         """The parameters that are known, ``[N]`` float64: what ranks are computed from."""
         return {name: np.asarray(v, np.float64) for name, v in self.values.items() if _concrete(v)}
 
-    def dense(self, path: str) -> tuple[Array, ...]:
-        """The delta of ``path`` of every vector, float32."""
-        deltas = [self.dense_of(path, i) for i in range(len(self.taus))]
+    def encoded(self, path: str, value: Array) -> Encoding:
+        """The delta whose values were merged."""
+        return self.supports[path].scatter(value) if path in self.supports else Dense(value)
+
+    def arrays(self, path: str) -> tuple[Array, ...]:
+        """What is merged of ``path`` of every vector, float32: the deltas, or their entries."""
+        deltas = [self.array(path, i) for i in range(len(self.taus))]
         present = next(x for x in deltas if x is not None)
         return tuple(jnp.zeros_like(present) if x is None else x for x in deltas)
 
-    def dense_of(self, path: str, i: int) -> Array | None:
-        """The delta of ``path`` of one vector, float32; None where it has none."""
+    def array(self, path: str, i: int) -> Array | None:
+        """That of one vector; None where it has no such path."""
         if path not in self.taus[i]:
             return None
+        if path in self.supports:
+            return self.supports[path].gather(self.taus[i][path])
         delta = self.taus[i][path]
         if delta.relative and self.base is not None:
             delta = delta.resolve(self.base[path])
@@ -139,14 +155,16 @@ class _Tensors:
         ranked: the number of the pass whose score this is: without what later ones found, so that it is the same program
         whenever it runs, and without traced parameters, which have no value where entries are ranked.
         """
-        deltas = self.dense(path)
+        deltas = self.arrays(path)
         passes = self.known[:ranked]
         score = ranked_before(self.rule.passes[: len(passes)]) if ranked is None else None
         stack = self.shapes[path][: stack_axes(path, len(self.shapes[path]))]
         size = self.rule.entries(self.shapes[path][len(stack) :])
         ranks = None
         if self.rule.ranks is not None:
-            ranks = jnp.asarray(self.rule.ranks(size, self.numbers), jnp.uint32)
+            # Of fewer entries than are ranked all are among them: the rest are zero.
+            most = math.prod(deltas[0].shape[len(stack) :]) if path in self.supports else size
+            ranks = jnp.asarray(np.minimum(self.rule.ranks(size, self.numbers), most), jnp.uint32)
         thresholds = [x for look, x in zip(self.rule.passes, passes, strict=False) if look.of is None]
         common = {
             "parameters": {
@@ -193,15 +211,19 @@ class _Tensors:
         for i, row in enumerate(np.asarray(look.ranks(size, self.numbers))):
             with self._known():
                 scores = {path: self.score(path, i) for path in self.paths}
-                rows.append([threshold.threshold(scores, int(k))[0] if k > 0 else math.inf for k in row])
+                # Those that no model stores are zero, and come after all that are.
+                stored = sum(x.size for x in scores.values())
+                limit = lambda k, s=scores, n=stored: threshold.threshold(s, int(k))[0] if k <= n else 0.0
+                rows.append([limit(k) if k > 0 else math.inf for k in row])
         return jnp.asarray(rows, jnp.float32)
 
     def score(self, path: str, i: int) -> Array:
         """What the next pass ranks the entries of model ``i`` by, of the shape of the weight."""
         number = len(self.known)
         if self.rule.passes[number].of is None:
-            delta = self.dense_of(path, i)
-            return jnp.zeros(self.shapes[path], jnp.float32) if delta is None else jnp.abs(delta)
+            delta = self.array(path, i)
+            shape = self.supports[path].compact if path in self.supports else self.shapes[path]
+            return jnp.zeros(shape, jnp.float32) if delta is None else jnp.abs(delta)
         return jnp.take(self.scores(path, number), i, axis=stack_axes(path, len(self.shapes[path])))
 
     def scores(self, path: str, number: int) -> Array:

@@ -39,6 +39,7 @@ def stitch(*, density: Any = 1.0) -> Rule:
         options={"whole": whole},
         parameters={} if whole else {"density": density},
         passes=() if whole else (Pass(ranks=ranks_of_tensor),),
+        elementwise=True,
     )
 
 

@@ -158,6 +158,7 @@ def ties_split(*, density: Any = 0.2) -> Rule:
         merge=_ties_split,
         parameters={"density": density},
         passes=(LARGEST, Pass(signs_of_model)),
+        elementwise=True,
         each=True,
     )
 

@@ -28,7 +28,6 @@ MUTATIONS = [
     ("jft/merge/pcb.py", "jnp.diagonal(negative), count)", "jnp.diagonal(negative), 1)"),
     ("jft/merge/pcb.py", "power(deltas * deltas[j], span[j]", "power(deltas + deltas[j], span[j]"),
     ("jft/merge/pcb.py", "beta >= limit, beta", "beta > limit, beta"),
-    ("jft/merge/pcb.py", "s / entries", "s"),
     ("jft/merge/pcb.py", 'Pass(_extremes, reduce="max")', "Pass(_extremes)"),
     ("jft/merge/pcb.py", "jnp.sign(_weighted(tensor)) * _clip(tensor)", "_weighted(tensor)"),
     ("jft/merge/arcee_fusion.py", "median + 1.5 * (q3 - q1)", "median + 1.5 * q3"),
