@@ -23,9 +23,10 @@ import numpy as np
 from jft import tree
 from jft.compiled import program_cache
 from jft.merge import host
+from jft.merge.in_memory import stack_axes
 from jft.merge.output import Output
 from jft.merge.rule import Pass, Rule, Tensor, ranked_before
-from jft.merge.sources import Directory, Source
+from jft.merge.sources import Directory, Source, StatisticsFile
 
 CHUNKS = (1 << 12, 1 << 16, 1 << 20)
 """Sizes of the pieces that elementwise rules are compiled for."""
@@ -60,6 +61,7 @@ class Job:
     scale: float = 1.0
     layer: int = 0
     layers: int = 0
+    statistics: tuple[StatisticsFile, ...] = ()
 
     @property
     def size(self) -> int:
@@ -78,10 +80,10 @@ class Job:
 
     @property
     def nbytes(self) -> int:
-        """Memory that merging takes: base, changes and result in float32; that again where XLA has all of it, or scores."""
+        """Memory that merging takes: base, changes and result in float32, again where XLA has all, scores, statistics."""
         times = 1
         if self.rule is not None and self.rule.coefficients is None and not self.rule.elementwise:
-            times = 2 if ranked_before(self.rule.passes) is None else 3
+            times = 2 if ranked_before(self.rule.passes) is None and not self.statistics else 3
         return 4 * self.size * (len(self.models) + 2) * times
 
 
@@ -94,8 +96,7 @@ def run(
 ) -> None:
     """Merge what is missing in ``output``. done: called with the bytes read for every tensor that is written.
 
-    Raises ``ValueError`` for rules that give one result per model, or read statistics of data, and where the ranks of a
-    rule of ``scope="model"`` differ between tensors.
+    Raises ``ValueError`` for rules that give one result per model, and where ranks of whole models differ between tensors.
     """
     _check(jobs)
     stream = _Stream(seed, workers or min(8, os.cpu_count() or 1))
@@ -116,11 +117,8 @@ def run(
 
 def _check(jobs: Sequence[Job]) -> None:
     rules = {id(job.rule): job.rule for job in jobs if job.rule is not None}
-    for rule in rules.values():
-        if rule.each:
-            raise ValueError("this rule gives one result per model; merge task vectors in memory, with jft.merge")
-        if rule.statistics:
-            raise ValueError("this rule reads statistics of data; merge task vectors in memory, with jft.merge")
+    if any(rule.each for rule in rules.values()):
+        raise ValueError("this rule gives one result per model; merge task vectors in memory, with jft.merge")
 
 
 class _Stream:
@@ -299,6 +297,8 @@ class _Stream:
         """
         rule = job.rule
         assert rule is not None
+        if any(one.pieces.get(job.name) for one in job.statistics):
+            return self._in_pieces(job, function, deltas, scale)
         score = None if ranked else ranked_before(rule.passes[: len(self.known)])
         ranks = None if rule.ranks is None else _ranks(job, rule.ranks, rule.entries(job.shape))
         thresholds = [x for look, x in zip(rule.passes, self.known, strict=False) if look.of is None]
@@ -345,6 +345,51 @@ class _Stream:
             return part, jax.device_get(program(tensor, np.float32(scale)))
 
         return self.within(job, host.blocks(job.size, CHUNKS[-1]) if rule.elementwise else (slice(0, job.size),), piece)
+
+    def _in_pieces(
+        self, job: Job, function: Callable[..., Any], deltas: np.ndarray, scale: float
+    ) -> Iterator[tuple[slice, Any]]:
+        """The same with statistics, which are of matrices as jft has them; what is of none is merged without."""
+        rule, pieces = job.rule, job.statistics[0].pieces[job.name]
+        assert rule is not None and not rule.base, "rules with statistics do not read the base"
+        program = _program(function, tuple(sorted(rule.options.items())))
+        common: dict[str, Any] = {
+            "base": None,
+            "parameters": {n: np.asarray(v, np.float32) for n, v in job.values.items()},
+            "ranks": None,
+            "thresholds": None,
+            "passes": self.known,
+            "key": jax.random.fold_in(tree.key_for(self.key, job.name), 0),
+            "layer": np.int32(job.layer),
+            "layers": np.int32(job.layers),
+        }
+
+        def run(deltas: np.ndarray, statistics: Any) -> Any:
+            tensor = Tensor(deltas=jax.device_put(deltas), statistics=statistics, **common)
+            return jax.device_get(program(tensor, np.float32(scale)))
+
+        merging, whole = function is rule.merge, slice(0, job.size)
+        covered = sum(math.prod(piece.shape) for piece in pieces) == job.size
+        out = np.empty(job.size, np.float32)
+        if merging and not covered:
+            out[:] = run(deltas.reshape(-1, *job.shape), None).reshape(-1)
+        for piece in pieces:
+            changes = np.stack([piece.read(delta) for delta in deltas])
+            found = jax.tree.map(lambda *x: np.stack(x), *(one.of(piece) for one in job.statistics))
+            # Experts that the checkpoint has in one tensor are merged one by one.
+            apart = stack_axes(piece.leaf.path, len(piece.leaf.shape)) - len(piece.position)
+            results = np.empty(piece.shape, np.float32)
+            for index in np.ndindex(*piece.shape[:apart]):
+                one = (slice(None), *index)
+                result = run(changes[one], jax.tree.map(lambda x, one=one: x[one], found))
+                if merging:
+                    results[index] = result
+                else:
+                    yield whole, result
+            if merging:
+                piece.write(results, out)
+        if merging:
+            yield whole, out
 
     def _piece(self, name: str, x: np.ndarray, size: int) -> np.ndarray:
         """``x`` ``[N, n]`` padded with zeros to ``size``, in memory of this thread."""

@@ -24,11 +24,15 @@ from jft.merge.on_disk import MANIFEST, merge_to_disk
 from jft.merge.plan import plan
 from jft.merge.recipe import parse
 from jft.merge.rule import Rule
+from jft.merge.statistics import load_statistics, save_statistics
+from tests.merge import peers
 from tests.models import checkpoints
 
 MUTATIONS = [
     ("jft/merge/host.py", "np.where(bits & _SIGN, ~bits, bits | _SIGN)", "bits | _SIGN"),
     ("jft/merge/streaming.py", "else np.maximum", "else np.minimum"),
+    ("jft/merge/sources.py", "np.asarray(x[piece.position], np.float32)", "np.asarray(x[0], np.float32)"),
+    ("jft/merge/streaming.py", "if merging and not covered", "if merging and covered"),
     ("jft/merge/host.py", "carry += np.uint32(0x7FFF)", "carry += np.uint32(0x8000)"),
     ("jft/merge/host.py", "if above < rank <= above + inner.size", "if above < rank"),
     (
@@ -298,6 +302,75 @@ def test_task_vector_files(models, tmp_path):
     plan(parse(value | {"base_model": models[1], "check": False}))
     with pytest.raises(ValueError, match="is a change of a model"):
         plan(parse(value | {"merge_method": "linear"}))
+
+
+def statistics(params, seed, rule):
+    """Random ones of the shapes that the rule reads, for some weights of the model."""
+    rng = np.random.default_rng(seed)
+    out = {}
+    for path in ("layers/attn/q/w", "layers/attn/v/w", "layers/mlp/down/w", "embed/table")[
+        : 4 if rule == "fisher" else 3
+    ]:
+        *stack, rows, columns = jft.tree.flatten(params)[path].shape
+        if rule == "fisher":
+            out[path] = rng.random((*stack, rows, columns), np.float32)
+        else:
+            x = rng.standard_normal((*stack, 60, rows), np.float32)
+            out[path] = np.swapaxes(x, -1, -2) @ x
+    return out
+
+
+def compare_statistics(tmp_path, models, rule, **options):
+    """A recipe with files of statistics gives what the rule gives of task vectors in memory."""
+    loaded = [jft.load(m, dtype="float32")[1] for m in models]
+    taus = [TaskVector.between(loaded[0], params) for params in loaded[1:]]
+    of = [statistics(params, i, rule) for i, params in enumerate(loaded[1:])]
+    entries = []
+    for i, (model, values) in enumerate(zip(models[1:], of, strict=True)):
+        save_statistics(values, tmp_path / f"{rule}{i}", data="random")
+        entries.append({"model": str(model), "statistics": str(tmp_path / f"{rule}{i}")})
+    again = load_statistics(tmp_path / f"{rule}0")
+    for path, value in of[0].items():
+        np.testing.assert_array_equal(again[path], value)
+    value = {"merge_method": rule, "base_model": str(models[0]), "models": entries, "dtype": "float32"}
+    planned = merge_to_disk(parse(value | {"parameters": {"weight": 0.7, **options}}), tmp_path / f"out_{rule}")
+    assert len(planned.manifest["inputs"]) == 2 * len(entries) + 1
+    merged = RULES[rule](taus, 0.7, statistics=of, **options)
+    _, result = jft.load(tmp_path / f"out_{rule}", dtype="float32")
+    for path, x in jft.tree.flatten(apply(loaded[0], merged)).items():
+        np.testing.assert_allclose(jft.tree.flatten(result)[path], x, atol=2e-6, rtol=1e-5, err_msg=path)
+    average = apply(loaded[0], RULES["average"](taus))
+    different = jft.tree.flatten(average)["layers/attn/v/w"] - jft.tree.flatten(result)["layers/attn/v/w"]
+    assert np.abs(different).max() > 1e-3
+    return value
+
+
+def test_statistics_from_files(models, tmp_path):
+    compare_statistics(tmp_path, models[:3], "fisher", normalise=True)
+    value = compare_statistics(tmp_path, models[:3], "regmean")
+    lacking = value | {"models": [value["models"][0], {"model": models[2]}]}
+    with pytest.raises(ValueError, match="statistics: FILE; the recipe has 1"):
+        plan(parse(lacking))
+    with pytest.raises(ValueError, match="reads statistics of data from none; the recipe has 2"):
+        plan(parse(value | {"merge_method": "ties"}))
+    other = value["models"][1] | {"statistics": str(tmp_path / "fisher1")}
+    with pytest.raises(ValueError, match="of the same weights for all models"):
+        plan(parse(value | {"models": [value["models"][0], other]}))
+    save_statistics({"layers/attn/x/w": np.ones((2, 3, 3))}, tmp_path / "wrong", data="none")
+    wrong = [entry | {"statistics": str(tmp_path / "wrong")} for entry in value["models"]]
+    with pytest.raises(ValueError, match=r"'layers/attn/x/w', which .* does not have"):
+        plan(parse(value | {"models": wrong}))
+    with pytest.raises(ValueError, match="not finite"):
+        save_statistics({"w": np.array([np.nan])}, tmp_path / "nan", data="none")
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_statistics_of_other_layouts(kind, tmp_path):
+    """GPT-2 has query, key and value in one tensor, [in, out]."""
+    base, tuned = peers.models(tmp_path, kind, count=2)
+    for rule in ("fisher", "regmean"):
+        compare_statistics(tmp_path, [base, *tuned], rule)
 
 
 def adapter(folder, rank=2, **config):
