@@ -40,7 +40,7 @@ def pcb(
 
     density: the ratio r of the paper (its code: 0.1, and 0.05 for vision), one number or one per model. weights multiply the
     deltas first. scope: the entries that compete are those of the whole ``model``, one vector for each task (the paper and its
-    code), which is read two to four times before it is merged; or those of each ``tensor``.
+    code), which is read four times before it is merged; or those of each ``tensor``.
 
     Du et al. 2024, arXiv:2410.02396; released code duguodong7/pcb-merging.
     """
