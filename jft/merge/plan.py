@@ -179,10 +179,12 @@ class _Planner:
         own = [(m.name, [x.parameters, *scopes]) for m, (x, _) in zip(models, merged, strict=True)]
         rule, scale = self.rules.of(scopes, own, name, t)
         statistics = tuple(self.statistics[x.statistics] for x, _ in merged if x.statistics)
-        if len(statistics) != (len(models) if rule.statistics else 0):
-            wanted = "a file for each model, statistics: FILE" if rule.statistics else "none"
+        if statistics and not rule.statistics:
+            raise ValueError(f"{self.recipe.method} reads no statistics of data; leave them out of its models")
+        if rule.statistics and len(statistics) < len(models):
             raise ValueError(
-                f"{self.recipe.method} reads statistics of data from {wanted}; the recipe has {len(statistics)}"
+                f"{self.recipe.method} reads statistics of data: give each model its file, statistics: FILE; "
+                f"{len(statistics)} of {len(models)} have one"
             )
         return Job(
             name,

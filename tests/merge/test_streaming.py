@@ -349,9 +349,9 @@ def test_statistics_from_files(models, tmp_path):
     compare_statistics(tmp_path, models[:3], "fisher", normalise=True)
     value = compare_statistics(tmp_path, models[:3], "regmean")
     lacking = value | {"models": [value["models"][0], {"model": models[2]}]}
-    with pytest.raises(ValueError, match="statistics: FILE; the recipe has 1"):
+    with pytest.raises(ValueError, match="statistics: FILE; 1 of 2 have one"):
         plan(parse(lacking))
-    with pytest.raises(ValueError, match="reads statistics of data from none; the recipe has 2"):
+    with pytest.raises(ValueError, match="ties reads no statistics of data"):
         plan(parse(value | {"merge_method": "ties"}))
     other = value["models"][1] | {"statistics": str(tmp_path / "fisher1")}
     with pytest.raises(ValueError, match="of the same weights for all models"):
