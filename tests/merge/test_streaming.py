@@ -315,8 +315,9 @@ def statistics(params, seed, rule):
         if rule == "fisher":
             out[path] = rng.random((*stack, rows, columns), np.float32)
         else:
-            x = rng.standard_normal((*stack, 60, rows), np.float32)
-            out[path] = np.swapaxes(x, -1, -2) @ x
+            x, y = (rng.standard_normal((*stack, 60, n), np.float32) for n in (rows, columns))
+            inputs, outputs = (np.swapaxes(z, -1, -2) @ z / 60 for z in (x, y))
+            out[path] = inputs if rule == "regmean" else {"inputs": inputs, "outputs": outputs}
     return out
 
 
@@ -330,8 +331,8 @@ def compare_statistics(tmp_path, models, rule, **options):
         save_statistics(values, tmp_path / f"{rule}{i}", data="random")
         entries.append({"model": str(model), "statistics": str(tmp_path / f"{rule}{i}")})
     again = load_statistics(tmp_path / f"{rule}0")
-    for path, value in of[0].items():
-        np.testing.assert_array_equal(again[path], value)
+    assert again.keys() == of[0].keys()
+    jax.tree.map(np.testing.assert_array_equal, again, of[0])
     value = {"merge_method": rule, "base_model": str(models[0]), "models": entries, "dtype": "float32"}
     planned = merge_to_disk(parse(value | {"parameters": {"weight": 0.7, **options}}), tmp_path / f"out_{rule}")
     assert len(planned.manifest["inputs"]) == 2 * len(entries) + 1
@@ -347,6 +348,7 @@ def compare_statistics(tmp_path, models, rule, **options):
 
 def test_statistics_from_files(models, tmp_path):
     compare_statistics(tmp_path, models[:3], "fisher", normalise=True)
+    compare_statistics(tmp_path, models[:3], "mats", iterations=5)
     value = compare_statistics(tmp_path, models[:3], "regmean")
     lacking = value | {"models": [value["models"][0], {"model": models[2]}]}
     with pytest.raises(ValueError, match="statistics: FILE; 1 of 2 have one"):
