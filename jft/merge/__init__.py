@@ -49,6 +49,7 @@ from jft.merge.search import (
 from jft.merge.singular_vectors import tsv_compress, tsv_m
 from jft.merge.soups import greedy_soup, learned_soup
 from jft.merge.spheres import karcher, model_stock, multislerp, nearswap, nuslerp, slerp
+from jft.merge.statistics import load_statistics, save_statistics
 from jft.merge.sums import average, expo, linear, momentum_interpolation, passthrough, task_arithmetic, wise_ft
 from jft.merge.ties import ties, ties_split
 from jft.merge.transfer import explained_variance, pre_post, re_adapt, recycle, relative_gap, shadow_ft, transfer
@@ -107,6 +108,7 @@ __all__ = [
     "learned_soup",
     "linear",
     "lines",
+    "load_statistics",
     "localize",
     "localize_and_stitch",
     "magmax",
@@ -133,6 +135,7 @@ __all__ = [
     "regmean",
     "regmean_plus_plus",
     "relative_gap",
+    "save_statistics",
     "sce",
     "search",
     "shadow_ft",

@@ -11,6 +11,7 @@ import optax
 
 from jft.delta import TaskVector
 from jft.merge import learned
+from jft.merge.registry import check_choices, preset_options
 from jft.merge.rule import Vectors, listed
 from jft.merge.ties import ties_split
 
@@ -51,9 +52,9 @@ def adamerging(
     ``ValueError`` as :func:`jft.merge.learned.learn` does, and for options it does not know.
     """
     learned.check_data(data)
-    if by not in ("layer", "task"):
-        raise ValueError(f"by is {by!r}; choose layer or task")
-    options = learned.preset_options("adamerging", PRESETS, preset, {"clamp": clamp, "steps": steps})
+    check_choices(adamerging, by=by)
+    given = {name: value for name, value in {"clamp": clamp, "steps": steps}.items() if value is not None}
+    options = preset_options("adamerging", PRESETS, preset, given)
     bounds = _bounds(options["clamp"])
     taus = listed(vectors) if density is None else ties_split(vectors, density=density)
     shapes = learned.shapes_of(taus)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.merge.registry import register
-from jft.merge.rule import Rule, Tensor, in_range
+from jft.merge.rule import Pass, Rule, Tensor, in_range
 from jft.merge.ties import disjoint_merge
 from jft.merge.trim import l1_matched, largest, weighted_sum
 
@@ -76,12 +76,13 @@ def _rule(merge: Any, density: Any, gamma: Any, axis: Any, exact_density: bool, 
     number = axis if isinstance(axis, int) else None
     if number is None and axis not in ("tensor", "model"):
         raise ValueError(f"axis is {axis!r}; it may be 'tensor', 'model' or the number of an axis")
+    ranks = functools.partial(_ranks, exact_density=exact_density)
     return Rule(
         merge=merge,
         options={"axis": axis, **options},
         parameters={"density": density, "gamma": gamma},
-        ranks=functools.partial(_ranks, exact_density=exact_density),
-        scope="model" if axis == "model" else "tensor",
+        ranks=None if axis == "model" else ranks,
+        passes=(Pass(ranks=ranks),) if axis == "model" else (),
         axis=number,
         elementwise=number is None and not options["rescale"],
     )

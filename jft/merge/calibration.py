@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from jft.delta import TaskVector
 from jft.merge.in_memory import merge
+from jft.merge.registry import check_choices
 from jft.merge.rule import Rule, Tensor, Vectors, listed
-from jft.merge.spectral import TOLERANCE, Matrices, Side, on_matrices, options, product, side_first, svd
+from jft.merge.spectral import TOLERANCE, Matrices, Side, on_matrices, product, side_first, svd
 from jft.merge.sums import task_arithmetic
 
 Array = jax.Array
@@ -43,11 +44,12 @@ def svc(
     """
     if not alpha > 0:
         raise ValueError(f"alpha must be above 0, not {alpha}")
+    check_choices(svc, side=side, matrices=matrices)
     taus = listed(vectors)
     merged = rule(vectors, weights, **rule_options)
     calibration = Rule(
         merge=_calibrated,
-        options=options(side=side, matrices=matrices),
+        options={"side": side, "matrices": matrices},
         parameters={"alpha": alpha},
     )
     note = {"rule": "svc", "alpha": alpha, "side": side}

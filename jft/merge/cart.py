@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jft.merge.registry import register
 from jft.merge.rule import Rule, Tensor, in_range
 from jft.merge.singular_vectors import truncated
-from jft.merge.spectral import Matrices, on_matrices, options
+from jft.merge.spectral import Matrices, on_matrices
 
 Array = jax.Array
 
@@ -27,7 +27,7 @@ def cart(*, rank_ratio: float = 0.08, coefficient: Any = 1.0, matrices: Matrices
     in_range("rank_ratio", rank_ratio, 0, 1)
     return Rule(
         merge=_cart,
-        options=options(rank_ratio=rank_ratio, matrices=matrices),
+        options={"rank_ratio": rank_ratio, "matrices": matrices},
         parameters={"coefficient": coefficient},
     )
 

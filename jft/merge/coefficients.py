@@ -33,10 +33,10 @@ def learn_coefficients(
 
     merge: ``merge(values, vectors) -> task vector``, traced and differentiable in the values, arrays in any pytree: weights
     of a rule, ``lambda w, taus: ties(taus, weights=w, scope="tensor")``; coefficients of layers
-    (:func:`jft.merge.layerwise`); both. Masks and elections are constants to the gradient, as they are steps; that of
-    ``iso_cts`` may be NaN, and ``karcher`` has none. Rules that trim by whole model (``scope="model"``) want vectors whose
-    values are known: let ``merge`` close over them; the program then holds them. values: where it begins. objective:
-    ``objective(params, batch) -> scalar``: :func:`jft.merge.entropy`, :func:`jft.merge.cross_entropy`,
+    (:func:`jft.merge.layerwise`); both. Masks and elections are constants to the gradient, as they are steps, and so is which
+    singular values are zero; ``karcher`` has no gradient and says so. Rules that trim by whole model (``scope="model"``) want
+    vectors whose values are known: let ``merge`` close over them; the program then holds them. values: where it begins.
+    objective: ``objective(params, batch) -> scalar``: :func:`jft.merge.entropy`, :func:`jft.merge.cross_entropy`,
     :func:`constrained` for what must be kept. optimizer: by default Adam with a learning rate of 0.01.
 
     data: a name for what ``batches`` hold; the manifest has it, with the coefficients and the objective at the first and the

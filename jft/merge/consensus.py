@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jft.merge.registry import register
-from jft.merge.rule import Rule, Tensor, in_range, over_models
-from jft.merge.ties import disjoint_merge, ranks_of_model, signs_of_model, trimmed_by_model
+from jft.merge.rule import Pass, Rule, Tensor, in_range, over_models
+from jft.merge.ties import LARGEST, disjoint_merge, signs_of_model, trimmed_by_model
 
 Array = jax.Array
 _PAPER = "Wang et al. 2024, arXiv:2405.07813"
@@ -58,9 +58,7 @@ def _rule(merge: Any, mask_lambda: Any, multi_task: str, density: Any, each: boo
         merge=merge,
         options={"multi_task": multi_task, **options},
         parameters={"mask_lambda": mask_lambda, "density": density},
-        ranks=ranks_of_model if trims else None,
-        scope="model" if trims else "tensor",
-        totals=signs_of_model if trims else None,
+        passes=(LARGEST, Pass(signs_of_model)) if trims else (),
         elementwise=True,
         each=each,
     )

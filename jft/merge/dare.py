@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.merge.registry import register
-from jft.merge.rule import Rule, Tensor, in_range
+from jft.merge.rule import Pass, Rule, Tensor, in_range
 from jft.merge.ties import disjoint_merge, elected, ranks_of_model
-from jft.merge.trim import largest, rescaled, uniform, weighted_sum
+from jft.merge.trim import rescaled, uniform, weighted_sum
 
 Array = jax.Array
 
@@ -88,10 +88,7 @@ def dare_ties(
         merge=_dare_ties,
         options=options,
         parameters={"density": density} if trim is None else {"density": density, "trim": trim},
-        ranks=None if trim is None else _ranks,
-        score=_magnitudes,
-        scope="model",
-        totals=_signs if zero == "majority" else None,
+        passes=(() if trim is None else (Pass(_magnitudes, _ranks),)) + ((Pass(_signs),) if zero == "majority" else ()),
     )
 
 
@@ -107,7 +104,10 @@ def dropped(tensor: Tensor, rescale: str) -> Array:
 
 def _trimmed(tensor: Tensor, rescale: str, trim: bool) -> Array:
     deltas = dropped(tensor, rescale)
-    return jnp.where(largest(tensor._replace(deltas=deltas), exact=False), deltas, 0) if trim else deltas
+    if not trim:
+        return deltas
+    assert tensor.scores is not None, "the magnitudes of the model are ranked"
+    return jnp.where(tensor.scores >= tensor.passes[0].reshape(-1, *(1,) * (deltas.ndim - 1)), deltas, 0)
 
 
 def _magnitudes(tensor: Tensor, rescale: str, **_: Any) -> Array:

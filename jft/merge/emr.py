@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jft.merge.registry import register
-from jft.merge.rule import Rule, Tensor, over_models
+from jft.merge.rule import Pass, Rule, Tensor, over_models
 
 Array = jax.Array
 
@@ -29,7 +29,7 @@ def emr(*, rescale: Literal["sum", "mean"] = "sum", zero: Literal["none", "minus
     Huang et al. 2024, arXiv:2405.17461; released code harveyhuang18/EMR_Merging.
     """
     options = {"rescale": rescale, "zero": zero}
-    return Rule(merge=_emr, options=options, totals=_sizes, elementwise=rescale == "sum", each=True)
+    return Rule(merge=_emr, options=options, passes=(Pass(_sizes),), elementwise=rescale == "sum", each=True)
 
 
 def _unified(tensor: Tensor, zero: str) -> tuple[Array, Array, Array]:
@@ -51,6 +51,6 @@ def _sizes(tensor: Tensor, rescale: str, zero: str) -> tuple[Array, Array]:
 
 def _emr(tensor: Tensor, rescale: str, zero: str) -> Array:
     _, masks, unified = _unified(tensor, zero)
-    before, after = tensor.totals
+    ((before, after),) = tensor.passes
     scales = before / jnp.where(after == 0, 1, after)
     return scales.reshape(-1, *(1,) * unified.ndim) * jnp.where(masks, unified, 0)

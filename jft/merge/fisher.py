@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jft.merge.registry import register
-from jft.merge.rule import Rule, Tensor, in_range
+from jft.merge.rule import Pass, Rule, Tensor, in_range
 
 Array = jax.Array
 
@@ -35,7 +35,7 @@ def fisher(*, floor: float = 1e-6, floor_by: Literal["max", "sum", "first"] = "m
     return Rule(
         merge=_fisher,
         options={"floor": float(floor), "floor_by": floor_by, "normalise": normalise},
-        totals=_squared_norms if normalise else None,
+        passes=(Pass(_squared_norms),) if normalise else (),
         statistics=True,
     )
 
@@ -62,7 +62,7 @@ def _fisher(tensor: Tensor, floor: float, floor_by: str, normalise: bool) -> Arr
         information = information.at[0].set(jnp.maximum(information[0], floor))
     if normalise:
         # MergeLM adds its floor to the norm as well; elsewhere only a norm of zero needs another divisor.
-        norms = jnp.sqrt(tensor.totals) + (floor if floor_by == "sum" else 0.0)
+        norms = jnp.sqrt(tensor.passes[0]) + (floor if floor_by == "sum" else 0.0)
         scale = 1 / jnp.where(norms == 0, 1.0, norms)
         # Divided by their sum, which drops out: the terms would else be as large as 1e6 over 1e-6.
         weights = weights * (scale / jnp.sum(scale)).reshape(weights.shape)

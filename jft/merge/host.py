@@ -123,15 +123,33 @@ def _bracketed(x: np.ndarray, sample: np.ndarray, rank: int) -> Cut:
 
 
 Visit = Callable[[Callable[[Sequence[np.ndarray]], np.ndarray]], Iterable[np.ndarray]]
+Order = Callable[[np.ndarray], np.ndarray]
+_SIGN = np.uint32(1 << 31)
 
 
-def limits(visit: Visit, ranks: np.ndarray) -> np.ndarray:
-    """The magnitudes ``[N, R]`` of the ``ranks`` among all entries of each of N models, exactly, in two visits of every tensor.
+def magnitude_order(x: np.ndarray) -> np.ndarray:
+    """Float32 as unsigned integers that are ordered as the magnitudes are; :func:`order` of these."""
+    return x.view(np.uint32) | _SIGN
 
-    ``visit(count)`` gives ``count(deltas)`` for every tensor, ``deltas`` being one flat float32 array per model. Magnitudes
-    are counted by the upper half of their bits, then those of the k-th's upper half by the lower.
+
+def order(x: np.ndarray) -> np.ndarray:
+    """Float32 as unsigned integers of its order: bits of negative numbers turned over, the sign of others set."""
+    bits = x.view(np.uint32)
+    return np.where(bits & _SIGN, ~bits, bits | _SIGN)
+
+
+def _ordered(key: np.uint32) -> np.float32:
+    """The float32 of a key of :func:`order`."""
+    return (key ^ _SIGN if key & _SIGN else ~key).view(np.float32)
+
+
+def limits(visit: Visit, ranks: np.ndarray, by: Order = magnitude_order) -> np.ndarray:
+    """The values ``[N, R]`` of the ``ranks`` among all entries of each of N models, exactly, in two visits of every tensor.
+
+    ``visit(count)`` gives ``count(values)`` for every tensor, ``values`` being one flat float32 array per model; by: their
+    order. They are counted by the upper half of its bits, then those of the k-th's upper half by the lower.
     """
-    upper = _sum(visit(lambda deltas: np.stack([_counts(_bits(x) >> np.uint32(16)) for x in deltas])))
+    upper = _sum(visit(lambda deltas: np.stack([_counts(x, by) for x in deltas])))
     first = np.empty(ranks.shape, np.int64)
     rest = np.empty(ranks.shape, np.int64)
     for index, rank in np.ndenumerate(ranks):
@@ -142,7 +160,7 @@ def limits(visit: Visit, ranks: np.ndarray) -> np.ndarray:
         for i, x in enumerate(deltas):
             for j, half in enumerate(first[i]):
                 for part in blocks(x.size):
-                    bits = _bits(x[part])
+                    bits = by(x[part])
                     selected = bits[(bits >> np.uint32(16)) == half] & np.uint32(0xFFFF)
                     out[i, j] += np.bincount(selected.astype(np.intp), minlength=1 << 16)
         return out
@@ -151,8 +169,7 @@ def limits(visit: Visit, ranks: np.ndarray) -> np.ndarray:
     result = np.full(ranks.shape, np.inf, np.float32)
     for index, rank in np.ndenumerate(ranks):
         if rank > 0:
-            bits = first[index] << 16 | _bin(total[index], int(rest[index]))[0]
-            result[index] = np.uint32(bits).view(np.float32)
+            result[index] = _ordered(np.uint32(first[index] << 16 | _bin(total[index], int(rest[index]))[0]))
     return result
 
 
@@ -160,15 +177,10 @@ def _sum(counts: Iterable[np.ndarray]) -> np.ndarray:
     return functools.reduce(np.add, counts)
 
 
-def _bits(x: np.ndarray) -> np.ndarray:
-    """The magnitudes as integers, which have their order."""
-    return x.view(np.uint32) & np.uint32(0x7FFFFFFF)
-
-
-def _counts(halves: np.ndarray) -> np.ndarray:
+def _counts(x: np.ndarray, by: Order) -> np.ndarray:
     total = np.zeros(1 << 16, np.int64)
-    for part in blocks(halves.size):
-        total += np.bincount(halves[part], minlength=1 << 16)
+    for part in blocks(x.size):
+        total += np.bincount(by(x[part]) >> np.uint32(16), minlength=1 << 16)
     return total
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,10 @@ from jft import tree
 from jft.compiled import program_cache
 from jft.delta import Dense, TaskVector
 from jft.delta import manifest as manifests
+from jft.delta.encoding import Encoding
 from jft.delta.numeric import wide
-from jft.merge.rule import Rule, Tensor
+from jft.merge.rule import Pass, Rule, Tensor, ranked_before
+from jft.merge.support import Support, support
 from jft.select import threshold
 
 Array = jax.Array
@@ -36,9 +39,10 @@ def merge(
     """The task vector that ``rule`` makes of ``vectors``, times ``scale``; with :attr:`Rule.each` a list, one per vector.
 
     A path that a vector lacks is a zero change of it. Layers of a stack, and experts, are tensors of their own. One path is
-    dense at a time, in float32, sharded as the first of its deltas. base: the parameters the vectors are changes of, for
-    rules that read them and for masks and gates. statistics: one ``{path: pytree of arrays}`` per model, for rules that read
-    them; arrays of a stacked path begin with the axes of the stack. note: entries of the manifest.
+    dense at a time, in float32, sharded as the first of its deltas. Where a rule is elementwise and all deltas of a path
+    store entries, no more than half of them together, none is dense: the result is entries, too. base: the parameters the
+    vectors are changes of, for rules that read them and for masks and gates. statistics: one ``{path: pytree of arrays}`` per
+    model, for rules that read them; arrays of a stacked path begin with the axes of the stack. note: entries of the manifest.
 
     Raises ``ValueError`` where the rule reads a base and there is none, or a change is relative to one;
     :class:`jft.delta.BaseMismatch` for vectors of different bases, or of another than ``base``.
@@ -53,14 +57,12 @@ def merge(
         return TaskVector.combine(terms, coefficients)
     manifest = manifests.derive([t.manifest for t in taus], "merge", **(note or {}))
     tensors = _Tensors(rule, taus, values, flat, _statistics(rule, taus, statistics), seed)
-    if rule.scope == "model" and rule.ranks is not None:
-        tensors.thresholds = tensors.of_model(rule.ranks)
-    if rule.totals is not None:
-        tensors.totals = tensors.summed(rule.totals)
+    for look in rule.passes:
+        tensors.known = (*tensors.known, tensors.reduced(look) if look.ranks is None else tensors.ranked(look))
     results = {path: tensors.run(path, rule.merge, scale) for path in tensors.paths}
     if not rule.each:
-        return TaskVector({path: Dense(x) for path, x in results.items()}, manifest)
-    return [TaskVector({p: Dense(x[i]) for p, x in results.items()}, manifest) for i in range(len(taus))]
+        return TaskVector({path: tensors.encoded(path, x) for path, x in results.items()}, manifest)
+    return [TaskVector({p: tensors.encoded(p, x[i]) for p, x in results.items()}, manifest) for i in range(len(taus))]
 
 
 def stack_axes(path: str, ndim: int) -> int:
@@ -94,32 +96,46 @@ class _Tensors:
             self.key = jax.random.key(seed)
         self.paths = list(dict.fromkeys(path for tau in taus for path in tau))
         self.shapes = {path: next(tau[path].shape for tau in taus if path in tau) for path in self.paths}
-        self.thresholds: Array | None = None
-        self.totals: Any = None
+        self.supports: dict[str, Support] = {}
+        # Entries that no model changes add nothing to sums, and are none of the largest magnitudes.
+        if rule.elementwise and not rule.base and not rule.statistics and ranked_before(rule.passes) is None:
+            for path, shape in self.shapes.items():
+                found = support([tau[path] for tau in taus if path in tau], stack_axes(path, len(shape)))
+                if found is not None:
+                    self.supports[path] = found
+        # What the passes found so far.
+        self.known: tuple[Any, ...] = ()
 
     @property
     def numbers(self) -> dict[str, np.ndarray]:
         """The parameters that are known, ``[N]`` float64: what ranks are computed from."""
         return {name: np.asarray(v, np.float64) for name, v in self.values.items() if _concrete(v)}
 
-    def dense(self, path: str) -> tuple[Array, ...]:
-        """The delta of ``path`` of every vector, float32."""
-        deltas: list[Array | None] = []
-        for tau in self.taus:
-            if path not in tau:
-                deltas.append(None)
-                continue
-            delta = tau[path]
-            if delta.relative and self.base is not None:
-                delta = delta.resolve(self.base[path])
-            if delta.shape != self.shapes[path]:
-                raise ValueError(f"{path!r} has shape {self.shapes[path]} in one vector and {delta.shape} in another")
-            try:
-                deltas.append(delta.dense())
-            except ValueError as error:
-                raise ValueError(f"{path!r}: {error}; or merge with base=params") from None
+    def encoded(self, path: str, value: Array) -> Encoding:
+        """The delta whose values were merged."""
+        return self.supports[path].scatter(value) if path in self.supports else Dense(value)
+
+    def arrays(self, path: str) -> tuple[Array, ...]:
+        """What is merged of ``path`` of every vector, float32: the deltas, or their entries."""
+        deltas = [self.array(path, i) for i in range(len(self.taus))]
         present = next(x for x in deltas if x is not None)
         return tuple(jnp.zeros_like(present) if x is None else x for x in deltas)
+
+    def array(self, path: str, i: int) -> Array | None:
+        """That of one vector; None where it has no such path."""
+        if path not in self.taus[i]:
+            return None
+        if path in self.supports:
+            return self.supports[path].gather(self.taus[i][path])
+        delta = self.taus[i][path]
+        if delta.relative and self.base is not None:
+            delta = delta.resolve(self.base[path])
+        if delta.shape != self.shapes[path]:
+            raise ValueError(f"{path!r} has shape {self.shapes[path]} in one vector and {delta.shape} in another")
+        try:
+            return delta.dense()
+        except ValueError as error:
+            raise ValueError(f"{path!r}: {error}; or merge with base=params") from None
 
     def statistics_of(self, path: str, stack: tuple[int, ...]) -> Any:
         """The statistics of ``path``, arrays ``[stack, N, ...]``; None where there are none."""
@@ -133,29 +149,39 @@ class _Tensors:
                 raise ValueError(f"statistics of {path!r} have shape {tuple(x.shape)}; they must begin with {stack}")
         return jax.tree.map(lambda *x: jnp.stack([wide(jnp.asarray(y)) for y in x], axis=len(stack)), *trees)
 
-    def run(self, path: str, function: Callable[..., Any], scale: Any = 1.0) -> Any:
-        """``scale * function(tensor, **options)`` for every tensor of a path, stacked as the path is."""
-        deltas = self.dense(path)
+    def run(self, path: str, function: Callable[..., Any], scale: Any = 1.0, ranked: int | None = None) -> Any:
+        """``scale * function(tensor, **options)`` for every tensor of a path, stacked as the path is.
+
+        ranked: the number of the pass whose score this is: without what later ones found, so that it is the same program
+        whenever it runs, and without traced parameters, which have no value where entries are ranked.
+        """
+        deltas = self.arrays(path)
+        passes = self.known[:ranked]
+        score = ranked_before(self.rule.passes[: len(passes)]) if ranked is None else None
         stack = self.shapes[path][: stack_axes(path, len(self.shapes[path]))]
         size = self.rule.entries(self.shapes[path][len(stack) :])
         ranks = None
         if self.rule.ranks is not None:
-            ranks = jnp.asarray(self.rule.ranks(size, self.numbers), jnp.uint32)
-        call = _Call(
-            base=wide(jnp.asarray(self.base[path])) if self.rule.base and self.base is not None else None,
-            # Scores do not depend on traced weights, which are not known where entries are ranked.
-            parameters={
+            # Of fewer entries than are ranked all are among them: the rest are zero.
+            most = math.prod(deltas[0].shape[len(stack) :]) if path in self.supports else size
+            ranks = jnp.asarray(np.minimum(self.rule.ranks(size, self.numbers), most), jnp.uint32)
+        thresholds = [x for look, x in zip(self.rule.passes, passes, strict=False) if look.of is None]
+        common = {
+            "parameters": {
                 name: jnp.stack([jnp.asarray(x, jnp.float32) for x in v])
                 for name, v in self.values.items()
-                if function is not self.rule.score or _concrete(v)
+                if ranked is None or _concrete(v)
             },
-            ranks=ranks,
-            thresholds=self.thresholds,
-            totals=self.totals,
-            key=tree.key_for(self.key, path),
-            scale=jnp.asarray(scale, jnp.float32),
-            statistics=self.statistics_of(path, stack),
-        )
+            "ranks": ranks,
+            "thresholds": thresholds[-1] if thresholds else None,
+            "passes": passes,
+            "key": tree.key_for(self.key, path),
+        }
+        stacked = {
+            "base": wide(jnp.asarray(self.base[path])) if self.rule.base and self.base is not None else None,
+            "statistics": self.statistics_of(path, stack),
+            "scores": None if score is None else self.scores(path, score),
+        }
         each = self.rule.each and function is self.rule.merge
         program = _program(
             function,
@@ -164,34 +190,47 @@ class _Tensors:
             each,
             _sharding(deltas[0]) if function is self.rule.merge and not each else None,
         )
-        return program(deltas, call)
+        return program(deltas, stacked, common, jnp.asarray(scale, jnp.float32))
 
-    def summed(self, function: Callable[..., Any]) -> Any:
-        """The sum over all tensors of a pytree of sums."""
+    def reduced(self, look: Pass) -> Any:
+        """What a pass sums up to over all tensors, or the maximum."""
+        assert look.of is not None, "a pass without ranks has a function"
+        inside, between = (jnp.sum, jnp.add) if look.reduce == "sum" else (jnp.max, jnp.maximum)
         total = None
         for path in self.paths:
-            stack = stack_axes(path, len(self.shapes[path]))
-            part = self.run(path, function)
-            part = jax.tree.map(lambda x, n=stack: jnp.sum(x, axis=tuple(range(n))), part)
-            total = part if total is None else jax.tree.map(jnp.add, total, part)
+            axes = tuple(range(stack_axes(path, len(self.shapes[path]))))
+            part = jax.tree.map(functools.partial(inside, axis=axes), self.run(path, look.of))
+            total = part if total is None else jax.tree.map(between, total, part)
         return total
 
-    def score(self, path: str, i: int) -> Array:
-        """What entries of model ``i`` are ranked by, of the shape of the weight."""
-        if self.rule.score is None:
-            return jnp.abs(self.dense(path)[i])
-        stack = stack_axes(path, len(self.shapes[path]))
-        return jnp.take(self.run(path, self.rule.score), i, axis=stack)
-
-    def of_model(self, ranks: Callable[[int, Mapping[str, np.ndarray]], np.ndarray]) -> Array:
-        """The magnitudes ``[N, R]`` of the ranks among the entries of each whole vector."""
+    def ranked(self, look: Pass) -> Array:
+        """The values ``[N, R]`` of the ranks of a pass among the entries of each whole vector."""
+        assert look.ranks is not None, "the pass has ranks"
         size = sum(math.prod(shape) for shape in self.shapes.values())
         rows = []
-        for i, row in enumerate(np.asarray(ranks(size, self.numbers))):
+        for i, row in enumerate(np.asarray(look.ranks(size, self.numbers))):
             with self._known():
-                magnitudes = {path: self.score(path, i) for path in self.paths}
-                rows.append([threshold.threshold(magnitudes, int(k))[0] if k > 0 else math.inf for k in row])
+                scores = {path: self.score(path, i) for path in self.paths}
+                # Those that no model stores are zero, and come after all that are.
+                stored = sum(x.size for x in scores.values())
+                limit = lambda k, s=scores, n=stored: threshold.threshold(s, int(k))[0] if k <= n else 0.0
+                rows.append([limit(k) if k > 0 else math.inf for k in row])
         return jnp.asarray(rows, jnp.float32)
+
+    def score(self, path: str, i: int) -> Array:
+        """What the next pass ranks the entries of model ``i`` by, of the shape of the weight."""
+        number = len(self.known)
+        if self.rule.passes[number].of is None:
+            delta = self.array(path, i)
+            shape = self.supports[path].compact if path in self.supports else self.shapes[path]
+            return jnp.zeros(shape, jnp.float32) if delta is None else jnp.abs(delta)
+        return jnp.take(self.scores(path, number), i, axis=stack_axes(path, len(self.shapes[path])))
+
+    def scores(self, path: str, number: int) -> Array:
+        """``[stack, N, ...]``, what the pass of that number ranks."""
+        function = self.rule.passes[number].of
+        assert function is not None, "magnitudes are no score"
+        return self.run(path, function, ranked=number)
 
     def _known(self) -> contextlib.AbstractContextManager[None]:
         """The context in which what does not depend on a traced parameter has values, as where weights are learned."""
@@ -200,52 +239,32 @@ class _Tensors:
         return jax.ensure_compile_time_eval() if traced else contextlib.nullcontext()
 
 
-class _Call(NamedTuple):
-    """The arguments of a program beside the deltas."""
-
-    base: Array | None
-    parameters: dict[str, Array]
-    ranks: Array | None
-    thresholds: Array | None
-    totals: Any
-    key: Array
-    scale: Array
-    statistics: Any
-
-
 @program_cache(maxsize=256)
 def _program(
     function: Callable[..., Any], options: Options, stack: int, each: bool, sharding: Any
 ) -> Callable[..., Any]:
-    def program(deltas: tuple[Array, ...], call: _Call) -> Any:
+    def program(deltas: tuple[Array, ...], stacked: Mapping[str, Any], common: Mapping[str, Any], scale: Array) -> Any:
         # [..., N, tensor]: the stack first, for it is what is mapped over.
         models = jnp.stack(deltas, axis=stack)
         shape = models.shape[:stack]
 
-        def one(delta: Array, base: Array | None, statistics: Any, index: Array) -> Any:
-            layer = index // math.prod(shape[1:]) if stack else index
-            tensor = Tensor(
-                deltas=delta,
-                base=base,
-                parameters=call.parameters,
-                ranks=call.ranks,
-                thresholds=call.thresholds,
-                totals=call.totals,
-                key=jax.random.fold_in(call.key, index),
-                layer=layer,
-                layers=jnp.int32(shape[0] if stack else 0),
-                statistics=statistics,
-            )
-            return jax.tree.map(lambda x: call.scale * x, function(tensor, **dict(options)))
+        def one(delta: Array, stacked: Mapping[str, Any], index: Array) -> Any:
+            place = {
+                "key": jax.random.fold_in(common["key"], index),
+                "layer": index // math.prod(shape[1:]) if stack else index,
+                "layers": jnp.int32(shape[0] if stack else 0),
+            }
+            tensor = Tensor(delta, **{**common, **stacked, **place})
+            return jax.tree.map(lambda x: scale * x, function(tensor, **dict(options)))
 
         indices = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
         # Experts side by side, so that a mesh may spread them; layers one after the other, so that one is dense at a time.
         for _ in range(stack - 1):
             one = jax.vmap(one)
         if stack:
-            result = jax.lax.map(lambda args: one(*args), (models, call.base, call.statistics, indices))
+            result = jax.lax.map(lambda args: one(*args), (models, stacked, indices))
         else:
-            result = one(models, call.base, call.statistics, indices)
+            result = one(models, stacked, indices)
         # One result for each model: the axis of models stands behind the stack.
         return jnp.moveaxis(result, stack, 0) if each else result
 

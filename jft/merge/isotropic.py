@@ -14,7 +14,6 @@ from jft.merge.spectral import (
     Side,
     combined,
     on_matrices,
-    options,
     polar,
     product,
     side_first,
@@ -34,7 +33,7 @@ def iso_c(*, matrices: Matrices = "all", others: Others = "average") -> Rule:
     The mean is over all singular values; directions of the value zero stay zero, where released code fills in those that
     LAPACK returns. scale: the paper's alpha, chosen on validation data. matrices, others: as in ``tsv_m``.
     """
-    return Rule(merge=_common, options=options(matrices=matrices, others=others))
+    return Rule(merge=_common, options={"matrices": matrices, "others": others})
 
 
 def _common(tensor: Tensor, matrices: str, others: str) -> Array:
@@ -62,7 +61,7 @@ def iso_cts(
     scale: the paper's alpha. matrices, others: as in ``tsv_m``.
     """
     in_range("common_space_fraction", common_space_fraction, 0, 1)
-    choices = options(side=side, matrices=matrices, others=others)
+    choices = {"side": side, "matrices": matrices, "others": others}
     return Rule(merge=_common_and_specific, options={"fraction": common_space_fraction, **choices})
 
 

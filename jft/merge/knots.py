@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jft.delta import Dense, LowRank, TaskVector
 from jft.delta.encoding import Encoding
 from jft.delta.numeric import wide
+from jft.merge.registry import check_choices
 from jft.merge.rule import Vectors
-from jft.merge.spectral import Side, options, product, svd, transposed
+from jft.merge.spectral import Side, product, svd, transposed
 from jft.merge.subspace import Coordinates, MergeRule, merged_in_subspace
 from jft.merge.ties import ties
 
@@ -43,7 +44,7 @@ def knots(
     k directions. Stoica et al. 2024, arXiv:2410.19735; there and in FusionBench values count as zero below 1e-5 and 1e-4,
     here below 1e-6 of the largest. Raises ``ValueError`` as ``rule`` does, and where shapes differ.
     """
-    options(side=side)
+    check_choices(knots, side=side)
     note = {"rule": "knots", "scaled": scaled, "side": side}
     coordinates = lambda deltas: _coordinates(deltas, scaled, side)
     return merged_in_subspace(vectors, weights, coordinates, rule, scale, note, rule_options)

@@ -17,7 +17,6 @@ from jft.delta import Dense, TaskVector
 from jft.delta import manifest as manifests
 from jft.delta.numeric import wide
 from jft.merge.in_memory import stack_axes
-from jft.names import nearest
 
 Array = jax.Array
 Deltas = dict[str, Array]
@@ -201,16 +200,6 @@ def check_data(data: str, allow_test: bool = True) -> None:
         raise ValueError(
             f"data is {data!r}: coefficients are not chosen on test data; name validation data, or say allow_test=True"
         )
-
-
-def preset_options(
-    rule: str, presets: Mapping[str, Mapping[str, Any]], preset: str, given: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The options of a preset, those of ``given`` that are not None in their place."""
-    if preset not in presets:
-        hint = nearest(preset, presets, otherwise=f"; it has {', '.join(presets)}")
-        raise ValueError(f"{rule} has no preset {preset!r}{hint}")
-    return {**presets[preset], **{name: value for name, value in given.items() if value is not None}}
 
 
 def described(values: Any) -> Any:

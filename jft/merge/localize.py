@@ -16,7 +16,7 @@ from jft.delta import Dense, TaskVector
 from jft.delta import manifest as manifests
 from jft.merge import learned
 from jft.merge.registry import register
-from jft.merge.rule import Rule, Tensor, Vectors, in_range, listed
+from jft.merge.rule import Pass, Rule, Tensor, Vectors, in_range, listed
 from jft.merge.ties import disjoint_mean, ranks_of_tensor, trimmed_by_model
 from jft.select.threshold import top
 
@@ -38,8 +38,8 @@ def stitch(*, density: Any = 1.0) -> Rule:
         merge=_stitch,
         options={"whole": whole},
         parameters={} if whole else {"density": density},
-        ranks=None if whole else ranks_of_tensor,
-        scope="model",
+        passes=() if whole else (Pass(ranks=ranks_of_tensor),),
+        elementwise=True,
     )
 
 

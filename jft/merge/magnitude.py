@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jft.merge.registry import register
 from jft.merge.rule import Rule, Tensor, in_range
-from jft.merge.ties import ranks_of_model, ranks_of_tensor
+from jft.merge.ties import LARGEST, ranks_of_tensor
 from jft.merge.trim import l1_matched, largest, weighted_sum
 
 Array = jax.Array
@@ -42,8 +42,8 @@ def magnitude(
         merge=_magnitude,
         options={"scope": scope, "rescale": rescale, "normalize": normalize},
         parameters={"density": density},
-        ranks=ranks_of_model if scope == "model" else functools.partial(ranks_of_tensor, least=int(at_least_one)),
-        scope=scope,
+        ranks=None if scope == "model" else functools.partial(ranks_of_tensor, least=int(at_least_one)),
+        passes=(LARGEST,) if scope == "model" else (),
         elementwise=not rescale,
     )
 

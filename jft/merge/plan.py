@@ -13,7 +13,7 @@ import numpy as np
 from jft.delta import manifest as manifests
 from jft.merge.mergekit import PASSTHROUGH, Rules
 from jft.merge.recipe import Input, Recipe, Slice, resolve
-from jft.merge.sources import Directory, Source, VectorFile, open_source
+from jft.merge.sources import Directory, Source, StatisticsFile, VectorFile, open_source
 from jft.merge.streaming import Job, Part
 from jft.models.hf import writer
 from jft.models.hf.checkpoint import DTYPES
@@ -68,6 +68,10 @@ class _Planner:
         if not isinstance(described, Directory):
             raise ValueError(f"{recipe.slices[0].inputs[0].model} is a change of a model; give its base_model")
         self.reference = described
+        files = [i.statistics for s in recipe.slices for i in s.inputs if i.statistics]
+        self.statistics = {path: StatisticsFile(path, described) for path in files}
+        if len({frozenset(one.values) for one in self.statistics.values()}) > 1:
+            raise ValueError(f"statistics are of the same weights for all models; those of {', '.join(files)} differ")
         for opened in dict.fromkeys(self.sources.values()):
             self._check(opened)
 
@@ -174,8 +178,25 @@ class _Planner:
             return Job(name, entry.shape, dtype, None, first)
         own = [(m.name, [x.parameters, *scopes]) for m, (x, _) in zip(models, merged, strict=True)]
         rule, scale = self.rules.of(scopes, own, name, t)
+        statistics = tuple(self.statistics[x.statistics] for x, _ in merged if x.statistics)
+        if statistics and not rule.statistics:
+            raise ValueError(f"{self.recipe.method} reads no statistics of data; leave them out of its models")
+        if rule.statistics and len(statistics) < len(models):
+            raise ValueError(
+                f"{self.recipe.method} reads statistics of data: give each model its file, statistics: FILE; "
+                f"{len(statistics)} of {len(models)} have one"
+            )
         return Job(
-            name, entry.shape, dtype, rule, None if baseless else self._based(base, first), models, scale, layer, layers
+            name,
+            entry.shape,
+            dtype,
+            rule,
+            None if baseless else self._based(base, first),
+            models,
+            scale,
+            layer,
+            layers,
+            statistics,
         )
 
     def _based(self, base: Source | None, first: Part) -> Part:
@@ -249,7 +270,8 @@ class _Planner:
             "seed": self.recipe.seed,
             "recipe": self.recipe.text,
             "inputs": {name: source.fingerprint() for name, source in self.sources.items()}
-            | ({self.recipe.base: self.base.fingerprint()} if self.base and self.recipe.base else {}),
+            | ({self.recipe.base: self.base.fingerprint()} if self.base and self.recipe.base else {})
+            | {path: one.fingerprint() for path, one in self.statistics.items()},
             "notes": self.notes,
             "versions": manifests.versions(),
         }

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jft.merge.registry import register
-from jft.merge.rule import Rule, Tensor, in_range, over_models
+from jft.merge.rule import Pass, Rule, Tensor, in_range, over_models
 
 Array = jax.Array
 _PAPER = "Yuan et al. 2026, arXiv:2601.13572"
@@ -46,7 +46,7 @@ def ramplus(
         merge=_ramplus,
         options={"epsilon": epsilon, "scope": scope},
         parameters={"r": r, "alpha": alpha},
-        totals=_counts if scope == "model" else None,
+        passes=(Pass(_counts),) if scope == "model" else (),
         elementwise=scope == "model",
     )
 
@@ -73,7 +73,7 @@ def _counts(tensor: Tensor, epsilon: float, scope: str) -> tuple[Array, Array]:
 
 def _ramplus(tensor: Tensor, epsilon: float, scope: str) -> Array:
     deltas, _, models = _changed(tensor, epsilon)
-    shared, unique = tensor.totals if scope == "model" else _counts(tensor, epsilon, scope)
+    shared, unique = tensor.passes[0] if scope == "model" else _counts(tensor, epsilon, scope)
     # A model without unique entries has none to be scaled.
     rho = shared / jnp.maximum(unique, 1)
     factor = 1 + tensor.parameters["r"] * jnp.minimum(rho, tensor.parameters["alpha"])

@@ -33,11 +33,12 @@ DTYPES = {"float32", "float16", "bfloat16", "float64"}
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """A model of a slice. layers: the layers ``[first, last)`` that it gives; None is all."""
+    """A model of a slice. layers: the layers ``[first, last)`` that it gives; None is all. statistics: a file of them."""
 
     model: str
     parameters: Settings
     layers: tuple[int, int] | None = None
+    statistics: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +171,8 @@ def _reference(value: Any, where: str) -> str:
 
 
 def _input(value: Any, where: str, ranged: bool) -> Input:
-    _known(value, {"model", "parameters", *(("layer_range",) if ranged else ())}, where)
+    # Statistics are of whole models.
+    _known(value, {"model", "parameters", "layer_range" if ranged else "statistics"}, where)
     layers = None
     if ranged:
         bounds = value.get("layer_range")
@@ -180,7 +182,10 @@ def _input(value: Any, where: str, ranged: bool) -> Input:
         if not 0 <= layers[0] < layers[1]:
             raise ValueError(f"layer_range {bounds} in {where} holds no layers")
     settings = _settings(value.get("parameters"), f"{where}.parameters")
-    return Input(_reference(value.get("model"), f"{where}.model"), settings, layers)
+    statistics = value.get("statistics")
+    if statistics is not None and not isinstance(statistics, str):
+        raise ValueError(f"statistics in {where} is a file that jft.merge.save_statistics wrote, not {statistics!r}")
+    return Input(_reference(value.get("model"), f"{where}.model"), settings, layers, statistics)
 
 
 def _slice(value: Any, base: str | None, where: str) -> Slice:

@@ -48,27 +48,15 @@ class MergingRule:
 
     def build(self, *, preset: str | None = None, weights: Any = None, **options: Any) -> Rule:
         """The rule of ``preset`` with ``options`` in place of the preset's. Raises ``ValueError`` for names it lacks."""
-        preset = next(iter(self.presets)) if preset is None else preset
-        if preset not in self.presets:
-            raise ValueError(f"{self.name} has no preset {preset!r}; it has {', '.join(self.presets)}")
         for option in options:
             if option not in self.options:
                 hint = nearest(option, self.options, otherwise=f"; it has {', '.join(self.options) or 'none'}")
                 raise ValueError(f"{self.name} has no option {option!r}{hint}")
-        self._check_choices(options)
-        rule = self.factory(**{**self.presets[preset], **options})
+        check_choices(self.factory, **options)
+        rule = self.factory(**preset_options(self.name, self.presets, preset, options))
         if weights is not None and not rule.weighted:
             raise ValueError(f"{self.name} has no weights; it was given {weights!r}")
         return dataclasses.replace(rule, parameters={"weight": 1.0 if weights is None else weights, **rule.parameters})
-
-    def _check_choices(self, options: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` for a value that the annotation of its option, a ``Literal``, does not list."""
-        for name, hint in typing.get_type_hints(self.factory).items():
-            choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
-            if choices and name in options and options[name] not in choices:
-                raise ValueError(
-                    f"{name} of {self.name} is {options[name]!r}; it may be {', '.join(map(repr, choices))}"
-                )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -82,6 +70,27 @@ class MergingRule:
         common = [p for p in inspect.signature(type(self).__call__).parameters.values() if p.name != "self"]
         options = list(inspect.signature(self.factory).parameters.values())
         return inspect.Signature([*common[:3], *options, *(p for p in common[3:] if p.kind is not p.VAR_KEYWORD)])
+
+
+def preset_options(
+    rule: str, presets: Mapping[str, Mapping[str, Any]], preset: str | None, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The options of a preset, None being the first, with those of ``given`` in their place."""
+    preset = next(iter(presets)) if preset is None else preset
+    if preset not in presets:
+        hint = nearest(preset, presets, otherwise=f"; it has {', '.join(presets)}")
+        raise ValueError(f"{rule} has no preset {preset!r}{hint}")
+    return {**presets[preset], **given}
+
+
+def check_choices(function: Callable[..., Any], **options: Any) -> None:
+    """Raise ``ValueError`` for a value that the annotation of its option in ``function``, a ``Literal``, does not list."""
+    for name, hint in typing.get_type_hints(function).items():
+        choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+        if choices and name in options and options[name] not in choices:
+            raise ValueError(
+                f"{name} of {function.__name__} is {options[name]!r}; it may be {', '.join(map(repr, choices))}"
+            )
 
 
 RULES: dict[str, MergingRule] = {}

@@ -24,9 +24,10 @@ class Tensor(NamedTuple):
     deltas: ``[N, ...]`` float32, the change of each of the N models. base: ``[...]`` float32, or None where the rule does not
     read it. parameters: name -> ``[N]`` float32, a number that all models share standing N times. ranks: ``[N, R]`` uint32, or
     None, as :attr:`Rule.ranks` gives them. thresholds: ``[N, R]`` float32, the magnitude of the ``ranks``-th largest entry of
-    each delta, infinity for rank 0; None where nobody has computed them. totals: what :attr:`Rule.totals` sums up to, over all
-    tensors. statistics: what was measured of each model on its data, a pytree of float32 arrays ``[N, ...]``; None where
-    nothing was measured of this tensor.
+    each delta, infinity for rank 0; None where nobody has computed them. passes: what each of :attr:`Rule.passes` found in the
+    whole model; to a pass, those before. scores: ``[N, ...]``, the very numbers whose ranks the last pass with a function
+    and ranks found; None to passes that rank. statistics: what was measured of each model on its data, a pytree of float32
+    arrays ``[N, ...]``; None where nothing was measured of this tensor.
     key: a random key that depends on the seed and the name of the tensor alone. layer, layers: its position in its
     stack and the length of that, int32; 0 and 0 outside stacks. ends: ``[N, R]`` uint32, the flat position from which on
     entries equal to a threshold are not among the ranks; None where that has to be counted.
@@ -37,21 +38,49 @@ class Tensor(NamedTuple):
     parameters: dict[str, Array]
     ranks: Array | None
     thresholds: Array | None
-    totals: Any
+    passes: tuple[Any, ...]
     key: Array
     layer: Array
     layers: Array
     ends: Array | None = None
     statistics: Any = None
+    scores: Array | None = None
 
     def weighted(self, name: str = "weight") -> Array:
         """The parameter ``[N]`` with axes of size one, to be multiplied with ``deltas``."""
+        if name not in self.parameters:
+            raise ValueError(
+                f"entries of the whole model are ranked by what depends on {name!r}, which is traced here, without a value; "
+                "give numbers, or rank each tensor by itself, with scope='tensor' where the rule has it"
+            )
         return self.parameters[name].reshape(-1, *(1,) * (self.deltas.ndim - 1))
 
 
 def over_models(x: Array) -> Array:
     """The sum of ``[N, ...]`` over the models, as N - 1 additions: on CPUs XLA takes 30 times longer for ``jnp.sum(x, 0)``."""
     return functools.reduce(jnp.add, [x[i] for i in range(len(x))])
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One look at all tensors before they are merged, for what a rule has to know of the whole model.
+
+    of: ``of(tensor, **options)``, traced. Without ``ranks`` a pytree of arrays, whose ``reduce`` over all tensors is found:
+    their sum (on disk in float64) or their maximum. ranks: ``ranks(entries, parameters) -> [N, R]`` integers, as those of a
+    rule, of the ``entries`` of the whole model: of what ``of`` gives, ``[N, ...]`` of the shape of the deltas, the values
+    ``[N, R]`` of these ranks are found, counted from the largest; infinity for rank 0. of None: the magnitudes of the deltas.
+    A score that is computed again in another program may differ in its last bit, and the entry at the threshold then be lost:
+    sums and ``merge`` find it in :attr:`Tensor.scores`.
+    """
+
+    of: Callable[..., Any] | None = None
+    ranks: Callable[[int, Mapping[str, np.ndarray]], np.ndarray] | None = None
+    reduce: Literal["sum", "max"] = "sum"
+
+
+def ranked_before(passes: Sequence[Pass]) -> int | None:
+    """The number of the last of ``passes`` that ranks a score, whose scores come with a tensor after it."""
+    return next((i for i in reversed(range(len(passes))) if passes[i].of is not None and passes[i].ranks), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +92,14 @@ class Rule:
     options: choices that a program is compiled for; hashable.
     parameters: numbers that may differ by model and by tensor, each one number or one per model: :attr:`Tensor.parameters`.
     ranks: ``ranks(entries, parameters) -> [N, R]`` integers, for rules that trim by magnitude: how many of the ``entries`` of
-        a tensor (``scope="tensor"``) or of the whole model (``scope="model"``) come before the threshold. Computed on the host,
-        in float64, because that is where published counts come from.
+        a tensor come before the threshold. Computed on the host, in float64, because that is where published counts come from.
     axis: the ``entries`` that ``ranks`` is told of are those along this axis of a tensor; None, and for vectors: all of them.
-    score: ``score(tensor, **options) -> [N, ...]``, what is ranked instead of the magnitude of each delta where the scope is
-        the model.
-    totals: ``totals(tensor, **options) -> pytree`` of sums over all tensors, known before ``merge`` runs.
+    passes: what is to be known of the whole model before ``merge`` runs, one after the other: :class:`Pass`. Each reads every
+        tensor once (one with ranks twice). What the last one of magnitudes found is :attr:`Tensor.thresholds`, too.
     coefficients: for rules that are ``sum_i c_i delta_i`` with the same c everywhere: ``parameters -> [N]``. Encodings then
         stay what they are. One more, with ``base``, is that of the base: the result then changes all of its weights.
     statistics: whether ``merge`` reads statistics of data, one tree per model.
-    elementwise: whether ``merge`` (and ``totals``) treats entries one by one but for trimming by
+    elementwise: whether ``merge`` (and every pass) treats entries one by one but for trimming by
         :func:`jft.merge.trim.largest`, draws nothing at random, and gives 0 where all deltas are: a tensor may then be merged
         in pieces, padded with zeros.
     base: whether ``merge`` reads the base. models: the least and the largest number of models; None is no limit. weighted:
@@ -83,10 +110,8 @@ class Rule:
     options: Mapping[str, Hashable] = dataclasses.field(default_factory=dict)
     parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ranks: Callable[[int, Mapping[str, np.ndarray]], np.ndarray] | None = None
-    scope: Literal["tensor", "model"] = "tensor"
     axis: int | None = None
-    score: Callable[..., Array] | None = None
-    totals: Callable[..., Any] | None = None
+    passes: tuple[Pass, ...] = ()
     coefficients: Callable[[Mapping[str, Sequence[Any]]], Sequence[Any]] | None = None
     statistics: bool = False
     elementwise: bool = False

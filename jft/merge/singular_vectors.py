@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jft.merge.registry import register
 from jft.merge.rule import Rule, Tensor, in_range
-from jft.merge.spectral import Matrices, Others, combined, on_matrices, options, polar, product, svd, weighted
+from jft.merge.spectral import Matrices, Others, combined, on_matrices, polar, product, svd, weighted
 
 Array = jax.Array
 PAPER = "Gargiulo et al. 2024, arXiv:2412.00081"
@@ -27,7 +27,7 @@ def tsv_m(*, at_least_one: bool = False, matrices: Matrices = "all", others: Oth
     matrices become: the ``average`` (the paper's), the ``sum`` or ``zero``. FusionBench is the same, except that the null
     directions of deltas of low rank, which LAPACK chooses, take part in its whitening.
     """
-    return Rule(merge=_merge, options=options(at_least_one=at_least_one, matrices=matrices, others=others))
+    return Rule(merge=_merge, options={"at_least_one": at_least_one, "matrices": matrices, "others": others})
 
 
 def _merge(tensor: Tensor, at_least_one: bool, matrices: str, others: str) -> Array:
@@ -62,7 +62,7 @@ def tsv_compress(*, fraction: float | None = None, matrices: Matrices = "all") -
     """
     if fraction is not None:
         in_range("fraction", fraction, 0, 1)
-    return Rule(merge=_compress, options=options(fraction=fraction, matrices=matrices), each=True)
+    return Rule(merge=_compress, options={"fraction": fraction, "matrices": matrices}, each=True)
 
 
 def _compress(tensor: Tensor, fraction: float | None, matrices: str) -> Array:

@@ -13,6 +13,7 @@ import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from jft.delta import Dense, LowRank, file
 from jft.delta import manifest as manifests
 from jft.merge import host
 from jft.merge.adapters import PeftAdapter
+from jft.merge.statistics import load_statistics
 from jft.models import loading
 from jft.models.core import Model
 from jft.models.hf import config_schema, reader, registry
@@ -211,15 +213,13 @@ class VectorFile(Source):
     def check(self, names: Mapping[str, Entry], base: Directory) -> None:
         # Layers of dense deltas are read past `file.read`, which looks at checksums and for what is not finite.
         file.verify(self.path)
-        family = registry.family_of(base.config, base.path / "config.json")
-        config = loading.backbone(family, base.config, base.checkpoint)
-        table, shapes = family.table(config), tree.flatten(Model(config).abstract())
+        table, shapes = _table(base)
         known = self.header.manifest.get("base", {}).get("leaves", {}) if self.verify else {}
         for path in self.header.entries:
             if path not in table:
                 raise ValueError(f"{self.path} changes {path!r}, which {base.path} does not have{nearest(path, table)}")
         for path in dict.fromkeys([*self.header.entries, *(p for p in known if p in table)]):
-            leaf = reader.bind(base.checkpoint, path, table[path], tuple(shapes[path].shape))
+            leaf = reader.bind(base.checkpoint, path, table[path], shapes[path])
             if path in known:
                 self._verify(base, leaf, *known[path])
             if path not in self.header.entries:
@@ -276,6 +276,72 @@ class VectorFile(Source):
 
     def fingerprint(self) -> str:
         return _fingerprint({self.path})
+
+
+class Piece(NamedTuple):
+    """The part of a checkpoint's tensor that belongs to one leaf of jft, at a position of its stack."""
+
+    leaf: reader.Leaf
+    position: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In jft: a matrix or vector, or several where the checkpoint has all experts in one tensor."""
+        return self.leaf.shape[len(self.position) :]
+
+    def read(self, flat: np.ndarray) -> np.ndarray:
+        """It, from the flat tensor."""
+        return self._view(flat).reshape(self.shape)
+
+    def write(self, value: np.ndarray, flat: np.ndarray) -> None:
+        """It, into the flat tensor."""
+        view = self._view(flat)
+        view[...] = value.reshape(view.shape)
+
+    def _view(self, flat: np.ndarray) -> np.ndarray:
+        return self.leaf.source.view(flat.reshape(self.leaf.source.shape))
+
+
+class StatisticsFile:
+    """A file of statistics, cut to the tensors of checkpoints like ``base``."""
+
+    def __init__(self, path: str | os.PathLike, base: Directory):
+        self.path = Path(path).expanduser()
+        self.values = load_statistics(self.path)
+        self.pieces: dict[str, list[Piece]] = {}
+        table, shapes = _table(base)
+        for weight, value in self.values.items():
+            if weight not in table:
+                raise ValueError(
+                    f"{self.path} is of {weight!r}, which {base.path} does not have{nearest(weight, table)}"
+                )
+            leaf = reader.bind(base.checkpoint, weight, table[weight], shapes[weight])
+            stack = leaf.shape[: leaf.stacked]
+            for x in value.values() if isinstance(value, dict) else (value,):
+                if x.shape[: len(stack)] != stack:
+                    raise ValueError(
+                        f"statistics of {weight!r} in {self.path} have shape {x.shape}, and must begin with {stack}"
+                    )
+            for position, name in leaf.names.items():
+                self.pieces.setdefault(name, []).append(Piece(leaf, position))
+
+    def of(self, piece: Piece) -> Any:
+        """The statistics of a piece, float32: a pytree of arrays."""
+        cut = lambda x: np.asarray(x[piece.position], np.float32)
+        value = self.values[piece.leaf.path]
+        return {name: cut(x) for name, x in value.items()} if isinstance(value, dict) else cut(value)
+
+    def fingerprint(self) -> str:
+        """A digest of the file."""
+        return _fingerprint({self.path})
+
+
+def _table(base: Directory) -> tuple[Mapping[str, Any], dict[str, tuple[int, ...]]]:
+    """Where the leaves of jft are in a checkpoint, and their shapes."""
+    family = registry.family_of(base.config, base.path / "config.json")
+    config = loading.backbone(family, base.config, base.checkpoint)
+    shapes = {path: tuple(x.shape) for path, x in tree.flatten(Model(config).abstract()).items()}
+    return family.table(config), shapes
 
 
 def open_source(reference: str, base: Directory | None, check: bool = True) -> Source:

@@ -223,7 +223,22 @@ def _karcher(tensor: Tensor, steps: int, tol: float, origin: Origin) -> Array:
 
     more = lambda carry: (jnp.sum(_norm(carry[1])) >= tol) & (carry[2] < steps)
     mean, _, _ = jax.lax.while_loop(more, step, (start, tangent(start), jnp.int32(0)))
-    return _change(tensor, jnp.sum(weights * norms, axis=0) * mean, origin)
+    return _change(tensor, _without_gradient(jnp.sum(weights * norms, axis=0) * mean), origin)
+
+
+@jax.custom_vjp
+def _without_gradient(x: Array) -> Array:
+    return x
+
+
+def _refused(_: None, cotangent: Array) -> tuple[Array]:
+    raise ValueError(
+        "karcher has no gradient: it takes as many steps as it needs; learn the weights of multislerp, which goes to nearly "
+        "the same point at once, or search those of karcher with coordinate_search"
+    )
+
+
+_without_gradient.defvjp(lambda x: (x, None), _refused)
 
 
 def _nearswap(tensor: Tensor) -> Array:

@@ -23,9 +23,10 @@ import numpy as np
 from jft import tree
 from jft.compiled import program_cache
 from jft.merge import host
+from jft.merge.in_memory import stack_axes
 from jft.merge.output import Output
-from jft.merge.rule import Rule, Tensor
-from jft.merge.sources import Directory, Source
+from jft.merge.rule import Pass, Rule, Tensor, ranked_before
+from jft.merge.sources import Directory, Source, StatisticsFile
 
 CHUNKS = (1 << 12, 1 << 16, 1 << 20)
 """Sizes of the pieces that elementwise rules are compiled for."""
@@ -60,6 +61,7 @@ class Job:
     scale: float = 1.0
     layer: int = 0
     layers: int = 0
+    statistics: tuple[StatisticsFile, ...] = ()
 
     @property
     def size(self) -> int:
@@ -78,9 +80,11 @@ class Job:
 
     @property
     def nbytes(self) -> int:
-        """Memory that merging takes: base, changes and result in float32, and as much again where XLA has the whole tensor."""
-        whole = self.rule is not None and self.rule.coefficients is None and not self.rule.elementwise
-        return 4 * self.size * (len(self.models) + 2) * (2 if whole else 1)
+        """Memory that merging takes: base, changes and result in float32, again where XLA has all, scores, statistics."""
+        times = 1
+        if self.rule is not None and self.rule.coefficients is None and not self.rule.elementwise:
+            times = 2 if ranked_before(self.rule.passes) is None and not self.statistics else 3
+        return 4 * self.size * (len(self.models) + 2) * times
 
 
 def run(
@@ -92,8 +96,7 @@ def run(
 ) -> None:
     """Merge what is missing in ``output``. done: called with the bytes read for every tensor that is written.
 
-    Raises ``ValueError`` for rules that give one result per model, or read statistics of data, and where the ranks of a
-    rule of ``scope="model"`` differ between tensors.
+    Raises ``ValueError`` for rules that give one result per model, and where ranks of whole models differ between tensors.
     """
     _check(jobs)
     stream = _Stream(seed, workers or min(8, os.cpu_count() or 1))
@@ -114,11 +117,8 @@ def run(
 
 def _check(jobs: Sequence[Job]) -> None:
     rules = {id(job.rule): job.rule for job in jobs if job.rule is not None}
-    for rule in rules.values():
-        if rule.each:
-            raise ValueError("this rule gives one result per model; merge task vectors in memory, with jft.merge")
-        if rule.statistics:
-            raise ValueError("this rule reads statistics of data; merge task vectors in memory, with jft.merge")
+    if any(rule.each for rule in rules.values()):
+        raise ValueError("this rule gives one result per model; merge task vectors in memory, with jft.merge")
 
 
 class _Stream:
@@ -132,8 +132,8 @@ class _Stream:
         self.workers = workers
         self.free = threading.Condition()
         self.used = 0
-        self.thresholds: np.ndarray | None = None
-        self.totals: Any = None
+        # What the passes found so far, of whole models.
+        self.known: tuple[Any, ...] = ()
         self.local = threading.local()
 
     def __enter__(self) -> _Stream:
@@ -181,20 +181,31 @@ class _Stream:
                 self.free.notify_all()
 
     def prepare(self, jobs: Sequence[Job]) -> None:
-        """Thresholds and totals of the whole model, where the rule needs them."""
-        merged = [job for job in jobs if job.rule is not None]
+        """What is to be known of the whole model, where the rule needs it."""
+        merged = [job for job in jobs if job.rule is not None and job.size]
         rule = next((job.rule for job in merged if job.rule is not None), None)
-        if rule is None:
-            return
-        if rule.scope == "model" and rule.ranks is not None:
-            self.thresholds = self._limits(merged)
-        if rule.totals is not None:
-            for part in self.each(merged, self._total):
-                self.totals = part if self.totals is None else jax.tree.map(np.add, self.totals, part)
+        for number, look in enumerate(rule.passes if rule is not None else ()):
+            found = self._reduced(merged, number) if look.ranks is None else self._limits(merged, number)
+            self.known = (*self.known, jax.tree.map(np.float32, found))
 
-    def _limits(self, jobs: Sequence[Job]) -> np.ndarray:
+    def _reduced(self, jobs: Sequence[Job], number: int) -> Any:
+        """The sum, or the maximum, over all tensors of what the pass finds in each."""
+
+        def found(job: Job) -> Any:
+            look = _pass(job, number)
+            assert look.of is not None, "a pass without ranks has a function"
+            reduce = np.sum if look.reduce == "sum" else np.max
+            with self.taken(job):
+                parts = [part for _, part in self._run(job, look.of, *self.changes(job))]
+            return jax.tree.map(lambda *x: reduce(np.stack(x).astype(np.float64), axis=0), *parts)
+
+        between = np.add if _pass(jobs[0], number).reduce == "sum" else np.maximum
+        return functools.reduce(lambda a, b: jax.tree.map(between, a, b), self.each(jobs, found))
+
+    def _limits(self, jobs: Sequence[Job], number: int) -> np.ndarray:
+        """The values of the ranks of the pass among the entries of whole models."""
         size = sum(job.size for job in jobs)
-        ranks = [_ranks(job, size) for job in jobs]
+        ranks = [_ranks(job, _pass(job, number).ranks, size) for job in jobs]
         for job, other in zip(jobs, ranks, strict=True):
             if not np.array_equal(other, ranks[0]):
                 raise ValueError(
@@ -205,27 +216,22 @@ class _Stream:
         def visit(count: Callable[[Sequence[np.ndarray]], np.ndarray]) -> Iterator[np.ndarray]:
             def counted(job: Job) -> np.ndarray:
                 with self.taken(job):
-                    return count(list(self._scores(job)))
+                    return count(list(self._scores(job, number)))
 
             return self.each(jobs, counted)
 
-        return host.limits(visit, ranks[0])
+        magnitudes = _pass(jobs[0], number).of is None
+        return host.limits(visit, ranks[0], host.magnitude_order if magnitudes else host.order)
 
-    def _scores(self, job: Job) -> np.ndarray:
-        """What the whole model is trimmed by: the changes, or the rule's score of them."""
+    def _scores(self, job: Job, number: int) -> np.ndarray:
+        """What the entries of the whole model are ranked by: the changes, or the pass's score of them."""
         base, deltas = self.changes(job)
-        if job.rule is None or job.rule.score is None:
+        function = _pass(job, number).of
+        if function is None:
             return deltas
-        parts = self._run(job, job.rule.score, base, deltas)
+        parts = self._run(job, function, base, deltas, ranked=True)
         flat = [np.reshape(x, (len(deltas), -1))[:, : part.stop - part.start] for part, x in parts]
         return np.ascontiguousarray(np.concatenate(flat, axis=1))
-
-    def _total(self, job: Job) -> Any:
-        assert job.rule is not None
-        assert job.rule.totals is not None
-        with self.taken(job):
-            parts = [part for _, part in self._run(job, job.rule.totals, *self.changes(job))]
-        return jax.tree.map(lambda *x: np.sum(np.stack(x).astype(np.float64), axis=0), *parts)
 
     def changes(self, job: Job) -> tuple[np.ndarray, np.ndarray]:
         """The base and the change of every model, flat float32, in memory that the thread's next tensor gets."""
@@ -277,24 +283,40 @@ class _Stream:
         return out
 
     def _run(
-        self, job: Job, function: Callable[..., Any], base: np.ndarray, deltas: np.ndarray, scale: float = 1.0
+        self,
+        job: Job,
+        function: Callable[..., Any],
+        base: np.ndarray,
+        deltas: np.ndarray,
+        scale: float = 1.0,
+        ranked: bool = False,
     ) -> Iterator[tuple[slice, Any]]:
-        """``scale * function(tensor)`` of the tensor, or of its pieces where the rule is elementwise."""
+        """``scale * function(tensor)`` of the tensor, or of its pieces where the rule is elementwise.
+
+        ranked: whether the function is what the next pass ranks.
+        """
         rule = job.rule
         assert rule is not None
-        ranks = None if rule.ranks is None else _ranks(job, rule.entries(job.shape))
-        limits, ends = self.thresholds, None
+        if any(one.pieces.get(job.name) for one in job.statistics):
+            return self._in_pieces(job, function, deltas, scale)
+        score = None if ranked else ranked_before(rule.passes[: len(self.known)])
+        ranks = None if rule.ranks is None else _ranks(job, rule.ranks, rule.entries(job.shape))
+        thresholds = [x for look, x in zip(rule.passes, self.known, strict=False) if look.of is None]
+        limits, ends = thresholds[-1] if thresholds else None, None
         # Ranks along an axis are counted in the program.
-        if ranks is not None and rule.scope == "tensor" and (rule.axis is None or len(job.shape) < 2):
+        if ranks is not None and (rule.axis is None or len(job.shape) < 2):
             cuts = list(self.within(job, zip(deltas, ranks, strict=True), lambda pair: host.cuts(*pair)))
             limits = np.asarray([[cut.limit for cut in row] for row in cuts], np.float32)
             ends = np.asarray([[cut.end for cut in row] for row in cuts])
-        program = _program(function, tuple(sorted(rule.options.items())))
+        options = tuple(sorted(rule.options.items()))
+        program = _program(function, options)
+        ranked_by = None if score is None else rule.passes[score].of
+        ranking = None if ranked_by is None else _program(ranked_by, options)
         common: dict[str, Any] = {
             "parameters": {n: np.asarray(v, np.float32) for n, v in job.values.items()},
             "ranks": None if ranks is None else ranks.astype(np.uint32),
             "thresholds": limits,
-            "totals": None if self.totals is None else jax.tree.map(np.float32, self.totals),
+            "passes": self.known,
             "key": jax.random.fold_in(tree.key_for(self.key, job.name), 0),
             "layer": np.int32(job.layer),
             "layers": np.int32(job.layers),
@@ -316,9 +338,58 @@ class _Stream:
                 else jax.device_put(np.clip(ends - part.start, 0, math.prod(shape)).astype(np.uint32)),
                 **common,
             )
+            if ranking is not None and score is not None:
+                # By the program that ranked them, of what it knew.
+                scores = ranking(tensor._replace(passes=self.known[:score]), np.float32(1))
+                tensor = tensor._replace(scores=scores)
             return part, jax.device_get(program(tensor, np.float32(scale)))
 
         return self.within(job, host.blocks(job.size, CHUNKS[-1]) if rule.elementwise else (slice(0, job.size),), piece)
+
+    def _in_pieces(
+        self, job: Job, function: Callable[..., Any], deltas: np.ndarray, scale: float
+    ) -> Iterator[tuple[slice, Any]]:
+        """The same with statistics, which are of matrices as jft has them; what is of none is merged without."""
+        rule, pieces = job.rule, job.statistics[0].pieces[job.name]
+        assert rule is not None and not rule.base, "rules with statistics do not read the base"
+        program = _program(function, tuple(sorted(rule.options.items())))
+        common: dict[str, Any] = {
+            "base": None,
+            "parameters": {n: np.asarray(v, np.float32) for n, v in job.values.items()},
+            "ranks": None,
+            "thresholds": None,
+            "passes": self.known,
+            "key": jax.random.fold_in(tree.key_for(self.key, job.name), 0),
+            "layer": np.int32(job.layer),
+            "layers": np.int32(job.layers),
+        }
+
+        def run(deltas: np.ndarray, statistics: Any) -> Any:
+            tensor = Tensor(deltas=jax.device_put(deltas), statistics=statistics, **common)
+            return jax.device_get(program(tensor, np.float32(scale)))
+
+        merging, whole = function is rule.merge, slice(0, job.size)
+        covered = sum(math.prod(piece.shape) for piece in pieces) == job.size
+        out = np.empty(job.size, np.float32)
+        if merging and not covered:
+            out[:] = run(deltas.reshape(-1, *job.shape), None).reshape(-1)
+        for piece in pieces:
+            changes = np.stack([piece.read(delta) for delta in deltas])
+            found = jax.tree.map(lambda *x: np.stack(x), *(one.of(piece) for one in job.statistics))
+            # Experts that the checkpoint has in one tensor are merged one by one.
+            apart = stack_axes(piece.leaf.path, len(piece.leaf.shape)) - len(piece.position)
+            results = np.empty(piece.shape, np.float32)
+            for index in np.ndindex(*piece.shape[:apart]):
+                one = (slice(None), *index)
+                result = run(changes[one], jax.tree.map(lambda x, one=one: x[one], found))
+                if merging:
+                    results[index] = result
+                else:
+                    yield whole, result
+            if merging:
+                piece.write(results, out)
+        if merging:
+            yield whole, out
 
     def _piece(self, name: str, x: np.ndarray, size: int) -> np.ndarray:
         """``x`` ``[N, n]`` padded with zeros to ``size``, in memory of this thread."""
@@ -337,8 +408,11 @@ def _program(function: Callable[..., Any], options: Options) -> Callable[[Tensor
     return jax.jit(lambda tensor, scale: jax.tree.map(lambda x: scale * x, function(tensor, **dict(options))))
 
 
-def _ranks(job: Job, size: int) -> np.ndarray:
+def _ranks(job: Job, ranks: Callable[..., np.ndarray] | None, size: int) -> np.ndarray:
+    assert ranks is not None
+    return np.asarray(ranks(size, {name: np.asarray(v, np.float64) for name, v in job.values.items()}), np.int64)
+
+
+def _pass(job: Job, number: int) -> Pass:
     assert job.rule is not None
-    assert job.rule.ranks is not None
-    numbers = {name: np.asarray(v, np.float64) for name, v in job.values.items()}
-    return np.asarray(job.rule.ranks(size, numbers), np.int64)
+    return job.rule.passes[number]

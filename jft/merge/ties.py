@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.merge.registry import register
-from jft.merge.rule import Rule, Tensor, in_range, over_models
+from jft.merge.rule import Pass, Rule, Tensor, in_range, over_models
 from jft.merge.trim import l1_matched, largest
 
 Array = jax.Array
@@ -64,10 +64,9 @@ def ties(
         merge=_ties,
         options=options,
         parameters={"density": density},
-        ranks=ranks_of_model if scope == "model" else functools.partial(ranks_of_tensor, least=int(at_least_one)),
-        scope=scope,
+        ranks=None if scope == "model" else functools.partial(ranks_of_tensor, least=int(at_least_one)),
         # The majority of the signs of a whole model is known only once all of it was seen.
-        totals=_signs if zero == "majority" else None,
+        passes=((LARGEST,) if scope == "model" else ()) + ((Pass(_signs),) if zero == "majority" else ()),
         elementwise=not rescale,
     )
 
@@ -76,6 +75,10 @@ def ranks_of_model(entries: int, parameters: Mapping[str, np.ndarray]) -> np.nda
     """How many of all entries reach the threshold of the released code, the (d - int(d K))-th smallest."""
     kept = (entries * parameters["density"]).astype(np.int64)
     return np.minimum(kept + 1, entries)[:, None]
+
+
+LARGEST = Pass(ranks=ranks_of_model)
+"""What trims the whole model."""
 
 
 def ranks_of_tensor(entries: int, parameters: Mapping[str, np.ndarray], least: int = 0) -> np.ndarray:
@@ -111,10 +114,10 @@ def disjoint_merge(tensor: Tensor, deltas: Array, elect: str, divide: str, zero:
 def agreeing(tensor: Tensor, deltas: Array, elect: str, zero: str) -> Array:
     """Bool ``[N, ...]``: which of ``deltas`` have the elected sign.
 
-    With ``zero="majority"`` the totals are the sum of the elected signs of the whole model.
+    With ``zero="majority"`` the last pass is the sum of the elected signs of the whole model.
     """
     sign = elected(tensor, deltas, elect)
-    sign = jnp.where(sign == 0, jnp.sign(tensor.totals) if zero == "majority" else 1.0, sign)
+    sign = jnp.where(sign == 0, jnp.sign(tensor.passes[-1]) if zero == "majority" else 1.0, sign)
     # A negative weight turns the sign of a model around where signs are those of weighted deltas.
     signs = jnp.sign(deltas * tensor.weighted() if elect == "weighted" else deltas)
     return (signs == sign) & (deltas != 0)
@@ -154,9 +157,8 @@ def ties_split(*, density: Any = 0.2) -> Rule:
     return Rule(
         merge=_ties_split,
         parameters={"density": density},
-        ranks=ranks_of_model,
-        scope="model",
-        totals=signs_of_model,
+        passes=(LARGEST, Pass(signs_of_model)),
+        elementwise=True,
         each=True,
     )
 

@@ -25,6 +25,9 @@ def largest(tensor: Tensor, r: int = 0, exact: bool = True, axis: int | None = N
     row, whatever the axis.
     """
     magnitudes = jnp.abs(tensor.deltas)
+    if not exact:
+        assert tensor.thresholds is not None, "the thresholds of the whole model are known"
+        return magnitudes >= _expanded(tensor.thresholds[:, r], magnitudes)
     assert tensor.ranks is not None, "a rule that trims has `ranks`"
     ranks = tensor.ranks[:, r]
     if axis is not None and magnitudes.ndim > 2:
@@ -35,11 +38,11 @@ def largest(tensor: Tensor, r: int = 0, exact: bool = True, axis: int | None = N
     if tensor.thresholds is None:
         return top_each(magnitudes, ranks, 1)
     limit = _expanded(tensor.thresholds[:, r], magnitudes)
-    if exact and tensor.ends is not None:
+    if tensor.ends is not None:
         shape = magnitudes.shape[1:]
         positions = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(1, *shape)
         return (magnitudes > limit) | (magnitudes == limit) & (positions < _expanded(tensor.ends[:, r], magnitudes))
-    return magnitudes >= limit if not exact else _first(magnitudes, limit, ranks)
+    return _first(magnitudes, limit, ranks)
 
 
 def along(x: Array, axis: int) -> int:

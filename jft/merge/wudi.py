@@ -16,7 +16,6 @@ from jft.merge.spectral import (
     Side,
     combined,
     on_matrices,
-    options,
     product,
     side_first,
     svd,
@@ -57,7 +56,7 @@ def wudi(
     for name, value in (("learning_rate", learning_rate), ("ridge", ridge)):
         if not value >= 0:
             raise ValueError(f"{name} must be 0 or more, not {value}")
-    choices = options(solver=solver, side=side, matrices=matrices, others=others)
+    choices = {"solver": solver, "side": side, "matrices": matrices, "others": others}
     return Rule(merge=_wudi, options={"steps": steps, "learning_rate": learning_rate, "ridge": ridge, **choices})
 
 
@@ -107,5 +106,6 @@ def solved(taus: Array, ridge: float) -> Array:
 
 def normalised(taus: Array) -> Array:
     """Each of ``taus [N, I, O]`` by its norm; a model without a change has no part in the problem."""
-    norms = jnp.linalg.norm(taus, axis=(1, 2), keepdims=True)
-    return taus / jnp.where(norms == 0, 1, norms)
+    squares = jnp.sum(jnp.square(taus), axis=(1, 2), keepdims=True)
+    # The root of zero has no gradient.
+    return taus / jnp.sqrt(jnp.where(squares == 0, 1, squares))

@@ -83,7 +83,7 @@ def command(workdir):
 LEFT_OUT = {
     *("transfer", "recycle", "shadow_ft", "re_adapt", "pre_post", "irr", "half_reset", "compress"),
     *("localize", "graft", "align", "learn", "layerwise", "with_lines"),
-    *("tune", "coordinate_search", "evaluate_points"),
+    *("tune", "coordinate_search", "evaluate_points", "load_statistics", "save_statistics"),
     *OTHERS,
 }
 

@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jft.delta import TaskVector, apply
+from tests.merge.draws import uniforms
 
 Tensors = dict[str, np.ndarray]
 KINDS = ("llama", "qwen2", "gpt2")
@@ -94,6 +95,26 @@ def mergekit(
         recipe["base_model"] = str(base)
     run_merge(MergeConfiguration.model_validate(recipe), str(out), MergeOptions(copy_tokenizer=False, quiet=True))
     return tensors(out)
+
+
+def known_masks(monkeypatch: pytest.MonkeyPatch, taus: Sequence[TaskVector]) -> None:
+    """Let mergekit draw the numbers that rules of jft draw for these vectors, with the seed 0."""
+    import mergekit.merge_methods.generalized_task_arithmetic as theirs
+    import torch
+
+    numbers, sparsify, bernoulli = uniforms(taus), theirs.sparsify, torch.bernoulli
+    known = {np.asarray(t[n].dense()).tobytes(): numbers[n][i] for i, t in enumerate(taus) for n in numbers}
+    current: list[Any] = []
+
+    def sparsify_known(delta: Any, **options: Any) -> Any:
+        current[:] = [torch.tensor(known[delta.numpy().tobytes()])]
+        return sparsify(delta, **options)
+
+    def drawn(p: Any) -> Any:
+        return (current[0].reshape(p.shape) < p).to(p.dtype) if current else bernoulli(p)
+
+    monkeypatch.setattr(theirs, "sparsify", sparsify_known)
+    monkeypatch.setattr(torch, "bernoulli", drawn)
 
 
 def fusionbench(module: str) -> Any:

@@ -34,7 +34,7 @@ MUTATIONS = [
         "with jax.ensure_compile_time_eval():\n            self.key",
         "with jax.named_scope('key'):\n            self.key",
     ),
-    ("jft/merge/in_memory.py", "if function is not self.rule.score or _concrete(v)", "if True"),
+    ("jft/merge/in_memory.py", "if ranked is None or _concrete(v)", "if True"),
 ]
 SHAPES = {"layers/w": (3, 2, 4), "out/w": (4, 3)}
 

@@ -1,5 +1,6 @@
 """Rules that weigh entries one by one: MagMax, RAM, SCE, PCB, Arcee Fusion; NumPy, then mergekit and FusionBench."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,10 +25,11 @@ MUTATIONS = [
     ("jft/merge/sce.py", "over_models(deltas) >= 0, 1.0", "over_models(deltas) > 0, 1.0"),
     ("jft/merge/sce.py", "jnp.sum(variance != 0) * density", "variance.size * density"),
     ("jft/merge/sce.py", "small = total <= least_energy", "small = total < 0"),
-    ("jft/merge/pcb.py", "_softmax(len(deltas) * _normed", "_softmax(_normed"),
-    ("jft/merge/pcb.py", "_normed(deltas * other)", "_normed(deltas + other)"),
-    ("jft/merge/pcb.py", "beta >= kth_largest(beta, ranks[:, 0])", "beta > kth_largest(beta, ranks[:, 0])"),
-    ("jft/merge/pcb.py", "deltas = jnp.sign(deltas) * magnitudes", "deltas = deltas"),
+    ("jft/merge/pcb.py", "jnp.diagonal(negative), count)", "jnp.diagonal(negative), 1)"),
+    ("jft/merge/pcb.py", "power(deltas * deltas[j], span[j]", "power(deltas + deltas[j], span[j]"),
+    ("jft/merge/pcb.py", "beta >= limit, beta", "beta > limit, beta"),
+    ("jft/merge/pcb.py", 'Pass(_extremes, reduce="max")', "Pass(_extremes)"),
+    ("jft/merge/pcb.py", "jnp.sign(_weighted(tensor)) * _clip(tensor)", "_weighted(tensor)"),
     ("jft/merge/arcee_fusion.py", "median + 1.5 * (q3 - q1)", "median + 1.5 * q3"),
     ("jft/merge/arcee_fusion.py", "_divergence(base + deltas, base, rows)", "_divergence(base, base + deltas, rows)"),
 ]
@@ -157,9 +159,23 @@ def test_sce():
 
 @pytest.mark.parametrize("balance", ["softmax", "tanh"])
 def test_pcb(balance):
-    taus = vectors(distinct=True)
-    expected = each_tensor(lambda xs: pcb_reference(weighed(xs), 0.3, balance), taus)
-    assert_equal(pcb(taus, WEIGHTS, density=0.3, balance=balance), expected, atol=2e-6)
+    for seed in range(3):
+        taus = vectors(distinct=True, seed=seed)
+        options = {"density": 0.3, "balance": balance}
+        expected = each_tensor(lambda xs: pcb_reference(weighed(xs), 0.3, balance), taus)
+        assert_equal(pcb(taus, WEIGHTS, scope="tensor", **options), expected, atol=2e-6)
+        # The paper's, and its code's: one vector for each task.
+        whole = pcb_reference(weighed([flat(tau) for tau in taus]), 0.3, balance)
+        np.testing.assert_allclose(flat(pcb(taus, WEIGHTS, **options)), whole, atol=2e-6)
+
+
+def test_traced_weights_are_not_ranked():
+    taus = vectors()
+    merged = jax.jit(lambda w: pcb(taus, w, scope="tensor"))(jnp.asarray(WEIGHTS))
+    assert_close(merged, pcb(taus, WEIGHTS, scope="tensor"))
+    for balance in ("softmax", "tanh"):
+        with pytest.raises(ValueError, match=r"'weight', which is traced here.*scope='tensor'"):
+            jax.jit(lambda w, b=balance: pcb(taus, w, balance=b))(jnp.asarray(WEIGHTS))
 
 
 @pytest.mark.parametrize("axis", [-1, 0])

@@ -19,7 +19,7 @@ from tests.train import tools
 MUTATIONS = [
     ("jft/merge/fisher.py", "jnp.maximum(information, floor)", "jnp.minimum(information, floor)"),
     ("jft/merge/fisher.py", "scale = 1 / jnp.where(norms == 0, 1.0, norms)", "scale = norms"),
-    ("jft/merge/fisher.py", "jnp.sqrt(tensor.totals)", "tensor.totals"),
+    ("jft/merge/fisher.py", "jnp.sqrt(tensor.passes[0])", "tensor.passes[0]"),
     ("jft/tangent/fisher.py", "a + jnp.exp(log_p[y]) * x", "a + x"),
     ("jft/tangent/fisher.py", "jax.lax.stop_gradient(log_p) / 2", "jax.lax.stop_gradient(log_p)"),
 ]

@@ -281,7 +281,7 @@ def test_adarank_takes_components_out():
     ("rule", "options", "match"),
     [
         (adamerging, {"data": " "}, "name the data"),
-        (adamerging, {"by": "model"}, "by is 'model'"),
+        (adamerging, {"by": "model"}, "by of adamerging is 'model'"),
         (adamerging, {"clamp": (1.0, 0.0)}, "clamp"),
         (adamerging, {"preset": "mergekit"}, "mergekit"),
         (adamerging, {"steps": 0}, "steps"),

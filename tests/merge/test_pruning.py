@@ -27,7 +27,7 @@ MUTATIONS = [
     ("jft/merge/trim.py", "jax.random.fold_in(tensor.key, i)", "tensor.key"),
     ("jft/merge/trim.py", "jnp.moveaxis(magnitudes, axis, -1)", "jnp.moveaxis(magnitudes, axis, axis)"),
     ("jft/merge/dare.py", "uniform(tensor) < probability", "uniform(tensor) > probability"),
-    ("jft/merge/dare.py", "score=_magnitudes,", "score=None,"),
+    ("jft/merge/dare.py", "Pass(_magnitudes, _ranks)", "Pass(lambda tensor, **_: jnp.abs(tensor.deltas), _ranks)"),
     ("jft/merge/dare.py", '{"density": parameters["trim"]}', "parameters"),
     ("jft/merge/della.py", "* 2 * epsilon", "* epsilon"),
     ("jft/merge/della.py", "(ranks / (n - 1))", "(ranks / n)"),
@@ -336,24 +336,9 @@ def test_wrong_options(rule, options):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_mergekit(kind, tmp_path, monkeypatch):
     """All of mergekit's generalized task arithmetic, with our random numbers in the place of its own."""
-    import mergekit.merge_methods.generalized_task_arithmetic as theirs
-    import torch
-
     base, tuned = peers.models(tmp_path, kind)
     params, taus = peers.vectors(base, tuned)
-    numbers, sparsify, bernoulli = uniforms(taus), theirs.sparsify, torch.bernoulli
-    known = {np.asarray(t[n].dense()).tobytes(): numbers[n][i] for i, t in enumerate(taus) for n in numbers}
-    current = []
-
-    def sparsify_known(delta, **options):
-        current[:] = [torch.tensor(known[delta.numpy().tobytes()])]
-        return sparsify(delta, **options)
-
-    def drawn(p):
-        return (current[0].reshape(p.shape) < p).to(p.dtype) if current else bernoulli(p)
-
-    monkeypatch.setattr(theirs, "sparsify", sparsify_known)
-    monkeypatch.setattr(torch, "bernoulli", drawn)
+    peers.known_masks(monkeypatch, taus)
     weights = [0.6, -0.4, 0.3]
     cases = [
         ("dare_linear", dare, {"density": [0.1, 0.5, 1.0]}, {}, {}),

@@ -220,7 +220,19 @@ PEERS = {
     "karcher": {"merge_method": "karcher", "each": [{}, {}], "base_model": None, "parameters": {"max_iter": 5}},
     "model_stock": {"merge_method": "model_stock", "each": [{}, {}], "parameters": {"filter_wise": True}},
     "nearswap": {"merge_method": "nearswap", "each": [{}], "parameters": {"t": 0.01}},
+    # With our random numbers in the place of mergekit's.
+    "dare_linear": {"merge_method": "dare_linear", "each": [{"weight": 0.6}, {"weight": -0.4}], "parameters": {
+        "density": [0.2, 0.7]}},
+    "dare_ties": {"merge_method": "dare_ties", "each": [{"weight": 0.6, "density": 0.3}, {"weight": 0.3, "density": 0.6}],
+                  "parameters": {"normalize": True, "rescale": False}},
+    "della": {"merge_method": "della", "each": [{"weight": 0.6}, {"weight": 0.3}],
+              "parameters": {"density": 0.5, "epsilon": [0.1, 0.3]}},
+    "della_linear": {"merge_method": "della_linear", "each": [{"weight": 0.6, "density": 0.4}, {"weight": 0.3, "density": 0.7}],
+                     "parameters": {"epsilon": 0.2, "lambda": 0.8}},
 }  # fmt: skip
+# All architectures have the same code: one has all methods, the others those of a kind that the layout of a file may matter to.
+SOME = ["ties", "linear", "breadcrumbs", "slerp", "nuslerp_rows", "multislerp", "karcher", "dare_linear", "dare_ties", "della",
+        "della_linear"]  # fmt: skip
 
 
 def theirs(recipe, out):
@@ -249,14 +261,24 @@ def assert_equals_mergekit(recipe, folder):
 
 @pytest.mark.peers
 @pytest.mark.parametrize("kind", peers.KINDS)
-def test_mergekit(kind, tmp_path):
+def test_mergekit(kind, tmp_path, monkeypatch):
     base, tuned = peers.models(tmp_path, kind, count=2)
-    # All architectures have the same code: one has all methods.
-    for name, value in PEERS.items() if kind == "llama" else list(PEERS.items())[:5]:
-        value = dict(value)
+    peers.known_masks(monkeypatch, peers.vectors(base, tuned)[1])
+    for name in PEERS if kind == "llama" else SOME:
+        value = dict(PEERS[name])
         entries = [{"model": str(m), "parameters": p} for m, p in zip(tuned, value.pop("each"), strict=False)]
         recipe = {"base_model": str(base), "models": entries, "dtype": "float32"} | value
         assert_equals_mergekit({k: v for k, v in recipe.items() if v is not None}, tmp_path / name)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("kind", peers.KINDS)
+def test_mergekit_arcee_fusion(kind, tmp_path):
+    """Of changes large enough for the divergence of rows not to be rounding in mergekit."""
+    base, (tuned,) = peers.models(tmp_path, kind, count=1, spread=1.0)
+    models = [{"model": str(base)}, {"model": str(tuned)}]
+    recipe = {"merge_method": "arcee_fusion", "base_model": str(base), "models": models, "dtype": "float32"}
+    assert_equals_mergekit(recipe, tmp_path)
 
 
 @pytest.mark.peers

@@ -20,7 +20,7 @@ OTHERS = {
 }
 MUTATIONS = [
     ("jft/merge/registry.py", "if choices and name in options", "if not choices and name in options"),
-    ("jft/merge/registry.py", "{**self.presets[preset], **options}", "{**options, **self.presets[preset]}"),
+    ("jft/merge/registry.py", "{**presets[preset], **given}", "{**given, **presets[preset]}"),
 ]
 
 

@@ -6,6 +6,7 @@ References take matrices as papers write them, [out, in]; jft's are [in, out].
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +18,10 @@ from tests.merge import peers
 
 MUTATIONS = [
     ("jft/merge/spectral.py", "TOLERANCE = 1e-6", "TOLERANCE = 0.3"),
+    ("jft/merge/spectral.py", "(inside - turned) / 2 * _inverse(both)", "(inside - turned) * _inverse(both)"),
+    ("jft/merge/spectral.py", "jnp.where(close, 0, 1 / jnp.where(close, 1, gap))", "1 / gap"),
+    ("jft/merge/spectral.py", "product(v, together - against)", "product(v, together + against)"),
+    ("jft/merge/spectral.py", "product(dx, v) - product(u, inside)", "product(dx, v)"),
     ("jft/merge/spectral.py", '"average": 1 / len(tensor.deltas)', '"average": 1.0'),
     ("jft/merge/spectral.py", 'x if side == "inputs" else', 'x if side == "outputs" else'),
     (
@@ -41,7 +46,7 @@ MUTATIONS = [
     ("jft/merge/isotropic.py", "_columns(rest, jnp.linalg.norm(deltas, axis=(1, 2)))", "_columns(rest)"),
     ("jft/merge/isotropic.py", "round(rest / count)", "rest // count"),
     ("jft/merge/wudi.py", "adam.update(2 *", "adam.update(-2 *"),
-    ("jft/merge/wudi.py", "taus / jnp.where(norms == 0, 1, norms)", "taus"),
+    ("jft/merge/wudi.py", "taus / jnp.sqrt(jnp.where(squares == 0, 1, squares))", "taus"),
     ("jft/merge/wudi.py", "s**2 + ridge)", "s**2 + 2 * ridge)"),
     ("jft/merge/cart.py", "truncated(tensor.deltas - mean,", "truncated(tensor.deltas,"),
     ("jft/merge/cart.py", "math.ceil(min", "math.floor(min"),
@@ -299,6 +304,27 @@ def test_odd_shapes(rule):
             dense(tsv_m([one, two]), "twice"), dense(tsv_compress([one, two])[0], "twice"), atol=1e-5
         )
         np.testing.assert_allclose(dense(tsv_m([one, two]), "a"), dense(tsv_compress([one, two])[0], "a"), atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [iso_c, iso_cts, tsv_m, functools.partial(wudi, solver="closed_form")])
+def test_gradients(rule):
+    """By the weights, as central differences: of any matrices, of low rank, of none; polar factors have equal values."""
+    rng = np.random.default_rng(3)
+    low = lambda: jnp.asarray(0.1 * np.outer(rng.normal(size=7), rng.normal(size=12)), jnp.float32)
+    more = [{"low": Dense(low()), "zero": Dense(jnp.zeros((7, 12)))} for _ in range(3)]
+    taus = [TaskVector({**tau.deltas, **m}) for tau, m in zip(vectors(shapes={"any": (7, 12)}), more, strict=True)]
+    direction = jnp.asarray(rng.normal(size=(7, 12)), jnp.float32)
+
+    @jax.jit
+    def along(weights):
+        merged = rule(taus, weights)
+        return jnp.stack([jnp.vdot(direction, merged[path].dense()) for path in ("any", "low", "zero")])
+
+    weights, step = np.array([1.0, 0.5, -0.7], np.float32), np.float32(0.005)
+    slopes = [(along(weights + e) - along(weights - e)) / (2 * step) for e in step * np.eye(3, dtype=np.float32)]
+    gradient = jax.jit(jax.jacrev(along))(weights)
+    np.testing.assert_allclose(gradient, np.stack(slopes, axis=1), atol=5e-3, rtol=1e-2)
+    assert not np.any(gradient[2])
 
 
 def test_what_a_matrix_is():

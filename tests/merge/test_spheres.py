@@ -1,5 +1,6 @@
 """Interpolation on spheres: against float64 from the formulas, against mergekit and FusionBench, and at the edges."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ MUTATIONS = [
     ("jft/merge/spheres.py", "& (carry[2] < steps)", "& (carry[2] < 1)"),
     (
         "jft/merge/spheres.py",
-        "return _change(tensor, jnp.sum(weights * norms, axis=0) * mean",
+        "_without_gradient(jnp.sum(weights * norms, axis=0) * mean",
         "return _change(tensor, mean",
     ),
     (
@@ -262,6 +263,15 @@ def test_order_does_not_matter(rule):
     one, other = (getattr(merge, rule)(x, base=base, **options) for x in (taus, taus[::-1]))
     for path in base:
         np.testing.assert_allclose(one[path].dense(), other[path].dense(), atol=1e-5)
+
+
+def test_karcher_is_compiled_and_has_no_gradient():
+    _, taus = models(2)
+    merged = lambda w: merge.karcher(taus, w, origin="base")["a"].dense()
+    weights = jnp.array([0.5, 1.0])
+    np.testing.assert_allclose(jax.jit(merged)(weights), merged([0.5, 1.0]), atol=1e-6)
+    with pytest.raises(ValueError, match="karcher has no gradient"):
+        jax.grad(lambda w: merged(w).sum())(weights)
 
 
 @pytest.mark.parametrize(

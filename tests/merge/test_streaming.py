@@ -24,9 +24,15 @@ from jft.merge.on_disk import MANIFEST, merge_to_disk
 from jft.merge.plan import plan
 from jft.merge.recipe import parse
 from jft.merge.rule import Rule
+from jft.merge.statistics import load_statistics, save_statistics
+from tests.merge import peers
 from tests.models import checkpoints
 
 MUTATIONS = [
+    ("jft/merge/host.py", "np.where(bits & _SIGN, ~bits, bits | _SIGN)", "bits | _SIGN"),
+    ("jft/merge/streaming.py", "else np.maximum", "else np.minimum"),
+    ("jft/merge/sources.py", "np.asarray(x[piece.position], np.float32)", "np.asarray(x[0], np.float32)"),
+    ("jft/merge/streaming.py", "if merging and not covered", "if merging and covered"),
     ("jft/merge/host.py", "carry += np.uint32(0x7FFF)", "carry += np.uint32(0x8000)"),
     ("jft/merge/host.py", "if above < rank <= above + inner.size", "if above < rank"),
     (
@@ -137,6 +143,24 @@ def test_rules_of_whole_tensors(models, tmp_path, monkeypatch):
         np.testing.assert_allclose(written[job.name].reshape(job.shape), expected[job.name], atol=1e-6)
 
 
+@pytest.mark.parametrize("balance", ["softmax", "tanh"])
+def test_passes_over_the_whole_model(models, balance):
+    """Maxima, sums and ranks of coefficients, each from those before, of three tensors; one has no entries."""
+    rule = RULES["pcb"].build(density=0.3, balance=balance, weights=[1.0, 0.5, -0.7])
+    names = ["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+    jobs = [streaming.dataclasses.replace(job, rule=rule) for job in plan(recipe(models)).jobs if job.name in names]
+    written = {}
+    empty = streaming.dataclasses.replace(jobs[-1], name="empty", shape=(0,))
+    output = types.SimpleNamespace(missing={*names, "empty"}, write=written.__setitem__)
+    streaming.run([*jobs, empty], output)
+    base, *tuned = ({n: jnp.asarray(tensors(Path(m))[n]) for n in names} for m in models)
+    wide = {n: x.astype(jnp.float32) for n, x in base.items()}
+    expected = apply(wide, merge(rule, [TaskVector.between(base, t) for t in tuned]), check=False)
+    assert written.pop("empty").size == 0
+    for job in jobs:
+        np.testing.assert_allclose(written[job.name].reshape(job.shape), expected[job.name], atol=1e-6)
+
+
 def test_eight_devices_give_what_one_gives():
     """Task vectors over jft's own paths, sharded."""
     mesh = jax.make_mesh((8,), ("fsdp",))
@@ -151,6 +175,10 @@ def test_eight_devices_give_what_one_gives():
         assert len(b["head/w"].value.sharding.device_set) == 8
         for path in spec:
             np.testing.assert_array_equal(a[path].dense(), b[path].dense())
+    for balance in ("softmax", "tanh"):
+        a, b = (RULES["pcb"](taus, [1.0, 0.5, 0.25], density=0.3, balance=balance) for taus in (one, eight))
+        for path in spec:
+            np.testing.assert_allclose(a[path].dense(), b[path].dense(), atol=1e-6)
 
 
 def test_cuts_are_exact():
@@ -173,10 +201,11 @@ def test_limits_of_a_model_are_exact():
     rng = np.random.default_rng(0)
     parts = [[np.round(rng.standard_normal(n), d).astype(np.float32) for d in (1, 6)] for n in (3, 70_000, 500)]
     ranks = np.array([[1, 0, 20_000], [70_503, 5, 40_000]])
-    found = host.limits(lambda count: [count(x) for x in parts], ranks)
-    for i in range(2):
-        ordered = np.sort(np.abs(np.concatenate([p[i] for p in parts])))[::-1]
-        np.testing.assert_array_equal(found[i], [ordered[k - 1] if k else np.inf for k in ranks[i]])
+    for by, score in ((host.magnitude_order, np.abs), (host.order, lambda x: x)):
+        found = host.limits(lambda count: [count(x) for x in parts], ranks, by)
+        for i in range(2):
+            ordered = np.sort(score(np.concatenate([p[i] for p in parts])))[::-1]
+            np.testing.assert_array_equal(found[i], [ordered[k - 1] if k else np.inf for k in ranks[i]])
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32, np.float64])
@@ -273,6 +302,77 @@ def test_task_vector_files(models, tmp_path):
     plan(parse(value | {"base_model": models[1], "check": False}))
     with pytest.raises(ValueError, match="is a change of a model"):
         plan(parse(value | {"merge_method": "linear"}))
+
+
+def statistics(params, seed, rule):
+    """Random ones of the shapes that the rule reads, for some weights of the model."""
+    rng = np.random.default_rng(seed)
+    out = {}
+    for path in ("layers/attn/q/w", "layers/attn/v/w", "layers/mlp/down/w", "embed/table")[
+        : 4 if rule == "fisher" else 3
+    ]:
+        *stack, rows, columns = jft.tree.flatten(params)[path].shape
+        if rule == "fisher":
+            out[path] = rng.random((*stack, rows, columns), np.float32)
+        else:
+            x, y = (rng.standard_normal((*stack, 60, n), np.float32) for n in (rows, columns))
+            inputs, outputs = (np.swapaxes(z, -1, -2) @ z / 60 for z in (x, y))
+            out[path] = inputs if rule == "regmean" else {"inputs": inputs, "outputs": outputs}
+    return out
+
+
+def compare_statistics(tmp_path, models, rule, **options):
+    """A recipe with files of statistics gives what the rule gives of task vectors in memory."""
+    loaded = [jft.load(m, dtype="float32")[1] for m in models]
+    taus = [TaskVector.between(loaded[0], params) for params in loaded[1:]]
+    of = [statistics(params, i, rule) for i, params in enumerate(loaded[1:])]
+    entries = []
+    for i, (model, values) in enumerate(zip(models[1:], of, strict=True)):
+        save_statistics(values, tmp_path / f"{rule}{i}", data="random")
+        entries.append({"model": str(model), "statistics": str(tmp_path / f"{rule}{i}")})
+    again = load_statistics(tmp_path / f"{rule}0")
+    assert again.keys() == of[0].keys()
+    jax.tree.map(np.testing.assert_array_equal, again, of[0])
+    value = {"merge_method": rule, "base_model": str(models[0]), "models": entries, "dtype": "float32"}
+    planned = merge_to_disk(parse(value | {"parameters": {"weight": 0.7, **options}}), tmp_path / f"out_{rule}")
+    assert len(planned.manifest["inputs"]) == 2 * len(entries) + 1
+    merged = RULES[rule](taus, 0.7, statistics=of, **options)
+    _, result = jft.load(tmp_path / f"out_{rule}", dtype="float32")
+    for path, x in jft.tree.flatten(apply(loaded[0], merged)).items():
+        np.testing.assert_allclose(jft.tree.flatten(result)[path], x, atol=2e-6, rtol=1e-5, err_msg=path)
+    average = apply(loaded[0], RULES["average"](taus))
+    different = jft.tree.flatten(average)["layers/attn/v/w"] - jft.tree.flatten(result)["layers/attn/v/w"]
+    assert np.abs(different).max() > 1e-3
+    return value
+
+
+def test_statistics_from_files(models, tmp_path):
+    compare_statistics(tmp_path, models[:3], "fisher", normalise=True)
+    compare_statistics(tmp_path, models[:3], "mats", iterations=5)
+    value = compare_statistics(tmp_path, models[:3], "regmean")
+    lacking = value | {"models": [value["models"][0], {"model": models[2]}]}
+    with pytest.raises(ValueError, match="statistics: FILE; 1 of 2 have one"):
+        plan(parse(lacking))
+    with pytest.raises(ValueError, match="ties reads no statistics of data"):
+        plan(parse(value | {"merge_method": "ties"}))
+    other = value["models"][1] | {"statistics": str(tmp_path / "fisher1")}
+    with pytest.raises(ValueError, match="of the same weights for all models"):
+        plan(parse(value | {"models": [value["models"][0], other]}))
+    save_statistics({"layers/attn/x/w": np.ones((2, 3, 3))}, tmp_path / "wrong", data="none")
+    wrong = [entry | {"statistics": str(tmp_path / "wrong")} for entry in value["models"]]
+    with pytest.raises(ValueError, match=r"'layers/attn/x/w', which .* does not have"):
+        plan(parse(value | {"models": wrong}))
+    with pytest.raises(ValueError, match="not finite"):
+        save_statistics({"w": np.array([np.nan])}, tmp_path / "nan", data="none")
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_statistics_of_other_layouts(kind, tmp_path):
+    """GPT-2 has query, key and value in one tensor, [in, out]."""
+    base, tuned = peers.models(tmp_path, kind, count=2)
+    for rule in ("fisher", "regmean"):
+        compare_statistics(tmp_path, [base, *tuned], rule)
 
 
 def adapter(folder, rank=2, **config):

@@ -1,18 +1,26 @@
 """TIES under its four names: against a reference from the paper, against mergekit, peft and FusionBench, and each other."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jft.delta import Dense, TaskVector
+from jft.delta import Dense, Entries, TaskVector
+from jft.merge.breadcrumbs import breadcrumbs
+from jft.merge.emr import emr
 from jft.merge.ties import ties
 from tests.merge import peers
 
 MUTATIONS = [
+    ("jft/merge/support.py", "- np.searchsorted(tensor, tensor)", ""),
+    ("jft/merge/support.py", "2 * math.prod(result.compact) <=", "math.prod(result.compact) >"),
+    ("jft/merge/in_memory.py", "if k <= n else 0.0", "if k <= n else math.inf"),
     ("jft/merge/ties.py", "np.minimum(kept + 1, entries)", "np.minimum(kept, entries)"),
-    ("jft/merge/ties.py", "jnp.sign(tensor.totals) if zero", "-jnp.sign(tensor.totals) if zero"),
+    ("jft/merge/ties.py", "jnp.sign(tensor.passes[-1]) if zero", "-jnp.sign(tensor.passes[-1]) if zero"),
     ("jft/merge/ties.py", 'weights if divide == "weights" else 1.0, 0.0', "1.0, 0.0"),
-    ("jft/merge/trim.py", "magnitudes >= limit if not exact", "magnitudes > limit if not exact"),
+    ("jft/merge/trim.py", "magnitudes >= _expanded", "magnitudes > _expanded"),
 ]
 SHAPES = {"a": (7, 13), "b": (5,), "layers/w": (3, 4, 6), "layers/experts/w": (2, 2, 3, 4)}
 
@@ -22,6 +30,56 @@ def vectors(count=3, seed=0, shapes=SHAPES):
     rng = np.random.default_rng(seed)
     draw = lambda shape: (rng.integers(-6, 7, shape) / 4).astype(np.float32)
     return [TaskVector({path: Dense(jnp.asarray(draw(shape))) for path, shape in shapes.items()}) for _ in range(count)]
+
+
+def entries(tau, seed):
+    """The vector with no more than a third of its entries, each path stored as entries or blocks."""
+    rng = np.random.default_rng(seed)
+    out = {}
+    for path in tau:
+        x = np.array(tau[path].dense()) * (rng.random(tau[path].shape) < 0.15)
+        # One tensor of the stack is not changed at all.
+        x[0] *= path == "a"
+        out[path] = Entries.from_dense(jnp.asarray(x))
+    return TaskVector(out)
+
+
+RULES = [
+    # Of the last model more entries are ranked than any model stores.
+    (ties, {"density": [0.1, 0.2, 0.9]}),
+    (ties, {"density": [0.05, 0.1, 0.9], "preset": "mergekit", "weights": [1.0, -0.5, 0.3]}),
+    (breadcrumbs, {"density": 0.08, "gamma": 0.03}),
+    (emr, {}),
+]
+STACKED = {path: SHAPES[path] for path in ("a", "layers/experts/w")}
+
+
+@pytest.mark.parametrize(("rule", "options"), RULES)
+def test_entries_stay_entries(rule, options):
+    """What is merged where the models have entries is what is merged of dense deltas, bit for bit, and is no larger."""
+    sparse = [entries(tau, i) for i, tau in enumerate(vectors(seed=4, shapes=STACKED))]
+    sparse[1] = sparse[1].exclude("^a$")
+    dense = [TaskVector({p: Dense(d.dense()) for p, d in tau.items()}, tau.manifest) for tau in sparse]
+    several = lambda x: x if isinstance(x, list) else [x]
+    for merged, expected in zip(several(rule(sparse, **options)), several(rule(dense, **options)), strict=True):
+        for path in STACKED:
+            np.testing.assert_array_equal(merged[path].dense(), expected[path].dense(), err_msg=path)
+            assert isinstance(merged[path], Entries)
+            assert merged[path].values.size == np.count_nonzero(expected[path].dense())
+
+
+def test_dense_deltas_and_traced_ones_are_merged_whole():
+    shapes = {"a": SHAPES["a"]}
+    sparse = [entries(tau, i) for i, tau in enumerate(vectors(2, shapes=shapes))]
+    rule = functools.partial(ties, density=0.5, scope="tensor", zero="plus")
+    assert isinstance(rule([sparse[0], vectors(1, shapes=shapes)[0]])["a"], Dense)
+    traced = jax.jit(rule)(sparse)
+    assert isinstance(traced["a"], Dense)
+    # Weights may be traced: positions are known.
+    learned = jax.jit(lambda w: rule(sparse, weights=w))(jnp.ones(2))
+    assert isinstance(learned["a"], Entries)
+    np.testing.assert_array_equal(traced["a"].dense(), rule(sparse)["a"].dense())
+    np.testing.assert_array_equal(learned["a"].dense(), traced["a"].dense())
 
 
 def flat(tau):
