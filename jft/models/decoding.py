@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -33,6 +34,55 @@ class Cache:
     v: tuple[Array, ...]
     segments: Array
     filled: Array
+
+
+# What a layer computes from one input, as its parts are called: the first is asked for first.
+FUSED = {"attn": ("q", "k", "v"), "mlp": ("up", "gate")}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """Matrices ``[D, N]`` side by side, which one product takes; widths: their columns. They stand in place of the first."""
+
+    w: Array
+    widths: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A matrix of a :class:`Fused` product: the one of number ``index``."""
+
+    index: int = dataclasses.field(metadata={"static": True})
+
+
+def fused(params: Params) -> Params:
+    """``params`` of :func:`layer_stacks` in which queries, keys and values, and gate and up, are one product each.
+
+    A processor takes them sooner as one: a step of few rows reads weights, and begins products, more than it computes. Where
+    one of them has a form of its own (a change beside it), they stay as they are.
+    """
+    return {**params, "layers": tuple(map(_fused, params["layers"]))}
+
+
+def _fused(layer: Params) -> Params:
+    layer = dict(layer)
+    for block, names in FUSED.items():
+        parts = [layer[block].get(name) for name in names]
+        if all(part is not None and isinstance(part["w"], jax.Array) for part in parts) and _equal(
+            part.keys() for part in parts
+        ):
+            joined = {key: jnp.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]}
+            first = joined | {"w": Fused(joined["w"], tuple(part["w"].shape[-1] for part in parts))}
+            rest = {name: {"w": Part(i)} for i, name in enumerate(names[1:], 1)}
+            layer[block] = {**layer[block], names[0]: first, **rest}
+    return layer
+
+
+def _equal(values: Iterable[Any]) -> bool:
+    first, *others = values
+    return all(other == first for other in others)
 
 
 def has_cache(model: Any, size: int) -> bool:
@@ -165,6 +215,17 @@ class _LayerScope(Scope):
     def __init__(self, execution: Execution, cache: Cache, k: Array, v: Array, layer: Array | int):
         super().__init__(execution)
         self.segments, self.filled, self.k, self.v, self.layer = cache.segments, cache.filled, k, v, layer
+        self._parts: list[Array] = []
+
+    def dot(self, name: str, x: Array, params: Params, key: str = "w") -> Array:
+        w = params[key]
+        if isinstance(w, Part):
+            return self._parts[w.index]
+        if not isinstance(w, Fused):
+            return super().dot(name, x, params, key)
+        y = super().dot(name, x, {**params, key: w.w}, key)
+        self._parts = jnp.split(y, list(itertools.accumulate(w.widths[:-1])), axis=-1)
+        return self._parts[0]
 
     def attention(
         self,

@@ -1,16 +1,19 @@
 """Generation: the cache against whole passes, sampling against NumPy, prompts, ends, and what is refused."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jft
+from jft import tree
 from jft.data.tokenizer import byte_tokenizer
 from jft.generation import Sampling, programs
 from jft.generation.prompts import ends
 from jft.generation.text import rounded
-from jft.models import Model
+from jft.models import Model, decoding
 from jft.models.decoder import DecoderConfig
 from jft.models.encoder import EncoderConfig
 from jft.models.rope import Rope
@@ -22,6 +25,14 @@ MUTATIONS = [
     ("jft/models/decoding.py", "[*values, v], first + count", "[*values, v], first"),
     ("jft/models/decoding.py", "filled=cache.filled + columns", "filled=cache.filled + 1"),
     ("jft/models/decoding.py", "positions = jnp.sum(cache.segments > 0", "positions = 1 + jnp.sum(cache.segments > 0"),
+    ("jft/models/decoding.py", "return self._parts[w.index]", "return self._parts[w.index - 1]"),
+    ("jft/models/decoding.py", "joined = {key: jnp.concatenate", "joined = {key: 1.01 * jnp.concatenate"),
+    (
+        "jft/models/decoding.py",
+        'isinstance(part["w"], jax.Array) for part in parts) and',
+        "True for part in parts) and",
+    ),
+    ("jft/generation/programs.py", "decoding.fused(tree.cast(", "(tree.cast("),
     (
         "jft/generation/programs.py",
         "segments = (jnp.arange(T) >= T - lengths",
@@ -110,6 +121,36 @@ def test_deltas(params):
     tau = jft.TaskVector.between(params, merged)
     assert bound == lists(jft.generate(MODEL, jft.apply(params, tau), PROMPTS, max_tokens=NEW))
     assert bound == [greedy(merged, prompt, NEW) for prompt in PROMPTS]
+
+
+def test_products_of_one_input_are_one(params):
+    """Queries, keys and values, and gate and up: four products a layer in place of seven, where weights are plain arrays."""
+    stacks = decoding.layer_stacks(params, each=True)
+    _, cache = jax.eval_shape(
+        lambda p: decoding.prefill(MODEL, p, jnp.ones((2, 4), int), jnp.ones((2, 4), int), 8, True), params
+    )
+
+    def products(layers):
+        jaxpr = jax.make_jaxpr(lambda p, c: decoding.decode(MODEL, p, jnp.ones(2, int), c)[0])(layers, cache)
+        return str(jaxpr).count("dot_general")
+
+    # Two more of the attention of each layer, and the head.
+    assert products(stacks) == 3 * (7 + 2) + 1
+    assert products(decoding.fused(stacks)) == 3 * (4 + 2) + 1
+    plan = jft.method("lora", rank=2, include="attn/v/").plan(params, MODEL)
+    bound = decoding.fused(decoding.layer_stacks(plan.bind(*plan.init(jax.random.key(1), params)), each=True))
+    assert not isinstance(bound["layers"][0]["attn"]["q"]["w"], decoding.Fused)
+    assert isinstance(bound["layers"][0]["mlp"]["up"]["w"], decoding.Fused)
+
+
+def test_biases_of_products_that_are_one():
+    """As in Qwen 2; and an MLP without a gate."""
+    model = Model(dataclasses.replace(CONFIG, layers=1, windows=None, qkv_bias=True, gated=False, mlp_bias=True))
+    params = model.init(jax.random.key(0))
+    params = tree.map_with_path(
+        lambda p, x: x + 0.4 * jnp.cos(jnp.arange(x.size)).reshape(x.shape) if p.endswith("/b") else x, params
+    )
+    assert lists(jft.generate(model, params, PROMPTS[:1], max_tokens=NEW)) == [greedy(params, PROMPTS[0], NEW, model)]
 
 
 def test_on_a_mesh(params, expected):
