@@ -25,8 +25,9 @@ Array = jax.Array
 class Cache:
     """Keys and values of the tokens so far, of G heads each.
 
-    k, v: for each stack of n layers an array ``[n, B, G, S, K]``, with room for S tokens of a row. segments int32 ``[B, S]``:
-    1 for a token, 0 for padding and what is not there yet. filled int32 ``[]``: columns with a token or padding, the same in
+    k, v: for each stack of n layers an array ``[n, B, G, S, K]``, with room for S tokens of a row; for a layer apart one
+    ``[B, G, S, K]``, as XLA's CPU backend copies what it updates in one shape and reads in another. segments int32 ``[B, S]``: 1 for a
+    token, 0 for padding and what is not there yet. filled int32 ``[]``: columns with a token or padding, the same in
     all rows, which are padded on the left, so that a step writes one column.
     """
 
@@ -145,7 +146,7 @@ def prefill(
 
 
 def _layers_apart(cache: Cache) -> Cache:
-    apart = lambda stacks: tuple(stack[i : i + 1] for stack in stacks for i in range(stack.shape[0]))
+    apart = lambda stacks: tuple(stack[i] for stack in stacks for i in range(stack.shape[0]))
     return dataclasses.replace(cache, k=apart(cache.k), v=apart(cache.v))
 
 
@@ -196,11 +197,12 @@ class _CachedScope(Scope):
         values: list[Array] = []
         first = 0
         for stack, k, v in zip(params, self.cache.k, self.cache.v, strict=True):
-            count = k.shape[0]
+            count = k.shape[0] if k.ndim == 5 else 1
             sliced = (jnp.arange(count), stack, cut(xs, first, first + count))
             if count == 1:
                 # Without a loop, whose body would get its weights as copies.
-                (h, k, v), _ = step((h, k, v), (0, *jax.tree.map(lambda x: x[0], sliced[1:])))
+                layer = 0 if k.ndim == 5 else None
+                (h, k, v), _ = step((h, k, v), (layer, *jax.tree.map(lambda x: x[0], sliced[1:])))
             else:
                 # In the carry, which loops update in place; as outputs every layer's whole cache would be copied.
                 (h, k, v), _ = jax.lax.scan(step, (h, k, v), sliced)
@@ -212,7 +214,7 @@ class _CachedScope(Scope):
 class _LayerScope(Scope):
     """The scope of one layer: its attention writes its keys and values into the cache, and reads all that are there."""
 
-    def __init__(self, execution: Execution, cache: Cache, k: Array, v: Array, layer: Array | int):
+    def __init__(self, execution: Execution, cache: Cache, k: Array, v: Array, layer: Array | int | None):
         super().__init__(execution)
         self.segments, self.filled, self.k, self.v, self.layer = cache.segments, cache.filled, k, v, layer
         self._parts: list[Array] = []
@@ -242,12 +244,17 @@ class _LayerScope(Scope):
         if q.shape[1] > 1:
             # A whole prompt, before which the cache is empty: it sees itself alone.
             return super().attention(q, k, v, mask, scale=scale, softcap=softcap, bias=bias)
-        keys, values = (jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.k, self.v))
+        keys, values = self._of_layer(self.k), self._of_layer(self.v)
         return _attend(q, keys, values, self._visible(mask), scale, softcap)
 
     def _put(self, cache: Array, new: Array) -> Array:
-        new = jnp.swapaxes(new, 1, 2)[None].astype(cache.dtype)
-        return jax.lax.dynamic_update_slice(cache, new, (self.layer, 0, 0, self.filled, 0))
+        new = jnp.swapaxes(new, 1, 2).astype(cache.dtype)
+        if self.layer is None:
+            return jax.lax.dynamic_update_slice(cache, new, (0, 0, self.filled, 0))
+        return jax.lax.dynamic_update_slice(cache, new[None], (self.layer, 0, 0, self.filled, 0))
+
+    def _of_layer(self, cache: Array) -> Array:
+        return cache if self.layer is None else jax.lax.dynamic_index_in_dim(cache, self.layer, keepdims=False)
 
     def _visible(self, mask: Mask | None) -> Array:
         """Which columns the newest one sees, bool ``[B, S]``."""

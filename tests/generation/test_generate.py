@@ -1,6 +1,7 @@
 """Generation: the cache against whole passes, sampling against NumPy, prompts, ends, and what is refused."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ MUTATIONS = [
     ("jft/models/decoding.py", "[*values, v], first + count", "[*values, v], first"),
     ("jft/models/decoding.py", "filled=cache.filled + columns", "filled=cache.filled + 1"),
     ("jft/models/decoding.py", "positions = jnp.sum(cache.segments > 0", "positions = 1 + jnp.sum(cache.segments > 0"),
+    ("jft/models/decoding.py", "tuple(stack[i] for stack", "tuple(stack[i : i + 1] for stack"),
     ("jft/models/decoding.py", "return self._parts[w.index]", "return self._parts[w.index - 1]"),
     ("jft/models/decoding.py", "joined = {key: jnp.concatenate", "joined = {key: 1.01 * jnp.concatenate"),
     (
@@ -121,6 +123,19 @@ def test_deltas(params):
     tau = jft.TaskVector.between(params, merged)
     assert bound == lists(jft.generate(MODEL, jft.apply(params, tau), PROMPTS, max_tokens=NEW))
     assert bound == [greedy(merged, prompt, NEW) for prompt in PROMPTS]
+
+
+@pytest.mark.optimized
+def test_a_step_copies_no_cache(params):
+    """The loop updates keys and values where they are: copies would cost more than the products of a small model."""
+    run = programs.programs(MODEL, Sampling(), rounded(NEW), True, 0, None)
+    rows, eos, seed = np.ones((3, 8), np.int32), np.zeros(0, np.int32), np.uint32(0)
+    state = jax.eval_shape(run.begin, params, rows, np.full(3, 8, np.int32), np.zeros(3, bool), eos, seed)
+    shapes = {",".join(map(str, x.shape)) for x in state.memory.k}
+    assert len(shapes) == 1 and len(state.memory.k) == CONFIG.layers
+    text = run.extend.lower(run.prepare(params), state, np.int32(NEW), eos, seed).compile().as_text()
+    assert re.findall(rf"f32\[{shapes.pop()}\]\S* dynamic-update-slice\(", text)
+    assert not re.findall(r"f32\[[\d,]*\]\S* copy\(", text)
 
 
 def test_products_of_one_input_are_one(params):
