@@ -26,9 +26,9 @@ class Cache:
     """Keys and values of the tokens so far, of G heads each.
 
     k, v: for each stack of n layers an array ``[n, B, G, S, K]``, with room for S tokens of a row; for a layer apart one
-    ``[B, G, S, K]``, as XLA's CPU backend copies what it updates in one shape and reads in another. segments int32 ``[B, S]``: 1 for a
-    token, 0 for padding and what is not there yet. filled int32 ``[]``: columns with a token or padding, the same in
-    all rows, which are padded on the left, so that a step writes one column.
+    ``[B, G, S, K]``, as XLA's CPU backend copies what it updates in one shape and reads in another. segments int32
+    ``[B, S]``: 1 for a token, 0 for padding and what is not there yet. filled int32 ``[]``: columns with a token or padding,
+    the same in all rows, which are padded on the left, so that a step writes one column.
     """
 
     k: tuple[Array, ...]
