@@ -16,7 +16,7 @@ MUTATIONS = [
     ("jft/train/step.py", "trained = trained | statistics", "trained = trained"),
     ("jft/train/step.py", "one(trained | statistics, *part)", "one(trained, *part)"),
     ("jft/train/step.py", 'jax.random.fold_in(tree.key_for(key, "model"), index)', 'tree.key_for(key, "model")'),
-    ("jft/train/step.py", "draws = plan.random or recipe.training is not None", "draws = True"),
+    ("jft/train/step.py", "draws = plan.random or recipe.training is not None", "draws = plan.random"),
     ("jft/methods/plan.py", "shapes = {p: x for p, x in shapes.items() if p not in held}", "shapes = dict(shapes)"),
     ("jft/methods/plan.py", "running = {} if linearized else", "running ="),
     ("jft/models/adapters.py", "_call(self.evaluated, params, batch, None)", "_call(self.static, params, batch, None)"),
@@ -203,7 +203,7 @@ def test_microbatches_follow_each_other():
     dropping, params = build_function(0.5)
     twice = {key: np.repeat(x[:4], 2, axis=0) for key, x in batch.items()}
     noisy = jft.finetune(dropping, params, [twice], steps=1, accumulate=2, seed=1, **STILL)
-    halves = {key: x[:4] for key, x in twice.items()}
+    halves = {key: x[:4] for key, x in batch.items()}
     alone = jft.finetune(dropping, params, [halves], steps=1, seed=1, **STILL)
     assert abs(noisy.metrics[0]["loss"] - alone.metrics[0]["loss"]) > 1e-3
 
