@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --
 SMOKE := tests/test_tree.py tests/methods/test_methods.py tests/methods/test_sparse.py tests/select/test_granularity.py tests/delta tests/merge \
   tests/parallel tests/train/test_loop.py tests/train/test_step.py tests/train/test_selection.py tests/cli tests/models/test_adapters.py tests/kernels/test_block_sddmm_gpu.py
 
-.PHONY: help install quickstart test test-peers test-cuda test-newest mutations lint format faults clean
+.PHONY: help install quickstart test test-peers test-cuda test-newest mutations lint format faults commands clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -75,6 +75,9 @@ format: $(VENV)/.test  ## Format and fix what can be fixed.
 
 faults: $(VENV)/.test  ## Kills, signals, full disks, damage and second starts; prints the table of docs/faults.md.
 	$(BIN)/python -m tests.faults
+
+commands: $(VENV)/.test  ## Run every command on tiny files, and write what they print to docs/commands.md.
+	$(BIN)/python -m tests.commands
 
 clean:  ## Remove the environments and caches.
 	rm -rf .venv .venv-newest .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -54,15 +54,33 @@ def table(
 
 
 def show(table: Any) -> None:
-    """Print a :func:`table`: as wide as the terminal, or, where the output is none, as what does not fold."""
+    """Print a :func:`table`: as wide as the terminal, or, where the output is none, as what does not fold.
+
+    Where a terminal is narrower than what does not fold, headers take a line for each of their words; where that is not enough,
+    lines are longer than the terminal, and nothing is cut.
+    """
     from rich.console import Console
 
     console = Console(highlight=False)
     if not console.is_terminal:
-        # A table is measured against the console's own width, so it must be told that there is no limit.
-        endless = console.options.update(width=_ENDLESS)
-        console.width = max(console.width, _PIPED, console.measure(table, options=endless).minimum)
+        console.width = max(console.width, _PIPED, _least(table, console))
+    elif _least(table, console) > console.width:
+        for column in table.columns:
+            column.header.plain = column.header.plain.replace(" ", "\n")
+        console.width = max(console.width, _least(table, console))
     console.print(table)
+
+
+def _least(table: Any, console: Any) -> int:
+    """The width in columns that a table needs with all that folds folded."""
+    # A table is measured against the console's own width, so it must be told that there is no limit.
+    endless = console.options.update(width=_ENDLESS)
+    for column in table.columns:
+        if column.no_wrap:
+            # rich would let a column be as narrow as its longest word, and cut what does not wrap.
+            cells = [column.header, *column.cells]
+            column.min_width = max(console.measure(cell, options=endless).maximum for cell in cells)
+    return console.measure(table, options=endless).minimum
 
 
 def text(table: Any) -> str:

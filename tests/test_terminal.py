@@ -11,7 +11,7 @@ def table(**options):
     return terminal.table(HEADERS, ROWS, left=HEADERS[:2], fold=HEADERS[1:2], **options)
 
 
-def shown(monkeypatch, interactive, columns):
+def shown(monkeypatch, interactive, columns, what=None):
     out = io.StringIO()
     out.isatty = lambda: interactive
     monkeypatch.setattr(sys, "stdout", out)
@@ -19,7 +19,7 @@ def shown(monkeypatch, interactive, columns):
         monkeypatch.setenv(name, value)
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
-    terminal.show(table(total=True))
+    terminal.show(what or table(total=True))
     return out.getvalue()
 
 
@@ -52,6 +52,16 @@ def test_a_terminal_gets_bold_headers_and_total_and_no_longer_lines(monkeypatch)
     lines = written.splitlines()
     assert len(lines) > 5 and lines[0].startswith("\x1b[1m") and lines[-1].startswith("\x1b[1m")
     assert not lines[1].startswith("\x1b[1m")
+
+
+def test_a_narrow_terminal_cuts_nothing(monkeypatch):
+    """Headers of several words make room first; then lines are longer than the terminal."""
+    numbers = [terminal.table(("path", "bytes before", "bytes after"), [("layers/w", "12,288", "978")], left=("path",))]
+    numbers.append(terminal.table(("path", "bytes before"), [("layers/" * 6, "12,288")], left=("path",)))
+    wrapped, long = (shown(monkeypatch, True, 30, what).replace("\x1b[0m", "") for what in numbers)
+    lines = [line.replace("\x1b[1m", "").rstrip() for line in wrapped.splitlines()]
+    assert lines == ["           bytes  bytes", "path      before  after", "layers/w  12,288    978"]
+    assert "layers/" * 6 + "  12,288" in long
 
 
 def test_control_characters_are_shown_as_escapes():

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jft.analysis.drawing import FAINT, INK, WIDTH, legend, looks, panels, styled
+from jft.analysis.drawing import FAINT, INK, WIDTH, legend, looks, lowest, panels, styled
 
 Rows = Sequence[Mapping[str, Any]]
 READS = {"": "no data", "validation accuracy": "validation accuracy"}
@@ -117,7 +117,7 @@ def grafts(rows: Rows) -> Any:
     for axis in axes:
         if axis.get_subplotspec().is_first_col():
             axis.set_ylabel("test accuracy, %")
-        if axis.get_subplotspec().is_last_row():
-            axis.set_xlabel("density")
+    for axis in lowest(axes):
+        axis.set_xlabel("density")
     legend(figure, axes[0], 2)
     return figure

@@ -11,37 +11,41 @@ from typing import Any
 
 import numpy as np
 
-from jft.analysis.drawing import FAINT, INK, WIDTH, legend, looks, panels, styled
+from jft.analysis.drawing import (
+    DASHES,
+    FAINT,
+    INK,
+    WIDTH,
+    curve,
+    legend,
+    logarithmic,
+    looks,
+    lowest,
+    name_points,
+    panels,
+    styled,
+)
 
-
-def smooth(values: Sequence[float], span: int) -> np.ndarray:
-    """Centred running mean over ``span`` points, shorter at the ends, ``[N] -> [N]``."""
-    x = np.asarray(values, np.float64)
-    if span <= 1 or len(x) < 3:
-        return x
-    span = min(span, len(x))
-    kernel = np.ones(span)
-    # The second convolution counts the points, of which there are fewer at the ends.
-    return np.convolve(x, kernel, "same") / np.convolve(np.ones(len(x)), kernel, "same")
+SPLITS = {"train": "training", "eval": "evaluation"}
 
 
 @styled
 def learning_curves(runs: Sequence[Mapping[str, Any]], label: str = "training loss") -> Any:
-    """Small multiples, one for each task: the loss of every method over steps, on shared axes."""
+    """Small multiples, one for each task: the loss of every method over steps, smoothed, on shared axes."""
     tasks = list(dict.fromkeys(run["task"] for run in runs))
     methods = looks(dict.fromkeys(run["method"] for run in runs))
     figure, axes = panels(len(tasks), 4, 2.1, sharex=True, sharey=True)
     for axis, task in zip(axes, tasks, strict=True):
         for run in (r for r in runs if r["task"] == task and r["curve"]):
             steps = [point["step"] for point in run["curve"]]
-            losses = smooth([point["loss"] for point in run["curve"]], max(1, len(steps) // 20))
-            axis.plot(steps, losses, color=methods[run["method"]]["color"], label=run["method"])
+            curve(axis, steps, [point["loss"] for point in run["curve"]], methods[run["method"]], label=run["method"])
         axis.set_title(task)
+        logarithmic(axis)
     for axis in axes:
         if axis.get_subplotspec().is_first_col():
             axis.set_ylabel(label)
-        if axis.get_subplotspec().is_last_row():
-            axis.set_xlabel("step")
+    for axis in lowest(axes):
+        axis.set_xlabel("step")
     legend(figure, axes[0], len(methods))
     return figure
 
@@ -51,14 +55,14 @@ def scores(tasks: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]
     """A dot for each task and method, its ``error`` as a line through it, and a bar at the score of the base."""
     names = [task["name"] for task in tasks]
     methods = looks(dict.fromkeys(run["method"] for run in runs))
-    figure, (axis,) = panels(1, 1, 0.36 * len(names) + 0.9)
+    figure, (axis,) = panels(1, 1, 0.46 * len(names) + 0.9)
     figure.set_figwidth(WIDTH * 0.8)
     for row, task in enumerate(tasks):
         axis.plot(
-            [task["base"]] * 2, [row - 0.3, row + 0.3], color=FAINT, linewidth=2.2, label="base" if row == 0 else None
+            [task["base"]] * 2, [row - 0.4, row + 0.4], color=FAINT, linewidth=2.2, label="base" if row == 0 else None
         )
     # Next to each other, so that equal scores do not hide each other.
-    offsets = np.linspace(-0.18, 0.18, len(methods)) if len(methods) > 1 else [0.0]
+    offsets = np.linspace(-0.3, 0.3, len(methods)) if len(methods) > 1 else [0.0]
     for offset, (method, look) in zip(offsets, methods.items(), strict=True):
         of_method = [run for run in runs if run["method"] == method]
         axis.errorbar(
@@ -112,22 +116,15 @@ def negation_curves(negation: Sequence[Mapping[str, Any]]) -> Any:
     figure, axes = panels(len(tasks), 4, 2.1, sharex=True, sharey=True)
     for axis, task in zip(axes, tasks, strict=True):
         for row in (r for r in negation if r["task"] == task):
-            x = [point["coefficient"] for point in row["curve"]]
-            colour = methods[row["method"]]["color"]
-            axis.plot(x, [100 * point["target"] for point in row["curve"]], color=colour, label=row["method"])
-            axis.plot(
-                x,
-                [100 * point["control"] for point in row["curve"]],
-                color=colour,
-                linestyle=(0, (3, 1.5)),
-                linewidth=1.1,
-            )
+            x, look = [point["coefficient"] for point in row["curve"]], methods[row["method"]]
+            curve(axis, x, [100 * point["target"] for point in row["curve"]], look, label=row["method"])
+            curve(axis, x, [100 * point["control"] for point in row["curve"]], look, dashed=True)
         axis.set_title(task)
     for axis in axes:
         if axis.get_subplotspec().is_first_col():
             axis.set_ylabel("accuracy, %")
-        if axis.get_subplotspec().is_last_row():
-            axis.set_xlabel("coefficient subtracted")
+    for axis in lowest(axes):
+        axis.set_xlabel("coefficient subtracted")
     legend(figure, axes[0], len(methods))
     return figure
 
@@ -182,9 +179,6 @@ def size_against_score(methods: Sequence[Mapping[str, Any]], label: str) -> Any:
         axis.errorbar(
             row["bytes"], row["score"], row["error"] or 0, linestyle="none", markersize=8, **look_of[row["name"]]
         )
-        axis.annotate(
-            row["name"], (row["bytes"], row["score"]), xytext=(8, 0), textcoords="offset points", va="center", color=INK
-        )
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_xscale("log")
@@ -194,20 +188,32 @@ def size_against_score(methods: Sequence[Mapping[str, Any]], label: str) -> Any:
     axis.margins(x=0.25, y=0.2)
     axis.set_xlabel("task vector on disk")
     axis.set_ylabel(label)
+    name_points(axis, {row["name"]: (row["bytes"], row["score"]) for row in methods})
     return figure
 
 
 @styled
-def metric_curves(series: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]) -> Any:
-    """One panel for each metric of ``{metric: {run: (steps, values)}}``, a line for each run."""
+def metric_curves(series: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], title: str = "") -> Any:
+    """One panel for each metric of ``{split/metric: {run: (steps, values)}}``, a colour for each run.
+
+    Training and evaluation are in one panel, smoothed; evaluation is dashed, its markers hollow.
+    """
+    from matplotlib.lines import Line2D
+
     runs = looks(dict.fromkeys(run for lines in series.values() for run in lines))
-    figure, axes = panels(len(series), 3, 2.2)
-    for axis, (metric, lines) in zip(axes, series.items(), strict=True):
-        for run, (steps, values) in lines.items():
-            # A run may have a single point, which no line shows.
-            few = {"marker": "o", "markersize": 3} if len(steps) < 20 else {}
-            axis.plot(steps, values, color=runs[run]["color"], label=run, **few)
-        axis.set_title(metric)
+    metrics = list(dict.fromkeys(name.partition("/")[2] for name in series))
+    figure, axes = panels(len(metrics), 3, 2.3)
+    for axis, metric in zip(axes, metrics, strict=True):
+        for split in SPLITS:
+            for run, (steps, values) in series.get(f"{split}/{metric}", {}).items():
+                curve(axis, steps, values, runs[run], dashed=split == "eval")
+        axis.set_title(metric.replace("_", " "))
         axis.set_xlabel("step")
-    legend(figure, max(axes, key=lambda a: len(a.lines)), 3)
+        logarithmic(axis)
+    handles = [Line2D([], [], label=run, markersize=4.5, **look) for run, look in runs.items()]
+    present = {name.partition("/")[0] for name in series}
+    for split in (split for split in SPLITS if split in present):
+        dashed: Any = {"linestyle": (0, DASHES), "markerfacecolor": "white"} if split == "eval" else {}
+        handles.append(Line2D([], [], label=SPLITS[split], color=INK, marker="o", markersize=4.5, **dashed))
+    legend(figure, axes[0], 6, handles, title or None)
     return figure

@@ -124,9 +124,10 @@ def disentangle(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any
     row = {"method": forward.name, "pair": list(runs), "grid": grid, "xi": result.xi.tolist()}
     row["each"] = dict(zip(runs, result.each.tolist(), strict=True))
     in_range = [c for c in grid if 0 <= c <= 1]
-    row["within"] = result.within() if in_range else None
+    # The corner alone, where nothing is added, says nothing.
+    row["within"] = result.within() if len(in_range) > 1 else None
     lines = [f"xi from {result.xi.min():.4f} to {result.xi.max():.4f} ({forward.name})"]
-    lines += [f"mean over coefficients in [0, 1]: {row['within']:.4f}"] if in_range else []
+    lines += [f"mean over coefficients in [0, 1]: {row['within']:.4f}"] if row["within"] is not None else []
     return row, {"disentangle": tangent_plots.disentanglement_maps([row])}, lines
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
+from jft.cli.help import Formatter
 from jft.names import nearest
 
 
@@ -17,7 +18,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any):
         # No abbreviations: a new option would change what an old command line means.
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        super().__init__(formatter_class=Formatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog.removeprefix('jft ')}: {message}; see `{self.prog} --help`")

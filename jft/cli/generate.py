@@ -19,8 +19,8 @@ EXAMPLES = """
   jft generate --model=DIR --delta=math.safetensors --delta=code.safetensors --base "Write a loop"     side by side
   jft generate --workdir=runs/sft --base < prompts.txt                             a prompt a line
 
-Text is given to the model as a user's message where it has a chat template, and as it is with --raw. Without prompts they are
-read from the terminal, a line each.
+Text is given to a model as a user's message where it has a chat template, and to a run as its training data was: in the chat
+template, or as it is. --chat and --raw say which. Without prompts they are read from the terminal, a line each.
 """
 # What `jft generate` hands to `jft.generate` as it is.
 SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "batch_size")
@@ -48,16 +48,20 @@ def main(argv: Sequence[str]) -> int:
     for file in args.delta:
         if not Path(file).is_file():
             raise UsageError(f"task vector {file!r} does not exist")
-    if args.raw and args.system:
-        parser.error("--system is a message of a chat; leave out --raw")
+    if args.raw and (args.system or args.chat):
+        parser.error(f"{'--system' if args.system else '--chat'} goes through the chat template; leave out --raw")
 
     tokenizer, variants = _of_run(args, config) if config is not None else _of_model(args)
+    from jft.data.config import in_chat
+
+    # As it was trained: a run knows nothing of a template that it has not seen.
+    chat = args.chat or bool(args.system) or config is None or in_chat(config.data)
     if args.tokenizer:
         from jft.generation.prompts import tokenizer_of
 
         tokenizer = tokenizer_of(args.tokenizer)
     for batch in _prompts(args.prompts):
-        _answer(args, batch, tokenizer, variants)
+        _answer(args, batch, tokenizer, variants, chat and not args.raw)
     return 0
 
 
@@ -77,6 +81,7 @@ def _arguments(parser: Parser) -> None:
     )
     add("--tokenizer", help="a directory, tokenizer.json or GGUF file; default the model's own")
     add("--raw", action="store_true", help="continue the texts as they are, without the chat template")
+    add("--chat", action="store_true", help="each text is a user's message in the chat template")
     add("--system", help="a message before each prompt")
     add("--max-tokens", type=int, default=256, help="new tokens, at most (default 256)")
     add("--temperature", type=float, default=0.0, help="0, the default: always the most probable token")
@@ -154,11 +159,13 @@ def _prompts(given: Sequence[str]) -> Iterator[list[str]]:
                 yield [line]
 
 
-def _answer(args: argparse.Namespace, prompts: list[str], tokenizer: Any, variants: list[_Variant]) -> None:
-    """Print the answers of all variants to ``prompts``; of one prompt as they are made."""
+def _answer(
+    args: argparse.Namespace, prompts: list[str], tokenizer: Any, variants: list[_Variant], chat: bool = True
+) -> None:
+    """Print the answers of all variants to ``prompts``; of one prompt as they are made. chat: in the template, if any."""
     from jft.generation import generate
 
-    chat = not args.raw and tokenizer is not None and tokenizer.chat_template is not None
+    chat = chat and tokenizer is not None and tokenizer.chat_template is not None
     streams = len(prompts) == 1 and not args.json
     labels = len(variants) > 1
     answers: list[list[str]] = []

@@ -207,8 +207,8 @@ def _section(key: str, values: Mapping[str, Any], doc: str) -> Iterator[str]:
     yield "    }"
 
 
-def text(name: str, data: str | None = None, model: str | None = None) -> str:
-    """The config file of the kind ``name``, for these files and this base."""
+def text(name: str, data: str | None = None, model: str | None = None, out: str = "") -> str:
+    """The config file of the kind ``name``, for these files and this base. out: the path that it gets."""
     from jft.train.config import documentation
 
     kind = KINDS[name]
@@ -218,8 +218,9 @@ def text(name: str, data: str | None = None, model: str | None = None) -> str:
         "data": data_of(kind, data),
         "eval_data": _HELD_OUT,
     }
-    lines = [f'"""{kind.about}', "", f"    jft train --config={name}.py --dry-run"]
-    lines += [f"    jft train --config={name}.py --workdir=runs/{name}", "", f"Data: {kind.example}.", '"""', ""]
+    out = out or f"{name}.py"
+    lines = [f'"""{kind.about}', "", f"    jft train --config={out} --dry-run"]
+    lines += [f"    jft train --config={out} --workdir=runs/{Path(out).stem}", "", f"Data: {kind.example}.", '"""', ""]
     lines += ["from jft.train.config import default", "", "", "def get_config():", "    config = default()"]
     section = ""
     for key, default, doc in documentation():
@@ -252,6 +253,6 @@ def main(argv: Sequence[str]) -> int:
     out = Path(args.out or f"{args.kind}.py")
     if out.exists():
         raise UsageError(f"init: {str(out)!r} exists; give another --out=FILE.py, or remove it")
-    files.write_text(out, text(args.kind, args.data, args.model))
+    files.write_text(out, text(args.kind, args.data, args.model, str(out)))
     print(f"{out}: look through it, then: jft train --config={out} --dry-run")
     return 0

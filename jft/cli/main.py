@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,12 +33,16 @@ def usage() -> str:
     """The text of ``jft --help``."""
     known = commands()
     width = max(map(len, known))
+    columns = shutil.get_terminal_size().columns
+    wrapped = lambda name, text: textwrap.fill(
+        text, max(columns, 60), initial_indent=f"  {name:<{width}}  ", subsequent_indent=" " * (width + 4)
+    )
     lines = [
-        "jft: fine-tune pretrained models in JAX, and do arithmetic with what fine-tuning changed.",
+        "jft: fine-tune pretrained models in JAX, and do arithmetic with what it changed.",
         "",
-        "usage: jft COMMAND [options]        jft COMMAND --help        (also: python -m jft COMMAND ...)",
+        "usage: jft COMMAND [options]    jft COMMAND --help    (also: python -m jft ...)",
         "",
-        *(f"  {name:<{width}}  {summary}" for name, summary in known.items()),
+        *(wrapped(name, summary) for name, summary in known.items()),
         "",
         "JFT_TRACEBACK=1 shows the whole traceback of an error.",
     ]

@@ -55,6 +55,6 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"none of the metrics {options.metrics} is there; these are: {known}")
     ordered = {name: series[name] for name in (names or sorted(series)) if name in series}
     out = Path(options.out) if options.out else workdir / "metrics.png"
-    drawing.save(plots.metric_curves(ordered), out)
+    drawing.save(plots.metric_curves(ordered, title=workdir.resolve().name), out)
     print(out)
     return 0

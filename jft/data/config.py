@@ -196,6 +196,11 @@ def derived(data: Any, part: Any) -> dict[str, Any]:
     return {**rest, **over}
 
 
+def in_chat(data: Mapping[str, Any]) -> bool:
+    """Whether a config of data renders its texts by the chat template."""
+    return bool(data.get("chat") or data.get("messages"))
+
+
 def known(source: str) -> set[str]:
     """The keys that data settings may have with this source. Raises :class:`DataError` for an unknown source."""
     source_settings = _settings(choose(source, _sources(), "data source"))

@@ -50,8 +50,8 @@ class _Cached(NamedTuple):
     each: bool
 
     def prepare(self, params: Any) -> Any:
-        dtype = self.model.execution.dtype if self.each else None
-        return tree.cast(decoding.layer_stacks(params, self.each), dtype)
+        stacks = decoding.layer_stacks(params, self.each)
+        return decoding.fused(tree.cast(stacks, self.model.execution.dtype)) if self.each else stacks
 
     def start(self, params: Any, tokens: Array, lengths: Array, room: int) -> tuple[Array, Any]:
         T = tokens.shape[1]

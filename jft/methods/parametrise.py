@@ -168,6 +168,38 @@ class InPlace(Parametrisation):
 
 
 @dataclasses.dataclass(frozen=True)
+class Statistic(Parametrisation):
+    """A running statistic of a model of another library: training passes give its values, no gradient does.
+
+    dtype: the weight's own, which may be an integer; kept ``w``, where changes are measured from.
+    """
+
+    dtype: str
+    exact = True
+
+    def leaves(self, at: Any = None) -> tuple[Any, Any]:
+        return delta.Leaf(), delta.Leaf(origin=lambda kept: kept, rate=0.0, decays=False, matrices=None)
+
+    def init(self, key: Array, w: Array, at: Array | None = None, base: Array | None = None) -> tuple[Any, Any]:
+        return w if base is None else base, master(w)
+
+    def bind(self, kept: Any, trained: Array, structured: bool, key: Array | None = None) -> Array:
+        return jax.lax.stop_gradient(trained).astype(self.dtype)
+
+    def tangent(self, kept: Any, trained: Array, key: Array | None = None) -> delta.Changed:
+        return moved_from(kept, trained)
+
+    def encode(self, base: Array | None, kept: Any, trained: Array) -> delta.Encoding:
+        return delta.Dense(jnp.array(trained, copy=True) if base is None else trained - base.astype(trained.dtype))
+
+    def spread(self, kept: Any, values: Array, fill: Array) -> Array:
+        return values
+
+    def collect(self, kept: Any, dense: Array) -> Array:
+        return dense
+
+
+@dataclasses.dataclass(frozen=True)
 class InPlaceSelected(Parametrisation):
     """The parts ``at`` of the weight train in place, by ``layout``; float32 masters for them alone.
 

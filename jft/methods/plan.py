@@ -17,9 +17,10 @@ from jft.kernels.blocks_forms import Axes
 from jft.methods import layer_runs
 from jft.methods.layers import SomeLayers
 from jft.methods.low_rank import LowRank
-from jft.methods.parametrise import InPlace, Parametrisation
+from jft.methods.parametrise import InPlace, Parametrisation, Statistic
 from jft.methods.select import Select
-from jft.models.core import STRUCTURED, Runs, is_jft_model
+from jft.models.adapters import statistics_of
+from jft.models.core import STRUCTURED, Runs, is_jft_model, model_of
 from jft.select import layers
 from jft.select.granularity import Granularity
 from jft.tree import lead
@@ -71,6 +72,9 @@ class Method:
         if self.forward == "linearized":
             tangent.check_forward_mode(model)
         stacked = is_jft_model(model)
+        every, held = shapes, statistics_of(model_of(model))
+        # No method selects them: they train by the model's own passes.
+        shapes = {p: x for p, x in shapes.items() if p not in held}
         linear = tuple(model.linear_paths(params)) if stacked else _matrices(shapes)
         chosen = self.select.paths(shapes, linear)
         leaves: dict[str, Parametrisation] = {}
@@ -114,7 +118,10 @@ class Method:
             for p in shapes
             if p in leaves
         }
-        plan = Plan(self._held(params, model), ordered, tuple(shapes), jax.tree.structure(params), structured=stacked)
+        # A linearized model is in evaluation mode, where they stay.
+        running = {} if linearized else {p: Statistic(str(every[p].dtype)) for p in every if p in held}
+        leaves = {p: (ordered | running)[p] for p in every if p in ordered or p in running}
+        plan = Plan(self._held(params, model), leaves, tuple(every), jax.tree.structure(params), structured=stacked)
         # Both may measure the change from the base; without them a second copy of the weights is not kept.
         return plan.anchored() if self.penalties or self.rule else plan
 
@@ -217,7 +224,7 @@ class Plan:
     def candidates(self) -> tuple[str, ...]:
         """The paths that a score or a search chooses among: what trains beside them, by ``also``, takes nothing of a budget."""
         if self.selects or not self.method.undecided:
-            return self.selects or tuple(self.leaves)
+            return self.selects or tuple(p for p, how in self.leaves.items() if not isinstance(how, Statistic))
         also = tree.matcher(self.method.also)
         return tuple(p for p in self.leaves if not (self.method.also and also(p)))
 

@@ -23,6 +23,7 @@ _LATE = {
     "from_linen": "jft.models.adapters",
     "from_nnx": "jft.models.adapters",
     "load_adapter": "jft.models.peft",
+    "load_params": "jft.models.parameters",
     "save_adapter": "jft.models.peft",
     "zero_shot_head": "jft.models.clip",
 }
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from jft.models.clip import ClipConfig, zero_shot_head
     from jft.models.decoder import DecoderConfig
     from jft.models.encoder import EncoderConfig
+    from jft.models.parameters import load_params
     from jft.models.peft import load_adapter, save_adapter
     from jft.models.t5 import T5Config
     from jft.models.vision import VisionConfig
@@ -53,6 +55,7 @@ __all__ = [
     "from_nnx",
     "load",
     "load_adapter",
+    "load_params",
     "save",
     "save_adapter",
     "zero_shot_head",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -24,15 +25,65 @@ Array = jax.Array
 class Cache:
     """Keys and values of the tokens so far, of G heads each.
 
-    k, v: for each stack of n layers an array ``[n, B, G, S, K]``, with room for S tokens of a row. segments int32 ``[B, S]``:
-    1 for a token, 0 for padding and what is not there yet. filled int32 ``[]``: columns with a token or padding, the same in
-    all rows, which are padded on the left, so that a step writes one column.
+    k, v: for each stack of n layers an array ``[n, B, G, S, K]``, with room for S tokens of a row; for a layer apart one
+    ``[B, G, S, K]``, as XLA's CPU backend copies what it updates in one shape and reads in another. segments int32
+    ``[B, S]``: 1 for a token, 0 for padding and what is not there yet. filled int32 ``[]``: columns with a token or padding,
+    the same in all rows, which are padded on the left, so that a step writes one column.
     """
 
     k: tuple[Array, ...]
     v: tuple[Array, ...]
     segments: Array
     filled: Array
+
+
+# What a layer computes from one input, as its parts are called: the first is asked for first.
+FUSED = {"attn": ("q", "k", "v"), "mlp": ("up", "gate")}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """Matrices ``[D, N]`` side by side, which one product takes; widths: their columns. They stand in place of the first."""
+
+    w: Array
+    widths: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A matrix of a :class:`Fused` product: the one of number ``index``."""
+
+    index: int = dataclasses.field(metadata={"static": True})
+
+
+def fused(params: Params) -> Params:
+    """``params`` of :func:`layer_stacks` in which queries, keys and values, and gate and up, are one product each.
+
+    A processor takes them sooner as one: a step of few rows reads weights, and begins products, more than it computes. Where
+    one of them has a form of its own (a change beside it), they stay as they are.
+    """
+    return {**params, "layers": tuple(map(_fused, params["layers"]))}
+
+
+def _fused(layer: Params) -> Params:
+    layer = dict(layer)
+    for block, names in FUSED.items():
+        parts = [layer[block].get(name) for name in names]
+        if all(part is not None and isinstance(part["w"], jax.Array) for part in parts) and _equal(
+            part.keys() for part in parts
+        ):
+            joined = {key: jnp.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]}
+            first = joined | {"w": Fused(joined["w"], tuple(part["w"].shape[-1] for part in parts))}
+            rest = {name: {"w": Part(i)} for i, name in enumerate(names[1:], 1)}
+            layer[block] = {**layer[block], names[0]: first, **rest}
+    return layer
+
+
+def _equal(values: Iterable[Any]) -> bool:
+    first, *others = values
+    return all(other == first for other in others)
 
 
 def has_cache(model: Any, size: int) -> bool:
@@ -95,7 +146,7 @@ def prefill(
 
 
 def _layers_apart(cache: Cache) -> Cache:
-    apart = lambda stacks: tuple(stack[i : i + 1] for stack in stacks for i in range(stack.shape[0]))
+    apart = lambda stacks: tuple(stack[i] for stack in stacks for i in range(stack.shape[0]))
     return dataclasses.replace(cache, k=apart(cache.k), v=apart(cache.v))
 
 
@@ -146,11 +197,12 @@ class _CachedScope(Scope):
         values: list[Array] = []
         first = 0
         for stack, k, v in zip(params, self.cache.k, self.cache.v, strict=True):
-            count = k.shape[0]
+            count = k.shape[0] if k.ndim == 5 else 1
             sliced = (jnp.arange(count), stack, cut(xs, first, first + count))
             if count == 1:
                 # Without a loop, whose body would get its weights as copies.
-                (h, k, v), _ = step((h, k, v), (0, *jax.tree.map(lambda x: x[0], sliced[1:])))
+                layer = 0 if k.ndim == 5 else None
+                (h, k, v), _ = step((h, k, v), (layer, *jax.tree.map(lambda x: x[0], sliced[1:])))
             else:
                 # In the carry, which loops update in place; as outputs every layer's whole cache would be copied.
                 (h, k, v), _ = jax.lax.scan(step, (h, k, v), sliced)
@@ -162,9 +214,20 @@ class _CachedScope(Scope):
 class _LayerScope(Scope):
     """The scope of one layer: its attention writes its keys and values into the cache, and reads all that are there."""
 
-    def __init__(self, execution: Execution, cache: Cache, k: Array, v: Array, layer: Array | int):
+    def __init__(self, execution: Execution, cache: Cache, k: Array, v: Array, layer: Array | int | None):
         super().__init__(execution)
         self.segments, self.filled, self.k, self.v, self.layer = cache.segments, cache.filled, k, v, layer
+        self._parts: list[Array] = []
+
+    def dot(self, name: str, x: Array, params: Params, key: str = "w") -> Array:
+        w = params[key]
+        if isinstance(w, Part):
+            return self._parts[w.index]
+        if not isinstance(w, Fused):
+            return super().dot(name, x, params, key)
+        y = super().dot(name, x, {**params, key: w.w}, key)
+        self._parts = jnp.split(y, list(itertools.accumulate(w.widths[:-1])), axis=-1)
+        return self._parts[0]
 
     def attention(
         self,
@@ -181,12 +244,17 @@ class _LayerScope(Scope):
         if q.shape[1] > 1:
             # A whole prompt, before which the cache is empty: it sees itself alone.
             return super().attention(q, k, v, mask, scale=scale, softcap=softcap, bias=bias)
-        keys, values = (jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.k, self.v))
+        keys, values = self._of_layer(self.k), self._of_layer(self.v)
         return _attend(q, keys, values, self._visible(mask), scale, softcap)
 
     def _put(self, cache: Array, new: Array) -> Array:
-        new = jnp.swapaxes(new, 1, 2)[None].astype(cache.dtype)
-        return jax.lax.dynamic_update_slice(cache, new, (self.layer, 0, 0, self.filled, 0))
+        new = jnp.swapaxes(new, 1, 2).astype(cache.dtype)
+        if self.layer is None:
+            return jax.lax.dynamic_update_slice(cache, new, (0, 0, self.filled, 0))
+        return jax.lax.dynamic_update_slice(cache, new[None], (self.layer, 0, 0, self.filled, 0))
+
+    def _of_layer(self, cache: Array) -> Array:
+        return cache if self.layer is None else jax.lax.dynamic_index_in_dim(cache, self.layer, keepdims=False)
 
     def _visible(self, mask: Mask | None) -> Array:
         """Which columns the newest one sees, bool ``[B, S]``."""

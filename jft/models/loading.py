@@ -20,6 +20,7 @@ from jft.models.core import Execution, Model
 from jft.models.hf import config_schema, heads, reader, registry
 from jft.models.hf.checkpoint import Checkpoint, LoadError, read_json
 from jft.models.hf.mapping import Family
+from jft.models.parameters import MODEL_TYPE
 
 HUB_FILES = ["*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja"]
 _log = logging.getLogger(__name__)
@@ -78,6 +79,11 @@ def _open(where: Path) -> tuple[Family, dict[str, Any], Any]:
 
         return open_gguf(where)
     description = describe(where)
+    if description.get("model_type") == MODEL_TYPE:
+        raise LoadError(
+            f"{where} holds parameters of a model of another library: jft.models.load_params({str(where)!r}, like=params) "
+            "reads them, for the module that they are of"
+        )
     return registry.family_of(description, where / "config.json"), description, Checkpoint(where)
 
 

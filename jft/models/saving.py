@@ -16,12 +16,13 @@ import numpy as np
 from jft import tree
 from jft.gguf import is_gguf
 from jft.models.classifier import Classifier
-from jft.models.core import Model
+from jft.models.core import Model, is_jft_model, model_of
 from jft.models.hf import heads, reader, registry, writer
 from jft.models.hf.checkpoint import NAMES, read_json
 from jft.models.hf.config_schema import check_kinds
 from jft.models.hf.mapping import Family, Source
 from jft.models.loading import fetch
+from jft.models.parameters import save_params
 from jft.tree import host
 
 KEPT = (
@@ -42,7 +43,7 @@ Part = tuple[str, Source, tuple[int, ...]]
 
 
 def save(
-    model: Model,
+    model: Any,
     params: Any,
     directory: str | os.PathLike,
     like: str | os.PathLike | None = None,
@@ -58,9 +59,14 @@ def save(
     the checkpoint that stands there, once the new one is written. The host holds one tensor at a time. In a multi-host run
     every process calls this; process 0 writes, so ``directory`` must be its own or shared.
 
+    Of a model of another library (:mod:`jft.models.adapters`, any function) the arrays are written by their paths, for
+    :func:`jft.models.load_params`.
+
     Raises ``ValueError`` for structured weights (merge them first), parameters that are not the model's, a dtype that
     safetensors does not have, an occupied directory.
     """
+    if not is_jft_model(model := model_of(model)):
+        return save_params(params, directory, dtype, shard_bytes, overwrite)
     target = Path(directory).expanduser()
     writer.check_target(target, overwrite)
     _barrier("jft.save: begin")  # no process may look at the target after process 0 has made it

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jft import data, methods, models, parallel, tree
-from jft.data.config import derived
+from jft.data.config import derived, in_chat
 from jft.models.loading import describe, fetch
 from jft.names import nearest
 from jft.train import feed, lock
@@ -121,7 +121,7 @@ def _samples(config: Config) -> dict[str, Any]:
     """The options of :class:`jft.train.samples.Samples`; none where nothing is generated."""
     if not config.eval.samples and not config.eval.exact_match:
         return {}
-    chat = bool(config.data.get("chat") or config.data.get("messages"))
+    chat = in_chat(config.data)
     options = {"prompts": config.eval.samples, "exact_match": config.eval.exact_match}
     return {**options, "max_tokens": config.eval.max_tokens, "chat": chat}
 

@@ -142,7 +142,7 @@ def expense(memory: Any, work: Any, batch: Any) -> str:
         if isinstance(batch, Mapping) and name in batch
     }
     longest = f" with rows of {' + '.join(map(str, side.values()))} tokens, the longest" if side else ""
-    return f"step takes {memory}{longest}; FLOPs by {work.source}"
+    return f"step takes {memory}{longest}\nFLOPs by {work.source}"
 
 
 def introduction(
@@ -153,7 +153,8 @@ def introduction(
     yield text(rows(params, update.single.trained, None if layout.mesh is None else layout.params))
     names = ", ".join(member.name for member in members)
     each = f"{len(members)} members ({names}), each by " if members.stacked else ""
-    yield f"{each}method {describe(plan)}; {costs}"
+    yield f"{each}method {describe(plan)}"
+    yield from costs.splitlines()
     # Peeked at: it is the batch that the next step takes.
     if first := example(streams.feed(0).peek(), config.objective, tokenizer):
         yield first

@@ -74,7 +74,12 @@ class RunConfig:
         return dataclasses.replace(self, objective=objective, dtype=dtype, mesh=mesh)
 
     def check_evaluation(self, eval_data: Any) -> None:
-        """Refuse data for evaluation that ends with the first of several."""
+        """Refuse data for evaluation that ends with the first of several, or never."""
+        if not self.eval_batches and getattr(eval_data, "train", False) is True:
+            raise ValueError(
+                "eval_data is a loader for training, which is endless: build it with train=False, or give eval_batches, so "
+                "many batches of it"
+            )
         # With eval_batches an endless iterator serves: each evaluation takes the next ones.
         if 0 < self.eval_every < self.steps and not self.eval_batches and hasattr(eval_data, "__next__"):
             raise ValueError("eval_data is an iterator, which ends with the first evaluation; give a list or a loader")

@@ -16,6 +16,7 @@ import optax
 from jft import parallel, tree
 from jft.compiled import program_cache
 from jft.methods import Plan
+from jft.models.adapters import Adapter, Statistics, statistics_of
 from jft.models.core import is_jft_model, model_of, on_mesh
 from jft.models.logits import Logits
 from jft.train import feed
@@ -25,6 +26,7 @@ from jft.train.optimizers import Given, Optimizer
 from jft.train.state import Holdings, Layout, State, abstract, create, lay_out
 
 Metrics = dict[str, jax.Array]
+Gradients = tuple[Any, jax.Array, dict[str, jax.Array], Any, Statistics]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,9 @@ def dtype_of(model: Any, params: Any) -> Any:
     """The dtype that trained values are cast to: a jft model's execution dtype; else the one that all weights have, or None."""
     if is_jft_model(model):
         return model.execution.dtype
-    dtypes = {np.dtype(x.dtype) for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)}
+    held = statistics_of(model_of(model))
+    weights = [x for p, x in tree.flatten(params).items() if p not in held]
+    dtypes = {np.dtype(x.dtype) for x in weights if jnp.issubdtype(x.dtype, jnp.floating)}
     # A model of mixed dtypes chose them weight by weight, and a cast to one would undo that.
     return dtypes.pop() if len(dtypes) == 1 else None
 
@@ -120,6 +124,14 @@ class Recipe:
                 "is compared with every other, so microbatches minimise another loss; use accumulate=1 and shard the batch"
             )
 
+    @property
+    def training(self) -> Adapter | None:
+        """The model, where it has a pass for training that is not that of evaluation: dropout, batch statistics."""
+        model = model_of(self.apply)
+        # A linearized model is a function of the change alone, so it is in evaluation mode.
+        standard = self.plan.method.forward == "standard"
+        return model if standard and isinstance(model, Adapter) and model.trains else None
+
     # Cached: optax makes new closures at each call, and jit knows a function by its identity.
     @functools.cached_property
     def transform(self) -> optax.GradientTransformationExtraArgs:
@@ -134,51 +146,69 @@ class Recipe:
 
 def gradients(
     recipe: Recipe, kept: Any, trained: Any, batch: Any, mesh: Any = None, key: jax.Array | None = None
-) -> tuple[Any, jax.Array, dict, Any]:
-    """``(gradient, loss, metric means, weight)`` of ``sum of losses / weight of the whole batch`` in ``trained`` alone.
+) -> Gradients:
+    """``(gradient, loss, metric means, weight, statistics)`` of ``sum of losses / weight of the whole batch`` in ``trained``.
 
     The weight is known before the first microbatch, so any division of the batch gives the same gradient; noise (of
-    ``key``) is the same in all of them. What the method adds to the loss is added once.
+    ``key``) is the same in all of them. What the method adds to the loss is added once. statistics: of the model, by path,
+    after the batch.
     """
-    gradient, value, means, weight = _data_gradients(recipe, kept, trained, batch, mesh, key)
+    gradient, value, means, weight, statistics = _data_gradients(recipe, kept, trained, batch, mesh, key)
     penalty = functools.partial(recipe.plan.penalty, kept, key=key)
     # By shape: whether there is a penalty is known while tracing, and nothing is computed for the answer.
     if jax.eval_shape(penalty, trained) is None:
-        return gradient, value, means, weight
+        return gradient, value, means, weight, statistics
     # Apart from the loss of the data, since with accumulation it would be added once for each microbatch.
     added, pull = jax.value_and_grad(penalty)(trained)
-    return jax.tree.map(jnp.add, gradient, pull), value + added, {**means, "penalty": added}, weight
+    return jax.tree.map(jnp.add, gradient, pull), value + added, {**means, "penalty": added}, weight, statistics
 
 
 def _data_gradients(
     recipe: Recipe, kept: Any, trained: Any, batch: Any, mesh: Any, key: jax.Array | None, base: Any = None
-) -> tuple[Any, jax.Array, dict, Any]:
+) -> Gradients:
     """As :func:`gradients`. base: parameters whose outputs the objective gets together with those of the model."""
     weight = recipe.objective.weight(batch)
 
-    def loss(trained: Any, batch: Any) -> tuple[jax.Array, dict]:
-        outputs = recipe.plan.outputs(recipe.apply, kept, trained, batch, recipe.dtype, key)
+    def loss(trained: Any, batch: Any, index: Any = 0) -> tuple[jax.Array, tuple[dict, Statistics]]:
+        outputs, statistics = _outputs(recipe, kept, trained, batch, key, index)
         if base is not None:
             # Targets are constants, wherever the base's parameters come from.
             outputs = outputs, jax.lax.stop_gradient(recipe.apply(base, batch))
         total, _, sums = recipe.objective.loss(outputs, batch)
         # Inside the loss, so that gradients are in the scale of the mean from the first sum on.
-        return total / weight, {k: v / weight for k, v in sums.items()}
+        return total / weight, ({k: v / weight for k, v in sums.items()}, statistics)
 
     one = jax.value_and_grad(loss, has_aux=True)
     if recipe.accumulate == 1:
-        (value, means), gradient = one(trained, batch)
-        return gradient, value, means, weight
+        (value, (means, statistics)), gradient = one(trained, batch)
+        return gradient, value, means, weight, statistics
     parts = parallel.microbatches(batch, recipe.accumulate, mesh)
 
     def add(carry: Any, part: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, carry, one(trained, part)), None
+        so_far, statistics = carry
+        # One microbatch after the other moves the statistics, as one batch after the other does.
+        (value, (means, statistics)), gradient = one(trained | statistics, *part)
+        return (jax.tree.map(jnp.add, so_far, (value, means, gradient)), statistics), None
 
     # Zeros in place of a first microbatch outside the scan, which would compile the model twice.
-    shapes = jax.eval_shape(one, trained, jax.tree.map(lambda x: x[0], parts))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    ((value, means), gradient), _ = jax.lax.scan(add, zeros, parts)
-    return gradient, value, means, weight
+    (value, (means, changed)), gradient = jax.eval_shape(one, trained, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (value, means, gradient))
+    counted = parts, jnp.arange(recipe.accumulate)
+    ((value, means, gradient), statistics), _ = jax.lax.scan(add, (zeros, {p: trained[p] for p in changed}), counted)
+    return gradient, value, means, weight, statistics
+
+
+def _outputs(
+    recipe: Recipe, kept: Any, trained: Any, batch: Any, key: jax.Array | None, index: Any
+) -> tuple[Any, Statistics]:
+    """The model's outputs in training, and new values of its statistics. index: of the microbatch."""
+    if recipe.training is None:
+        return recipe.plan.outputs(recipe.apply, kept, trained, batch, recipe.dtype, key), {}
+    assert key is not None, "a recipe that trains in a mode of its own has one"
+    params = recipe.plan.bind(kept, trained, recipe.dtype, key)
+    # Unlike the method's noise, dropout is another in every microbatch: its rows are other rows.
+    outputs, found = recipe.training.training(params, batch, jax.random.fold_in(tree.key_for(key, "model"), index))
+    return outputs, {path: jax.lax.stop_gradient(x).astype(trained[path].dtype) for path, x in found.items()}
 
 
 def _gradient_to_base(recipe: Recipe, kept: Any, trained: Any, batch: Any, mesh: Any, key: jax.Array | None) -> Any:
@@ -198,8 +228,9 @@ def step(
     plan, rule = recipe.plan, recipe.plan.method.rule
     kept = plan.attach(frozen, live, state.chosen)
     # From the step, so that a run that is taken up draws what it would have drawn.
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step) if plan.random else None
-    gradient, loss, means, weight = gradients(recipe, kept, state.trained, batch, mesh, key)
+    draws = plan.random or recipe.training is not None
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step) if draws else None
+    gradient, loss, means, weight, statistics = gradients(recipe, kept, state.trained, batch, mesh, key)
     # Before clipping and rules: the number that tells of a diverging run.
     norm = optax.tree.norm(gradient)
     # The norm is not finite as soon as one entry of the gradient is not.
@@ -221,6 +252,8 @@ def step(
     trained = optax.apply_updates(state.trained, updates)
     if rule:
         trained, memory = rule.values(plan, kept, trained, memory)
+    # Last, since nothing else may move them.
+    trained = trained | statistics
 
     new = State(state.step + 1, trained, opt_state, state.rng, state.chosen, memory)
     # A select, not a branch: the host learns of a bad step only after the next one has been queued.

@@ -81,6 +81,14 @@ def test_a_run(folder, tmp_path, capsys):
     out = json.loads(run([f"--workdir={tmp_path}/run", "--base", "--json", "--max-tokens=4", "3?"], capsys))
     assert out[0]["answers"]["run"] == samples[-1]["text"]
     assert list(out[0]["answers"]) == ["base", "run"]
+    # A run on plain texts gets plain texts, although its tokenizer has a template.
+    argv = [f"--workdir={tmp_path}/run", "--json", "--max-tokens=4", "3?"]
+    raw, plain = (json.loads(run([*argv, more], capsys)) for more in ("--raw", "--config.data.chat=False"))
+    assert raw == plain != [{"prompt": "3?", "answers": {"run": samples[-1]["text"]}}]
+    assert (
+        json.loads(run([*argv, "--config.data.chat=False", "--chat"], capsys))[0]["answers"]["run"]
+        == samples[-1]["text"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,7 +98,8 @@ def test_a_run(folder, tmp_path, capsys):
         (["--model=m", "--workdir=w"], "one of them"),
         (["--model=m", "--base"], "there is no --delta"),
         (["--model=m", "--delta=none.safetensors"], "task vector 'none.safetensors' does not exist"),
-        (["--model=m", "--raw", "--system=x"], "leave out --raw"),
+        (["--model=m", "--raw", "--system=x"], "--system goes through the chat template; leave out --raw"),
+        (["--model=m", "--raw", "--chat"], "--chat goes through"),
         (["--model=m", "--temprature=1"], "did you mean '--temperature'"),
         (["--workdir=nowhere"], "workdir 'nowhere' does not exist"),
     ],

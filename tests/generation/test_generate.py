@@ -1,16 +1,20 @@
 """Generation: the cache against whole passes, sampling against NumPy, prompts, ends, and what is refused."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jft
+from jft import tree
 from jft.data.tokenizer import byte_tokenizer
 from jft.generation import Sampling, programs
 from jft.generation.prompts import ends
 from jft.generation.text import rounded
-from jft.models import Model
+from jft.models import Model, decoding
 from jft.models.decoder import DecoderConfig
 from jft.models.encoder import EncoderConfig
 from jft.models.rope import Rope
@@ -22,6 +26,15 @@ MUTATIONS = [
     ("jft/models/decoding.py", "[*values, v], first + count", "[*values, v], first"),
     ("jft/models/decoding.py", "filled=cache.filled + columns", "filled=cache.filled + 1"),
     ("jft/models/decoding.py", "positions = jnp.sum(cache.segments > 0", "positions = 1 + jnp.sum(cache.segments > 0"),
+    ("jft/models/decoding.py", "tuple(stack[i] for stack", "tuple(stack[i : i + 1] for stack"),
+    ("jft/models/decoding.py", "return self._parts[w.index]", "return self._parts[w.index - 1]"),
+    ("jft/models/decoding.py", "joined = {key: jnp.concatenate", "joined = {key: 1.01 * jnp.concatenate"),
+    (
+        "jft/models/decoding.py",
+        'isinstance(part["w"], jax.Array) for part in parts) and',
+        "True for part in parts) and",
+    ),
+    ("jft/generation/programs.py", "decoding.fused(tree.cast(", "(tree.cast("),
     (
         "jft/generation/programs.py",
         "segments = (jnp.arange(T) >= T - lengths",
@@ -110,6 +123,49 @@ def test_deltas(params):
     tau = jft.TaskVector.between(params, merged)
     assert bound == lists(jft.generate(MODEL, jft.apply(params, tau), PROMPTS, max_tokens=NEW))
     assert bound == [greedy(merged, prompt, NEW) for prompt in PROMPTS]
+
+
+@pytest.mark.optimized
+def test_a_step_copies_no_cache(params):
+    """The loop updates keys and values where they are: copies would cost more than the products of a small model."""
+    run = programs.programs(MODEL, Sampling(), rounded(NEW), True, 0, None)
+    rows, eos, seed = np.ones((3, 8), np.int32), np.zeros(0, np.int32), np.uint32(0)
+    state = jax.eval_shape(run.begin, params, rows, np.full(3, 8, np.int32), np.zeros(3, bool), eos, seed)
+    shapes = {",".join(map(str, x.shape)) for x in state.memory.k}
+    assert len(shapes) == 1 and len(state.memory.k) == CONFIG.layers
+    text = run.extend.lower(run.prepare(params), state, np.int32(NEW), eos, seed).compile().as_text()
+    assert re.findall(rf"f32\[{shapes.pop()}\]\S* dynamic-update-slice\(", text)
+    assert not re.findall(r"f32\[[\d,]*\]\S* copy\(", text)
+
+
+def test_products_of_one_input_are_one(params):
+    """Queries, keys and values, and gate and up: four products a layer in place of seven, where weights are plain arrays."""
+    stacks = decoding.layer_stacks(params, each=True)
+    _, cache = jax.eval_shape(
+        lambda p: decoding.prefill(MODEL, p, jnp.ones((2, 4), int), jnp.ones((2, 4), int), 8, True), params
+    )
+
+    def products(layers):
+        jaxpr = jax.make_jaxpr(lambda p, c: decoding.decode(MODEL, p, jnp.ones(2, int), c)[0])(layers, cache)
+        return str(jaxpr).count("dot_general")
+
+    # Two more of the attention of each layer, and the head.
+    assert products(stacks) == 3 * (7 + 2) + 1
+    assert products(decoding.fused(stacks)) == 3 * (4 + 2) + 1
+    plan = jft.method("lora", rank=2, include="attn/v/").plan(params, MODEL)
+    bound = decoding.fused(decoding.layer_stacks(plan.bind(*plan.init(jax.random.key(1), params)), each=True))
+    assert not isinstance(bound["layers"][0]["attn"]["q"]["w"], decoding.Fused)
+    assert isinstance(bound["layers"][0]["mlp"]["up"]["w"], decoding.Fused)
+
+
+def test_biases_of_products_that_are_one():
+    """As in Qwen 2; and an MLP without a gate."""
+    model = Model(dataclasses.replace(CONFIG, layers=1, windows=None, qkv_bias=True, gated=False, mlp_bias=True))
+    params = model.init(jax.random.key(0))
+    params = tree.map_with_path(
+        lambda p, x: x + 0.4 * jnp.cos(jnp.arange(x.size)).reshape(x.shape) if p.endswith("/b") else x, params
+    )
+    assert lists(jft.generate(model, params, PROMPTS[:1], max_tokens=NEW)) == [greedy(params, PROMPTS[0], NEW, model)]
 
 
 def test_on_a_mesh(params, expected):
