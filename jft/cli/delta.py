@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jft import terminal
+from jft.cli import restored
 from jft.cli.errors import Parser, UsageError
 
 EXAMPLES = """\
@@ -209,6 +210,7 @@ def apply(options: argparse.Namespace) -> int:
     from jft.models import load, save
 
     _check_directory(options.out)
+    restored.note_linearized(options.file)
     tau = _selected(delta.TaskVector.load(options.file), options)
     dtype = options.dtype or _dtype(tau.manifest)
     model, base = load(options.base, dtype=dtype)

@@ -11,15 +11,25 @@ from jft.cli.train import may_add
 
 
 def main(argv: Sequence[str]) -> int:
-    """``jft export --workdir=RUN --out=DIR [--scale=1.0]``."""
+    """``jft export --workdir=RUN --out=DIR [--forward standard]``."""
     parser = Parser(prog="jft export", description=__doc__)
     parser.add_argument("--workdir", required=True, help="the run")
     parser.add_argument("--out", required=True, help="the directory to write; it must not exist, or be empty")
+    parser.add_argument(
+        "--forward",
+        choices=["standard"],
+        help="of a run that trained linearized: write base + task vector as ordinary weights, which are another model",
+    )
     args, config = options.parse(parser, argv, restored.config_of(argv), may_add, "that of the run")
     out = Path(args.out)
     # Before the base is loaded, which may take minutes.
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {args.out!r} exists and is not an empty directory; give another")
+    if not args.forward and (trained := restored.linearized(Path(args.workdir) / "task_vector.safetensors")):
+        raise UsageError(
+            f"{args.workdir} {trained}; `jft eval --workdir={args.workdir}` measures what was trained. --forward=standard "
+            "writes base + task vector as ordinary weights all the same; `jft eval --forward=standard` measures those"
+        )
 
     from jft import models
 

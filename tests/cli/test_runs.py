@@ -62,6 +62,21 @@ def test_eval_of_a_linearized_run_is_linearized(workdir, tmp_path, capsys):
     assert found[""] == found["--forward=linearized"] == pytest.approx(logged[-1]["loss"], rel=1e-5)
     assert found["--forward=standard"] != pytest.approx(found[""], rel=1e-5)
 
+    # No directory of weights gives the function that was trained.
+    export = ["export", f"--workdir={tmp_path}", f"--out={tmp_path / 'hf'}"]
+    assert main.call(export) == 2 and not (tmp_path / "hf").exists()
+    assert "was trained linearized at its base (method l_lora)" in (text := capsys.readouterr().err)
+    assert "--forward=standard writes" in text
+    assert main.call([*export, "--forward=standard"]) == 0
+    capsys.readouterr()
+    # The way out that the refusal names: what is exported is what `--forward=standard` measures.
+    model, params = jft.load(tmp_path / "hf", dtype="float32")
+    test = jft.data.build({"source": "digits", "split": "test"}, batch_size=16, train=False)
+    assert jft.train.evaluate(model, params, test, "classification")["loss"] == pytest.approx(found["--forward=standard"], rel=1e-5)
+    vector = str(tmp_path / "task_vector.safetensors")
+    assert main.call(["delta", "apply", str(tmp_path / "hf"), vector, str(tmp_path / "again"), "--no-check"]) == 0
+    assert "was trained linearized" in capsys.readouterr().err
+
 
 def test_export_is_base_plus_task_vector(workdir, tmp_path, capsys):
     out = tmp_path / "hf"
