@@ -72,7 +72,9 @@ def test_eval_of_a_linearized_run_is_linearized(workdir, tmp_path, capsys):
     # The way out that the refusal names: what is exported is what `--forward=standard` measures.
     model, params = jft.load(tmp_path / "hf", dtype="float32")
     test = jft.data.build({"source": "digits", "split": "test"}, batch_size=16, train=False)
-    assert jft.train.evaluate(model, params, test, "classification")["loss"] == pytest.approx(found["--forward=standard"], rel=1e-5)
+    assert jft.train.evaluate(model, params, test, "classification")["loss"] == pytest.approx(
+        found["--forward=standard"], rel=1e-5
+    )
     vector = str(tmp_path / "task_vector.safetensors")
     assert main.call(["delta", "apply", str(tmp_path / "hf"), vector, str(tmp_path / "again"), "--no-check"]) == 0
     assert "was trained linearized" in capsys.readouterr().err
