@@ -15,7 +15,7 @@ import numpy as np
 
 from jft import files, terminal, tree
 from jft.data.display import marked
-from jft.methods import Plan
+from jft.methods import Plan, select
 from jft.train import feed, step
 from jft.train.callbacks import Callback, Event
 from jft.train.metrics import Meter, Metrics, Progress
@@ -154,6 +154,9 @@ def introduction(
     names = ", ".join(member.name for member in members)
     each = f"{len(members)} members ({names}), each by " if members.stacked else ""
     yield f"{each}method {describe(plan)}; {costs}"
+    # Of members that select by budgets of their own too: they differ in seeds and scores at most.
+    if densities := select.density(plan, tree.flatten(params)):
+        yield whole_units(*densities)
     # Peeked at: it is the batch that the next step takes.
     if first := example(streams.feed(0).peek(), config.objective, tokenizer):
         yield first
@@ -168,6 +171,19 @@ def introduction(
                 f"{member.label}optimizer.warmup is {warmup} steps, more than the run has: at step {steps} the learning "
                 f"rate is {rate:.3g}, not {member.optimizer.lr:g}"
             )
+
+
+MISSED = 1.25  # how far a density of whole units may be from the one of the budget before the run warns
+
+
+def whole_units(density: float, selected: float) -> str:
+    """What a budget of ``density`` comes to in whole units, as text."""
+    if max(density / selected, selected / density) <= MISSED:
+        return f"density {selected:.3g} in whole units, of a budget of {density:.3g}"
+    return (
+        f"warning: density {selected:.3g} trains, not the {density:.3g} of the budget: units are large, and at least one of "
+        "each matrix (or layer, as the budget is of) trains; give smaller units, as method.block, or a wider scope"
+    )
 
 
 def write_config(workdir: Path | None, manifest: Mapping[str, Any]) -> None:
