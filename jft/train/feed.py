@@ -175,13 +175,25 @@ class Feed:
         """The position of the stream, as JSON: the next batch is the same after :meth:`seek` to it."""
         return self._ahead[0][0] if self._ahead else encode(self._iterator.get_state())
 
-    def seek(self, position: Any) -> None:
-        """Go to a position. One that was just peeked at needs no going back."""
+    def seek(self, position: Any, accept: bool = False) -> str:
+        """Go to a position. One that was just peeked at needs no going back.
+
+        accept: where the position is of other data, go on after as many examples, or from the beginning; it is said which.
+        """
         # A plain iterator could not go back by even one batch.
         if self._ahead and self._ahead[0][0] == position:
-            return
+            return ""
+        try:
+            self._iterator.set_state(decode(position))
+        except ValueError as error:
+            if not accept:
+                raise ValueError(f"{error} (checkpoint.accept=True does)") from None
+            goes_on = hasattr(self._iterator, "set_examples") and self._iterator.set_examples(decode(position))
+            if goes_on:
+                self._ahead.clear()
+            return f"the data is another one; it goes on {'after as many examples' if goes_on else 'from its beginning'}"
         self._ahead.clear()
-        self._iterator.set_state(decode(position))
+        return ""
 
     def close(self) -> None:
         """Stop read-ahead threads and workers of an iterator that was opened here."""
@@ -293,9 +305,10 @@ class Streams:
         """The position of each stream, JSON."""
         return [x.position() for x in self._feeds]
 
-    def seek(self, positions: list[Any]) -> None:
-        for x, position in zip(self._feeds, positions, strict=True):
-            x.seek(position)
+    def seek(self, positions: list[Any], accept: bool = False) -> list[str]:
+        """Go to a position of each stream; what is to be said of it (:meth:`Feed.seek`)."""
+        notes = [x.seek(position, accept) for x, position in zip(self._feeds, positions, strict=True)]
+        return [note for note in notes if note]
 
     def close(self) -> None:
         for x in self._feeds:

@@ -189,7 +189,7 @@ def _train(
 
     # What the user sees, the loop, and what came of it.
     report = Report(training, begin, memory, batch, tokenizer, callbacks)
-    for note in notes:
+    for note in [*notes, *training.notes]:
         report.say(note)
     with contextlib.ExitStack() as stack:
         # Closed in the reverse order: checkpoints first, which wait for the last write.

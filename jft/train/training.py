@@ -113,7 +113,7 @@ class Training:
     """The members' holdings on the devices after their last step, with their checkpoints and results.
 
     held, sound: from :meth:`begin` on; sound: whether the losses and gradients of all steps so far were finite. errors: of
-    members that have stopped.
+    members that have stopped. notes: of the start, for the user.
     """
 
     held: Holdings
@@ -132,6 +132,7 @@ class Training:
         self._bases = [delta.describe_base(m.start(params)) if m.params else shared for m in members]
         self.checkpoints: Any = None
         self.errors: list[NonFiniteError | None] = [None] * len(members)
+        self.notes: list[str] = []
 
     def _describe(self, i: int) -> dict[str, Any]:
         member, config = self.members[i], self.config
@@ -157,7 +158,8 @@ class Training:
             self._settled = self.checkpoints.settled()
             self.held = take_up(self.update, self.params, state, self._settled, seeds, donate, overlays)
             # Checkpoints of a run by itself hold the position alone, not a list of one.
-            self.streams.seek(positions if members.stacked else [positions])
+            positions = positions if members.stacked else [positions]
+            self.notes = self.streams.seek(positions, self.checkpoints.options.accept)
         else:
             # Only without checkpoints: those have refused already, and a finished run may go on from its own.
             self._refuse_another(each)
