@@ -191,7 +191,9 @@ class Feed:
             goes_on = hasattr(self._iterator, "set_examples") and self._iterator.set_examples(decode(position))
             if goes_on:
                 self._ahead.clear()
-            return f"the data is another one; it goes on {'after as many examples' if goes_on else 'from its beginning'}"
+            return (
+                f"the data is another one; it goes on {'after as many examples' if goes_on else 'from its beginning'}"
+            )
         self._ahead.clear()
         return ""
 

@@ -210,14 +210,15 @@ def test_what_an_error_proposes_of_data_works_from_where_the_run_stands(mend, tm
     config = digits()
     config.model.arch, config.model.options = "encoder", {**DECODER, "vocab": 300, "positions": 16}
     config.data = {"source": "jsonl", "files": str(file), "task": "classification", "text": "text", "label": "label"}
-    config.data = config.data.to_dict() | {"classes": 2, "tokenizer": "bytes", "max_length": 16, "buckets": False, "too_long": "error"}
+    config.data = config.data.to_dict() | {"classes": 2, "tokenizer": "bytes", "max_length": 16, "buckets": False}
+    config.data.too_long = "error"
     config.eval_data, config.steps, config.batch_size, config.check_data = {}, 20, 8, 0.0
     config.log.progress = True
     with pytest.raises(ValueError, match=r"data.jsonl:33: .*too_long.*the state after step \d+ is saved in"):
         experiment.run(config, tmp_path / "run")
     if mend == "drop":
         config.data.too_long = "drop"
-        with pytest.raises(ValueError, match="data.too_long: 'error' -> 'drop'.*\nundo.*set checkpoint.accept=True"):
+        with pytest.raises(ValueError, match=r"data.too_long: 'error' -> 'drop'.*\nundo.*set checkpoint.accept=True"):
             experiment.run(config, tmp_path / "run")
     else:
         file.write_text("\n".join([*lines, *lines]) + "\n")
