@@ -35,7 +35,11 @@ def main(argv: Sequence[str]) -> int:
 
     restored.start()
     run = restored.restore(config, Path(args.workdir))
-    models.save(run.model, run.params(), out, like=run.config.model.source or None)
+    classes, heads = run.train.classes, getattr(run.model.config, "classes", 0)
+    # A head may have more classes than the data; names that are numbers say less than the checkpoint's.
+    named = classes and len(classes) == heads and list(classes) != [str(i) for i in range(heads)]
+    like = run.config.model.source or None
+    models.save(run.model, run.params(), out, like=like, labels=classes if named else None)
     # A base that was trained from scratch has no files to copy it from.
     if run.train.tokenizer is not None and not (out / "tokenizer.json").exists():
         run.train.tokenizer.save(out)

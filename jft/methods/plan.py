@@ -29,10 +29,11 @@ from jft.tree import lead
 class Method:
     """A composition: *select* which weights, *train* them in some parametrisation.
 
-    also: patterns trained in place beside them (a task head, norms). freeze: patterns that never train, whatever else
-    says so. penalties: what is added to the loss (:mod:`jft.methods.penalties`). rule: what is done to gradients and
-    values at every step (:mod:`jft.methods.update_rules`). schedule: when parts are selected anew
-    (:mod:`jft.methods.schedules`). name and options say where it came from and go into every manifest.
+    also: patterns trained in place beside them (a task head, norms); a head that ``jft.load`` drew is among them by itself.
+    freeze: patterns that never train, whatever else says so. penalties: what is added to the loss
+    (:mod:`jft.methods.penalties`). rule: what is done to gradients and values at every step
+    (:mod:`jft.methods.update_rules`). schedule: when parts are selected anew (:mod:`jft.methods.schedules`). name and
+    options say where it came from and go into every manifest.
 
     forward: ``standard``, the model at the changed weights; or ``linearized``, ``f(theta0) + J(theta0) tau``: the weights
     stay the base, and outputs are linear in their change tau (:mod:`jft.tangent`). until: the site up to which a
@@ -83,9 +84,12 @@ class Method:
             leaves = layer_runs.by_layer(chosen, shapes, choice, self.train, stacked)
         else:
             leaves = layer_runs.by_table(choice({p: tuple(shapes[p].shape) for p in chosen}), shapes, self.train)
-        if self.also:
+        # A new head is random: unless frozen it trains whatever the method selects, as in peft.
+        drawn = tuple(f"^{re.escape(p)}$" for p in getattr(model, "drawn", ()) if p in shapes and p not in leaves)
+        also = self.also + drawn
+        if also:
             # After the selection: ``also`` trains whole what that would cut or leave out. ``freeze`` has the last word.
-            leaves |= dict.fromkeys(tree.matching(shapes, self.also, "also"), InPlace())
+            leaves |= dict.fromkeys(tree.matching(shapes, also, "also"), InPlace())
         if self.freeze:
             for path in tree.matching(shapes, self.freeze, "freeze"):
                 leaves.pop(path, None)
@@ -114,7 +118,8 @@ class Method:
             for p in shapes
             if p in leaves
         }
-        plan = Plan(self._held(params, model), ordered, tuple(shapes), jax.tree.structure(params), structured=stacked)
+        held = dataclasses.replace(self._held(params, model), also=also)
+        plan = Plan(held, ordered, tuple(shapes), jax.tree.structure(params), structured=stacked)
         # Both may measure the change from the base; without them a second copy of the weights is not kept.
         return plan.anchored() if self.penalties or self.rule else plan
 

@@ -160,8 +160,10 @@ def introduction(
     # Peeked at: it is the batch that the next step takes.
     if first := example(streams.feed(0).peek(), config.objective, tokenizer):
         yield first
-    # A new head is random, and a user of LoRA easily overlooks that it does not train.
-    if "classifier/w" in plan.paths and "classifier/w" not in plan.leaves:
+    # A user of LoRA easily overlooks whether the head trains.
+    if (new := [p for p in getattr(config.model, "drawn", ()) if p in plan.leaves]) and plan.method.name != "full":
+        yield f"the checkpoint has no head of this task: {', '.join(new)} are new and train too (freeze: '^classifier/')"
+    elif "classifier/w" in plan.paths and "classifier/w" not in plan.leaves:
         yield "the classifier stays as it is, which suits a fixed head; also='^classifier/' trains it"
     for member in members:
         warmup = getattr(member.optimizer, "warmup", 0)

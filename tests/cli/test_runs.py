@@ -92,6 +92,32 @@ def test_export_is_base_plus_task_vector(workdir, tmp_path, capsys):
     assert "not an empty directory" in capsys.readouterr().err
 
 
+def test_a_new_head_trains_and_keeps_the_names_of_its_classes(tmp_path, capsys):
+    """LoRA on a checkpoint without a head: trained beside the factors, said so, and exported with the data's names."""
+    model = jft.models.Model(jft.models.EncoderConfig(vocab=300, width=8, layers=1, heads=2, hidden=8, positions=8))
+    jft.save(model, model.init(jax.random.key(0)), tmp_path / "base")
+    rows = [{"text": f"{i}", "mood": ("good", "bad")[i % 2]} for i in range(8)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"source": "jsonl", "files": str(tmp_path / "data.jsonl"), "task": "classification", "text": "text"}
+    config = {
+        "steps": 1,
+        "batch_size": 8,
+        "model": {"source": str(tmp_path / "base"), "classes": -1},
+        "data": data | {"label": "mood", "tokenizer": "bytes", "max_length": 8},
+        "method": {"name": "lora", "rank": 1},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main.call(["train", f"--config={tmp_path / 'config.json'}", f"--workdir={tmp_path / 'run'}"]) == 0
+    text = "no head of this task: classifier/b, classifier/w are new and train too (freeze: '^classifier/')"
+    assert text in capsys.readouterr().out
+    vector = jft.TaskVector.load(tmp_path / "run/task_vector.safetensors")
+    assert float(vector["classifier/w"].norm()) > 0
+    assert main.call(["export", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'hf'}"]) == 0
+    description = json.loads((tmp_path / "hf/config.json").read_text())
+    assert description["id2label"] == {"0": "bad", "1": "good"}
+    assert description["label2id"] == {"bad": 0, "good": 1}
+
+
 def test_plot(workdir, capsys):
     assert main.call(["plot", f"--workdir={workdir}"]) == 0
     assert (workdir / "metrics.png").read_bytes().startswith(b"\x89PNG")

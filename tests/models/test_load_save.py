@@ -240,9 +240,16 @@ def test_classifiers(tmp_path, name):
     equal({k: v for k, v in wrapped.items() if k != "classifier"}, params)
     equal(jft.load(tmp_path / "a", classes=5, pool="mean", mesh=make_mesh())[1], wrapped)
     assert jnp.any(jft.load(tmp_path / "a", classes=5, seed=1)[1]["classifier"]["w"] != wrapped["classifier"]["w"])
+    # A new head trains under LoRA, as in peft, unless it is frozen.
+    assert model.drawn == ("classifier/b", "classifier/w") and model.with_(remat="full").drawn == model.drawn
+    trains = {x: set(jft.method("lora", freeze=x).plan(wrapped, model).leaves) for x in ((), "^classifier/")}
+    assert trains[()] - trains["^classifier/"] == set(model.drawn)
     jft.save(model, wrapped, tmp_path / "zero")
+    assert not jft.load(tmp_path / "zero")[0].drawn
     equal(jft.load(tmp_path / "zero")[1], wrapped)
     wrapped["classifier"]["b"] = jnp.arange(5, dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match="2 labels are given, and the model has 5 classes"):
+        jft.save(model, wrapped, tmp_path / "b", labels=["a", "b"])
     jft.save(model, wrapped, tmp_path / "b")
     for classes in (0, 5):
         again, back = jft.load(tmp_path / "b", classes=classes)
