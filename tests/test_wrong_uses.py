@@ -261,6 +261,30 @@ def test_rates_count_steps_that_are_done():
     assert len(rates) == 6 and min(rates) > 0 and max(rates) <= 50
 
 
+def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
+    """Without checkpoints: neither the same run again, nor one of fewer or more steps over its result."""
+    from jft.cli import main
+
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    argv = ["train", f"--config={tmp_path / 'config.json'}", f"--workdir={tmp_path / 'run'}"]
+    assert main.call(argv) == 0
+    before = (tmp_path / "run/task_vector.safetensors").read_bytes(), (tmp_path / "run/metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    assert main.call(argv) == 0
+    assert "done before: the run in" in capsys.readouterr().out
+    for steps in (1, 3):
+        assert main.call([*argv, f"--config.steps={steps}"]) == 1
+        assert "has ended after step 2, and has no checkpoint to go on from; load its" in capsys.readouterr().err
+    # What is proposed of another run there must work as well: nothing could go on.
+    assert main.call([*argv, "--config.optimizer.lr=2e-3"]) == 1
+    text = capsys.readouterr().err
+    assert "is of another run" in text and "give another workdir, or remove that file" in text and "accept" not in text
+    after = (tmp_path / "run/task_vector.safetensors").read_bytes(), (tmp_path / "run/metrics.jsonl").read_bytes()
+    assert after == before
+    (tmp_path / "run/task_vector.safetensors").unlink()
+    assert main.call([*argv, "--config.steps=1"]) == 0
+
+
 def test_the_small_config_is_right_in_itself(tmp_path):
     run = job(tmp_path)
     assert dataclasses.is_dataclass(run) and run.state.step == 2

@@ -128,11 +128,12 @@ def compare(
     what: str,
     configs: tuple[Any, Any] = (None, None),
     accept: bool = False,
+    end: str = "undo the change{accept}, or give another workdir",
 ) -> None:
     """Refuse with :class:`Changed` where the identities differ: ``what``, and each difference as ``key: old -> new``.
 
     configs: of the saved run and of this one, in whose words differences are said. accept: pass over what :data:`ACCEPTABLE`
-    names.
+    names. end: the way out, with a place for that of ``accept``.
     """
     saved, now = _content(saved, now)
     # Through JSON, which makes lists of tuples and strings of keys, as the saved one went.
@@ -154,24 +155,27 @@ def compare(
         rest = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
         changes = "\n".join(lines[:SHOWN] + rest)
         raise Changed(
-            f"{what} of another run, so going on in this workdir would be wrong:\n{changes}\n"
-            f"undo the change{way}, or give another workdir"
+            f"{what} of another run, so going on in this workdir would be wrong:\n{changes}\n{end.format(accept=way)}"
         )
 
 
-def refuse_another(workdir: Path | None, itself: Mapping[str, Any]) -> None:
-    """Refuse to start in a directory with the result of another run, which this one would write over."""
-    path = None if workdir is None else workdir / "task_vector.safetensors"
-    if path is None or not path.is_file():
-        return
+def finished(workdir: Path, itself: Mapping[str, Any]) -> int | None:
+    """The step at which this very run has ended in ``workdir``, by its task vector; None where there is none.
 
+    Raises :class:`Changed` where the task vector is of another run, over which this one would write.
+    """
+    path = workdir / "task_vector.safetensors"
+    if not path.is_file():
+        return None
     # The header alone: a task vector may be as large as the model.
     manifest = file.inspect(path).manifest
     # A task vector keeps the base as a section, a checkpoint as its fingerprint alone.
     before = {key: manifest.get(key) for key in itself} | {"base": manifest.get("base", {}).get("fingerprint")}
     if "narrowed" in manifest:  # of part of its base: the whole one is not known
         before["base"] = itself["base"]
-    compare(before, itself, f"{path} is")
+    # Nothing is there to go on from.
+    compare(before, itself, f"{path} is", end="give another workdir, or remove that file")
+    return int(manifest.get("steps", 0))
 
 
 def newest(directory: Path) -> tuple[int, dict[str, Any] | None, dict[str, jax.ShapeDtypeStruct]]:

@@ -95,7 +95,8 @@ def finetune(
     dry_run: everything up to the first step: print what the run would be, write nothing, and return None.
 
     Raises :class:`NonFiniteError` with the last good state saved, :class:`Preempted` when asked to stop,
-    :class:`jft.parallel.MemoryBudgetError` where it would not fit, ``Changed`` where the workdir holds another run.
+    :class:`jft.parallel.MemoryBudgetError` where it would not fit, ``Changed`` where the workdir holds another run,
+    :class:`FinishedError` where it holds the result of this one and no checkpoint.
     """
     # What to do.
     steps = _steps(steps, epochs, [data] if fleet is None else [one.get("data", data) for one in fleet])

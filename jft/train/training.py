@@ -45,6 +45,14 @@ class NonFiniteError(ValueError):
         )
 
 
+class FinishedError(ValueError):
+    """The run has ended in this workdir before, and left no checkpoint to go on from. whole: after all of its steps."""
+
+    def __init__(self, message: str, whole: bool):
+        super().__init__(message)
+        self.whole = whole
+
+
 @dataclasses.dataclass(frozen=True)
 class Linearized:
     """The outputs of a model under linearized training, as a function of what it keeps and what trains."""
@@ -162,7 +170,7 @@ class Training:
             self.notes = self.streams.seek(positions, self.checkpoints.options.accept)
         else:
             # Only without checkpoints: those have refused already, and a finished run may go on from its own.
-            self._refuse_another(each)
+            self._refuse_finished(each)
             fresh = hold(self.update, self.params, self._chosen, seeds, donate, overlays)
             calibrations = [lambda i=i, m=m: self._calibration(i, m.start(self.params)) for i, m in enumerate(members)]
             self.held = measured(self.update, fresh, calibrations, self.config.steps)
@@ -175,13 +183,18 @@ class Training:
             )
         return begin
 
-    def _refuse_another(self, each: list[dict[str, Any]]) -> None:
-        """Refuse to write over results of other runs in the members' folders."""
-        for member, facts in zip(self.members, each, strict=True):
-            if member.workdir is not None:
-                from jft.train.checkpoints import refuse_another
+    def _refuse_finished(self, each: list[dict[str, Any]]) -> None:
+        """Refuse to write over results in the members' folders, of other runs or of this one."""
+        from jft.train.checkpoints import finished
 
-                refuse_another(member.workdir, facts)
+        for member, facts in zip(self.members, each, strict=True):
+            ended = None if member.workdir is None else finished(member.workdir, facts)
+            if ended is not None:
+                raise FinishedError(
+                    f"{member.label}the run in {member.workdir} has ended after step {ended}, and has no checkpoint to go on "
+                    "from; load its task_vector.safetensors, give another workdir, or remove that file to train anew",
+                    ended == self.config.steps,
+                )
 
     def reselect(self, n: int) -> None:
         """Before update ``n``, select anew what trains, where the method's schedule says so. No fleet has one."""
