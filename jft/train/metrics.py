@@ -16,7 +16,11 @@ from jft import files, strict_json, terminal
 
 @dataclasses.dataclass(frozen=True)
 class Logging:
-    """Options of the log. every: steps between rows. progress: show the run on stdout. tensorboard; wandb: a project's name."""
+    """Options of the log.
+
+    every: steps between rows; the loss of a row is the mean over all targets since the last one. progress: show the run on
+    stdout. tensorboard; wandb: a project's name.
+    """
 
     every: int = 10
     progress: bool = True

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from jft.train.callbacks import Callback, Event
 from jft.train.metrics import Meter, Metrics, Progress
 from jft.train.optimizers import Given
 from jft.train.training import Pending, Training
+
+# The other metrics of training are means over the targets of all steps since the last row.
+OF_ONE_STEP = ("grad_norm", "param_norm", "update_norm", "weight")
 
 
 class Report:
@@ -56,6 +60,8 @@ class Report:
         self._meter = Meter(work)
         # Examples, tokens and positions of the steps that are on the devices, oldest first.
         self._queued: collections.deque[tuple[int, ...]] = collections.deque()
+        # Of each member since its last row: the sums of what is a mean over targets, and their weight.
+        self._sums: list[collections.Counter[str]] = [collections.Counter() for _ in members]
         if config.log.progress and primary:
             costs = expense(memory, work, batch)
             for line in introduction(
@@ -80,22 +86,29 @@ class Report:
         self._queued.append(tuple(count * jax.process_count() for count in counts))
 
     def train(self, pending: Pending) -> None:
-        """A step is done; its metrics, where it is one to log, of members that go on."""
+        """A step is done; where it is one to log, the row of each member that goes on: means over the steps since the last."""
         # Not as it is queued: the host runs ahead of the devices, and rates would be those of dispatching.
         self._meter.add(*self._queued.popleft())
         self._progress.advance(pending.step)
+        for sums, values in zip(self._sums, each := pending.each(), strict=True):
+            # One loss that is not finite is that of a member's end, which is told elsewhere.
+            if math.isfinite(values["loss"]):
+                sums.update({k: v * values["weight"] for k, v in values.items() if k not in OF_ONE_STEP})
+                sums["weight"] += values["weight"]
         # The last step is always logged, so that every run has a row.
         if pending.step % self._log.every and pending.step != self._steps:
             return
         # Once for all members: reading starts the next interval.
         speed = self._meter.read()
         rows = []
-        each = zip(self._training.members, self._metrics, pending.each(), pending.rates, strict=True)
-        for i, (member, metrics, values, rate) in enumerate(each):
+        of_members = zip(self._training.members, self._metrics, each, pending.rates, strict=True)
+        for i, (member, metrics, values, rate) in enumerate(of_members):
+            sums, self._sums[i] = self._sums[i], collections.Counter()
             # A member that has stopped shows its last state for ever; at least one goes on, or the run would have ended.
             if self._training.errors[i] is None:
                 lr = {} if isinstance(member.optimizer, Given) else {"lr": rate}
-                rows.append(values | lr | speed)
+                means = {k: sums[k] / sums["weight"] for k in values if k not in OF_ONE_STEP}
+                rows.append(values | means | lr | speed)
                 metrics.write(pending.step, "train", rows[-1])
                 self._call(i, pending.step, "train", rows[-1])
         # All rows have the same keys: one program makes them, and optimizers of a fleet are of one kind.
