@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import re
+import resource
+import shutil
 import struct
+import tempfile
 from pathlib import Path
 
 import jax
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 
 import jft
+from jft.train import metrics
 from tests.models.checkpoints import LLAMA, llama_tensors, write
 
 W = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
@@ -274,7 +278,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
     assert "done before: the run in" in capsys.readouterr().out
     for steps in (1, 3):
         assert main.call([*argv, f"--config.steps={steps}"]) == 1
-        assert "has ended after step 2, and has no checkpoint to go on from; load its" in capsys.readouterr().err
+        assert "has ended after step 2, and has no checkpoint to go on from there; load its" in capsys.readouterr().err
     # What is proposed of another run there must work as well: nothing could go on.
     assert main.call([*argv, "--config.optimizer.lr=2e-3"]) == 1
     text = capsys.readouterr().err
@@ -283,6 +287,71 @@ def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
     assert after == before
     (tmp_path / "run/task_vector.safetensors").unlink()
     assert main.call([*argv, "--config.steps=1"]) == 0
+
+
+FULL = OSError(28, "No space left on device")
+
+
+def test_a_full_disk_at_the_end_loses_nothing(tmp_path, monkeypatch, capsys):
+    """The result goes to another disk; where that is full too, the last checkpoint is named, of which long runs have one."""
+    save, allowed = jft.TaskVector.save, [str(tmp_path / "rescue")]
+
+    def full(self, path, *rest):
+        if not str(path).startswith(tuple(allowed)):
+            raise FULL
+        save(self, path, *rest)
+
+    monkeypatch.setattr(jft.TaskVector, "save", full)
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda prefix: str(tmp_path / "rescue"))
+    with pytest.raises(
+        OSError, match=r"cannot be written to .*run: No space left on device; it is in (\S+): make"
+    ) as caught:
+        finetune(workdir=tmp_path / "run")
+    saved = re.search(r"it is in (\S+):", str(caught.value))[1]
+    assert np.any(np.asarray(jft.TaskVector.load(saved)["w"].value))
+    allowed.clear()
+    often = {"minutes": 1e-9}
+    with pytest.raises(OSError, match=r"the last checkpoint is that of step 1\. Make room, and run the same again"):
+        finetune(workdir=tmp_path / "run", checkpoint=often)
+    allowed.append(str(tmp_path / "run"))
+    assert int(finetune(workdir=tmp_path / "run", checkpoint=often).state.step) == 1
+    # A short run has none.
+    finetune(workdir=tmp_path / "run/quick")
+    assert not list((tmp_path / "run/quick/checkpoints").glob("*"))
+
+
+def test_a_finished_run_with_an_earlier_checkpoint_is_not_trained_again(tmp_path):
+    finetune(steps=3, workdir=tmp_path, checkpoint={"minutes": 1e-9})
+    shutil.rmtree(tmp_path / "checkpoints/3")
+    with pytest.raises(jft.train.FinishedError, match="has ended after step 3") as caught:
+        finetune(steps=3, workdir=tmp_path)
+    assert caught.value.whole
+    assert int(finetune(steps=4, workdir=tmp_path).state.step) == 4
+
+
+def test_rows_wait_for_room_on_a_full_disk(tmp_path):
+    lines = metrics.JsonLines(tmp_path / "metrics.jsonl")
+    lines.write({"step": 1, "split": "train"})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Within the second row, which is cut.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, limits[1]))
+    try:
+        lines.write({"step": 2, "split": "train"})
+        lines.write({"step": 3, "split": "train"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert lines.error.startswith(f"{tmp_path / 'metrics.jsonl'} cannot be written: ")
+    lines.write({"step": 4, "split": "train"})
+    lines.close()
+    assert not lines.error
+    assert [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_too_little_room_is_said_before_the_first_step(tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=40))
+    finetune(workdir=tmp_path, log={"progress": True})
+    assert "has 40 B of room, and the task vector may take 48 B and 3 checkpoints" in capsys.readouterr().out
 
 
 def test_the_small_config_is_right_in_itself(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -207,6 +208,8 @@ def _train(
         scores = _loop(training, report, watch, trace, begin)
     # After the stack has closed, so that metrics are on disk before the task vector that ends the run.
     runs = [training.result(i, scores[i], report.rows(i)) for i in range(len(members))]
+    for error in report.errors:
+        print(error, file=sys.stderr)
     if watch is not None and watch.noted:
         # It came while the result was written; a caller with more to do must not go on.
         raise Preempted(config.steps, finished=True)

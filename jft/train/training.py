@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -161,6 +163,7 @@ class Training:
                 f"the run in {workdir} stands at step {begin}, beyond steps={self.config.steps}; ask for at least that many"
             )
         seeds, overlays = [m.seed for m in members], [m.params for m in members]
+        self._refuse_finished(each, begin)
         if begin:
             state, positions = self.checkpoints.restore(self.update.holdings.state)
             self._settled = self.checkpoints.settled()
@@ -169,8 +172,6 @@ class Training:
             positions = positions if members.stacked else [positions]
             self.notes = self.streams.seek(positions, self.checkpoints.options.accept)
         else:
-            # Only without checkpoints: those have refused already, and a finished run may go on from its own.
-            self._refuse_finished(each)
             fresh = hold(self.update, self.params, self._chosen, seeds, donate, overlays)
             calibrations = [lambda i=i, m=m: self._calibration(i, m.start(self.params)) for i, m in enumerate(members)]
             self.held = measured(self.update, fresh, calibrations, self.config.steps)
@@ -183,16 +184,18 @@ class Training:
             )
         return begin
 
-    def _refuse_finished(self, each: list[dict[str, Any]]) -> None:
+    def _refuse_finished(self, each: list[dict[str, Any]], begin: int) -> None:
         """Refuse to write over results in the members' folders, of other runs or of this one."""
-        from jft.train.checkpoints import finished
-
         for member, facts in zip(self.members, each, strict=True):
-            ended = None if member.workdir is None else finished(member.workdir, facts)
+            ended = None
+            if member.workdir is not None:
+                from jft.train.checkpoints import finished
+
+                ended = finished(member.workdir, facts, begin, self.config.steps)
             if ended is not None:
                 raise FinishedError(
                     f"{member.label}the run in {member.workdir} has ended after step {ended}, and has no checkpoint to go on "
-                    "from; load its task_vector.safetensors, give another workdir, or remove that file to train anew",
+                    "from there; load its task_vector.safetensors, give another workdir, or remove that file to train anew",
                     ended == self.config.steps,
                 )
 
@@ -316,8 +319,37 @@ class Training:
         }
         encoded = reselection.change(self._settled, tree.flatten(base), plan.encode(base, kept, state.trained))
         vector = delta.TaskVector(encoded, {"base": self._bases[i], **delta.describe(None, **facts)})
-        save(vector, member.workdir)
+        self._save_result(vector, member.workdir)
         return Run(plan, state, rows, scores, vector, base, kept, error)
+
+    def _save_result(self, vector: delta.TaskVector, workdir: Path | None) -> None:
+        """Write a result, on a full disk into the folder of temporary files. Raises ``OSError`` where it could not be here."""
+        try:
+            save(vector, workdir)
+        except OSError as error:
+            # One process of several cannot write alone: gathering takes all.
+            rescue = _rescue(vector) if jax.process_count() == 1 else None
+            latest = self.checkpoints.latest if self.checkpoints else None
+            last = f"the last checkpoint is that of step {latest}" if latest else "there is no checkpoint"
+            then = (
+                f"it is in {rescue}: make room, and move it there"
+                if rescue
+                else f"{last}. Make room, and run the same again"
+            )
+            raise OSError(
+                f"the task vector cannot be written to {workdir}: {error.strerror or error}; {then}"
+            ) from None
+
+
+def _rescue(vector: delta.TaskVector) -> Path | None:
+    """The file of a result among the temporary ones, whose disk need not be the full one; None where it has no room either."""
+    folder = Path(tempfile.mkdtemp(prefix="jft-result-"))
+    try:
+        save(vector, folder)
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    return folder / "task_vector.safetensors"
 
 
 def _content(data: Any) -> dict[str, Any]:
