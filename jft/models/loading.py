@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 def load(
     source: str | os.PathLike,
     mesh: Mesh | None = None,
-    dtype: Any = "bfloat16",
+    dtype: Any = "float32",
     classes: int = 0,
     pool: str | None = None,
     rules: Any = None,
