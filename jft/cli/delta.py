@@ -352,12 +352,28 @@ def _print_manifest(manifest: dict[str, Any]) -> None:
     parents = entries.pop("parents", [])
     text = f"{base['fingerprint']} ({base['parameters']:,} parameters)" if base else "unknown"
     print(terminal.plain(f"base         {text}"))
+    # The config says at length what the rest says in short; --json has it.
+    entries.pop("config", None)
     for key, value in entries.items():
-        print(terminal.plain(f"{key:<12} {value if isinstance(value, str) else json.dumps(value)}"))
+        print(terminal.plain(f"{key:<12} {_shown(value)}"))
     for parent in parents:
         coefficient = f"{parent['coefficient']:g} * " if parent.get("coefficient") is not None else ""
-        print(f"{'parent':<12} {coefficient}{json.dumps(parent['manifest'])}")
+        facts = {k: v for k, v in parent["manifest"].items() if k not in ("config", "versions", "trained", "content")}
+        print(terminal.plain(f"{'parent':<12} {coefficient}{_shown(facts)}"))
     print()
+
+
+def _shown(value: Any, width: int = 160) -> str:
+    """A value of a manifest in one line: ``key=value`` of a section, without what is empty, cut where it is long."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, dict):
+            inner = [(k, v) for k, v in value.items() if v not in (None, "", [], {})]
+            return ", ".join(f"{k}=({text(v)})" if isinstance(v, dict) else f"{k}={text(v)}" for k, v in inner)
+        return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+    line = text(value)
+    return line if len(line) <= width else f"{line[: width - 3]}..."
 
 
 def _print_table(columns: list[str], rows: list[dict[str, Any]]) -> None:

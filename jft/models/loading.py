@@ -200,7 +200,10 @@ def _dtypes(checkpoint: Checkpoint, leaves: dict[str, reader.Leaf], dtype: Any) 
     if dtype is None:
         stored = {path: reader.stored_dtype(checkpoint, leaf) for path, leaf in leaves.items()}
         return {**stored, "default": np.dtype(jnp.result_type(*set(stored.values())))}
-    target_dtype = jnp.dtype(dtype)
+    try:
+        target_dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise LoadError(f"dtype {dtype!r} is unknown; choose float32, bfloat16 or float16") from None
     if not jnp.issubdtype(target_dtype, jnp.floating):
         raise LoadError(f"dtype {dtype!r} is not a floating-point type; parameters are float32, bfloat16 or float16")
     return {**dict.fromkeys(leaves, target_dtype), "default": target_dtype}

@@ -16,7 +16,7 @@ import jax
 from jft import parallel
 from jft.compiled import forget_if_crowded
 from jft.methods import Method
-from jft.train import digests, lock, reselection, step
+from jft.train import digests, lock, model_check, reselection, step
 from jft.train.callbacks import Callback
 from jft.train.feed import Streams, global_shapes
 from jft.train.members import Fleet, Members, listed, member
@@ -100,6 +100,7 @@ def finetune(
     :class:`FinishedError` where it holds the result of this one and no checkpoint.
     """
     # What to do.
+    model_check.check(model, params)
     steps = _steps(steps, epochs, [data] if fleet is None else [one.get("data", data) for one in fleet])
     config = RunConfig(
         model,
@@ -162,6 +163,7 @@ def _train(
     streams.peek()
     # The objective follows from the fields of a batch.
     config = config.filled(params, streams.feed(0).largest())
+    streams.check_labels(model_check.classes(config.model, params, streams.feed(0).peek(), config.objective))
 
     # What trains: by name, or as the run that is taken up says, or found now from the base and the first batches.
     trains = reselection.find(config, members, streams, params, workdir)

@@ -350,11 +350,11 @@ class Progress:
 
 def _bar(steps: int, start: int) -> tuple[Any, Any]:
     # Imported where a bar is drawn, since rich takes long to import.
-    from rich import progress
+    from rich import progress, table
 
-    bar = progress.Progress(
-        progress.BarColumn(), progress.TextColumn("{task.fields[metrics]}"), progress.TimeRemainingColumn()
-    )
+    # The text last, which alone is cut where the terminal is narrow.
+    text = progress.TextColumn("{task.fields[metrics]}", table_column=table.Column(no_wrap=True, overflow="ellipsis"))
+    bar = progress.Progress(progress.BarColumn(bar_width=20), progress.TimeRemainingColumn(), text)
     task = bar.add_task("train", total=steps, completed=start, metrics=f"train {start}/{steps}")
     bar.start()
     return bar, task

@@ -193,6 +193,10 @@ def introduction(
         yield f"the checkpoint has no head of this task: {', '.join(new)} are new and train too (freeze: '^classifier/')"
     elif "classifier/w" in plan.paths and "classifier/w" not in plan.leaves:
         yield "the classifier stays as it is, which suits a fixed head; also='^classifier/' trains it"
+    sides = {p: min(x.shape[-2:]) for p, x in tree.flatten(params).items() if p in plan.leaves and len(x.shape) > 1}
+    if high := [p for p, side in sides.items() if getattr(plan.leaves[p], "rank", 0) > side]:
+        more = f" and of {len(high) - 1} more" if len(high) > 1 else ""
+        yield f"warning: rank {plan.leaves[high[0]].rank} is above the {sides[high[0]]} that {high[0]}{more} can have"
     for member in members:
         warmup = getattr(member.optimizer, "warmup", 0)
         if warmup > config.steps:

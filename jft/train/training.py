@@ -16,8 +16,9 @@ import numpy as np
 from jft import delta, tree
 from jft.data.errors import shorten
 from jft.methods import Plan
-from jft.train import evaluation, reselection
-from jft.train.feed import Streams, global_shapes
+from jft.names import nearest
+from jft.train import evaluation, model_check, reselection
+from jft.train.feed import Streams, global_shapes, shown
 from jft.train.members import Members
 from jft.train.reselection import Trainable
 from jft.train.run_config import RunConfig, describe, options
@@ -35,13 +36,15 @@ class NonFiniteError(ValueError):
         self.step, self.position = step, position
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], step: int, position: Any, then: str, whose: str = "") -> NonFiniteError:
-        """That of a step with metrics ``values``; then: what became of the state."""
+    def of(
+        cls, values: Mapping[str, Any], step: int, position: Any, then: str, cause: str, whose: str = ""
+    ) -> NonFiniteError:
+        """That of a step with metrics ``values``; then: what became of the state; cause: what to look at."""
         # 0 / 0 looks like divergence, and is a matter of the data.
         what = "has total weight 0 on all processes" if values["weight"] == 0 else "is not finite"
         return cls(
             f"{whose}the loss of step {step} {what}: loss {values['loss']:g}, grad_norm {values['grad_norm']:g}, data "
-            f"position {position}; {then}. Look at that batch, lower the learning rate, or clip",
+            f"position {shown(position)}; {then}. {cause}",
             step,
             position,
         )
@@ -157,6 +160,8 @@ class Training:
             for m, base, facts in zip(members, self._bases, self._facts, strict=True)
         ]
         self.checkpoints = _open(workdir, checkpoint, members.identity(each), decided, members, self.config)
+        if self.checkpoints and self.checkpoints.options.best:
+            self._check_best(self.checkpoints.options.best)
         begin = self.checkpoints.latest or 0 if self.checkpoints else 0
         if begin > self.config.steps:
             raise ValueError(
@@ -183,6 +188,20 @@ class Training:
                 f"member {members[i].name!r} stopped at step {last}, in a part before this", last, None
             )
         return begin
+
+    def _check_best(self, name: str) -> None:
+        """Refuse a metric that evaluation does not give, before the first step: shapes tell its names."""
+        config, recipe = self.config, self.update.recipe
+        score = evaluation.sums(recipe.apply, config.objective, recipe.plan, config.dtype)
+        state, kept = self.update.member(self.update.holdings, 0)
+        batch = self.streams.feed(0).peek()
+        sums = jax.eval_shape(score, (kept, state.trained), batch)
+        values = {k: np.full(x.shape, 0.5) for k, x in sums.items() if k != "weight"}
+        names = list(config.objective.report(values))
+        if config.samples is not None and config.samples.exact_match:
+            names.append("exact_match")
+        if name not in names:
+            raise ValueError(f"checkpoint.best is {name!r}{nearest(name, names)}; evaluation gives {', '.join(names)}")
 
     def _refuse_finished(self, each: list[dict[str, Any]], begin: int) -> None:
         """Refuse to write over results in the members' folders, of other runs or of this one."""
@@ -234,7 +253,8 @@ class Training:
         then = f"it stays at the state after step {done}" if self.members.stacked else text
         for i in fresh:
             position, label = pending.positions[self.streams.stream_of[i]], self.members[i].label
-            self.errors[i] = NonFiniteError.of(values[i], done, position, then, label)
+            cause = model_check.cause(self.params, done == 0, directory is not None)
+            self.errors[i] = NonFiniteError.of(values[i], done, position, then, cause, label)
         if all(self.errors):
             # The step after may be queued already; with `sound` false it changes nothing, so this is still the last good state.
             self.save(done, pending.positions)
