@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import io
 import json
 import os
 import re
@@ -11,12 +12,14 @@ import shutil
 import signal
 import struct
 import tempfile
+import tomllib
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich.console
 from flax import linen
 
 import jft
@@ -394,6 +397,31 @@ def test_a_warmup_longer_than_the_run_is_said(tmp_path, capsys):
     )
 
 
+def test_a_rank_above_the_matrix_is_said(capsys):
+    finetune(method={"name": "lora", "rank": 50}, log={"progress": True})
+    assert "warning: rank 50 is above the 3 that w can have" in capsys.readouterr().out
+
+
+def test_a_selection_is_said_before_it_is_made(capsys):
+    finetune(method={"name": "block_sparse", "block": (2, 3), "density": 0.5}, log={"progress": True})
+    assert capsys.readouterr().out.startswith("selecting what trains in 1 weights by block_sparse\n")
+
+
+def test_a_loader_is_shown_by_its_first_example():
+    loader = jft.data.build({"source": "digits", "split": "train"}, batch_size=8)
+    assert jft.data.show(loader) == "image: 8 x 8 x 1, values -1 to 0.875\nlabel: 0 (0)"
+
+
+def test_a_narrow_terminal_shows_bar_and_time_left():
+    bar, task = metrics._bar(1000, 0)
+    bar.stop()
+    bar.update(task, completed=10, metrics="train 10/1000  " + 20 * "loss 1.234  ")
+    console = rich.console.Console(width=80, record=True, file=io.StringIO())
+    console.print(bar.get_renderable())
+    (line,) = console.export_text().splitlines()
+    assert len(line) <= 80 and "-:--:-- train 10/1000  loss" in line and line.endswith("…")
+
+
 def test_a_base_from_scratch_is_the_same_on_one_device_and_on_eight():
     from jft.train.config import ModelConfig
     from jft.train.experiment import build_model
@@ -413,9 +441,14 @@ def test_a_task_vector_is_as_readable_as_other_new_files(tmp_path):
 
 
 def test_a_config_that_the_launcher_names_exists():
-    root = Path(__file__).parents[1]
-    named = re.search(r"--config=(\S+)", (root / "launch/local.py").read_text())
-    assert named and (root / named[1]).is_file()
+    named = re.search(r"--config=(\S+)", (ROOT / "launch/local.py").read_text())
+    assert named and (ROOT / named[1]).is_file()
+
+
+def test_an_editable_install_is_a_path():
+    """Not a finder, before which a clone named jft in the current folder would come, as an empty namespace."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert setuptools["package-dir"] == {"": "."}
 
 
 def test_rates_count_steps_that_are_done():

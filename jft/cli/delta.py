@@ -346,19 +346,21 @@ def _share(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
+LONG = ("config", "trained", "content")  # entries of a manifest of many lines, which --json has
+
+
 def _print_manifest(manifest: dict[str, Any]) -> None:
     entries = dict(manifest)
     base = entries.pop("base", None)
     parents = entries.pop("parents", [])
     text = f"{base['fingerprint']} ({base['parameters']:,} parameters)" if base else "unknown"
     print(terminal.plain(f"base         {text}"))
-    # The config says at length what the rest says in short; --json has it.
-    entries.pop("config", None)
     for key, value in entries.items():
-        print(terminal.plain(f"{key:<12} {_shown(value)}"))
+        if key not in LONG:
+            print(terminal.plain(f"{key:<12} {_shown(value)}"))
     for parent in parents:
         coefficient = f"{parent['coefficient']:g} * " if parent.get("coefficient") is not None else ""
-        facts = {k: v for k, v in parent["manifest"].items() if k not in ("config", "versions", "trained", "content")}
+        facts = {k: v for k, v in parent["manifest"].items() if k not in (*LONG, "versions")}
         print(terminal.plain(f"{'parent':<12} {coefficient}{_shown(facts)}"))
     print()
 
