@@ -118,7 +118,8 @@ class Method:
             for p in shapes
             if p in leaves
         }
-        held = dataclasses.replace(self._held(params, model), also=also)
+        held = self._held(params, model)
+        held = dataclasses.replace(held, also=also) if drawn else held
         plan = Plan(held, ordered, tuple(shapes), jax.tree.structure(params), structured=stacked)
         # Both may measure the change from the base; without them a second copy of the weights is not kept.
         return plan.anchored() if self.penalties or self.rule else plan

@@ -179,7 +179,7 @@ def finished(workdir: Path, itself: Mapping[str, Any], begin: int, steps: int) -
     ended = int(manifest.get("steps", 0))
     if begin:
         # Its checkpoint came after the last step, or a longer run is wanted now.
-        return None if begin >= min(ended, steps) or steps > ended else ended
+        return None if begin >= ended or steps > ended else ended
     # A task vector keeps the base as a section, a checkpoint as its fingerprint alone.
     before = {key: manifest.get(key) for key in itself} | {"base": manifest.get("base", {}).get("fingerprint")}
     if "narrowed" in manifest:  # of part of its base: the whole one is not known

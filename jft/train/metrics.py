@@ -353,8 +353,14 @@ def _bar(steps: int, start: int) -> tuple[Any, Any]:
     from rich import progress, table
 
     # The text last, which alone is cut where the terminal is narrow.
-    text = progress.TextColumn("{task.fields[metrics]}", table_column=table.Column(no_wrap=True, overflow="ellipsis"))
-    bar = progress.Progress(progress.BarColumn(bar_width=20), progress.TimeRemainingColumn(), text)
+    whole = table.Column(no_wrap=True)
+    rest = table.Column(no_wrap=True, overflow="ellipsis", ratio=1)
+    bar = progress.Progress(
+        progress.BarColumn(bar_width=20, table_column=whole),
+        progress.TimeRemainingColumn(table_column=whole.copy()),
+        progress.TextColumn("{task.fields[metrics]}", table_column=rest),
+        expand=True,
+    )
     task = bar.add_task("train", total=steps, completed=start, metrics=f"train {start}/{steps}")
     bar.start()
     return bar, task
