@@ -292,8 +292,8 @@ def resolve(spec: Any, texts: Iterable[str], directory: str | os.PathLike | None
         return spec
     if spec is None:
         raise DataError(
-            "text needs a tokenizer, and the model brings none: set data.tokenizer to 'bytes', 'bpe:VOCAB', or a directory with "
-            "tokenizer.json"
+            "text needs a tokenizer, and the model brings none: set data.tokenizer to 'bytes', 'bpe:VOCAB', or a directory "
+            "with tokenizer.json"
         )
     if spec == "bytes":
         return byte_tokenizer()

@@ -165,7 +165,7 @@ def compare(
         )
 
 
-def finished(workdir: Path, itself: Mapping[str, Any], begin: int, steps: int) -> int | None:
+def finished(workdir: Path, itself: Mapping[str, Any], begin: int, steps: int, every: int) -> int | None:
     """The step at which this very run has ended in ``workdir``, by its task vector, if training from ``begin`` to ``steps``
     would replace that; else None.
 
@@ -178,8 +178,8 @@ def finished(workdir: Path, itself: Mapping[str, Any], begin: int, steps: int) -
     manifest = file.inspect(path).manifest
     ended = int(manifest.get("steps", 0))
     if begin:
-        # Its checkpoint came after the last step, or a longer run is wanted now.
-        return None if begin >= ended or steps > ended else ended
+        # With ``every`` the last step had a checkpoint: that is damaged, and the same steps give the same result.
+        return ended if begin < ended and (steps < ended or (steps == ended and not every)) else None
     # A task vector keeps the base as a section, a checkpoint as its fingerprint alone.
     before = {key: manifest.get(key) for key in itself} | {"base": manifest.get("base", {}).get("fingerprint")}
     if "narrowed" in manifest:  # of part of its base: the whole one is not known

@@ -210,7 +210,8 @@ class Training:
             if member.workdir is not None:
                 from jft.train.checkpoints import finished
 
-                ended = finished(member.workdir, facts, begin, self.config.steps)
+                every = self.checkpoints.options.every if self.checkpoints else 0
+                ended = finished(member.workdir, facts, begin, self.config.steps, every)
             if ended is not None:
                 raise FinishedError(
                     f"{member.label}the run in {member.workdir} has ended after step {ended}, and has no checkpoint to go on "
