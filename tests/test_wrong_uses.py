@@ -329,10 +329,10 @@ USES = {
         lambda t: labelled([{"x": BATCHES[0]["x"], "labels": np.zeros(8, np.float32)}]),
         r"a regression takes outputs \[B, 1\].*integer labels for a classification"),
     "out of range: a label beyond the classes": (
-        lambda t: labelled([{"x": BATCHES[0]["x"], "labels": np.arange(8)}]),
-        "label 7 is none of the model's 3 classes, 0 to 2"),
+        lambda t: labelled([{"x": BATCHES[0]["x"], "labels": np.arange(8) % 4}]),
+        "label 3 is none of the model's 3 classes, 0 to 2"),
     "out of range: a later label beyond the classes": (
-        lambda t: labelled([*BATCHES, {"x": BATCHES[0]["x"], "labels": np.arange(8) - 1 + 1}], steps=2),
+        lambda t: labelled([*BATCHES, {"x": BATCHES[0]["x"], "labels": np.arange(8)}], steps=2),
         r"the batch for step 1 \(data position 1\): label 7 is none of the model's 3 classes"),
     "out of range: weights that are not finite": (
         lambda t: jft.finetune(model, {"w": jnp.asarray(W * np.nan)}, BATCHES, steps=1, log={"progress": False}),
