@@ -88,7 +88,7 @@ def _pretrained(partial: Mapping[str, Any], workdir: Path) -> tuple[Model, Any, 
     facts, file = run_store.read(workdir, train), workdir / "params.safetensors"
     if facts is None:
         since = time.perf_counter()
-        run = experiment.run(dataclasses.asdict(train), workdir)
+        run = run_store.train(lambda: experiment.run(dataclasses.asdict(train), workdir), [workdir])
         losses = [row["loss"] for row in run.metrics if row["split"] == "train"]
         write_params(run.params, file)
         facts = {"steps": int(run.state.step), "seconds": time.perf_counter() - since, "loss": losses[-1]}

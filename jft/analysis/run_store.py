@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,19 @@ def read(workdir: Path, config: Any, name: str = NAME) -> dict[str, Any] | None:
             "workdir, or remove that folder to run it again"
         )
     return record["outcome"]
+
+
+def train(run: Callable[[], Any], workdirs: Iterable[Path]) -> Any:
+    """``run()``, once more where it has ended before in ``workdirs``, and a study was interrupted before it was recorded."""
+    from jft.train import FinishedError
+
+    try:
+        return run()
+    # Of another run this is another error, and its result stays.
+    except FinishedError:
+        for workdir in workdirs:
+            (workdir / "task_vector.safetensors").unlink(missing_ok=True)
+        return run()
 
 
 def digests(paths: Mapping[str, Path]) -> dict[str, str]:

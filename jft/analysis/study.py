@@ -33,6 +33,7 @@ from jft.analysis import (
 )
 from jft.analysis.bases import prepare
 from jft.analysis.tasks import prepare_all
+from jft.methods import registry
 
 Say = Callable[[str], None]
 HEADS = {
@@ -180,7 +181,10 @@ def _check(study: Mapping[str, Any]) -> None:
         seeds.check([seed for seed in settings.seeds_of(study, method) if seed is not None])
         settings.check_method(study, method)
         for task in tasks:
-            settings.of_run(study, task, method)
+            options = settings.of_run(study, task, method).method
+            # A typo in the last method must not wait for those before it to train.
+            if options:
+                registry.check_names(options["name"], options.keys() - {"name", *registry.GENERAL})
 
 
 def run(config: ConfigDict, workdir: Path, command: str, say: Say = print) -> Path:

@@ -143,14 +143,18 @@ def _train(
     ]
     if len(runs) == 1:
         loader = per_run[0].pop("data")
-        results = [finetune(task.model, params, loader, **common, **per_run[0])]
+        results = [
+            run_store.train(lambda: finetune(task.model, params, loader, **common, **per_run[0]), [runs[0].workdir])
+        ]
     else:
         heads = [{} if run.task.head is None else {"params": {"classifier": run.task.head}} for run in runs]
         members = [
             {"name": run.task.name, **head, **options} for run, head, options in zip(runs, heads, per_run, strict=True)
         ]
-        results = finetune(  # type: ignore[assignment]  # a list, of a fleet
-            task.model, params, None, **common, workdir=workdir / FLEETS / _folder(runs), fleet=members
+        folder = workdir / FLEETS / _folder(runs)
+        results = run_store.train(
+            lambda: finetune(task.model, params, None, **common, workdir=folder, fleet=members),
+            [run.workdir for run in runs],
         )
     share = (time.perf_counter() - since) / len(runs)
     for run, result in zip(runs, results, strict=True):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jft import terminal
+from jft.cli import restored
 from jft.cli.errors import Parser, UsageError
 
 EXAMPLES = """\
@@ -209,6 +210,7 @@ def apply(options: argparse.Namespace) -> int:
     from jft.models import load, save
 
     _check_directory(options.out)
+    restored.note_linearized(options.file)
     tau = _selected(delta.TaskVector.load(options.file), options)
     dtype = options.dtype or _dtype(tau.manifest)
     model, base = load(options.base, dtype=dtype)
@@ -344,6 +346,9 @@ def _share(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
+LONG = ("config", "trained", "content")  # entries of a manifest of many lines, which --json has
+
+
 def _print_manifest(manifest: dict[str, Any]) -> None:
     entries = dict(manifest)
     base = entries.pop("base", None)
@@ -351,11 +356,26 @@ def _print_manifest(manifest: dict[str, Any]) -> None:
     text = f"{base['fingerprint']} ({base['parameters']:,} parameters)" if base else "unknown"
     print(terminal.plain(f"base         {text}"))
     for key, value in entries.items():
-        print(terminal.plain(f"{key:<12} {value if isinstance(value, str) else json.dumps(value)}"))
+        if key not in LONG:
+            print(terminal.plain(f"{key:<12} {_shown(value)}"))
     for parent in parents:
         coefficient = f"{parent['coefficient']:g} * " if parent.get("coefficient") is not None else ""
-        print(f"{'parent':<12} {coefficient}{json.dumps(parent['manifest'])}")
+        facts = {k: v for k, v in parent["manifest"].items() if k not in (*LONG, "versions")}
+        print(terminal.plain(f"{'parent':<12} {coefficient}{_shown(facts)}"))
     print()
+
+
+def _shown(value: Any, width: int = 160) -> str:
+    """A value of a manifest in one line: ``key=value`` of a section, without what is empty, cut where it is long."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, dict):
+            inner = [(k, v) for k, v in value.items() if v not in (None, "", [], {})]
+            return ", ".join(f"{k}=({text(v)})" if isinstance(v, dict) else f"{k}={text(v)}" for k, v in inner)
+        return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+    line = text(value)
+    return line if len(line) <= width else f"{line[: width - 3]}..."
 
 
 def _print_table(columns: list[str], rows: list[dict[str, Any]]) -> None:

@@ -112,6 +112,7 @@ def _of_deltas(args: argparse.Namespace, model: Any, base: Any) -> list[_Variant
     from jft import delta
 
     def build(file: str) -> tuple[Any, Any]:
+        restored.note_linearized(file)
         # One copy at a time: a delta is applied when its turn comes, and gone with it.
         return model, delta.apply(base, delta.TaskVector.load(file), args.scale)
 

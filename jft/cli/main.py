@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import os
 import shutil
 import sys
@@ -90,6 +91,16 @@ def call(argv: Sequence[str]) -> int:
         return 2 if isinstance(error, UsageError) else 1
 
 
+def only_processor(devices: Path = Path("/dev")) -> bool:
+    """Whether JAX would find nothing but the processor, and libtpu, which is there for plans, would complain of no TPU."""
+    installed = {name: importlib.util.find_spec(name) is not None for name in ("libtpu", "jax_plugins")}
+    # GPUs come as plugins.
+    found = installed["jax_plugins"] or any(devices.glob("accel*")) or (devices / "vfio").exists()
+    return installed["libtpu"] and not found
+
+
 def run() -> None:
     """The console script."""
+    if "JAX_PLATFORMS" not in os.environ and only_processor():
+        os.environ["JAX_PLATFORMS"] = "cpu"
     sys.exit(call(sys.argv[1:]))

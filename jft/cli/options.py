@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import inspect
 import runpy
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,16 +43,30 @@ def load(spec: str) -> ConfigDict:
         hint = "write it anew, or give the --config=FILE.py that the run was started with"
         return ConfigDict(strict_json.read(path, error=UsageError, hint=hint, nan=True))
     # Run, not imported: a config file belongs to no package.
-    get_config = runpy.run_path(path).get("get_config")
+    get_config = _run(path, lambda: runpy.run_path(path)).get("get_config")
     if get_config is None:
         raise UsageError(f"config file {path!r} defines no get_config(); it must return an ml_collections ConfigDict")
     parameters = inspect.signature(get_config).parameters
     if colon and not parameters:
         raise UsageError(f"config file {path!r} takes no argument, but {argument!r} was given after the colon")
-    config = get_config(argument) if colon else get_config()
+    config = _run(path, lambda: get_config(argument) if colon else get_config())
     if not isinstance(config, ConfigDict):
         raise UsageError(f"get_config() of {path!r} returned {type(config).__name__}, not an ml_collections ConfigDict")
     return config
+
+
+def _run(path: str, part: Callable[[], Any]) -> Any:
+    """``part()`` of a config file, whose errors name it and the line."""
+    try:
+        return part()
+    except UsageError:
+        raise
+    # Whatever a user's file raises.
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        at = f", line {line}" if line else ""
+        raise UsageError(f"config file {path!r}{at}: {type(error).__name__}: {error}") from error
 
 
 def _nearest_config(path: str) -> str:
@@ -78,6 +93,37 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> list[str]:
     return keys
 
 
+# What other trainers call the keys of a run.
+ELSEWHERE = {
+    "learning_rate": "optimizer.lr",
+    "lr": "optimizer.lr",
+    "weight_decay": "optimizer.weight_decay",
+    "warmup_steps": "optimizer.warmup",
+    "max_steps": "steps",
+    "num_steps": "steps",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulate",
+    "save_steps": "checkpoint.every",
+    "eval_steps": "eval.every",
+    "logging_steps": "log.every",
+    "output_dir": "workdir",
+}
+
+
+def _meant(path: str, keys: Sequence[str], known: Callable[[str], bool]) -> str:
+    """The hint for an unknown key: its name elsewhere, the same key of a section, or the nearest."""
+    last = path.split(".")[-1]
+    meant = ELSEWHERE.get(last)
+    if meant == "workdir":
+        return " (did you mean --workdir?)"
+    if meant and (meant in keys or known(meant)):
+        return f" (did you mean {meant!r}?)"
+    same = [key for key in keys if key.split(".")[-1] == last]
+    return f" (did you mean {same[0]!r}?)" if len(same) == 1 else nearest(path, keys)
+
+
 def is_open(path: str, config: Any = None) -> bool:
     """Whether a key may be added at the dotted ``path``: it lies inside a part that its owner checks."""
     return any(part in OPEN for part in path.split(".")[:-1])
@@ -92,7 +138,7 @@ def override(config: ConfigDict, path: str, text: str, may_add: Callable[[str, A
     node: Any = config
     known = any(path == p for p in _flat(config))
     if not known and not may_add(path, config):
-        raise UsageError(f"unknown config key {path!r}{nearest(path, _flat(config))}")
+        raise UsageError(f"unknown config key {path!r}{_meant(path, _flat(config), lambda key: may_add(key, config))}")
     for key in parents:
         if not isinstance(node, ConfigDict):
             raise UsageError(f"config key {path!r}: nothing can be set below a plain value")

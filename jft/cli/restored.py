@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,24 @@ def restore(config: Any, workdir: Path | None) -> Restored:
         train_config.model, train_config.seed, model_mesh, train.classes, train.tokenizer
     )
     return Restored(train_config, workdir, model, base, train, test)
+
+
+def linearized(file: Path) -> str:
+    """What a user of the task vector in ``file`` as ordinary weights must know; empty unless it was trained linearized."""
+    from jft.delta import file as task_vector_file
+
+    # A run that is not finished has none, which is said elsewhere.
+    method = task_vector_file.inspect(file).manifest.get("method") if file.is_file() else None
+    # Imported task vectors may have a name alone.
+    if not isinstance(method, Mapping) or method.get("forward", "standard") == "standard":
+        return ""
+    return f"was trained linearized at its base (method {method.get('name')}): no ordinary weights give that function"
+
+
+def note_linearized(file: str | Path) -> None:
+    """Say on standard error that the task vector in ``file`` is another model as ordinary weights, where it is."""
+    if trained := linearized(Path(file)):
+        print(f"note: {file} {trained}; as weights it is another model", file=sys.stderr)
 
 
 def start() -> None:

@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
     if not args.workdir and not args.dry_run:
         parser.error("--workdir=DIR is needed")
 
-    from jft.train import Preempted, experiment
+    from jft.train import FinishedError, Preempted, experiment
     from jft.train.preemption import EXIT_CODE, Watch
 
     restored.start()
@@ -99,6 +99,12 @@ def main(argv: Sequence[str]) -> int:
     except Preempted as preemption:
         _say(f"jft: {preemption}")
         return EXIT_CODE
+    except FinishedError as error:
+        # Who starts a command until it succeeds must come to an end.
+        if not error.whole:
+            raise
+        print(f"done before: {error}")
+        return 0
     if args.dry_run:
         print("dry run: nothing was trained, and nothing written")
         return 0

@@ -55,8 +55,16 @@ def show(
 ) -> str:
     """Row ``row`` of a batch as text, one segment a line; targets are in ⟦ ⟧ (in Rich green with ``markup``).
 
+    Of a loader the rows are one example of each source.
+
     Without tokens: the shapes, the range of the pixels, and the label (its name, with ``classes``).
     """
+    if not isinstance(batch, Mapping):
+        # A loader is endless, and to look for a field in it would never end.
+        if not hasattr(batch, "sample"):
+            raise ValueError(f"show takes a batch, a dict of arrays, or a jft loader, not a {type(batch).__name__}")
+        tokenizer, classes = tokenizer or batch.tokenizer, classes or batch.classes
+        batch = batch.sample()
     lines = []
     for prefix in ("", "decoder_"):
         if f"{prefix}tokens" in batch and tokenizer is not None:

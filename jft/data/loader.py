@@ -231,7 +231,7 @@ class LoaderIterator(Iterator[dict[str, np.ndarray]]):
         if different:
             changes = "; ".join(f"{k}: saved {layout.get(k)!r}, now {current.get(k)!r}" for k in different)
             raise DataError(
-                f"the saved data position belongs to other data settings ({changes}); restore them, or start anew"
+                f"the saved data position belongs to other data settings ({changes}); restore them, or begin the data anew"
             )
         self.close()
         if self.loader.indexed:
@@ -240,6 +240,13 @@ class LoaderIterator(Iterator[dict[str, np.ndarray]]):
             self._open(0)
             self._batches[0].set_state(_tuples(saved["grain"]))
             self._position = position
+
+    def set_examples(self, state: bytes | str) -> bool:
+        """Continues after as many examples as a position has read that belongs to other data; False where no count tells."""
+        if self.loader.indexed:
+            self.close()
+            self._open(int(json.loads(state)["position"]))
+        return self.loader.indexed
 
     def close(self) -> None:
         """Stops read-ahead threads and worker processes."""

@@ -291,7 +291,10 @@ def resolve(spec: Any, texts: Iterable[str], directory: str | os.PathLike | None
     if isinstance(spec, Tokenizer):
         return spec
     if spec is None:
-        raise DataError("text needs a tokenizer: 'bytes', 'bpe:VOCAB', or a directory with tokenizer.json")
+        raise DataError(
+            "text needs a tokenizer, and the model brings none: set data.tokenizer to 'bytes', 'bpe:VOCAB', or a directory "
+            "with tokenizer.json"
+        )
     if spec == "bytes":
         return byte_tokenizer()
     if not (isinstance(spec, str) and spec.startswith("bpe:")):

@@ -157,6 +157,12 @@ def common_base(manifests: Iterable[Manifest], check_base: bool = True) -> dict[
             if leaves.setdefault(path, leaf) != leaf:
                 conflicts.add(path)
     if conflicts and check_base:
+        other = _other_dtypes({p: [base["leaves"][p][2] for base in bases if p in base["leaves"]] for p in conflicts})
+        if other:
+            raise BaseMismatch(
+                f"task vectors of bases of different dtypes: {other}; make them from one base in one dtype, or use "
+                "TaskVector.combine(..., check=False)"
+            )
         # Each once, in the order of the vectors.
         fingerprints = list(dict.fromkeys(base["fingerprint"] for base in bases))
         raise BaseMismatch(
@@ -183,16 +189,27 @@ def verify(manifest: Manifest, params: Any, what: str = "these parameters") -> N
     sums = tree.checksums({path: flat[path] for path in base["leaves"] if path in flat})
     different = [path for path, total in sums.items() if total != base["leaves"][path][0]]
     if missing or different:
-        difference = f"differ in {_some(different)}" if different else f"lack {_some(missing)}"
         # The usual reason, and easier to mend than another base.
-        other_dtypes = [p for p in different if np.dtype(flat[p].dtype).name != base["leaves"][p][2]]
-        if other_dtypes:
-            dtype, expected = np.dtype(flat[other_dtypes[0]].dtype).name, base["leaves"][other_dtypes[0]][2]
-            difference += f" ({other_dtypes[0]} is {dtype} here, {expected} there)"
+        other = _other_dtypes({p: [np.dtype(flat[p].dtype).name, base["leaves"][p][2]] for p in different})
+        if other:
+            raise BaseMismatch(
+                f"{what} are of another dtype than the base that the task vector was made from: {other}; load the base in its "
+                f"dtype (jft.load(..., dtype=...)), or {_UNCHECKED}"
+            )
+        difference = f"differ in {_some(different)}" if different else f"lack {_some(missing)}"
         raise BaseMismatch(
             f"{what} have fingerprint {tree.fingerprint_of(sums)}, the task vector's base has {base['fingerprint']}; "
-            f"they {difference}. Load the base it was made from, in the same dtype, or {_UNCHECKED}"
+            f"they {difference}. Load the base it was made from, or {_UNCHECKED}"
         )
+
+
+def _other_dtypes(dtypes: Mapping[str, list[str]]) -> str:
+    """The first path of several dtypes with these, and how many more there are; empty where there is none."""
+    paths = sorted(p for p, names in dtypes.items() if len(set(names)) > 1)
+    if not paths:
+        return ""
+    more = f", and {len(paths) - 1} more" if len(paths) > 1 else ""
+    return f"{' and '.join(dict.fromkeys(dtypes[paths[0]]))} in {paths[0]}{more}"
 
 
 def _base(leaves: dict[str, list]) -> dict[str, Any]:

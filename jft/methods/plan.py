@@ -30,10 +30,11 @@ from jft.tree import lead
 class Method:
     """A composition: *select* which weights, *train* them in some parametrisation.
 
-    also: patterns trained in place beside them (a task head, norms). freeze: patterns that never train, whatever else
-    says so. penalties: what is added to the loss (:mod:`jft.methods.penalties`). rule: what is done to gradients and
-    values at every step (:mod:`jft.methods.update_rules`). schedule: when parts are selected anew
-    (:mod:`jft.methods.schedules`). name and options say where it came from and go into every manifest.
+    also: patterns trained in place beside them (a task head, norms); a head that ``jft.load`` drew is among them by itself.
+    freeze: patterns that never train, whatever else says so. penalties: what is added to the loss
+    (:mod:`jft.methods.penalties`). rule: what is done to gradients and values at every step
+    (:mod:`jft.methods.update_rules`). schedule: when parts are selected anew (:mod:`jft.methods.schedules`). name and
+    options say where it came from and go into every manifest.
 
     forward: ``standard``, the model at the changed weights; or ``linearized``, ``f(theta0) + J(theta0) tau``: the weights
     stay the base, and outputs are linear in their change tau (:mod:`jft.tangent`). until: the site up to which a
@@ -87,9 +88,12 @@ class Method:
             leaves = layer_runs.by_layer(chosen, shapes, choice, self.train, stacked)
         else:
             leaves = layer_runs.by_table(choice({p: tuple(shapes[p].shape) for p in chosen}), shapes, self.train)
-        if self.also:
+        # A new head is random: unless frozen it trains whatever the method selects, as in peft.
+        drawn = tuple(f"^{re.escape(p)}$" for p in getattr(model, "drawn", ()) if p in shapes and p not in leaves)
+        also = self.also + drawn
+        if also:
             # After the selection: ``also`` trains whole what that would cut or leave out. ``freeze`` has the last word.
-            leaves |= dict.fromkeys(tree.matching(shapes, self.also, "also"), InPlace())
+            leaves |= dict.fromkeys(tree.matching(shapes, also, "also"), InPlace())
         if self.freeze:
             for path in tree.matching(shapes, self.freeze, "freeze"):
                 leaves.pop(path, None)
@@ -121,7 +125,9 @@ class Method:
         # A linearized model is in evaluation mode, where they stay.
         running = {} if linearized else {p: Statistic(str(every[p].dtype)) for p in every if p in held}
         leaves = {p: (ordered | running)[p] for p in every if p in ordered or p in running}
-        plan = Plan(self._held(params, model), leaves, tuple(every), jax.tree.structure(params), structured=stacked)
+        fixed = self._held(params, model)
+        fixed = dataclasses.replace(fixed, also=also) if drawn else fixed
+        plan = Plan(fixed, leaves, tuple(every), jax.tree.structure(params), structured=stacked)
         # Both may measure the change from the base; without them a second copy of the weights is not kept.
         return plan.anchored() if self.penalties or self.rule else plan
 

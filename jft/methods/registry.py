@@ -7,7 +7,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jft.methods.card import Card
@@ -94,6 +94,24 @@ def _load() -> None:
         importlib.import_module(f"{folder.__name__}.{module.name}")
 
 
+def check_names(name: str, options: Iterable[str]) -> Entry:
+    """The entry of ``name``; ``ValueError`` where there is none, or it lacks one of the ``options``, with the nearest name."""
+    _load()
+    if name not in _ENTRIES:
+        raise ValueError(f"method {name!r} is unknown{nearest(name, _ENTRIES)}; `jft methods` lists them all")
+    entry = _ENTRIES[name]
+    for option in options:
+        if option not in entry.options:
+            known = ", ".join(entry.options)
+            raise ValueError(
+                f"method {name!r} has no option {option!r}{nearest(option, entry.options)}; it has: {known}"
+            )
+    return entry
+
+
+GENERAL = ("also", "freeze", "forward", "until")  # options of every method beside a preset's own
+
+
 def method(
     name: str,
     *,
@@ -111,16 +129,7 @@ def method(
     that name takes it instead of its own); exclude is added to what it excludes. ``also``, ``freeze``, ``forward``, ``until``:
     see :class:`Method`. Raises ``ValueError`` for an unknown name or option, with the nearest known one.
     """
-    _load()
-    if name not in _ENTRIES:
-        raise ValueError(f"method {name!r} is unknown{nearest(name, _ENTRIES)}; `jft methods` lists them all")
-    entry = _ENTRIES[name]
-    for option in options:
-        if option not in entry.options:
-            known = ", ".join(entry.options)
-            raise ValueError(
-                f"method {name!r} has no option {option!r}{nearest(option, entry.options)}; it has: {known}"
-            )
+    entry = check_names(name, options)
     narrowing = {k: v for k, v in (("include", include), ("exclude", exclude)) if v is not None}
     # A preset with an ``include`` of its own takes it as an option; then it must not narrow the result a second time.
     options |= {k: narrowing.pop(k) for k in list(narrowing) if k in entry.arguments}

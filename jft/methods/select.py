@@ -165,6 +165,32 @@ def expected(plan: Plan, shapes: Mapping[str, Any], grids: Mapping[str, tuple[in
     return chosen
 
 
+def density(plan: Plan, shapes: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The density of the method's budget, and that of the whole units which are selected: at least one of each group.
+
+    None where no density says how much is selected, or units cost differently and a density is the most they take.
+    """
+    limit = plan.method.select.budget
+    if not plan.selects or not isinstance(limit, budget.Budget) or limit.density is None or hasattr(limit, "masks"):
+        return None
+    every = {p: tuple(x.shape) for p, x in shapes.items()}
+    leads = {p: tree.lead(p, len(s), plan.structured) for p, s in every.items()}
+    spent = budget.resolved(limit, plan.selects, every, leads)
+    units = {p: plan.granularity(p, every[p]).units(every[p], leads[p]) for p in plan.selects}
+    selected = total = 0
+    for paths, lead in spent.groups({p: min(leads[p], len(units[p])) for p in plan.selects}):
+        available = sum(math.prod(units[p][lead:]) for p in paths)
+        costs = {math.prod(every[p]) // math.prod(units[p]) for p in paths}
+        if len(costs) > 1:
+            return None
+        cost = costs.pop()
+        groups = math.prod(units[paths[0]][:lead])
+        selected += groups * cost * spent.units(available, cost, paths[0])
+        total += groups * cost * available
+    # In the terms of the method's own density, which may be of the whole model.
+    return float(limit.density), float(limit.density) * selected / (float(spent.density) * total)
+
+
 def _share(limit: Any, available: int, shape: tuple[int, ...], lead: int, path: str) -> int:
     """How many of the units of one matrix ``limit`` selects, if others do not take more or less of it."""
     if isinstance(limit, budget.Everything):

@@ -167,11 +167,14 @@ class Model:
 
     config: the architecture's frozen, hashable description, which is also its code (:class:`Architecture`).
     execution: how it runs (activation dtype, remat, unrolling); ``model.with_(remat="full")`` changes it.
+    drawn: paths of the parameters that its checkpoint lacked, and :func:`jft.load` drew at random: a new head.
     A model is hashable, so jitted functions that close over equal models are compiled once.
     """
 
     config: Any
     execution: Execution = Execution()
+    # Nothing of what it computes.
+    drawn: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         """``ValueError`` for chunks of logits in a model that gives none for each token."""

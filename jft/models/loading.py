@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 def load(
     source: str | os.PathLike,
     mesh: Mesh | None = None,
-    dtype: Any = "bfloat16",
+    dtype: Any = "float32",
     classes: int = 0,
     pool: str | None = None,
     rules: Any = None,
@@ -44,7 +44,8 @@ def load(
     them out; without, everything goes to the default device. dtype: of floating-point parameters and of the activations
     (``model.execution.dtype``); None keeps each parameter as stored. Values are rounded to nearest.
     classes: a :class:`Classifier` of that many classes with ``pool``; its head is read where the checkpoint has one of
-    that shape, else drawn from ``seed``. 0: the backbone, or the classifier that :func:`jft.save` wrote.
+    that shape, else drawn from ``seed`` (``model.drawn``), and then trains under every method that does not freeze it. 0: the
+    backbone, or the classifier that :func:`jft.save` wrote.
 
     Host memory stays near what is kept there: one shard of one parameter beyond it. Nothing of the directory is run: weights
     are safetensors, never pickles, and ``auto_map`` is not read.
@@ -69,7 +70,9 @@ def load(
     missing = [path for path in shapes if path not in flat]
     if missing:
         flat |= _draw(config, missing, abstract, layouts, seed)
-    return Model(config, Execution(dtype=_activations(dtype, dtypes))), tree.like(abstract, flat)
+    # A decoder's head without its bias, which starts at zero, is not a new one.
+    drawn = tuple(missing) if "classifier/w" in missing else ()
+    return Model(config, Execution(dtype=_activations(dtype, dtypes)), drawn), tree.like(abstract, flat)
 
 
 def _open(where: Path) -> tuple[Family, dict[str, Any], Any]:
@@ -203,7 +206,10 @@ def _dtypes(checkpoint: Checkpoint, leaves: dict[str, reader.Leaf], dtype: Any) 
     if dtype is None:
         stored = {path: reader.stored_dtype(checkpoint, leaf) for path, leaf in leaves.items()}
         return {**stored, "default": np.dtype(jnp.result_type(*set(stored.values())))}
-    target_dtype = jnp.dtype(dtype)
+    try:
+        target_dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise LoadError(f"dtype {dtype!r} is unknown; choose float32, bfloat16 or float16") from None
     if not jnp.issubdtype(target_dtype, jnp.floating):
         raise LoadError(f"dtype {dtype!r} is not a floating-point type; parameters are float32, bfloat16 or float16")
     return {**dict.fromkeys(leaves, target_dtype), "default": target_dtype}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,23 +50,30 @@ def save(
     dtype: Any = None,
     shard_bytes: float = 5e9,
     overwrite: bool = False,
+    labels: Sequence[str] | None = None,
 ) -> Path:
     """Write ``config.json`` and safetensors to ``directory``, whole or not at all; returns it.
 
     params: plain arrays, sharded or not; ``jft.load(directory, dtype=None)`` gives them back bit for bit. dtype: casts
     floating-point parameters (None: as they are). like: a checkpoint (directory, hub id, GGUF file) whose tokenizer and ids
-    come along. shard_bytes: a larger model is cut into files of at most this size, with an index. overwrite: replace
-    the checkpoint that stands there, once the new one is written. The host holds one tensor at a time. In a multi-host run
-    every process calls this; process 0 writes, so ``directory`` must be its own or shared.
+    come along. labels: names of a classifier's classes (``id2label``); default those of ``like``. shard_bytes: a larger
+    model is cut into files of at most this size, with an index. overwrite: replace the checkpoint that stands there, once
+    the new one is written. The host holds one tensor at a time. In a multi-host run every process calls this; process 0
+    writes, so ``directory`` must be its own or shared.
 
     Of a model of another library (:mod:`jft.models.adapters`, any function) the arrays are written by their paths, for
     :func:`jft.models.load_params`.
 
     Raises ``ValueError`` for structured weights (merge them first), parameters that are not the model's, a dtype that
-    safetensors does not have, an occupied directory.
+    safetensors does not have, an occupied directory, labels that are not as many as the classes.
     """
     if not is_jft_model(model := model_of(model)):
+        if labels is not None:
+            raise ValueError("labels are for jft's own classifiers; another library's model keeps its own")
         return save_params(params, directory, dtype, shard_bytes, overwrite)
+    classes = getattr(model.config, "classes", 0)
+    if labels is not None and len(labels) != classes:
+        raise ValueError(f"{len(labels)} labels are given, and the model has {classes} classes; give one name for each")
     target = Path(directory).expanduser()
     writer.check_target(target, overwrite)
     _barrier("jft.save: begin")  # no process may look at the target after process 0 has made it
@@ -75,6 +82,9 @@ def save(
     origin = fetch(like) if like is not None else None
     tensors = _tensors(_table(family, model.config, flat), flat, dtype)
     description = _describe(family, model.config, tensors, origin)
+    if labels is not None:
+        description["id2label"] = {str(i): str(name) for i, name in enumerate(labels)}
+        description["label2id"] = {str(name): i for i, name in enumerate(labels)}
     if jax.process_index() == 0:
         with writer.whole_directory(target) as partial:
             writer.write_weights(partial, tensors, shard_bytes)

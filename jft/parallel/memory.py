@@ -7,6 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 GIB = 2**30
@@ -110,10 +111,11 @@ def refusal(error: Exception) -> MemoryEstimate | None:
 
 
 def device_budget(device: Any = None) -> int | None:
-    """Bytes that programs may use on ``device`` (default: the first local one), or None where nobody knows (CPU).
+    """Bytes that programs may use on ``device`` (default: the first local one), or None where nobody knows.
 
     The environment variable ``JFT_DEVICE_MEMORY`` (``16GiB``, ``80GB`` or bytes) decides where it is set; else the
-    device's own ``bytes_limit``; else, for the devices of a compile-only topology, the memory of that kind of chip.
+    device's own ``bytes_limit``; else, for the devices of a compile-only topology, the memory of that kind of chip; for a
+    processor its share of :func:`host_memory`, as the devices of a process lie in one memory.
     """
     text = os.environ.get(ENVIRONMENT)
     if text:
@@ -128,7 +130,40 @@ def device_budget(device: Any = None) -> int | None:
         stats = None
     if stats and stats.get("bytes_limit"):
         return int(stats["bytes_limit"])
+    if getattr(device, "platform", "") == "cpu" and (memory := host_memory()):
+        import jax
+
+        return memory // jax.local_device_count("cpu")
     return HBM.get(getattr(device, "device_kind", ""))
+
+
+def host_memory(root: str = "/") -> int | None:
+    """Bytes that this process may use: of the machine, or of its control groups (v1 and v2) where they allow less.
+
+    None where the system does not tell. root: of ``proc`` and ``sys``.
+    """
+    proc, groups = Path(root, "proc"), Path(root, "sys/fs/cgroup")
+    limits = [int(n) * 1024 for n in re.findall(r"^MemTotal: +(\d+) kB$", _text(proc / "meminfo"), re.MULTILINE)]
+    for line in _text(proc / "self/cgroup").splitlines():
+        _, controllers, group = line.split(":", maxsplit=2)
+        # Version 2 has one hierarchy, without names of controllers.
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, name = (groups / "memory", "memory.limit_in_bytes") if controllers else (groups, "memory.max")
+        inside = top / group.strip("/")
+        # A limit of a group above holds as well; in a container only the top is to be seen.
+        for folder in (inside, *inside.parents):
+            limits += [int(n) for n in re.findall(r"^\d+$", _text(folder / name), re.MULTILINE)]
+            if folder == top:
+                break
+    return min(limits, default=None)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def parse_bytes(text: str) -> int:
@@ -163,7 +198,9 @@ def check(
         advice = "; nothing tried fits by itself, nearest: " + _list(sorted(options, key=lambda option: option[1])[:3])
     else:
         advice = "; use a larger mesh, a smaller batch, or remat"
-    raise MemoryBudgetError(f"the step needs {memory}, but a device has {human(budget)}{advice}")
+    raise MemoryBudgetError(
+        f"the step needs {memory}, but a device has {human(budget)} ({ENVIRONMENT} overrides){advice}"
+    )
 
 
 def _list(options: list[tuple[str, int]]) -> str:

@@ -8,9 +8,10 @@ from jft.train.optimizers import Optimizer, optimizer
 from jft.train.preemption import Preempted
 from jft.train.run_config import Profiling
 from jft.train.state import State
-from jft.train.training import NonFiniteError, Run
+from jft.train.training import FinishedError, NonFiniteError, Run
 
 __all__ = [
+    "FinishedError",
     "Logging",
     "NonFiniteError",
     "Objective",

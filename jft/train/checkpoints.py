@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ HIGHER_IS_BETTER = ("accuracy", "exact_match", "f1", "matthews", "pearson")
 class Checkpointing:
     """When to save and what to keep.
 
-    every: steps between checkpoints, the last step included; 0 for none, save on being asked to stop. keep: how many of the
+    every: steps between checkpoints, the last step included; 0: one after every ``minutes`` without (0: none), so that a long
+    run does not depend on its last second. On being asked to stop a run always saves. keep: how many of the
     newest stay. best: also keep the best by this metric of evaluation (``loss``, ``accuracy``...), which must be evaluated
     wherever a checkpoint is written; the run then ends with that state in place of the last. accept: go on though data,
     tokenizer, objective or settings of the optimizer have changed since the checkpoint.
@@ -49,12 +51,16 @@ class Checkpointing:
     keep: int = 2
     best: str = ""
     accept: bool = False
+    minutes: float = 30.0
 
     def __post_init__(self):
+        if not self.minutes >= 0:
+            raise ValueError(f"checkpoint.minutes is {self.minutes}; it is at least 0, which is for none")
         if self.every < 0 or self.keep < 1:
             raise ValueError(f"checkpoint.every is {self.every} and keep {self.keep}; they are at least 0 and 1")
 
 
+AGREE = 64  # steps after which several processes agree on whether a checkpoint is due by the clock
 SHOWN = 8  # differences named in an error
 
 
@@ -128,11 +134,12 @@ def compare(
     what: str,
     configs: tuple[Any, Any] = (None, None),
     accept: bool = False,
+    end: str = "undo the change{accept}, or give another workdir",
 ) -> None:
     """Refuse with :class:`Changed` where the identities differ: ``what``, and each difference as ``key: old -> new``.
 
     configs: of the saved run and of this one, in whose words differences are said. accept: pass over what :data:`ACCEPTABLE`
-    names.
+    names. end: the way out, with a place for that of ``accept``.
     """
     saved, now = _content(saved, now)
     # Through JSON, which makes lists of tuples and strings of keys, as the saved one went.
@@ -154,24 +161,31 @@ def compare(
         rest = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
         changes = "\n".join(lines[:SHOWN] + rest)
         raise Changed(
-            f"{what} of another run, so going on in this workdir would be wrong:\n{changes}\n"
-            f"undo the change{way}, or give another workdir"
+            f"{what} of another run, so going on in this workdir would be wrong:\n{changes}\n{end.format(accept=way)}"
         )
 
 
-def refuse_another(workdir: Path | None, itself: Mapping[str, Any]) -> None:
-    """Refuse to start in a directory with the result of another run, which this one would write over."""
-    path = None if workdir is None else workdir / "task_vector.safetensors"
-    if path is None or not path.is_file():
-        return
+def finished(workdir: Path, itself: Mapping[str, Any], begin: int, steps: int, every: int) -> int | None:
+    """The step at which this very run has ended in ``workdir``, by its task vector, if training from ``begin`` to ``steps``
+    would replace that; else None.
 
+    Raises :class:`Changed` where there is nothing to go on from (begin 0), and the task vector is of another run.
+    """
+    path = workdir / "task_vector.safetensors"
+    if not path.is_file():
+        return None
     # The header alone: a task vector may be as large as the model.
     manifest = file.inspect(path).manifest
+    ended = int(manifest.get("steps", 0))
+    if begin:
+        # With ``every`` the last step had a checkpoint: that is damaged, and the same steps give the same result.
+        return ended if begin < ended and (steps < ended or (steps == ended and not every)) else None
     # A task vector keeps the base as a section, a checkpoint as its fingerprint alone.
     before = {key: manifest.get(key) for key in itself} | {"base": manifest.get("base", {}).get("fingerprint")}
     if "narrowed" in manifest:  # of part of its base: the whole one is not known
         before["base"] = itself["base"]
-    compare(before, itself, f"{path} is")
+    compare(before, itself, f"{path} is", end="give another workdir, or remove that file")
+    return ended
 
 
 def newest(directory: Path) -> tuple[int, dict[str, Any] | None, dict[str, jax.ShapeDtypeStruct]]:
@@ -209,6 +223,8 @@ class Checkpoints:
         self._write: tuple[int, concurrent.futures.Future] | None = None
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._failed = False
+        # Since the last checkpoint.
+        self._since = time.monotonic()
         _quiet()
         self._probe(0)
         self._checkpointer = self._open()
@@ -283,8 +299,11 @@ class Checkpoints:
 
     def due(self, step: int, steps: int) -> bool:
         """Whether a checkpoint is to be written after ``step`` of ``steps`` updates."""
-        # At the last step too: a longer run may go on from there.
-        return bool(self.options.every) and (step % self.options.every == 0 or step == steps)
+        if self.options.every:
+            # At the last step too: a longer run may go on from there.
+            return step % self.options.every == 0 or step == steps
+        late = bool(self.options.minutes) and time.monotonic() - self._since >= 60 * self.options.minutes
+        return late if jax.process_count() == 1 else step % AGREE == 0 and _of_first_process(late)
 
     @property
     def latest(self) -> int | None:
@@ -353,6 +372,7 @@ class Checkpoints:
             digests.clear(self.directory)
             raise self._refuse(step, _reason(error)) from None
         self._write = step, self._pool.submit(self._finish, response, step)
+        self._since = time.monotonic()
 
     def restore(self, shapes: State, step: int | None = None) -> tuple[State, Any]:
         """``(state, data position)`` of ``step`` (default the newest), in the shardings of ``shapes``.
@@ -438,6 +458,13 @@ def _quiet() -> None:
 
 def _not_orbax(record: logging.LogRecord) -> bool:
     return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _of_first_process(flag: bool) -> bool:
+    """The flag of the first process, on all: their clocks differ."""
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
 
 
 def _gather(position: Any) -> list[Any]:

@@ -98,10 +98,11 @@ class EvalConfig:
 class CheckpointConfig:
     """See :class:`jft.train.checkpoints.Checkpointing`."""
 
-    every: int = _key(0, "steps between checkpoints; 0: only when asked to stop")
+    every: int = _key(0, "steps between checkpoints; 0: by the clock, see minutes, and when asked to stop")
     keep: int = _key(2, "newest checkpoints that stay")
     best: str = _key("", "keep, and end with, the best by this metric of evaluation")
     accept: bool = _key(False, "go on though data, tokenizer, objective or optimizer settings have changed")
+    minutes: float = _key(30.0, "where every is 0: minutes between checkpoints; 0: none")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jft import parallel, tree
 from jft.data.batches import equally_long
+from jft.train import model_check
 from jft.train.objectives import Objective
 from jft.train.state import Layout
 
@@ -107,6 +108,17 @@ def decode(state: Any) -> Any:
     return base64.b64decode(state["base64"]) if isinstance(state, Mapping) and set(state) == {"base64"} else state
 
 
+def shown(position: Any) -> str:
+    """A position as a person reads it: of a jft loader the examples before it."""
+    state = decode(position)
+    if not isinstance(state, bytes):
+        return str(position)
+    try:
+        return f"after {json.loads(state)['position']} examples"
+    except (ValueError, KeyError, TypeError):
+        return f"a state of {len(state)} bytes"
+
+
 # Without shuffling: the order of a list is its caller's to choose.
 class _Cycle:
     """A sequence of batches, again and again, with the state that Grain's iterators have."""
@@ -152,6 +164,10 @@ class _Counted:
 def _iterator(data: Any) -> Any:
     if isinstance(data, Sequence):
         return _Cycle(data)
+    if isinstance(data, Mapping):
+        raise ValueError(
+            f"data is one batch ({', '.join(map(str, data))}), not several; give a list of batches: [batch]"
+        )
     iterator = iter(data)
     return iterator if hasattr(iterator, "get_state") and hasattr(iterator, "set_state") else _Counted(iterator)
 
@@ -168,6 +184,8 @@ class Feed:
         self._data, self._iterator, self._model = data, _iterator(data), model
         # `iter` of an iterator is itself; then the caller opened it, and closes it.
         self._closes = self._iterator is not data
+        # Of the model's outputs, where labels are to be checked against them.
+        self.classes: int | None = None
         # Each with the position before it: a batch that was only peeked at is not taken, whatever the iterator counts.
         self._ahead: collections.deque[tuple[Any, Any]] = collections.deque()
 
@@ -175,13 +193,27 @@ class Feed:
         """The position of the stream, as JSON: the next batch is the same after :meth:`seek` to it."""
         return self._ahead[0][0] if self._ahead else encode(self._iterator.get_state())
 
-    def seek(self, position: Any) -> None:
-        """Go to a position. One that was just peeked at needs no going back."""
+    def seek(self, position: Any, accept: bool = False) -> str:
+        """Go to a position. One that was just peeked at needs no going back.
+
+        accept: where the position is of other data, go on after as many examples, or from the beginning; it is said which.
+        """
         # A plain iterator could not go back by even one batch.
         if self._ahead and self._ahead[0][0] == position:
-            return
+            return ""
+        try:
+            self._iterator.set_state(decode(position))
+        except ValueError as error:
+            if not accept:
+                raise ValueError(f"{error} (checkpoint.accept=True does)") from None
+            goes_on = hasattr(self._iterator, "set_examples") and self._iterator.set_examples(decode(position))
+            if goes_on:
+                self._ahead.clear()
+            return (
+                f"the data is another one; it goes on {'after as many examples' if goes_on else 'from its beginning'}"
+            )
         self._ahead.clear()
-        self._iterator.set_state(decode(position))
+        return ""
 
     def close(self) -> None:
         """Stop read-ahead threads and workers of an iterator that was opened here."""
@@ -206,7 +238,7 @@ class Feed:
             try:
                 self._ahead.append((position, host(next(self._iterator))))
             except StopIteration:
-                raise ValueError(f"the data ended (position {position}); training data must repeat") from None
+                raise ValueError(f"the data ended (position {shown(position)}); training data must repeat") from None
             check_ids(self._ahead[-1][1], self._model)
         return [batch for _, batch in itertools.islice(self._ahead, count)]
 
@@ -219,13 +251,14 @@ class Feed:
         try:
             # On the host, before the step: a division by 0 on the devices would show as a NaN without a cause.
             weight = float(objective.weight(batch, np))
+            model_check.check_labels(batch, self.classes)
         except ValueError as error:
-            raise ValueError(f"the batch for step {step} (data position {self.position()}): {error}") from None
+            raise ValueError(f"the batch for step {step} (data position {shown(self.position())}): {error}") from None
         # Of several processes one may hold only padding; the step itself then sees whether all do.
         if weight == 0 and jax.process_count() == 1:
             raise ValueError(
                 f"the batch for step {step} has total weight 0: its loss mask, segments or valid flags leave no target "
-                f"(data position {self.position()}); look at the template and the masking of the data"
+                f"(data position {shown(self.position())}); look at the template and the masking of the data"
             )
         # Only now: after an error the position still is that of the batch that was refused.
         self._ahead.popleft()
@@ -285,6 +318,12 @@ class Streams:
         """Whether there are several; one batch does for all otherwise."""
         return len(self._feeds) > 1
 
+    def check_labels(self, classes: int | None) -> None:
+        """Refuse labels beyond ``classes`` in the next batches, which were peeked at, and in all that follow."""
+        for x in self._feeds:
+            x.classes = classes
+            model_check.check_labels(x.peek(), classes)
+
     def feed(self, member: int) -> Feed:
         """The data of one member."""
         return self._feeds[self.stream_of[member]]
@@ -293,9 +332,10 @@ class Streams:
         """The position of each stream, JSON."""
         return [x.position() for x in self._feeds]
 
-    def seek(self, positions: list[Any]) -> None:
-        for x, position in zip(self._feeds, positions, strict=True):
-            x.seek(position)
+    def seek(self, positions: list[Any], accept: bool = False) -> list[str]:
+        """Go to a position of each stream; what is to be said of it (:meth:`Feed.seek`)."""
+        notes = [x.seek(position, accept) for x, position in zip(self._feeds, positions, strict=True)]
+        return [note for note in notes if note]
 
     def close(self) -> None:
         for x in self._feeds:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import jax
 from jft import parallel
 from jft.compiled import forget_if_crowded
 from jft.methods import Method
-from jft.train import digests, lock, reselection, step
+from jft.train import digests, lock, model_check, reselection, step
 from jft.train.callbacks import Callback
 from jft.train.feed import Streams, global_shapes
 from jft.train.members import Fleet, Members, listed, member
@@ -95,9 +96,11 @@ def finetune(
     dry_run: everything up to the first step: print what the run would be, write nothing, and return None.
 
     Raises :class:`NonFiniteError` with the last good state saved, :class:`Preempted` when asked to stop,
-    :class:`jft.parallel.MemoryBudgetError` where it would not fit, ``Changed`` where the workdir holds another run.
+    :class:`jft.parallel.MemoryBudgetError` where it would not fit, ``Changed`` where the workdir holds another run,
+    :class:`FinishedError` where it holds the result of this one and no checkpoint.
     """
     # What to do.
+    model_check.check(model, params)
     steps = _steps(steps, epochs, [data] if fleet is None else [one.get("data", data) for one in fleet])
     config = RunConfig(
         model,
@@ -160,6 +163,7 @@ def _train(
     streams.peek()
     # The objective follows from the fields of a batch.
     config = config.filled(params, streams.feed(0).largest())
+    streams.check_labels(model_check.classes(config.model, params, streams.feed(0).peek(), config.objective))
 
     # What trains: by name, or as the run that is taken up says, or found now from the base and the first batches.
     trains = reselection.find(config, members, streams, params, workdir)
@@ -189,7 +193,7 @@ def _train(
 
     # What the user sees, the loop, and what came of it.
     report = Report(training, begin, memory, batch, tokenizer, callbacks)
-    for note in notes:
+    for note in [*notes, *training.notes]:
         report.say(note)
     with contextlib.ExitStack() as stack:
         # Closed in the reverse order: checkpoints first, which wait for the last write.
@@ -206,6 +210,8 @@ def _train(
         scores = _loop(training, report, watch, trace, begin)
     # After the stack has closed, so that metrics are on disk before the task vector that ends the run.
     runs = [training.result(i, scores[i], report.rows(i)) for i in range(len(members))]
+    for error in report.errors:
+        print(error, file=sys.stderr)
     if watch is not None and watch.noted:
         # It came while the result was written; a caller with more to do must not go on.
         raise Preempted(config.steps, finished=True)

@@ -111,8 +111,16 @@ def held(directory: Path) -> Iterator[None]:
             raise _refuse(directory, "another thread of this process")
         if not owners:
             made = not directory.exists()
-            directory.mkdir(parents=True, exist_ok=True)
-            descriptor = _acquire(directory)
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                descriptor = _acquire(directory)
+            except Locked:
+                raise
+            except OSError as error:
+                reason = "it is a file" if directory.is_file() else error.strerror or str(error)
+                raise OSError(
+                    f"workdir {directory} cannot be used: {reason}; give a directory that can be made and written to"
+                ) from None
         _held.setdefault(key, []).append(thread)
     try:
         yield

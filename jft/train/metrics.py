@@ -16,7 +16,11 @@ from jft import files, strict_json, terminal
 
 @dataclasses.dataclass(frozen=True)
 class Logging:
-    """Options of the log. every: steps between rows. progress: show the run on stdout. tensorboard; wandb: a project's name."""
+    """Options of the log.
+
+    every: steps between rows; the loss of a row is the mean over all targets since the last one. progress: show the run on
+    stdout. tensorboard; wandb: a project's name.
+    """
 
     every: int = 10
     progress: bool = True
@@ -45,29 +49,32 @@ def _number(value: Any) -> Any:
 class JsonLines:
     """``metrics.jsonl``: a row a line, flushed, so that a reader or a crash finds all that was logged.
 
-    Resuming at ``step`` drops rows beyond it, and a last line that was cut off.
+    Resuming at ``step`` drops rows beyond it, and a last line that was cut off. A full disk does not end a run: rows wait
+    until there is room, and ``error`` says why, empty where none waits.
     """
 
     def __init__(self, path: Path, step: int = 0):
         self.rows: list[dict] = [row for row in read(path) if row["step"] <= step] if step and path.exists() else []
         # Rewritten whole and by a rename, so that a crash here loses no row; appending to a cut line would damage two.
         files.write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self._file = path.open("a")
+        # Unbuffered: a reader may follow the file, and what was written of a row is then known.
+        self._file, self._waiting, self.error = path.open("ab", buffering=0), b"", ""
 
     def write(self, row: dict[str, Any]) -> None:
+        self._waiting += (json.dumps({k: _number(v) for k, v in row.items()}) + "\n").encode()
+        self._flush()
+
+    def _flush(self) -> None:
         try:
-            self._file.write(json.dumps({k: _number(v) for k, v in row.items()}) + "\n")
-            # A reader may follow the file; a row every few steps makes buffering worth nothing.
-            self._file.flush()
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self.error = ""
         except OSError as error:
-            raise OSError(
-                f"{self._file.name} cannot be written: {error.strerror}; make room, and run the same again"
-            ) from None
+            self.error = f"{self._file.name} cannot be written: {error.strerror}"
 
     def close(self) -> None:
-        # Rows are on disk already, or were refused; what a full disk left in the buffer is told once.
-        with contextlib.suppress(OSError):
-            self._file.close()
+        self._flush()
+        self._file.close()
 
 
 def read(path: Path) -> list[dict]:
@@ -151,6 +158,7 @@ class Metrics:
         self.rows: list[dict] = []
         self._resumed: list[dict] = []
         self._sinks: list[Sink] = []
+        self._lines: JsonLines | None = None
         # Rows are kept in memory all the same, for `Run.metrics`.
         if workdir is None:
             if tensorboard or wandb:
@@ -163,7 +171,7 @@ class Metrics:
             self._sinks.append(TensorBoard(workdir, step))
         if wandb:
             self._sinks.append(WeightsAndBiases(workdir, wandb))
-        lines = JsonLines(workdir / "metrics.jsonl", step)
+        lines = self._lines = JsonLines(workdir / "metrics.jsonl", step)
         self.rows = list(lines.rows)
         self._resumed = [row for row in self.rows if row.get("step") == step]
         self._sinks.append(lines)
@@ -177,6 +185,11 @@ class Metrics:
         self.rows.append(row)
         for sink in self._sinks:
             sink.write(row)
+
+    @property
+    def error(self) -> str:
+        """Why rows are not in the file; empty where all are."""
+        return self._lines.error if self._lines else ""
 
     def close(self) -> None:
         for sink in self._sinks:
@@ -337,10 +350,16 @@ class Progress:
 
 def _bar(steps: int, start: int) -> tuple[Any, Any]:
     # Imported where a bar is drawn, since rich takes long to import.
-    from rich import progress
+    from rich import progress, table
 
+    # The text last, which alone is cut where the terminal is narrow.
+    whole = table.Column(no_wrap=True)
+    rest = table.Column(no_wrap=True, overflow="ellipsis", ratio=1)
     bar = progress.Progress(
-        progress.BarColumn(), progress.TextColumn("{task.fields[metrics]}"), progress.TimeRemainingColumn()
+        progress.BarColumn(bar_width=20, table_column=whole),
+        progress.TimeRemainingColumn(table_column=whole.copy()),
+        progress.TextColumn("{task.fields[metrics]}", table_column=rest),
+        expand=True,
     )
     task = bar.add_task("train", total=steps, completed=start, metrics=f"train {start}/{steps}")
     bar.start()

@@ -254,7 +254,12 @@ class Classification:
         return _examples(batch, "labels", xp)
 
     def weight(self, batch: Batch, xp: Any = jnp) -> Any:
-        weights = self.weights(batch, xp)
+        weights, labels = self.weights(batch, xp), batch["labels"]
+        if labels.ndim != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise ValueError(
+                f"labels of a classification are integers, one for each example, not {labels.dtype}{list(labels.shape)}; "
+                "of one-hot rows take labels.argmax(-1)"
+            )
         # Under jit no value can be looked at; the host checks every batch before the step.
         if xp is not jnp:  # on the host: indexing would take -1 for the last class
             below = batch["labels"][(batch["labels"] < 0) & (weights > 0)]
@@ -312,12 +317,18 @@ class Regression:
 
     def weight(self, batch: Batch, xp: Any = jnp) -> Any:
         if _field(batch, "labels").ndim != 1:
-            raise ValueError(f"labels of a regression are one number for each example, not {batch['labels'].shape}")
+            raise ValueError(
+                f"labels of a regression are one number for each example, not {batch['labels'].shape}; one-hot rows of a "
+                "classification become integers by labels.argmax(-1)"
+            )
         return xp.sum(self.weights(batch, xp))
 
     def _pair(self, outputs: Any, batch: Batch) -> tuple[Array, Array]:
         if outputs.ndim != 2 or outputs.shape[-1] != 1:
-            raise ValueError(f"a regression takes outputs [B, 1], got {outputs.shape}; use a classifier of 1 class")
+            raise ValueError(
+                f"a regression takes outputs [B, 1], got {outputs.shape}; use a classifier of 1 class, or "
+                "integer labels for a classification"
+            )
         return outputs[:, 0].astype(jnp.float32), _field(batch, "labels").astype(jnp.float32)
 
     def loss(self, outputs: Any, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:

@@ -6,6 +6,8 @@ import collections
 import dataclasses
 import functools
 import json
+import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,16 @@ import numpy as np
 
 from jft import files, terminal, tree
 from jft.data.display import marked
-from jft.methods import Plan
+from jft.methods import Plan, select
+from jft.parallel.memory import human
 from jft.train import feed, step
 from jft.train.callbacks import Callback, Event
 from jft.train.metrics import Meter, Metrics, Progress
 from jft.train.optimizers import Given
 from jft.train.training import Pending, Training
+
+# The other metrics of training are means over the targets of all steps since the last row.
+OF_ONE_STEP = ("grad_norm", "param_norm", "update_norm", "weight")
 
 
 class Report:
@@ -56,6 +62,8 @@ class Report:
         self._meter = Meter(work)
         # Examples, tokens and positions of the steps that are on the devices, oldest first.
         self._queued: collections.deque[tuple[int, ...]] = collections.deque()
+        # Of each member since its last row: the sums of what is a mean over targets, and their weight.
+        self._sums: list[dict[str, float]] = [collections.defaultdict(float) for _ in members]
         if config.log.progress and primary:
             costs = expense(memory, work, batch)
             for line in introduction(
@@ -64,6 +72,9 @@ class Report:
                 self.say(line)
             if begin:
                 self.say(f"resumed after step {begin}")
+            for member in members:
+                if member.workdir is not None and (text := room(member.workdir, training)):
+                    self.say(text)
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -80,23 +91,29 @@ class Report:
         self._queued.append(tuple(count * jax.process_count() for count in counts))
 
     def train(self, pending: Pending) -> None:
-        """A step is done; its metrics, where it is one to log, of members that go on."""
+        """A step is done; where it is one to log, the row of each member that goes on: means over the steps since the last."""
         # Not as it is queued: the host runs ahead of the devices, and rates would be those of dispatching.
         self._meter.add(*self._queued.popleft())
         self._progress.advance(pending.step)
+        for sums, values in zip(self._sums, each := pending.each(), strict=True):
+            # One loss that is not finite is that of a member's end, which is told elsewhere.
+            if math.isfinite(values["loss"]):
+                for name, value in values.items():
+                    sums[name] += value if name in OF_ONE_STEP else value * values["weight"]
         # The last step is always logged, so that every run has a row.
         if pending.step % self._log.every and pending.step != self._steps:
             return
         # Once for all members: reading starts the next interval.
         speed = self._meter.read()
         rows = []
-        each = zip(self._training.members, self._metrics, pending.each(), pending.rates, strict=True)
-        for i, (member, metrics, values, rate) in enumerate(each):
+        for i, (member, values, rate) in enumerate(zip(self._training.members, each, pending.rates, strict=True)):
+            sums, self._sums[i] = self._sums[i], collections.defaultdict(float)
             # A member that has stopped shows its last state for ever; at least one goes on, or the run would have ended.
             if self._training.errors[i] is None:
                 lr = {} if isinstance(member.optimizer, Given) else {"lr": rate}
-                rows.append(values | lr | speed)
-                metrics.write(pending.step, "train", rows[-1])
+                means = {k: sums[k] / sums["weight"] for k in values if k not in OF_ONE_STEP}
+                rows.append(values | means | lr | speed)
+                self._write(i, pending.step, "train", rows[-1])
                 self._call(i, pending.step, "train", rows[-1])
         # All rows have the same keys: one program makes them, and optimizers of a fleet are of one kind.
         mean = {k: float(np.mean([row[k] for row in rows])) for k in rows[0]}
@@ -107,15 +124,21 @@ class Report:
     def evaluation(self, done: int, results: list[dict[str, float]], seconds: float) -> None:
         """Results of each member, nothing for one without evaluation data; what they took does not count as training."""
         self.pause(seconds)
-        each = zip(self._training.members, self._metrics, results, strict=True)
-        for i, (member, metrics, result) in enumerate(each):
+        for i, (member, result) in enumerate(zip(self._training.members, results, strict=True)):
             if result:
-                metrics.write(done, "eval", result)
+                self._write(i, done, "eval", result)
                 self._call(i, done, "eval", result)
             if result and member.name:
                 self.say(f"{member.name}: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()))
             elif result:
                 self._progress.show(done, "eval", result)
+
+    def _write(self, index: int, done: int, split: str, values: dict[str, float]) -> None:
+        metrics, before = self._metrics[index], self._metrics[index].error
+        metrics.write(done, split, values)
+        # Once: the disk may stay full for long, and the run goes on.
+        if metrics.error and not before:
+            self.say(f"warning: {metrics.error}; the run goes on, and its rows wait for room")
 
     def _call(self, index: int, done: int, split: str, metrics: Mapping[str, float]) -> None:
         """Give a row of metrics of one member to the callbacks."""
@@ -132,6 +155,11 @@ class Report:
         for metrics in self._metrics:
             metrics.close()
         self._progress.close()
+
+    @property
+    def errors(self) -> list[str]:
+        """What became of rows that are not in their file."""
+        return [f"{x.error}; its last rows are lost" for x in self._metrics if x.error]
 
 
 def expense(memory: Any, work: Any, batch: Any) -> str:
@@ -155,12 +183,21 @@ def introduction(
     each = f"{len(members)} members ({names}), each by " if members.stacked else ""
     yield f"{each}method {describe(plan)}"
     yield from costs.splitlines()
+    # Of members that select by budgets of their own too: they differ in seeds and scores at most.
+    if densities := select.density(plan, tree.flatten(params)):
+        yield whole_units(*densities)
     # Peeked at: it is the batch that the next step takes.
     if first := example(streams.feed(0).peek(), config.objective, tokenizer):
         yield first
-    # A new head is random, and a user of LoRA easily overlooks that it does not train.
-    if "classifier/w" in plan.paths and "classifier/w" not in plan.leaves:
+    # A user of LoRA easily overlooks whether the head trains.
+    if (new := [p for p in getattr(config.model, "drawn", ()) if p in plan.leaves]) and plan.method.name != "full":
+        yield f"the checkpoint has no head of this task: {', '.join(new)} are new and train too (freeze: '^classifier/')"
+    elif "classifier/w" in plan.paths and "classifier/w" not in plan.leaves:
         yield "the classifier stays as it is, which suits a fixed head; also='^classifier/' trains it"
+    sides = {p: min(x.shape[-2:]) for p, x in tree.flatten(params).items() if p in plan.leaves and len(x.shape) > 1}
+    if high := [p for p, side in sides.items() if getattr(plan.leaves[p], "rank", 0) > side]:
+        more = f" and of {len(high) - 1} more" if len(high) > 1 else ""
+        yield f"warning: rank {plan.leaves[high[0]].rank} is above the {sides[high[0]]} that {high[0]}{more} can have"
     for member in members:
         warmup = getattr(member.optimizer, "warmup", 0)
         if warmup > config.steps:
@@ -169,6 +206,34 @@ def introduction(
                 f"{member.label}optimizer.warmup is {warmup} steps, more than the run has: at step {steps} the learning "
                 f"rate is {rate:.3g}, not {member.optimizer.lr:g}"
             )
+
+
+def room(workdir: Path, training: Training) -> str:
+    """A warning where the disk has less room than a run may write of one member; empty where it has enough."""
+    state = training.update.single
+    result, whole = tree.nbytes(state.trained), tree.nbytes(state)
+    # While a checkpoint is written those that are kept are there as well.
+    kept = training.checkpoints.options.keep + 1 if training.checkpoints else 0
+    free = shutil.disk_usage(workdir).free
+    if free >= result + kept * whole:
+        return ""
+    return (
+        f"warning: {workdir} has {human(free)} of room, and the task vector may take {human(result)} and {kept} checkpoints "
+        f"{human(kept * whole)}; make room before the run ends"
+    )
+
+
+MISSED = 1.25  # how far a density of whole units may be from the one of the budget before the run warns
+
+
+def whole_units(density: float, selected: float) -> str:
+    """What a budget of ``density`` comes to in whole units, as text."""
+    if max(density / selected, selected / density) <= MISSED:
+        return f"density {selected:.3g} in whole units, of a budget of {density:.3g}"
+    return (
+        f"warning: density {selected:.3g} trains, not the {density:.3g} of the budget: units are large, and at least one of "
+        "each matrix (or layer, as the budget is of) trains; give smaller units, as method.block, or a wider scope"
+    )
 
 
 def write_config(workdir: Path | None, manifest: Mapping[str, Any]) -> None:

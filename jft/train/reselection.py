@@ -139,6 +139,9 @@ def find(config: RunConfig, members: Members, streams: Streams, params: Any, wor
     # Shapes are enough here: values come with the checkpoint.
     chosen = before.chosen
     if plans[0].selects and not chosen:
+        if config.log.progress and jax.process_index() == 0:
+            # Scores may take half a minute on a processor, before anything else is printed.
+            print(f"selecting what trains in {len(plans[0].selects)} weights by {members[0].method.name}", flush=True)
         cells = grids(plans[0], params, config.mesh)
         each = [begin(plan, calibration(i, members[i].start(params)), cells) for i, plan in enumerate(plans)]
         chosen = members.chosen(each, plans[0], params)

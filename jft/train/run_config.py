@@ -66,7 +66,7 @@ class RunConfig:
     def filled(self, params: Any, batch: Any) -> RunConfig:
         """The same with the objective, dtype and mesh that the model, its parameters and ``batch``, the first, suggest."""
         objective = infer(batch) if self.objective is None else find_objective(self.objective)
-        dtype = step.dtype_of(self.model, params) if self.dtype is None else self.dtype
+        dtype = step.dtype_of(self.model, params) if self.dtype is None else _dtype(self.dtype)
         mesh = find_mesh(params) if self.mesh is None else self.mesh
         # One process may use one device of many, but several processes must compute one program together.
         mesh = parallel.make_mesh() if mesh is None and jax.process_count() > 1 else mesh
@@ -89,6 +89,13 @@ class RunConfig:
     def evaluates(self, done: int) -> bool:
         """Whether evaluation is due after ``done`` steps, where there is data for it."""
         return done == self.steps or bool(self.eval_every and done % self.eval_every == 0)
+
+
+def _dtype(name: Any) -> np.dtype:
+    try:
+        return np.dtype(name)
+    except TypeError:
+        raise ValueError(f"dtype {name!r} is unknown; choose float32, bfloat16 or float16") from None
 
 
 def options(kind: type, value: Any) -> Any:

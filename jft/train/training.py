@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ import numpy as np
 from jft import delta, tree
 from jft.data.errors import shorten
 from jft.methods import Plan
-from jft.train import evaluation, reselection
-from jft.train.feed import Streams, global_shapes
+from jft.names import nearest
+from jft.train import evaluation, model_check, reselection
+from jft.train.feed import Streams, global_shapes, shown
 from jft.train.members import Members
 from jft.train.reselection import Trainable
 from jft.train.run_config import RunConfig, describe, options
@@ -33,16 +36,26 @@ class NonFiniteError(ValueError):
         self.step, self.position = step, position
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], step: int, position: Any, then: str, whose: str = "") -> NonFiniteError:
-        """That of a step with metrics ``values``; then: what became of the state."""
+    def of(
+        cls, values: Mapping[str, Any], step: int, position: Any, then: str, cause: str, whose: str = ""
+    ) -> NonFiniteError:
+        """That of a step with metrics ``values``; then: what became of the state; cause: what to look at."""
         # 0 / 0 looks like divergence, and is a matter of the data.
         what = "has total weight 0 on all processes" if values["weight"] == 0 else "is not finite"
         return cls(
             f"{whose}the loss of step {step} {what}: loss {values['loss']:g}, grad_norm {values['grad_norm']:g}, data "
-            f"position {position}; {then}. Look at that batch, lower the learning rate, or clip",
+            f"position {shown(position)}; {then}. {cause}",
             step,
             position,
         )
+
+
+class FinishedError(ValueError):
+    """The run has ended in this workdir before, and left no checkpoint to go on from. whole: after all of its steps."""
+
+    def __init__(self, message: str, whole: bool):
+        super().__init__(message)
+        self.whole = whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +126,7 @@ class Training:
     """The members' holdings on the devices after their last step, with their checkpoints and results.
 
     held, sound: from :meth:`begin` on; sound: whether the losses and gradients of all steps so far were finite. errors: of
-    members that have stopped.
+    members that have stopped. notes: of the start, for the user.
     """
 
     held: Holdings
@@ -132,6 +145,7 @@ class Training:
         self._bases = [delta.describe_base(m.start(params)) if m.params else shared for m in members]
         self.checkpoints: Any = None
         self.errors: list[NonFiniteError | None] = [None] * len(members)
+        self.notes: list[str] = []
 
     def _describe(self, i: int) -> dict[str, Any]:
         member, config = self.members[i], self.config
@@ -146,21 +160,23 @@ class Training:
             for m, base, facts in zip(members, self._bases, self._facts, strict=True)
         ]
         self.checkpoints = _open(workdir, checkpoint, members.identity(each), decided, members, self.config)
+        if self.checkpoints and self.checkpoints.options.best:
+            self._check_best(self.checkpoints.options.best)
         begin = self.checkpoints.latest or 0 if self.checkpoints else 0
         if begin > self.config.steps:
             raise ValueError(
                 f"the run in {workdir} stands at step {begin}, beyond steps={self.config.steps}; ask for at least that many"
             )
         seeds, overlays = [m.seed for m in members], [m.params for m in members]
+        self._refuse_finished(each, begin)
         if begin:
             state, positions = self.checkpoints.restore(self.update.holdings.state)
             self._settled = self.checkpoints.settled()
             self.held = take_up(self.update, self.params, state, self._settled, seeds, donate, overlays)
             # Checkpoints of a run by itself hold the position alone, not a list of one.
-            self.streams.seek(positions if members.stacked else [positions])
+            positions = positions if members.stacked else [positions]
+            self.notes = self.streams.seek(positions, self.checkpoints.options.accept)
         else:
-            # Only without checkpoints: those have refused already, and a finished run may go on from its own.
-            self._refuse_another(each)
             fresh = hold(self.update, self.params, self._chosen, seeds, donate, overlays)
             calibrations = [lambda i=i, m=m: self._calibration(i, m.start(self.params)) for i, m in enumerate(members)]
             self.held = measured(self.update, fresh, calibrations, self.config.steps)
@@ -173,13 +189,35 @@ class Training:
             )
         return begin
 
-    def _refuse_another(self, each: list[dict[str, Any]]) -> None:
-        """Refuse to write over results of other runs in the members' folders."""
-        for member, facts in zip(self.members, each, strict=True):
-            if member.workdir is not None:
-                from jft.train.checkpoints import refuse_another
+    def _check_best(self, name: str) -> None:
+        """Refuse a metric that evaluation does not give, before the first step: shapes tell its names."""
+        config, recipe = self.config, self.update.recipe
+        score = evaluation.sums(recipe.apply, config.objective, recipe.plan, config.dtype)
+        state, kept = self.update.member(self.update.holdings, 0)
+        batch = self.streams.feed(0).peek()
+        sums = jax.eval_shape(score, (kept, state.trained), batch)
+        values = {k: np.full(x.shape, 0.5) for k, x in sums.items() if k != "weight"}
+        names = list(config.objective.report(values))
+        if config.samples is not None and config.samples.exact_match:
+            names.append("exact_match")
+        if name not in names:
+            raise ValueError(f"checkpoint.best is {name!r}{nearest(name, names)}; evaluation gives {', '.join(names)}")
 
-                refuse_another(member.workdir, facts)
+    def _refuse_finished(self, each: list[dict[str, Any]], begin: int) -> None:
+        """Refuse to write over results in the members' folders, of other runs or of this one."""
+        for member, facts in zip(self.members, each, strict=True):
+            ended = None
+            if member.workdir is not None:
+                from jft.train.checkpoints import finished
+
+                every = self.checkpoints.options.every if self.checkpoints else 0
+                ended = finished(member.workdir, facts, begin, self.config.steps, every)
+            if ended is not None:
+                raise FinishedError(
+                    f"{member.label}the run in {member.workdir} has ended after step {ended}, and has no checkpoint to go on "
+                    "from there; load its task_vector.safetensors, give another workdir, or remove that file to train anew",
+                    ended == self.config.steps,
+                )
 
     def reselect(self, n: int) -> None:
         """Before update ``n``, select anew what trains, where the method's schedule says so. No fleet has one."""
@@ -216,7 +254,8 @@ class Training:
         then = f"it stays at the state after step {done}" if self.members.stacked else text
         for i in fresh:
             position, label = pending.positions[self.streams.stream_of[i]], self.members[i].label
-            self.errors[i] = NonFiniteError.of(values[i], done, position, then, label)
+            cause = model_check.cause(self.params, done == 0, directory is not None)
+            self.errors[i] = NonFiniteError.of(values[i], done, position, then, cause, label)
         if all(self.errors):
             # The step after may be queued already; with `sound` false it changes nothing, so this is still the last good state.
             self.save(done, pending.positions)
@@ -301,8 +340,37 @@ class Training:
         }
         encoded = reselection.change(self._settled, tree.flatten(base), plan.encode(base, kept, state.trained))
         vector = delta.TaskVector(encoded, {"base": self._bases[i], **delta.describe(None, **facts)})
-        save(vector, member.workdir)
+        self._save_result(vector, member.workdir)
         return Run(plan, state, rows, scores, vector, base, kept, error)
+
+    def _save_result(self, vector: delta.TaskVector, workdir: Path | None) -> None:
+        """Write a result, on a full disk into the folder of temporary files. Raises ``OSError`` where it could not be here."""
+        try:
+            save(vector, workdir)
+        except OSError as error:
+            # One process of several cannot write alone: gathering takes all.
+            rescue = _rescue(vector) if jax.process_count() == 1 else None
+            latest = self.checkpoints.latest if self.checkpoints else None
+            last = f"the last checkpoint is that of step {latest}" if latest else "there is no checkpoint"
+            then = (
+                f"it is in {rescue}: make room, and move it there"
+                if rescue
+                else f"{last}. Make room, and run the same again"
+            )
+            raise OSError(
+                f"the task vector cannot be written to {workdir}: {error.strerror or error}; {then}"
+            ) from None
+
+
+def _rescue(vector: delta.TaskVector) -> Path | None:
+    """The file of a result among the temporary ones, whose disk need not be the full one; None where it has no room either."""
+    folder = Path(tempfile.mkdtemp(prefix="jft-result-"))
+    try:
+        save(vector, folder)
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    return folder / "task_vector.safetensors"
 
 
 def _content(data: Any) -> dict[str, Any]:

@@ -17,7 +17,8 @@ def base():
 
 @pytest.fixture
 def files(tmp_path):
-    manifest = describe(base(), method={"name": "full"}, seed=3)
+    options = {"rank": 2, "alpha": 0.5, "include": []}
+    manifest = describe(base(), method={"name": "full", "options": options}, seed=3, config={"lr": 1})
     rows = Rows(jnp.array([1]), jnp.array([[3.0, 4, 0, 0, 0, 0]]), (4, 6))
     names = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
     TaskVector({"a/w": rows}, manifest).save(names[0])
@@ -39,7 +40,8 @@ def test_info(files, capsys):
     text = run(capsys, "info", files[0])
     assert "27 parameters" in text
     assert "4x6" in text
-    assert '{"name": "full"}' in text
+    # No JSON above the table, and no config.
+    assert "method       name=full, options=(rank=2, alpha=0.5)\n" in text and "{" not in text and "lr" not in text
 
 
 def test_info_of_sparse_deltas_and_masks(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The dispatcher: what it lists, what it refuses, in one line and with the right exit code."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -58,6 +59,23 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(methods, "main", lambda argv: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         main.call(["methods"])
+
+
+@pytest.mark.parametrize(
+    ("installed", "device", "expected"),
+    [
+        ({"libtpu"}, None, True),
+        ({"libtpu"}, "accel0", False),
+        ({"libtpu"}, "vfio", False),
+        ({"libtpu", "jax_plugins"}, None, False),
+        (set(), None, False),
+    ],
+)
+def test_libtpu_is_left_alone_where_there_is_no_tpu(installed, device, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
+    if device:
+        (tmp_path / device).touch()
+    assert main.only_processor(tmp_path) == expected
 
 
 def test_methods_as_json(capsys):

@@ -62,6 +62,23 @@ def test_eval_of_a_linearized_run_is_linearized(workdir, tmp_path, capsys):
     assert found[""] == found["--forward=linearized"] == pytest.approx(logged[-1]["loss"], rel=1e-5)
     assert found["--forward=standard"] != pytest.approx(found[""], rel=1e-5)
 
+    # No directory of weights gives the function that was trained.
+    export = ["export", f"--workdir={tmp_path}", f"--out={tmp_path / 'hf'}"]
+    assert main.call(export) == 2 and not (tmp_path / "hf").exists()
+    assert "was trained linearized at its base (method l_lora)" in (text := capsys.readouterr().err)
+    assert "--forward=standard writes" in text
+    assert main.call([*export, "--forward=standard"]) == 0
+    capsys.readouterr()
+    # The way out that the refusal names: what is exported is what `--forward=standard` measures.
+    model, params = jft.load(tmp_path / "hf", dtype="float32")
+    test = jft.data.build({"source": "digits", "split": "test"}, batch_size=16, train=False)
+    assert jft.train.evaluate(model, params, test, "classification")["loss"] == pytest.approx(
+        found["--forward=standard"], rel=1e-5
+    )
+    vector = str(tmp_path / "task_vector.safetensors")
+    assert main.call(["delta", "apply", str(tmp_path / "hf"), vector, str(tmp_path / "again"), "--no-check"]) == 0
+    assert "was trained linearized" in capsys.readouterr().err
+
 
 def test_export_is_base_plus_task_vector(workdir, tmp_path, capsys):
     out = tmp_path / "hf"
@@ -73,6 +90,32 @@ def test_export_is_base_plus_task_vector(workdir, tmp_path, capsys):
     assert bool(jax.numpy.isfinite(logits).all())
     assert main.call(["export", f"--workdir={workdir}", f"--out={out}"]) == 2
     assert "not an empty directory" in capsys.readouterr().err
+
+
+def test_a_new_head_trains_and_keeps_the_names_of_its_classes(tmp_path, capsys):
+    """LoRA on a checkpoint without a head: trained beside the factors, said so, and exported with the data's names."""
+    model = jft.models.Model(jft.models.EncoderConfig(vocab=300, width=8, layers=1, heads=2, hidden=8, positions=8))
+    jft.save(model, model.init(jax.random.key(0)), tmp_path / "base")
+    rows = [{"text": f"{i}", "mood": ("good", "bad")[i % 2]} for i in range(8)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"source": "jsonl", "files": str(tmp_path / "data.jsonl"), "task": "classification", "text": "text"}
+    config = {
+        "steps": 1,
+        "batch_size": 8,
+        "model": {"source": str(tmp_path / "base"), "classes": -1},
+        "data": data | {"label": "mood", "tokenizer": "bytes", "max_length": 8},
+        "method": {"name": "lora", "rank": 1},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main.call(["train", f"--config={tmp_path / 'config.json'}", f"--workdir={tmp_path / 'run'}"]) == 0
+    text = "no head of this task: classifier/b, classifier/w are new and train too (freeze: '^classifier/')"
+    assert text in capsys.readouterr().out
+    vector = jft.TaskVector.load(tmp_path / "run/task_vector.safetensors")
+    assert float(vector["classifier/w"].norm()) > 0
+    assert main.call(["export", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'hf'}"]) == 0
+    description = json.loads((tmp_path / "hf/config.json").read_text())
+    assert description["id2label"] == {"0": "bad", "1": "good"}
+    assert description["label2id"] == {"bad": 0, "good": 1}
 
 
 def test_plot(workdir, capsys):

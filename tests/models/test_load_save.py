@@ -1,4 +1,6 @@
 import dataclasses
+import functools
+import inspect
 import json
 import sys
 import types
@@ -17,6 +19,7 @@ from jft.models import Classifier, LoadError
 from jft.models.hf import reader, registry
 from jft.models.hf.checkpoint import Checkpoint
 from jft.parallel import make_mesh
+from jft.train.config import ModelConfig
 from tests.models.checkpoints import LLAMA, llama_tensors, write
 
 MUTATIONS = [
@@ -30,6 +33,7 @@ MUTATIONS = [
 ]
 
 BF16 = ml_dtypes.bfloat16
+load = functools.partial(jft.load, dtype="bfloat16")
 
 
 def equal(a, b):
@@ -56,9 +60,11 @@ def expected_llama(tensors):
 @pytest.mark.parametrize("shards", [1, 3])
 def test_load_stacks_and_transposes(tmp_path, shards):
     tensors = llama_tensors()
-    model, params = jft.load(write(tmp_path, tensors, shards=shards))
+    model, params = load(write(tmp_path, tensors, shards=shards))
     assert model.config.family == "llama"
     assert model.execution.dtype == jnp.bfloat16
+    # By default as `jft train` and `jft generate`.
+    assert inspect.signature(jft.load).parameters["dtype"].default == ModelConfig().param_dtype == "float32"
     expected = expected_llama(tensors)
     equal(params, expected)
     assert model.apply(params, jnp.ones((1, 4), jnp.int32)).shape == (1, 4, 64)
@@ -78,13 +84,13 @@ def test_load_casts(tmp_path, stored, wanted):
 def test_sharded_load_equals_unsharded(tmp_path, mesh):
     description = LLAMA | {"hidden_size": 128, "intermediate_size": 256}
     directory = write(tmp_path, llama_tensors(description), description, shards=2)
-    _, whole = jft.load(directory)
+    _, whole = load(directory)
     mesh = make_mesh(mesh)
-    _, sharded = jft.load(directory, mesh=mesh)
+    _, sharded = load(directory, mesh=mesh)
     equal(whole, sharded)
     assert not sharded["layers"]["mlp"]["up"]["w"].sharding.is_fully_replicated
     assert sharded["final_norm"]["scale"].sharding.is_fully_replicated
-    _, ruled = jft.load(directory, mesh=mesh, rules=[("up/w$", ())])
+    _, ruled = load(directory, mesh=mesh, rules=[("up/w$", ())])
     assert ruled["layers"]["mlp"]["up"]["w"].sharding.is_fully_replicated
     equal(whole, ruled)
 
@@ -145,7 +151,7 @@ def test_save_load_save_is_bit_equal(tmp_path, name):
     equal(params, back)
     assert loaded.config == model.config
     jft.save(loaded, back, tmp_path / "b", shard_bytes=20_000)
-    _, again = jft.load(tmp_path / "b")
+    _, again = load(tmp_path / "b")
     equal(params, again)
     merged = {}
     for file in sorted((tmp_path / "b").glob("*.safetensors")):
@@ -157,7 +163,7 @@ def test_save_load_save_is_bit_equal(tmp_path, name):
 
 def test_save_writes_what_was_loaded(tmp_path):
     tensors = llama_tensors()
-    model, params = jft.load(write(tmp_path / "a", tensors), mesh=make_mesh({"fsdp": 4, "tensor": 2}))
+    model, params = load(write(tmp_path / "a", tensors), mesh=make_mesh({"fsdp": 4, "tensor": 2}))
     jft.save(model, params, tmp_path / "b", shard_bytes=10_000)
     index = json.loads((tmp_path / "b" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors.values())
@@ -174,7 +180,7 @@ def test_save_casts_and_copies_companions(tmp_path):
     origin = write(tmp_path / "a", llama_tensors(), LLAMA | {"eos_token_id": 7})
     (origin / "tokenizer.json").write_text("{}")
     (origin / "notes.txt").write_text("not copied")
-    model, params = jft.load(origin)
+    model, params = load(origin)
     jft.save(model, params, tmp_path / "b", like=origin, dtype="float32")
     assert sorted(f.name for f in (tmp_path / "b").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert load_file(tmp_path / "b" / "model.safetensors")["model.norm.weight"].dtype == np.float32
@@ -233,22 +239,29 @@ def test_parameters_of_another_form_are_refused(tmp_path):
 def test_classifiers(tmp_path, name):
     backbone, params = fresh(FAMILIES[name])
     jft.save(backbone, params, tmp_path / "a")
-    model, wrapped = jft.load(tmp_path / "a", classes=5, pool="mean")
+    model, wrapped = load(tmp_path / "a", classes=5, pool="mean")
     assert isinstance(model.config, Classifier)
     assert wrapped["classifier"]["w"].shape == (32, 5)
     assert wrapped["classifier"]["w"].dtype == jnp.bfloat16
     equal({k: v for k, v in wrapped.items() if k != "classifier"}, params)
-    equal(jft.load(tmp_path / "a", classes=5, pool="mean", mesh=make_mesh())[1], wrapped)
-    assert jnp.any(jft.load(tmp_path / "a", classes=5, seed=1)[1]["classifier"]["w"] != wrapped["classifier"]["w"])
+    equal(load(tmp_path / "a", classes=5, pool="mean", mesh=make_mesh())[1], wrapped)
+    assert jnp.any(load(tmp_path / "a", classes=5, seed=1)[1]["classifier"]["w"] != wrapped["classifier"]["w"])
+    # A new head trains under LoRA, as in peft, unless it is frozen.
+    assert model.drawn == ("classifier/b", "classifier/w") and model.with_(remat="full").drawn == model.drawn
+    trains = {x: set(jft.method("lora", freeze=x).plan(wrapped, model).leaves) for x in ((), "^classifier/")}
+    assert trains[()] - trains["^classifier/"] == set(model.drawn)
     jft.save(model, wrapped, tmp_path / "zero")
-    equal(jft.load(tmp_path / "zero")[1], wrapped)
+    assert not load(tmp_path / "zero")[0].drawn
+    equal(load(tmp_path / "zero")[1], wrapped)
     wrapped["classifier"]["b"] = jnp.arange(5, dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match="2 labels are given, and the model has 5 classes"):
+        jft.save(model, wrapped, tmp_path / "b", labels=["a", "b"])
     jft.save(model, wrapped, tmp_path / "b")
     for classes in (0, 5):
-        again, back = jft.load(tmp_path / "b", classes=classes)
+        again, back = load(tmp_path / "b", classes=classes)
         assert again.config == model.config
         equal(back, wrapped)
-    assert jft.load(tmp_path / "b", classes=3)[1]["classifier"]["w"].shape == (32, 3)
+    assert load(tmp_path / "b", classes=3)[1]["classifier"]["w"].shape == (32, 3)
 
 
 def drop(tensors, name):
@@ -266,12 +279,12 @@ def test_wrong_tensors_are_named(tmp_path):
     }
     for name, (wrong, message) in cases.items():
         with pytest.raises(LoadError, match=message):
-            jft.load(write(tmp_path / name, wrong))
+            load(write(tmp_path / name, wrong))
 
 
 def test_buffers_of_old_checkpoints_are_let_pass(tmp_path):
     tensors = llama_tensors() | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
-    jft.load(write(tmp_path, tensors))
+    load(write(tmp_path, tensors))
 
 
 def test_wrong_descriptions_are_named(tmp_path):
@@ -285,13 +298,13 @@ def test_wrong_descriptions_are_named(tmp_path):
     ]
     for i, (description, message) in enumerate(cases):
         with pytest.raises(LoadError, match=message):
-            jft.load(write(tmp_path / str(i), tensors, description))
+            load(write(tmp_path / str(i), tensors, description))
     (tmp_path / "0" / "config.json").write_text("{")
     with pytest.raises(LoadError, match=r"config\.json: bad JSON at column 2"):
-        jft.load(tmp_path / "0")
+        load(tmp_path / "0")
     (tmp_path / "0" / "config.json").unlink()
     with pytest.raises(LoadError, match=r"has no config\.json"):
-        jft.load(tmp_path / "0")
+        load(tmp_path / "0")
 
 
 def test_damaged_files_are_named(tmp_path):
@@ -309,13 +322,13 @@ def test_damaged_files_are_named(tmp_path):
     for content, message in cases:
         file.write_bytes(content)
         with pytest.raises(LoadError, match=message):
-            jft.load(tmp_path)
+            load(tmp_path)
     file.unlink()
     with pytest.raises(LoadError, match="has neither model"):
-        jft.load(tmp_path)
+        load(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(LoadError, match=r"only pytorch_model\.bin, a pickle.*save_pretrained"):
-        jft.load(tmp_path)
+        load(tmp_path)
 
 
 def test_incomplete_shards_are_named(tmp_path):
@@ -325,23 +338,23 @@ def test_incomplete_shards_are_named(tmp_path):
     save_file(drop(kept, "model.norm.weight"), file)
     if "model.norm.weight" in kept:
         with pytest.raises(LoadError, match=r"'model\.norm\.weight' is in .*, which does not hold it"):
-            jft.load(directory)
+            load(directory)
     file.unlink()
     with pytest.raises(LoadError, match=r"lacks model-00002-of-00002\.safetensors, named in"):
-        jft.load(directory)
+        load(directory)
 
 
 def test_sources_that_are_nothing(tmp_path):
     with pytest.raises(LoadError, match="neither a directory, a GGUF file nor a hub id"):
-        jft.load(tmp_path / "nowhere")
+        load(tmp_path / "nowhere")
     with pytest.raises(LoadError, match="'no-such/model' is no directory here"):
-        jft.load("no-such/model")
+        load("no-such/model")
     with pytest.raises(LoadError, match="'int8' is not a floating-point type"):
         jft.load(write(tmp_path, llama_tensors()), dtype="int8")
     with pytest.raises(LoadError, match="rules were given without a mesh"):
-        jft.load(tmp_path, rules=[("w$", ())])
+        load(tmp_path, rules=[("w$", ())])
     with pytest.raises(LoadError, match="give classes as well"):
-        jft.load(tmp_path, pool="mean")
+        load(tmp_path, pool="mean")
 
 
 def test_hub_ids_are_downloaded_without_pickles(tmp_path, monkeypatch):
@@ -353,7 +366,7 @@ def test_hub_ids_are_downloaded_without_pickles(tmp_path, monkeypatch):
         return str(directory)
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
-    model, params = jft.load("org/model", revision="v1")
+    model, params = load("org/model", revision="v1")
     assert (asked["name"], asked["revision"]) == ("org/model", "v1")
     assert not any("bin" in pattern for pattern in asked["allow_patterns"])
     jft.save(model, params, tmp_path / "b", like="org/model")
@@ -365,10 +378,10 @@ def test_the_hub_that_is_absent_or_away_is_named(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=away))
     with pytest.raises(LoadError, match=r"could not be fetched from the hub at revision 'v1': no route to host$"):
-        jft.load("org/model", revision="v1")
+        load("org/model", revision="v1")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(LoadError, match=r"pip install 'jft\[hf\]'"):
-        jft.load("org/model")
+        load("org/model")
 
 
 def test_overwriting_deletes_nothing_of_others(tmp_path):
@@ -415,4 +428,4 @@ def test_an_index_names_files_of_its_folder(tmp_path):
     with pytest.raises(
         LoadError, match=r"is said to be in '\.\./stolen\.safetensors', which is no file of that folder"
     ):
-        jft.load(directory)
+        load(directory)

@@ -26,7 +26,7 @@ def counting(*arguments):
     elements += out.size
     return out
 reader.read = counting
-model, params = load(sys.argv[1], mesh=make_mesh({"fsdp": 4}))
+model, params = load(sys.argv[1], dtype="bfloat16", mesh=make_mesh({"fsdp": 4}))
 total = tree.count(params)
 assert elements < 0.6 * total, (elements, total)
 save(model, params, sys.argv[2], shard_bytes=100_000)

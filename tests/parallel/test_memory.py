@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 
 from jft.parallel import MemoryBudgetError, MemoryEstimate, check, device_budget, estimate, make_mesh, shardings
-from jft.parallel.memory import human, parse_bytes
+from jft.parallel.memory import host_memory, human, parse_bytes
 
 
 def compiled(donate=()):
@@ -37,7 +37,8 @@ def test_check_names_the_three_cheapest_that_fit():
     gib = 2**30
     remedies = [("a", 17 * gib), ("b", 15 * gib), ("c", 14 * gib), ("d", 8 * gib), ("e", 2 * gib)]
     with pytest.raises(
-        MemoryBudgetError, match=r"20\.0 GiB per device.* 16\.0 GiB; any .*: b \(15\.0 GiB\), c .*, d .*\)$"
+        MemoryBudgetError,
+        match=r"20\.0 GiB per device.* 16\.0 GiB \(JFT_DEVICE_MEMORY overrides\); any .*: b \(15\.0 GiB\), c .*, d .*\)$",
     ):
         check(need, 16 * gib, remedies)
     with pytest.raises(MemoryBudgetError, match=r"nothing tried fits by itself, nearest: e \(2\.0 GiB\), d .*, c"):
@@ -51,6 +52,38 @@ def test_device_budget(monkeypatch):
     monkeypatch.setenv("JFT_DEVICE_MEMORY", "much")
     with pytest.raises(ValueError, match="'much' is not a number of bytes"):
         device_budget()
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        # The machine's own 16 GiB; a limit of this group (version 2), or of one above it; none.
+        ("0::/user/job\n", {}, 16),
+        ("0::/user/job\n", {"user/job/memory.max": 4, "user/memory.max": 8}, 4),
+        ("0::/user/job\n", {"user/job/memory.max": None, "user/memory.max": 3}, 3),
+        ("0::/user/job\n", {"user/job/memory.max": 64}, 16),
+        # Version 1, of which a container sees the top alone; version 2 beside it has no controllers.
+        ("4:cpu,memory:/job\n0::/\n", {"memory/job/memory.limit_in_bytes": 2}, 2),
+        ("4:memory:/docker/x\n0::/\n", {"memory/memory.limit_in_bytes": 5}, 5),
+        ("4:cpu:/job\n", {"memory/job/memory.limit_in_bytes": 2}, 16),
+    ],
+)
+def test_memory_of_a_machine_and_its_control_groups(groups, files, expected, tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text(f"MemTotal:       {16 * 2**20} kB\nMemFree:        1 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text(groups)
+    for name, limit in files.items():
+        file = tmp_path / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("max\n" if limit is None else f"{limit * 2**30}\n")
+    assert host_memory(str(tmp_path)) == expected * 2**30
+    assert host_memory(str(tmp_path / "nothing")) is None
+
+
+def test_the_devices_of_a_processor_share_its_memory(monkeypatch):
+    monkeypatch.delenv("JFT_DEVICE_MEMORY", raising=False)
+    whole = host_memory()
+    assert device_budget() == (whole // 8 if whole else None)
 
 
 def test_bytes_as_people_write_them():

@@ -196,7 +196,7 @@ def job(tmp_path, **changes):
 
 
 def test_a_run_by_epochs_from_a_config(tmp_path, capsys):
-    config = job(tmp_path, log__progress=True)
+    config = job(tmp_path, log__progress=True, checkpoint__every=4)
     run = experiment.run(config, tmp_path / "run")
     assert int(run.state.step) == 4 and run.task_vector.manifest["steps"] == 4
     assert {"loss", "accuracy", "f1", "matthews"} == set(run.evaluation)
@@ -205,7 +205,7 @@ def test_a_run_by_epochs_from_a_config(tmp_path, capsys):
     assert "data: 32 records, " in said and "eval_data: 8 records, " in said and "% padding" in said
     assert "with rows of 48 tokens, the longest" in said
     # Once more, from where it ended; and a line that breaks later is found before anything is compiled.
-    again = experiment.run(job(tmp_path), tmp_path / "run")
+    again = experiment.run(job(tmp_path, checkpoint__every=4), tmp_path / "run")
     assert again.evaluation["loss"] == pytest.approx(run.evaluation["loss"], rel=1e-6)
     with open(tmp_path / "rows.jsonl", "a") as file:
         file.write('{"text": "no label"}\n{"text": 3, "label": "a"}\n')

@@ -198,6 +198,37 @@ def test_a_bad_record_ends_the_run_with_its_state_saved(tmp_path):
     assert int(experiment.run(config, tmp_path / "run").state.step) == 20
 
 
+LONG = {"text": "a text of more than sixteen tokens", "label": 0}
+
+
+@pytest.mark.parametrize("mend", ["drop", "remove"])
+def test_what_an_error_proposes_of_data_works_from_where_the_run_stands(mend, tmp_path, capsys):
+    """A row that is too long is dropped by ``too_long``, as the error says, or by hand: positions then are of other data."""
+    file = tmp_path / "data.jsonl"
+    lines = [json.dumps({"text": f"{i}", "label": i % 2}) for i in range(32)]
+    file.write_text("\n".join([*lines, json.dumps(LONG), *lines]) + "\n")
+    config = digits()
+    config.model.arch, config.model.options = "encoder", {**DECODER, "vocab": 300, "positions": 16}
+    config.data = {"source": "jsonl", "files": str(file), "task": "classification", "text": "text", "label": "label"}
+    config.data = config.data.to_dict() | {"classes": 2, "tokenizer": "bytes", "max_length": 16, "buckets": False}
+    config.data.too_long = "error"
+    config.eval_data, config.steps, config.batch_size, config.check_data = {}, 20, 8, 0.0
+    config.log.progress = True
+    with pytest.raises(ValueError, match=r"data.jsonl:33: .*too_long.*the state after step \d+ is saved in"):
+        experiment.run(config, tmp_path / "run")
+    if mend == "drop":
+        config.data.too_long = "drop"
+        with pytest.raises(ValueError, match=r"data.too_long: 'error' -> 'drop'.*\nundo.*set checkpoint.accept=True"):
+            experiment.run(config, tmp_path / "run")
+    else:
+        file.write_text("\n".join([*lines, *lines]) + "\n")
+    config.checkpoint.accept = True
+    capsys.readouterr()
+    assert int(experiment.run(config, tmp_path / "run").state.step) == 20
+    where = "from its beginning" if mend == "drop" else "after as many examples"
+    assert f"the data is another one; it goes on {where}" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_run_never_loads_heavy_libraries(tmp_path):
     script = (

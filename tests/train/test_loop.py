@@ -147,7 +147,7 @@ def test_the_best_checkpoint_is_kept_and_returned(tmp_path):
         train(tmp_path / "b", checkpoint={"every": 2, "best": "loss"})
     with pytest.raises(ValueError, match=r"checkpoint.every \(0\) to be a positive multiple"):
         train(tmp_path / "b", checkpoint={"best": "loss"}, **options)
-    with pytest.raises(ValueError, match=r"checkpoint.best is 'acc', but evaluation gives accuracy, loss"):
+    with pytest.raises(ValueError, match=r"checkpoint.best is 'acc'; evaluation gives accuracy, loss"):
         train(tmp_path / "b", checkpoint={"every": 2, "best": "acc"}, **options)
 
 

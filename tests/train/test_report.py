@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import jft
 from jft.data.tokenizer import byte_tokenizer
 from jft.train import report
 from jft.train.objectives import Classification, Contrastive, LanguageModel
@@ -40,3 +41,24 @@ def test_a_captioned_image_is_shown_by_its_caption():
 def test_images_alone_show_nothing(coder):
     batch = {"images": np.zeros((1, 2, 2, 3), np.float32), "labels": np.array([3], np.int32)}
     assert report.example(batch, Classification(), coder) == ""
+
+
+def test_the_loss_of_a_row_is_the_mean_since_the_last():
+    """Over targets: batches of two and of six rows count by their rows, also in the last, shorter interval."""
+    rows = [2, 6, 6, 2, 2]
+    batches = [{"x": np.full((n, 1), i + 1, np.float32), "labels": np.zeros(n, np.float32)} for i, n in enumerate(rows)]
+    log = {"every": 2, "progress": False}
+    run = jft.finetune(
+        lambda p, b: b["x"] * p["w"],
+        {"w": np.ones(1, np.float32)},
+        batches,
+        steps=5,
+        objective="regression",
+        optimizer={"name": "sgd", "lr": 1e-30},
+        log=log,
+    )
+    losses = np.array([1.0, 4, 9, 16, 25])
+    means = [np.average(losses[i : i + 2], weights=rows[i : i + 2]) for i in (0, 2, 4)]
+    np.testing.assert_allclose([row["loss"] for row in run.metrics], means, rtol=1e-6)
+    # Of one step, as its name says.
+    assert [row["weight"] for row in run.metrics] == [6, 2, 2]
