@@ -67,7 +67,8 @@ def call(argv: Sequence[str]) -> int:
     traceback = os.environ.get("JFT_TRACEBACK", "") not in ("", "0")
     try:
         return dispatch(argv)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        _tell_others(error, 130)
         print("jft: interrupted", file=sys.stderr)
         # 128 + SIGINT, as shells report it.
         return 130
@@ -79,9 +80,19 @@ def call(argv: Sequence[str]) -> int:
     except USER_ERRORS as error:
         if traceback:
             raise
+        _tell_others(error, 1)
         # On one line, whatever line breaks the message has.
         print(f"jft: {terminal.plain(' '.join(str(error).split()))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+
+
+def _tell_others(error: BaseException, status: int) -> None:
+    """End this process with a line that the other processes of its run print as well; nothing for one by itself."""
+    # They came by way of it, or there are none.
+    module = sys.modules.get("jft.parallel.peers")
+    peers = module.current() if module else None
+    if peers is not None:
+        peers.exit(error, status)
 
 
 def run() -> None:

@@ -81,17 +81,19 @@ def main(argv: Sequence[str]) -> int:
         print(keys())
         return 0
     args, config = options.parse(parser, argv, may_add=may_add)
-    if args.print_config or args.dry_run:
-        print(resolved(config))
     if args.print_config:
+        print(resolved(config))
         return 0
     if not args.workdir and not args.dry_run:
         parser.error("--workdir=DIR is needed")
 
     from jft.train import Preempted, experiment
+    from jft.train.config import check
     from jft.train.preemption import EXIT_CODE, Watch
 
-    restored.start()
+    restored.start(check(config).distributed)
+    if args.dry_run:
+        print(resolved(config))
     try:
         # From the first moment, so that a signal while data and model load ends with the same status.
         with Watch():

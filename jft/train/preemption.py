@@ -36,7 +36,7 @@ class Watch:
     it can save. A second SIGINT interrupts at once. SIGHUP stays ignored where it is (``nohup``).
 
     Signals reach Python in the main thread only; elsewhere nothing is watched. With several processes SIGTERM is left to
-    JAX's preemption service, which finds a step at which all of them stop.
+    JAX's preemption service, which finds a step at which all of them stop, and the other two are passed on to it.
     """
 
     def __init__(self) -> None:
@@ -49,8 +49,10 @@ class Watch:
 
         self._many = jax.process_count() > 1
         # `signal.signal` raises anywhere else.
-        if threading.current_thread() is threading.main_thread() and not self._many:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if threading.current_thread() is threading.main_thread():
+            for number in (
+                (signal.SIGINT, signal.SIGHUP) if self._many else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+            ):
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._note)
         return self
@@ -64,13 +66,16 @@ class Watch:
         if self._stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._stop.set()
+        if self._many:
+            signal.raise_signal(signal.SIGTERM)
+            return
         if not self._begun:
             raise Preempted(None)
 
     @property
     def noted(self) -> bool:
-        """Whether a signal has come, to this process."""
-        return self._stop.is_set()
+        """Whether a signal has come since the loop's last look; of several processes one alone cannot stop then."""
+        return self._stop.is_set() and not self._many
 
     def reached(self, step: int) -> bool:
         """Whether to stop after ``step``; the same answer on every process."""
