@@ -5,13 +5,12 @@ why, none with a traceback; and where the run can go on, it ends as one that not
 """
 
 import atexit
-import contextlib
 import dataclasses
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import pkgutil
-import shutil
 import signal
 import sys
 import time
@@ -28,14 +27,14 @@ from tests.faults import runs
 from tests.parallel.test_distributed import free_port
 
 BOUND = 30.0
-STEPS = 6
+STEPS, EVERY = 20, 4
 CONFIG = {
     "steps": STEPS,
     "batch_size": 8,
     "model": {"arch": "encoder", "classes": 2},
     "data": {"source": "jsonl", "files": "data.jsonl", "task": "classification", "text": "text", "label": "label"},
-    "eval_data": {"source": "jsonl", "files": "data.jsonl"},
-    "checkpoint": {"every": 2},
+    "eval_data": {"classes": 2},
+    "checkpoint": {"every": EVERY},
     "log": {"every": 1, "progress": False},
     "check_data": 0.0,
 }
@@ -46,7 +45,9 @@ def rows(count: int = 64, label: Callable[[int], int] = lambda i: i % 2) -> str:
     return "".join(json.dumps({"text": f"row {i}", "label": label(i)}) + "\n" for i in range(count))
 
 
-def _child(index: int, count: int, port: int, folder: str, argv: list[str], act: tuple[str, int] | None) -> None:
+def _child(
+    index: int, count: int, devices: int, port: int, folder: str, argv: list[str], act: tuple[str, int] | None
+) -> None:
     """Process ``index`` of a run, from within ``folder``; ``act``: the moment at which a signal strikes it, or a full disk."""
     os.chdir(folder)
     for name in ("stdout", "stderr"):
@@ -59,10 +60,10 @@ def _child(index: int, count: int, port: int, folder: str, argv: list[str], act:
         "JFT_NUM_PROCESSES": str(count),
         "JFT_PROCESS_ID": str(index),
     }
-    jax.config.update("jax_num_cpu_devices", 4 // count)
+    jax.config.update("jax_num_cpu_devices", devices)
     if act is not None:
         moment, number = act
-        runs.strike(moment, _raise if number == 0 else lambda: os.kill(os.getpid(), number))
+        runs.strike(moment, lambda: _strike(number))
     try:
         status = cli.call(["train", *argv])
     except BaseException:
@@ -74,8 +75,12 @@ def _child(index: int, count: int, port: int, folder: str, argv: list[str], act:
     os._exit(status)
 
 
-def _raise() -> None:
-    raise OSError("the disk has gone")
+def _strike(number: int) -> None:
+    if not number:
+        raise OSError("the disk has gone")
+    os.kill(os.getpid(), number)
+    # JAX looks for SIGTERM once a second, in which all steps would be done.
+    time.sleep(2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +103,11 @@ class Ended:
     error: str
 
 
-def train(workdir: Path, count: int, own: dict[int, Process] | None = None) -> list[Ended | None]:
-    """Run ``count`` processes in ``workdir``, each from a folder beside it, to their ends; None for one that never comes."""
+def train(workdir: Path, count: int, own: dict[int, Process] | None = None, devices: int = 1) -> list[Ended | None]:
+    """Run ``count`` processes of ``devices`` in ``workdir``, each from a folder of its own beside it, until they end.
+
+    None for a process that never comes; a status of None for one that had to be killed.
+    """
     context = multiprocessing.get_context("forkserver")
     modules = [module.name for module in pkgutil.iter_modules(presets.__path__, "jft.presets.")]
     preload = ["jft.train.experiment", "jft.train.checkpoints", "jft.cli.train", "jft.data.pipeline"]
@@ -116,14 +124,23 @@ def train(workdir: Path, count: int, own: dict[int, Process] | None = None) -> l
                 (folder / name).write_text(text)
         argv = ["--config=config.json", f"--workdir={workdir}", *process.argv]
         if process.present:
-            arguments = (index, count, port, str(folder), argv, process.act)
+            arguments = (index, count, devices, port, str(folder), argv, process.act)
             started[index] = context.Process(target=_child, args=arguments), folder
             started[index][0].start()
+    still = [index for index in started if (own.get(index, Process()).act or ("", 0))[1] == signal.SIGSTOP]
+    _wait([process for index, (process, _) in started.items() if index not in still])
     return [_ended(index, *started[index]) if index in started else None for index in range(count)]
 
 
+def _wait(processes: list[multiprocessing.Process]) -> None:
+    """Return once all have ended, or ``BOUND`` seconds after the first has."""
+    multiprocessing.connection.wait([process.sentinel for process in processes], 120)
+    deadline = time.monotonic() + BOUND
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+
+
 def _ended(index: int, process: multiprocessing.Process, folder: Path) -> Ended:
-    process.join(90)
     status = process.exitcode
     if status is None:
         process.kill()
@@ -134,12 +151,7 @@ def _ended(index: int, process: multiprocessing.Process, folder: Path) -> Ended:
 
 def refused(workdir: Path, count: int, own: dict[int, Process], *expected: str, status: int = 1) -> str:
     """All processes end in time, with ``status`` and one line that holds all of ``expected``; a killed one has no line."""
-    since = time.monotonic()
-    ended = train(workdir, count, own)
-    seconds = time.monotonic() - since
-    if seconds > BOUND:
-        return f"ends after {seconds:.0f} s"
-    for index, one in enumerate(ended):
+    for index, one in enumerate(train(workdir, count, own)):
         act = own.get(index, Process()).act
         if one is None or (act and act[1] in (signal.SIGKILL, signal.SIGSTOP)):
             continue
@@ -154,9 +166,9 @@ def refused(workdir: Path, count: int, own: dict[int, Process], *expected: str, 
     return ""
 
 
-def goes_on(workdir: Path, count: int, whole: Path) -> str:
+def goes_on(workdir: Path, count: int, whole: Path, devices: int = 1, *argv: str) -> str:
     """Started again, the run ends as that which nothing struck."""
-    for index, one in enumerate(train(workdir, count)):
+    for index, one in enumerate(train(workdir, count, {k: Process(argv) for k in range(count)}, devices)):
         if one.status:
             return f"started again, process {index} ends with status {one.status}: {one.error[-300:]}"
     return runs.differs(workdir, whole)
@@ -174,7 +186,7 @@ def uninterrupted(workdir: Path, count: int = 2) -> Path:
 def struck(workdir: Path, count: int, victim: int, moment: str, number: int = signal.SIGKILL) -> str:
     """One process is killed: the others say that it is lost and what was saved, and all go on when started again."""
     own = {victim: Process(act=(moment, number))}
-    saved = {"save": "no checkpoint was saved", "evaluation": "that of step", "step": "that of step"}.get(moment, "")
+    saved = {"save": f"that of step {EVERY}", "result": f"that of step {STEPS}"}.get(moment, "")
     found = refused(workdir, count, own, f"process {victim} of {count} was lost", saved, "again", status=LOST)
     return found or goes_on(workdir, count, uninterrupted(workdir, count))
 
@@ -195,20 +207,21 @@ def signalled(workdir: Path, number: int) -> str:
 
 
 def resized(workdir: Path) -> str:
-    """2 processes, killed, go on as 4 and end as 1: the same bits, since the mesh is the same."""
-    found = refused(workdir, 2, {1: Process(act=("step", signal.SIGKILL))}, "lost", status=LOST)
-    return found or goes_on(workdir, 4, uninterrupted(workdir)) or goes_on(workdir, 1, uninterrupted(workdir))
+    """4 devices as 2 processes, which are stopped, go on as 4 and end as 1: the same bits as those of 1 process."""
+    whole = workdir.with_name("whole-1")
+    ended = train(whole, 1, devices=4) + train(workdir, 2, {1: Process(act=("step", signal.SIGTERM))}, 2)
+    if [one.status for one in ended] != [0, EXIT_CODE, EXIT_CODE]:
+        return f"statuses {[one.status for one in ended]}: {ended[-1].error[-300:]}"
+    ended = train(workdir, 4, {2: Process(act=("evaluation", signal.SIGKILL))})
+    if [one.status for one in ended] != [LOST, LOST, -signal.SIGKILL, LOST]:
+        return f"statuses {[one.status for one in ended]}: {ended[0].error[-300:]}"
+    return goes_on(workdir, 1, whole, 4)
 
 
 def stopped(workdir: Path) -> str:
     """A process that stands still, as one behind a network that is down."""
-    own = {1: Process(act=("step", signal.SIGSTOP))}
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(workdir)
-    beat = "--config.distributed.heartbeat=3"
-    return refused(
-        workdir, 2, own | {0: Process((beat,))}, "process 1 of 2 was lost: no sign of life for 3 s", status=LOST
-    )
+    own = {0: Process(("--config.distributed.heartbeat=3",)), 1: Process(act=("step", signal.SIGSTOP))}
+    return refused(workdir, 2, own, "process 1 of 2 was lost: no sign of life for 3 s", status=LOST)
 
 
 DIFFERENCES = {
@@ -216,8 +229,8 @@ DIFFERENCES = {
     "weight decay": ("optimizer.weight_decay", "0.25", "0.0"),
     "batch size": ("batch_size", "16", "8"),
     "data file": ("data.files", "other.jsonl", "data.jsonl"),
-    "steps": ("steps", "7", "6"),
-    "checkpoint.every": ("checkpoint.every", "3", "2"),
+    "steps": ("steps", "7", str(STEPS)),
+    "checkpoint.every": ("checkpoint.every", "3", str(EVERY)),
     "method": ("method.name", "bitfit", "full"),
     "seed": ("seed", "5", "0"),
     "eval.every": ("eval.every", "2", "0"),
@@ -266,7 +279,7 @@ def cases() -> dict[str, Callable[[Path], str]]:
         "SIGKILL/process 0 of 4, step": lambda d: struck(d, 4, 0, "step"),
         "SIGSTOP/process 1, step": stopped,
         **{f"{s.name}/process 1, step": lambda d, s=s: signalled(d, s) for s in runs.SIGNALS if s != signal.SIGKILL},
-        "resize/2 killed, 4, 1 process": resized,
+        "resize/2 processes, 4, 1": resized,
         "absent/process 1": lambda d: refused(
             d,
             2,
