@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jft import terminal
-from jft.cli.errors import UsageError
+from jft.cli.errors import UsageError, tell_others
 from jft.names import nearest
 
 # What a user can cause and cure: bad values, missing files and extras, a full disk. All else is a bug: its traceback shows.
@@ -68,7 +68,7 @@ def call(argv: Sequence[str]) -> int:
     try:
         return dispatch(argv)
     except KeyboardInterrupt as error:
-        _tell_others(error, 130)
+        tell_others(error, 130)
         print("jft: interrupted", file=sys.stderr)
         # 128 + SIGINT, as shells report it.
         return 130
@@ -80,19 +80,10 @@ def call(argv: Sequence[str]) -> int:
     except USER_ERRORS as error:
         if traceback:
             raise
-        _tell_others(error, 1)
+        tell_others(error, 1)
         # On one line, whatever line breaks the message has.
         print(f"jft: {terminal.plain(' '.join(str(error).split()))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-
-
-def _tell_others(error: BaseException, status: int) -> None:
-    """End this process with a line that the other processes of its run print as well; nothing for one by itself."""
-    # They came by way of it, or there are none.
-    module = sys.modules.get("jft.parallel.peers")
-    peers = module.current() if module else None
-    if peers is not None:
-        peers.exit(error, status)
 
 
 def run() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jft.cli import options, restored
-from jft.cli.errors import Parser
+from jft.cli.errors import Parser, tell_others
 
 EXAMPLES = """
   jft train --config=configs/llm.py:qwen2.5-0.5b,lora --workdir=runs/qwen
@@ -99,6 +99,8 @@ def main(argv: Sequence[str]) -> int:
         with Watch():
             run = experiment.run(config, args.workdir, dry_run=args.dry_run)
     except Preempted as preemption:
+        if preemption.step is None:
+            tell_others(preemption, EXIT_CODE)
         _say(f"jft: {preemption}")
         return EXIT_CODE
     if args.dry_run:

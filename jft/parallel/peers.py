@@ -46,6 +46,10 @@ class Peers:
         self._ended: set[int] = set()
         self._answers: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
         self._sending, self._lock, self._over = threading.Lock(), threading.Lock(), False
+        # The step that this process is at, and where one has asked to stop the step after which all do, once it is known.
+        self._turn, self._step, self._asked = threading.Condition(), 0, False
+        self._last: int | None = None
+        self._steps: dict[int, int] = {}
         for connection in self._connections.values():
             # A process that no longer reads must not stop this one for ever.
             connection.settimeout(heartbeat)
@@ -66,6 +70,50 @@ class Peers:
                 f"the processes have come to different points of the run ({each}); start all with the same"
             )
         return [answer for _, answer in answers]
+
+    def reached(self, step: int, wanted: bool) -> bool:
+        """Whether all processes stop after ``step``, since one of them wanted to: the same answer on each of them.
+
+        Each is to call it at every step. They stop one step after the last that any of them has reached.
+        """
+        with self._turn:
+            self._step = step
+            asks, self._asked = wanted and not self._asked, self._asked or wanted
+        if asks:
+            self._ask(self.index)
+        with self._turn:
+            # From when it has told its step until it knows the last one, no process takes another.
+            self._turn.wait_for(lambda: not self._asked or self._last is not None)
+            return step == self._last
+
+    def rest(self) -> None:
+        """The steps of a run are over; another may follow."""
+        with self._turn:
+            self._step = 0
+
+    def _ask(self, sender: int) -> None:
+        """Stop: process 0 asks all of them which step they are at."""
+        with self._turn:
+            first, self._asked = not self._steps, True
+            step = self._step
+        if self.index:
+            self._send({"kind": "stop"} if sender == self.index else {"kind": "step", "step": step})
+        elif first:
+            self._steps[0] = step
+            self._send({"kind": "stop"})
+
+    def _decide(self, sender: int, step: int) -> None:
+        """Of process 0: the step that ``sender`` is at; once all are known, the last one of the run."""
+        self._steps[sender] = step
+        if len(self._steps) == self.count:
+            last = max(self._steps.values()) + 1
+            self._send({"kind": "last", "step": last})
+            self._stop_after(last)
+
+    def _stop_after(self, step: int) -> None:
+        with self._turn:
+            self._last = step
+            self._turn.notify_all()
 
     def leave(self) -> None:
         """Tell the others that this process has done all of its work."""
@@ -115,6 +163,12 @@ class Peers:
         elif message["kind"] == "done":
             self._ended.add(sender)
             self._collect(sender)
+        elif message["kind"] == "stop":
+            self._ask(sender)
+        elif message["kind"] == "step":
+            self._decide(sender, message["step"])
+        elif message["kind"] == "last":
+            self._stop_after(message["step"])
         elif message["kind"] == "end":
             self._end(message)
 
@@ -128,12 +182,11 @@ class Peers:
             self._send({"kind": "values", "value": whole})
             self._answers.put(whole)
         elif waiting and self._ended:
-            gone, reason = min(self._ended), "it ended while the others still wait for it"
-            self._end({"kind": "end", "process": gone, "lost": False, "reason": reason})
+            self._end(_ended(min(self._ended), "failed", "it ended while the others still wait for it", 1))
 
     def _lose(self, k: int, reason: str) -> None:
         if k not in self._ended:
-            self._end({"kind": "end", "process": k, "lost": True, "reason": reason})
+            self._end(_ended(k, "was lost", reason, LOST))
 
     def _end(self, message: Mapping[str, Any]) -> None:
         """End this process for what ``message`` says of another."""
@@ -144,12 +197,13 @@ class Peers:
         if not self.index:
             self._send(message)
         self._say(message)
-        os._exit(LOST if message["lost"] else 1)
+        os._exit(message["status"])
 
     def _say(self, message: Mapping[str, Any]) -> None:
         """Print the last line of this process."""
-        how, again = ("was lost", "; start all processes again to go on") if message["lost"] else ("failed", "")
-        text = f"process {message['process']} of {self.count} {how}: {message['reason']}{self._saved()}{again}"
+        again = "; start all processes again to go on" if message["how"] == "was lost" else ""
+        whose = f"process {message['process']} of {self.count} {message['how']}"
+        text = f"{whose}: {message['reason']}{self._saved()}{again}"
         # Not by `print`: a thread that waits for ever may hold the lock of the stream.
         with contextlib.suppress(OSError):
             os.write(2, f"jft: {terminal.plain(text)}\n".encode())
@@ -170,9 +224,11 @@ class Peers:
             ended, self._over = self._over, True
         if ended:  # for the reason of another, which the thread that reads is telling
             threading.Event().wait()
-        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, ValueError | OSError | SystemExit) else f"{type(error).__name__}: "
         reason = f"{kind}{' '.join(str(error).split())}" if str(error) else type(error).__name__
-        message = {"kind": "end", "process": self.index, "lost": False, "reason": reason}
+        # A stop is no failure of the others either.
+        stopped = isinstance(error, SystemExit)
+        message = _ended(self.index, "was stopped" if stopped else "failed", reason, LOST if stopped else 1)
         self._send(message)
         if show is None:
             self._say(message)
@@ -183,6 +239,11 @@ class Peers:
                 stream.flush()
         # JAX's own way out would wait for the others.
         os._exit(status)
+
+
+def _ended(process: int, how: str, reason: str, status: int) -> dict[str, Any]:
+    """The message that ends all others: what became of a process and why, and their status."""
+    return {"kind": "end", "process": process, "how": how, "reason": reason, "status": status}
 
 
 _peers: Peers | None = None

@@ -5,7 +5,7 @@ import pytest
 from tests.faults import processes
 
 MUTATIONS = [
-    ("jft/cli/main.py", "    if peers is not None:", "    if peers is None:"),
+    ("jft/cli/errors.py", "    if peers is not None:", "    if peers is None:"),
     ("jft/train/experiment.py", '    parallel.agree("content",', "    dict("),
     ("jft/parallel/distributed.py", '        arguments["coordinator_bind_address"] = "localhost:0"', "        pass"),
 ]

@@ -18,6 +18,8 @@ MUTATIONS = [
     ("jft/parallel/peers.py", "        if len(set(points)) > 1:", "        if False:"),
     ("jft/parallel/peers.py", "            if now - sent > self._heartbeat / 4:", "            if False:"),
     ("jft/parallel/peers.py", "        elif waiting and self._ended:", "        elif False:"),
+    ("jft/parallel/peers.py", "last = max(self._steps.values()) + 1", "last = max(self._steps.values())"),
+    ("jft/parallel/peers.py", "last = max(self._steps.values()) + 1", "last = min(self._steps.values()) + 1"),
 ]
 BEAT = 0.8
 
@@ -189,3 +191,15 @@ def test_the_environment_is_what_decides_the_program(monkeypatch):
     assert facts["XLA_FLAGS"] == ["--xla_a=1"]
     assert facts["jax version"] == agreement.jax.__version__
     assert os.environ["XLA_FLAGS"].endswith("/here")
+
+
+@pytest.mark.parametrize(("who", "at", "last"), [(0, 6, 7), (1, 5, 6)])
+def test_all_stop_one_step_after_the_first_of_them(both, who, at, last):
+    """Process 0 is a step ahead, as one is that waits for the metrics of the step before."""
+    pair = both.peers()
+    assert not pair[0].reached(5, False)
+    assert not pair[1].reached(4, False)
+    assert not pair[who].reached(at, True)
+    assert [pair[who].reached(step, True) for step in range(at + 1, last + 1)] == [True]
+    assert not pair[1 - who].reached(last - 1, False)
+    assert pair[1 - who].reached(last, False)
