@@ -94,12 +94,12 @@ class Peers:
     def _ask(self, sender: int) -> None:
         """Stop: process 0 asks all of them which step they are at."""
         with self._turn:
+            # Two may ask at once; it is answered once.
             first, self._asked = not self._steps, True
-            step = self._step
+            step = self._steps.setdefault(self.index, self._step)
         if self.index:
             self._send({"kind": "stop"} if sender == self.index else {"kind": "step", "step": step})
         elif first:
-            self._steps[0] = step
             self._send({"kind": "stop"})
 
     def _decide(self, sender: int, step: int) -> None:

@@ -159,8 +159,9 @@ def _train(
     streams.peek()
     # The objective follows from the fields of a batch.
     config = config.filled(params, streams.feed(0).largest())
-    shapes = tree.flatten(streams.feed(0).largest(known=False))
-    parallel.agree("batch", {f"batch.{path}": f"{x.shape} {x.dtype} a process" for path, x in shapes.items()})
+    if jax.process_count() > 1:
+        shapes = tree.flatten(streams.feed(0).largest(known=False))
+        parallel.agree("batch", {f"batch.{path}": f"{x.shape} {x.dtype} a process" for path, x in shapes.items()})
 
     # What trains: by name, or as the run that is taken up says, or found now from the base and the first batches.
     trains = reselection.find(config, members, streams, params, workdir)

@@ -181,12 +181,12 @@ def uninterrupted(workdir: Path, count: int = 2) -> Path:
     return whole
 
 
-def struck(workdir: Path, count: int, victim: int, moment: str, number: int = signal.SIGKILL) -> str:
-    """One process is killed: the others say that it is lost and what was saved, and all go on when started again."""
-    own = {victim: Process(act=(moment, number))}
+def struck(workdir: Path, count: int, victim: int, moment: str, again: bool = True) -> str:
+    """One process is killed: the others say that it is lost and what was saved, and all go on when started ``again``."""
+    own = {victim: Process(act=(moment, signal.SIGKILL))}
     saved = {"save": f"that of step {EVERY}", "result": f"that of step {STEPS}"}.get(moment, "")
     found = refused(workdir, count, own, f"process {victim} of {count} was lost", saved, "again", status=LOST)
-    return found or goes_on(workdir, count, uninterrupted(workdir, count))
+    return found or (goes_on(workdir, count, uninterrupted(workdir, count)) if again else "")
 
 
 def failed(workdir: Path, moment: str) -> str:
