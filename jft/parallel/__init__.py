@@ -4,7 +4,7 @@ from jft.parallel.agreement import Disagreement, agree, environment
 from jft.parallel.distributed import start
 from jft.parallel.memory import MemoryBudgetError, MemoryEstimate, check, device_budget, estimate, plan, refusal
 from jft.parallel.mesh import BATCH_AXES, batch_sharding, batch_shards, make_mesh, microbatches, put_batch, replicated
-from jft.parallel.peers import exchange, saving
+from jft.parallel.peers import exchange, saves
 from jft.parallel.sharding import RULES, dividing, names, shardings, shards, specs
 from jft.parallel.topology import topology_mesh
 
@@ -30,7 +30,7 @@ __all__ = [
     "put_batch",
     "refusal",
     "replicated",
-    "saving",
+    "saves",
     "shardings",
     "shards",
     "specs",

@@ -258,23 +258,30 @@ def _join(host: str, port: int, processes: int, process_id: int, deadline: float
         f"process {process_id}: the {processes} processes did not meet at {host}:{port} within {timeout:g} s. Did you start "
         "on every host, with the same coordinator, and can the hosts reach that port?"
     )
-    connection = _connect(host, port, deadline, message)
-    try:
-        connection.settimeout(max(deadline - time.monotonic(), 0.001))
-        connection.sendall(json.dumps({"process_id": process_id, "processes": processes}).encode() + b"\n")
-        answer = _line(connection)
-    except OSError:
+    # At the port there may still be the service of a run before this one.
+    patience = time.monotonic() + 2 * service.LINGER
+    while True:
+        connection = _connect(host, port, deadline, message)
+        try:
+            connection.settimeout(max(deadline - time.monotonic(), 0.001))
+            connection.sendall(json.dumps({"process_id": process_id, "processes": processes}).encode() + b"\n")
+            answer = _line(connection)
+        except TimeoutError:
+            connection.close()
+            raise TimeoutError(message) from None
+        except OSError:
+            answer = ""
+        if answer == "go":
+            return connection
         connection.close()
-        raise TimeoutError(message) from None
-    if answer == "go":
-        return connection
-    connection.close()
-    if answer.startswith(REFUSED):
-        raise ConnectionError(answer.removeprefix(REFUSED))
-    raise ConnectionError(
-        f"process {process_id}: {host}:{port} does not answer like a coordinator that waits for processes. Is the run "
-        "under way already (a process_id given twice), or does another program use that port?"
-    )
+        if answer.startswith(REFUSED):
+            raise ConnectionError(answer.removeprefix(REFUSED))
+        if time.monotonic() > min(patience, deadline):
+            raise ConnectionError(
+                f"process {process_id}: {host}:{port} does not answer like a coordinator that waits for processes. Is the run "
+                "under way already (a process_id given twice), or does another program use that port?"
+            )
+        time.sleep(0.5)
 
 
 def _line(connection: socket.socket) -> str:

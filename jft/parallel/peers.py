@@ -36,9 +36,8 @@ class Peers:
     the last line of a process; None while there is nothing to say.
     """
 
-    saved: Callable[[], str] | None = None
-
     def __init__(self, index: int, count: int, connections: Mapping[int, socket.socket], heartbeat: float):
+        self.saved: Callable[[], str] | None = None
         self.index, self.count, self._heartbeat = index, count, heartbeat
         self._connections = dict(connections)
         # Of process 0: values that wait for those of the others, and who has ended well.
@@ -218,7 +217,7 @@ class Peers:
     def exit(self, error: BaseException, status: int = 1, show: Callable[[], object] | None = None) -> NoReturn:
         """End this process for ``error``, which the others are told, and do not wait for them. show: in place of the line."""
         # The end of another process breaks the collectives of this one: the cause is on its way.
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if any(isinstance(e, jax.errors.JaxRuntimeError) for e in _chain(error)):
             time.sleep(CAUSE)
         with self._lock:
             ended, self._over = self._over, True
@@ -239,6 +238,13 @@ class Peers:
                 stream.flush()
         # JAX's own way out would wait for the others.
         os._exit(status)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it was raised for, as that of a checkpoint which could not be gathered."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _ended(process: int, how: str, reason: str, status: int) -> dict[str, Any]:
@@ -288,14 +294,7 @@ def _gathered(value: Any) -> list[Any]:
     return [json.loads(bytes(row[:n])) for row, n in zip(everyone, sizes, strict=True)]
 
 
-@contextlib.contextmanager
-def saving(saved: Callable[[], str]) -> Iterator[None]:
-    """While entered, ``saved()`` says in the last line of a process that ends for another what the run has saved."""
+def saves(saved: Callable[[], str] | None) -> None:
+    """From now on ``saved()`` says, in the last line of a process that ends for another, what the run has saved."""
     if _peers is not None:
         _peers.saved = saved
-    try:
-        yield
-    finally:
-        # Not after an error, whose line is still to come.
-        if _peers is not None and sys.exc_info()[0] is None:
-            _peers.saved = None

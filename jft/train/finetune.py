@@ -149,6 +149,8 @@ def _train(
     dry_run: bool,
 ) -> Any:
     """:func:`finetune` with its arguments checked, alone in its workdir."""
+    # Of a run before this one.
+    parallel.saves(None)
     # Before anything looks for the newest checkpoint.
     folder = None if workdir is None or dry_run else workdir / "checkpoints"
     notes = digests.set_aside(folder) if folder is not None and jax.process_index() == 0 else []
@@ -188,6 +190,7 @@ def _train(
     # The state: from the newest checkpoint, or from the start.
     training = Training(config, members, streams, trains, update, params)
     begin = training.begin(workdir, checkpoint, trains.decided, donate)
+    parallel.saves(training.checkpoints.saved if training.checkpoints else None)
 
     # What the user sees, the loop, and what came of it.
     report = Report(training, begin, memory, batch, tokenizer, callbacks)
@@ -197,8 +200,6 @@ def _train(
         # Closed in the reverse order: checkpoints first, which wait for the last write.
         for closing in (report, streams, *([training.checkpoints] if training.checkpoints else [])):
             stack.callback(closing.close)
-        if training.checkpoints:
-            stack.enter_context(parallel.saving(training.checkpoints.saved))
         trace = None
         if config.profile.steps and workdir is not None:
             trace = Profile(config.profile, training, report, begin, workdir / "profile")

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import socket
 import subprocess
@@ -87,3 +88,27 @@ def test_different_counts_are_refused():
     meet(3, 0)
     other.join()
     assert errors == ["process 1 was started for 2 processes, process 0 for 3"] * 2
+
+
+def test_the_service_of_a_run_before_may_have_the_port_for_a_while(monkeypatch):
+    monkeypatch.setattr(distributed.service, "LINGER", 2.0)
+    port = free_port()
+    before = socket.create_server(("localhost", port))
+    threading.Timer(0.3, before.close).start()
+
+    def stranger():
+        with contextlib.suppress(OSError):
+            connection, _ = before.accept()
+            connection.close()
+
+    threading.Thread(target=stranger).start()
+    other = []
+    thread = threading.Thread(target=lambda: other.append(distributed.meet(f"localhost:{port}", 2, 1, 10)))
+    thread.start()
+    connections = distributed.meet(f"localhost:{port}", 2, 0, 10)
+    thread.join()
+    assert [list(c) for c in (connections, *other)] == [[1], [0]]
+    connections[1].sendall(b"x")
+    assert other[0][0].recv(1) == b"x"
+    for connection in (connections[1], other[0][0]):
+        connection.close()

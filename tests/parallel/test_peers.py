@@ -18,6 +18,7 @@ MUTATIONS = [
     ("jft/parallel/peers.py", "        if len(set(points)) > 1:", "        if False:"),
     ("jft/parallel/peers.py", "            if now - sent > self._heartbeat / 4:", "            if False:"),
     ("jft/parallel/peers.py", "        elif waiting and self._ended:", "        elif False:"),
+    ("jft/parallel/peers.py", "error = error.__cause__ or error.__context__", "error = error.__cause__"),
     ("jft/parallel/peers.py", "last = max(self._steps.values()) + 1", "last = max(self._steps.values())"),
     ("jft/parallel/peers.py", "last = max(self._steps.values()) + 1", "last = min(self._steps.values()) + 1"),
 ]
@@ -191,6 +192,17 @@ def test_the_environment_is_what_decides_the_program(monkeypatch):
     assert facts["XLA_FLAGS"] == ["--xla_a=1"]
     assert facts["jax version"] == agreement.jax.__version__
     assert os.environ["XLA_FLAGS"].endswith("/here")
+
+
+def test_a_broken_collective_waits_for_its_cause(both, monkeypatch):
+    waits = []
+    monkeypatch.setattr(peers.time, "sleep", waits.append)
+    _, one = both.peers()
+    error = OSError("the checkpoint cannot be written")
+    error.__context__ = peers.jax.errors.JaxRuntimeError("Connection reset by peer")
+    with pytest.raises(Ended):
+        one.exit(error)
+    assert waits == [peers.CAUSE]
 
 
 @pytest.mark.parametrize(("who", "at", "last"), [(0, 6, 7), (1, 5, 6)])
