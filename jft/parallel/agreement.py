@@ -32,7 +32,7 @@ def environment() -> dict[str, Any]:
     return {
         "jft version": __version__,
         "jax version": jax.__version__,
-        **{name: getattr(jax.config, name) for name in names},
+        **{name: getattr(jax.config, name, None) for name in names},
         **{name: _flags(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
     }
 
