@@ -276,7 +276,9 @@ class Checkpoints:
         # The first process completes it; without that one nothing does.
         if self._write is not None and jax.process_index() == 0:
             concurrent.futures.wait([self._write[1]], FINISH)
-        whole = next((f.name for f in digests.steps(self.directory) if (f / digests.NAME).is_file()), None)
+        found = digests.steps(self.directory)
+        # Those with a digest are not read: they were whole, and the start that goes on reads them.
+        whole = next((f.name for f in found if (f / digests.NAME).is_file() or not digests.examine(f).damage), None)
         return (
             f"the last checkpoint in {self.directory} is that of step {whole}" if whole else "no checkpoint was saved"
         )

@@ -205,7 +205,11 @@ def _base_content(config: ModelConfig) -> str | None:
     if not config.source:
         return None
     directory = fetch(config.source)
-    return files.fingerprint([directory] if directory.is_file() else sorted(directory.iterdir()))
+    if directory.is_file():
+        return files.fingerprint([directory])
+    # What a model is made of; other files, as those of a download, may differ between hosts.
+    parts = [path for path in directory.iterdir() if path.suffix in (".json", ".safetensors")]
+    return files.fingerprint(parts)
 
 
 def build_model(
