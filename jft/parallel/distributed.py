@@ -77,7 +77,7 @@ def start(
     others = peers.connect(own_id, count, connections, heartbeat)
     server = None
     # JAX would notice a lost process by ending this one, and a long last step of another is no reason to.
-    waits = {"heartbeat_timeout_seconds": 100 + 10 * heartbeat, "shutdown_timeout_seconds": 24 * 3600}
+    waits = {"heartbeat_timeout_seconds": 100 + 10 * heartbeat, "shutdown_timeout_seconds": 3600}
     if own_id == 0:
         server = _serve(address, count, list(waits.values()))
         # A service that nobody uses: JAX has no way to start none.

@@ -277,6 +277,9 @@ def cases() -> dict[str, Callable[[Path], str]]:
         "SIGKILL/process 0 of 4, step": lambda d: struck(d, 4, 0, "step"),
         "SIGSTOP/process 1, step": stopped,
         **{f"{s.name}/process 1, step": lambda d, s=s: signalled(d, s) for s in runs.SIGNALS if s != signal.SIGKILL},
+        "SIGTERM/process 1, compile": lambda d: refused(
+            d, 2, {1: Process(act=("compile", signal.SIGTERM))}, "process 1 of 2 was stopped", status=EXIT_CODE
+        ),
         "resize/2 processes, 4, 1": resized,
         "absent/process 1": lambda d: refused(
             d,
