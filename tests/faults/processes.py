@@ -261,7 +261,7 @@ def cases() -> dict[str, Callable[[Path], str]]:
         ),
         "differs/dry run": lambda d: refused(d, 2, {1: Process(("--dry-run",))}, "dry_run is false on process 0"),
         "differs/content of the data": lambda d: refused(
-            d, 2, {1: Process(files={"data.jsonl": rows(65)})}, "content of data", "on process 1"
+            d, 2, {1: Process(files={"data.jsonl": rows(65)})}, "differ: content of data", "on process 1"
         ),
         "differs/number of processes": lambda d: refused(
             d, 2, {1: Process(("--config.distributed.processes=3",))}, "process 1 was started for 3 processes"
