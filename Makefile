@@ -73,7 +73,7 @@ format: $(VENV)/.test  ## Format and fix what can be fixed.
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-faults: $(VENV)/.test  ## Kills, signals, full disks, damage and second starts; prints the table of docs/faults.md.
+faults: $(VENV)/.test  ## Kills, signals, full disks, damage, second starts, several processes; prints the table of docs/faults.md.
 	$(BIN)/python -m tests.faults
 
 commands: $(VENV)/.test  ## Run every command on tiny files, and write what they print to docs/commands.md.

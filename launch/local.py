@@ -50,9 +50,9 @@ def stop(children: list[subprocess.Popen], signum: int = signal.SIGTERM) -> None
             child.send_signal(signum)
 
 
-def run(command: list[str], processes: int, devices: int) -> int:
-    """Run ``command`` in all processes to the end; the first failure's exit code, or 0."""
-    port = free_port()
+def run(command: list[str], processes: int, devices: int, port: int = 0) -> int:
+    """Run ``command`` in all processes to the end; the first failure's exit code, or 0. port: 0 for a free one."""
+    port = port or free_port()
     children = [
         subprocess.Popen(command, env=environment(i, processes, devices, port), stdout=subprocess.PIPE,
                          stderr=subprocess.STDOUT, text=True, bufsize=1)
@@ -93,6 +93,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2, help="how many processes")
     parser.add_argument("--devices", type=int, default=4, help="fake CPU devices in each")
+    parser.add_argument("--port", type=int, default=0, help="where they meet (default: a free one)")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
     args = parser.parse_args()
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
@@ -100,7 +101,7 @@ def main() -> int:
         parser.error("no command given: put it after --")
     if args.processes < 1 or args.devices < 1:
         parser.error("--processes and --devices are at least 1")
-    return run(command, args.processes, args.devices)
+    return run(command, args.processes, args.devices, args.port)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -81,6 +82,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    if not args.dry_run and shutil.which("gcloud") is None:
+        print("tpu_pod: there is no gcloud command; install the Google Cloud CLI and log in", file=sys.stderr)
+        return 127
     if args.dry_run:
         for call in steps(args, f"{REMOTE}.tar.gz"):
             print(shlex.join(call))
@@ -90,7 +94,9 @@ def main(argv: list[str] | None = None) -> int:
         pack(archive)
         *prepare, run = steps(args, str(archive))
         for call in prepare:
-            subprocess.run(call, check=True)
+            # gcloud has said why, on the last lines that are shown.
+            if code := subprocess.run(call).returncode:
+                return code
         for attempt in range(args.retries + 1):
             code = subprocess.run(run).returncode
             if code == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any, NoReturn
 
 from jft.cli.help import Formatter
@@ -36,3 +37,12 @@ class Parser(argparse.ArgumentParser):
         if rest:
             self.unknown(rest[0])
         return known
+
+
+def tell_others(error: BaseException, status: int) -> None:
+    """End this process with a line that the other processes of its run print as well; nothing for one by itself."""
+    # They came by way of it, or there are none.
+    module = sys.modules.get("jft.parallel.peers")
+    peers = module.current() if module else None
+    if peers is not None:
+        peers.exit(error, status)

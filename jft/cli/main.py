@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jft import terminal
-from jft.cli.errors import UsageError
+from jft.cli.errors import UsageError, tell_others
 from jft.names import nearest
 
 # What a user can cause and cure: bad values, missing files and extras, a full disk. All else is a bug: its traceback shows.
@@ -74,7 +74,8 @@ def call(argv: Sequence[str]) -> int:
     traceback = os.environ.get("JFT_TRACEBACK", "") not in ("", "0")
     try:
         return dispatch(argv)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        tell_others(error, 130)
         print("jft: interrupted", file=sys.stderr)
         # 128 + SIGINT, as shells report it.
         return 130
@@ -86,6 +87,7 @@ def call(argv: Sequence[str]) -> int:
     except USER_ERRORS as error:
         if traceback:
             raise
+        tell_others(error, 1)
         # On one line, whatever line breaks the message has.
         print(f"jft: {terminal.plain(' '.join(str(error).split()))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -88,11 +88,26 @@ def note_linearized(file: str | Path) -> None:
         print(f"note: {file} {trained}; as weights it is another model", file=sys.stderr)
 
 
-def start() -> None:
-    """Join the other processes of a multi-host run; with ``JFT_MULTIHOST=1`` JAX finds them (TPU pods, SLURM)."""
+def start(distributed: Any = None) -> None:
+    """Join the other processes of a multi-host run, of which the first alone prints.
+
+    distributed: the section of a config; what it leaves out is as the environment says, also with ``JFT_MULTIHOST=1``.
+    """
     from jft import parallel
 
-    parallel.start(cluster=os.environ.get("JFT_MULTIHOST", "") not in ("", "0"))
+    options: dict[str, Any] = {}
+    if distributed is not None:
+        options = dataclasses.asdict(distributed)
+        unset = {"coordinator": "", "processes": 0, "process_id": -1, "cluster": False}
+        options |= {key: None for key, value in unset.items() if options[key] == value}
+    if not parallel.start(**options):
+        return
+    import jax
+
+    if jax.process_index():
+        # By its number, since libraries in C++ write there as well.
+        sys.stdout.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def config_of(argv: Sequence[str]) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jft.cli import options, restored
-from jft.cli.errors import Parser
+from jft.cli.errors import Parser, tell_others
 
 EXAMPLES = """
   jft train --config=configs/llm.py:qwen2.5-0.5b,lora --workdir=runs/qwen
@@ -81,22 +81,26 @@ def main(argv: Sequence[str]) -> int:
         print(keys())
         return 0
     args, config = options.parse(parser, argv, may_add=may_add)
-    if args.print_config or args.dry_run:
-        print(resolved(config))
     if args.print_config:
+        print(resolved(config))
         return 0
     if not args.workdir and not args.dry_run:
         parser.error("--workdir=DIR is needed")
 
     from jft.train import FinishedError, Preempted, experiment
+    from jft.train.config import check
     from jft.train.preemption import EXIT_CODE, Watch
 
-    restored.start()
+    restored.start(check(config).distributed)
+    if args.dry_run:
+        print(resolved(config))
     try:
         # From the first moment, so that a signal while data and model load ends with the same status.
         with Watch():
             run = experiment.run(config, args.workdir, dry_run=args.dry_run)
     except Preempted as preemption:
+        if preemption.step is None:
+            tell_others(preemption, EXIT_CODE)
         _say(f"jft: {preemption}")
         return EXIT_CODE
     except FinishedError as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import abc
 import functools
-import hashlib
 import os
 import re
 import threading
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jft import tree
+from jft import files, tree
 from jft.delta import Dense, LowRank, file
 from jft.delta import manifest as manifests
 from jft.merge import host
@@ -33,8 +32,6 @@ from jft.names import nearest
 HEADS = ("lm_head.weight", "embed_out.weight")
 """Output heads, which a checkpoint with tied embeddings may lack."""
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
-PROBES = 32
-"""Slices of every file that a fingerprint reads."""
 
 
 class Source(abc.ABC):
@@ -158,7 +155,7 @@ class Directory(Source):
             self.checkpoint.release(self.tensor(name))
 
     def fingerprint(self) -> str:
-        return _fingerprint({entry.file for entry in self.entries.values()} | {self.path / "config.json"})
+        return files.fingerprint({entry.file for entry in self.entries.values()} | {self.path / "config.json"})
 
 
 class Adapter(Source):
@@ -191,7 +188,7 @@ class Adapter(Source):
             self.on.release(name)
 
     def fingerprint(self) -> str:
-        return _fingerprint(set(self.adapter.files)) + (f"+{self.on.fingerprint()}" if self.on else "")
+        return files.fingerprint(set(self.adapter.files)) + (f"+{self.on.fingerprint()}" if self.on else "")
 
 
 class VectorFile(Source):
@@ -275,7 +272,7 @@ class VectorFile(Source):
         return sum(self.header.entries[leaf.path].nbytes // max(1, len(leaf.names)) for leaf, _ in parts)
 
     def fingerprint(self) -> str:
-        return _fingerprint({self.path})
+        return files.fingerprint({self.path})
 
 
 class Piece(NamedTuple):
@@ -333,7 +330,7 @@ class StatisticsFile:
 
     def fingerprint(self) -> str:
         """A digest of the file."""
-        return _fingerprint({self.path})
+        return files.fingerprint({self.path})
 
 
 def _table(base: Directory) -> tuple[Mapping[str, Any], dict[str, tuple[int, ...]]]:
@@ -360,18 +357,3 @@ def open_source(reference: str, base: Directory | None, check: bool = True) -> S
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         return Adapter(path)
     return Directory(reference)
-
-
-def _fingerprint(files: set[Path]) -> str:
-    """A digest of sizes, headers and :data:`PROBES` slices of each file: all of a large model would take as long as merging."""
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        if not path.is_file():
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}:".encode())
-        with path.open("rb") as handle:
-            for start in range(0, size, max(1 << 16, size // PROBES)):
-                handle.seek(start)
-                digest.update(handle.read(1 << 16))
-    return digest.hexdigest()[:32]

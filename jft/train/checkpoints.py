@@ -25,9 +25,10 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jft import delta, files, tree
+from jft import delta, files, parallel, tree
 from jft.delta import file
 from jft.methods.registry import comparable
+from jft.parallel.agreement import dotted
 from jft.train import digests
 from jft.train.state import State
 from jft.tree import host
@@ -61,6 +62,7 @@ class Checkpointing:
 
 
 AGREE = 64  # steps after which several processes agree on whether a checkpoint is due by the clock
+FINISH = 5.0  # seconds for a write that has begun, where the run ends for another process
 SHOWN = 8  # differences named in an error
 
 
@@ -68,15 +70,8 @@ class Changed(ValueError):
     """The run in the workdir is another one: the same name, but not the same base, method, optimizer or data."""
 
 
-def _dotted(value: Any, prefix: str = "") -> dict[str, Any]:
-    # An empty section stays a value, so that one that gained a first key shows as changed.
-    if isinstance(value, Mapping) and value:
-        return {k: v for key, inner in value.items() for k, v in _dotted(inner, f"{prefix}{key}.").items()}
-    return {prefix.removesuffix("."): value}
-
-
 # Not what a run is: a longer run, other rows of metrics and other checkpoints go on from the same state.
-FREE = ("steps", "checkpoint", "log", "profile", "eval", "eval_data")
+FREE = ("steps", "checkpoint", "log", "profile", "eval", "eval_data", "distributed")
 # What a state may go on under, where the user says so. Another optimizer has another state.
 ACCEPTABLE = ("data.", "content.", "optimizer.", "objective.")
 # They follow from the config: shown where nothing of that has changed.
@@ -93,7 +88,7 @@ def _config_changes(saved: Any, now: Any) -> dict[str, tuple[Any, Any]]:
     if not isinstance(saved, Mapping) or not isinstance(now, Mapping):
         return {}
     # Both through JSON: what Orbax gives back has tuples where it was given lists.
-    old, new = (_dotted(json.loads(json.dumps(x))) for x in (saved, now))
+    old, new = (dotted(json.loads(json.dumps(x))) for x in (saved, now))
     keys = [k for k in sorted(old.keys() | new.keys()) if k.split(".")[0] not in FREE and old.get(k) != new.get(k)]
     return {k: (old.get(k, "nothing"), new.get(k, "nothing")) for k in keys}
 
@@ -143,7 +138,7 @@ def compare(
     """
     saved, now = _content(saved, now)
     # Through JSON, which makes lists of tuples and strings of keys, as the saved one went.
-    old, new = _dotted(comparable(saved)), _dotted(comparable(json.loads(json.dumps(now))))
+    old, new = dotted(comparable(saved)), dotted(comparable(json.loads(json.dumps(now))))
     # "nothing" is what messages show for an absent key, and equals no value that a run saves.
     keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k, "nothing") != new.get(k, "nothing")]
     if accept:
@@ -292,6 +287,18 @@ class Checkpoints:
             digests.clear(self.directory)
             raise self._refuse(step, _reason(error)) from None
 
+    def saved(self) -> str:
+        """What this run has saved, where it ends without its loop: a write that has begun may end first."""
+        # The first process completes it; without that one nothing does.
+        if self._write is not None and jax.process_index() == 0:
+            concurrent.futures.wait([self._write[1]], FINISH)
+        found = digests.steps(self.directory)
+        # Those with a digest are not read: they were whole, and the start that goes on reads them.
+        whole = next((f.name for f in found if (f / digests.NAME).is_file() or not digests.examine(f).damage), None)
+        return (
+            f"the last checkpoint in {self.directory} is that of step {whole}" if whole else "no checkpoint was saved"
+        )
+
     def renewed(self, identity: Mapping[str, Any], decided: Any = None) -> None:
         """Take over the identity and decision of the run after a reselection, for all checkpoints from now on."""
         self.identity |= identity
@@ -303,7 +310,9 @@ class Checkpoints:
             # At the last step too: a longer run may go on from there.
             return step % self.options.every == 0 or step == steps
         late = bool(self.options.minutes) and time.monotonic() - self._since >= 60 * self.options.minutes
-        return late if jax.process_count() == 1 else step % AGREE == 0 and _of_first_process(late)
+        return (
+            late if jax.process_count() == 1 else step % AGREE == 0 and parallel.exchange("checkpoint.minutes", late)[0]
+        )
 
     @property
     def latest(self) -> int | None:
@@ -356,7 +365,8 @@ class Checkpoints:
         inside = {f"{path}:{name}": host(x) for path, (tensors, _) in packed.items() for name, x in tensors.items()}
         # Left out where nothing has settled, as in every run without a schedule.
         arrays = {"settled": inside} if inside else {}
-        run = {"identity": self.identity, "positions": _gather(position), "settled": constants, "decided": self.decided}
+        positions = parallel.exchange("positions of the data", position)
+        run = {"identity": self.identity, "positions": positions, "settled": constants, "decided": self.decided}
         run["config"] = self.config
         try:
             response = self._checkpointer.save_checkpointables_async(
@@ -458,26 +468,3 @@ def _quiet() -> None:
 
 def _not_orbax(record: logging.LogRecord) -> bool:
     return f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-def _of_first_process(flag: bool) -> bool:
-    """The flag of the first process, on all: their clocks differ."""
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
-
-
-def _gather(position: Any) -> list[Any]:
-    """The positions of all processes, in order."""
-    if jax.process_count() == 1:
-        return [position]
-    # Imported here: it is needed with several processes only.
-    from jax.experimental import multihost_utils
-
-    encoded = np.frombuffer(json.dumps(position).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray(encoded.size))
-    # An all-gather takes equal shapes, and positions are JSON of any length.
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: encoded.size] = encoded
-    everyone = multihost_utils.process_allgather(padded)
-    return [json.loads(bytes(row[:n])) for row, n in zip(np.asarray(everyone), sizes, strict=True)]

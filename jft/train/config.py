@@ -124,6 +124,18 @@ class ProfileConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """The processes of a run, see :func:`jft.parallel.start`. How it is started, not what it is."""
+
+    coordinator: str = _key("", "of several processes: host:port of process 0; empty: $JFT_COORDINATOR")
+    processes: int = _key(0, "how many there are; 0: $JFT_NUM_PROCESSES, else 1")
+    process_id: int = _key(-1, "which of them this one is, from 0; -1: $JFT_PROCESS_ID")
+    cluster: bool = _key(False, "find all three as the scheduler says (TPU pods, SLURM, ...), as does $JFT_MULTIHOST=1")
+    timeout: int = _key(300, "seconds to wait for all processes to come")
+    heartbeat: int = _key(60, "seconds without a sign of life after which a process counts as lost, and the others end")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A run."""
 
@@ -151,6 +163,11 @@ class Config:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+
+    def written(self) -> dict[str, Any]:
+        """What ``config.json`` and the result say: all but how the processes were started."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "distributed"}
 
 
 def default() -> ConfigDict:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jft import data, methods, models, parallel, tree
+from jft import data, files, methods, models, parallel, tree
 from jft.data.config import derived, in_chat
 from jft.models.loading import describe, fetch
 from jft.names import nearest
@@ -59,6 +59,8 @@ def run(config: Any, workdir: str | Path | None, *, callbacks: Sequence[Any] = (
     mesh = parallel.make_mesh(dataclasses.asdict(config.mesh))
     # A dry run has none, so that it can write nothing.
     workdir = None if dry_run or workdir is None else _directory(workdir)
+    where = {"workdir": None if workdir is None else str(workdir.absolute()), "dry_run": dry_run}
+    parallel.agree("config", {**config.written(), **where, **parallel.environment()})
     # Before the data, which writes a tokenizer there.
     with lock.of_all(workdir) if workdir is not None else contextlib.nullcontext():
         return _run(config, sections, method, mesh, workdir, callbacks, dry_run)
@@ -77,6 +79,11 @@ def _run(
     # Before the model, whose vocabulary and number of classes may come from the data.
     train, test = loaders(config, workdir)
     tokenizer = train.tokenizer
+    if jax.process_count() > 1:
+        # Each process reads files of its own, which may be others under the same path. Before the look at all records, which
+        # would tell of what came of that.
+        contents = {"content of data": train.fingerprint, "content of eval_data": test.fingerprint if test else None}
+        parallel.agree("content", {**contents, "content of model.source": _base_content(config.model)})
     highest = look(config, train, test)
     _say(config, _length(config, train))
     # One device needs no mesh, and programs without shardings are the simplest.
@@ -86,7 +93,7 @@ def _run(
     if test is not None:
         feed.check(test.largest(), model, None)
     source = config.model.source or config.model.arch
-    manifest = {"source": source, "data": config.data, "config": dataclasses.asdict(config)}
+    manifest = {"source": source, "data": config.data, "config": config.written()}
     return finetune(
         model,
         params,
@@ -188,9 +195,21 @@ def _member(
         out["data"], out["eval_data"] = loaders(changed, workdir, shared[0])
         look(changed, out["data"], out["eval_data"])
     # `config.json` of a member is that of a run by itself, which `jft train` could repeat.
-    written = dataclasses.asdict(dataclasses.replace(changed, fleet=()))
+    written = dataclasses.replace(changed, fleet=()).written()
     written["optimizer"] |= section.get("optimizer", {})
     return {**out, "manifest": {"data": changed.data, "config": written}}
+
+
+def _base_content(config: ModelConfig) -> str | None:
+    """A digest of the files of a pretrained base."""
+    if not config.source:
+        return None
+    directory = fetch(config.source)
+    if directory.is_file():
+        return files.fingerprint([directory])
+    # What a model is made of; other files, as those of a download, may differ between hosts.
+    parts = [path for path in directory.iterdir() if path.suffix in (".json", ".safetensors")]
+    return files.fingerprint(parts)
 
 
 def build_model(

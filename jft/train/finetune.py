@@ -7,13 +7,14 @@ import dataclasses
 import math
 import sys
 import time
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 
-from jft import parallel
+from jft import parallel, tree
 from jft.compiled import forget_if_crowded
 from jft.methods import Method
 from jft.train import digests, lock, model_check, reselection, step
@@ -129,6 +130,7 @@ def finetune(
     # Before data is opened, whose loaders start threads.
     members.check(config)
     workdir = None if workdir is None else Path(workdir)
+    _agree(config, members, params, workdir, checkpoint, dry_run)
     further = (checkpoint, tokenizer, donate, callbacks, dry_run)
     if workdir is None or dry_run:
         return _train(config, members, params, workdir, None, *further)
@@ -150,20 +152,22 @@ def _train(
     dry_run: bool,
 ) -> Any:
     """:func:`finetune` with its arguments checked, alone in its workdir."""
+    # Of a run before this one.
+    parallel.saves(None)
     # Before anything looks for the newest checkpoint.
     folder = None if workdir is None or dry_run else workdir / "checkpoints"
     notes = digests.set_aside(folder) if folder is not None and jax.process_index() == 0 else []
-    if folder is not None and jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        # Nobody looks for the newest checkpoint before the damaged ones are out of the way.
-        multihost_utils.sync_global_devices("checkpoints verified")
+    # Nobody looks for the newest checkpoint before the damaged ones are out of the way.
+    parallel.exchange("checkpoints verified", None)
     streams = Streams(members, config.model)
     # What is wrong with the first batches is found now; peeked at, so training still begins with them.
     streams.peek()
     # The objective follows from the fields of a batch.
     config = config.filled(params, streams.feed(0).largest())
     streams.check_labels(model_check.classes(config.model, params, streams.feed(0).peek(), config.objective))
+    if jax.process_count() > 1:
+        shapes = tree.flatten(streams.feed(0).largest(known=False))
+        parallel.agree("batch", {f"batch.{path}": f"{x.shape} {x.dtype} a process" for path, x in shapes.items()})
 
     # What trains: by name, or as the run that is taken up says, or found now from the base and the first batches.
     trains = reselection.find(config, members, streams, params, workdir)
@@ -190,6 +194,7 @@ def _train(
     # The state: from the newest checkpoint, or from the start.
     training = Training(config, members, streams, trains, update, params)
     begin = training.begin(workdir, checkpoint, trains.decided, donate)
+    parallel.saves(training.checkpoints.saved if training.checkpoints else None)
 
     # What the user sees, the loop, and what came of it.
     report = Report(training, begin, memory, batch, tokenizer, callbacks)
@@ -216,6 +221,34 @@ def _train(
         # It came while the result was written; a caller with more to do must not go on.
         raise Preempted(config.steps, finished=True)
     return runs if members.stacked else runs[0]  # type: ignore[return-value]
+
+
+def _agree(
+    config: RunConfig, members: Members, params: Any, workdir: Path | None, checkpoint: Any, dry_run: bool
+) -> None:
+    """Refuse processes that would compile other programs, or go through them in another way."""
+    if jax.process_count() == 1:
+        return
+    each = {
+        m.name or "run": {
+            **{"seed": m.seed, "method": m.method, "optimizer": m.optimizer},
+            "content of data": getattr(m.data, "fingerprint", None),
+        }
+        for m in members
+    }
+    leaves = {path: f"{x.shape} {x.dtype} {_sample(x)}" for path, x in tree.flatten(params).items()}
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "model"}
+    settings |= {"model": getattr(config.model, "config", config.model), "samples": config.samples is not None}
+    settings |= {"mesh": config.mesh and dict(config.mesh.shape), "workdir": workdir, "checkpoint": checkpoint}
+    parallel.agree("settings", {**settings, "dry_run": dry_run, **each, "params": leaves, **parallel.environment()})
+
+
+def _sample(x: Any) -> str:
+    """A checksum of values of an array, where this process has all of them."""
+    if not tree.visible(x):
+        return ""
+    values = tree.host(x).reshape(-1)
+    return f"{zlib.crc32(values[:: max(1, values.size >> 16)].tobytes()):08x}"
 
 
 def _steps(steps: int | None, epochs: float | None, data: Sequence[Any]) -> int:

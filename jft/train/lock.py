@@ -14,9 +14,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
+import jax
 
-from jft import strict_json
+from jft import parallel, strict_json
 
 NAME = ".lock"
 # Of file systems without locks (gcsfuse, some of FUSE): a run there goes on without one.
@@ -77,8 +77,6 @@ def _acquire(directory: Path) -> int | None:
 @contextlib.contextmanager
 def of_all(directory: Path) -> Iterator[None]:
     """:func:`held` by the first process for all of a run; the others are refused with it."""
-    import jax
-
     with contextlib.ExitStack() as stack:
         refusal = None
         if jax.process_index() == 0:
@@ -86,14 +84,9 @@ def of_all(directory: Path) -> Iterator[None]:
                 stack.enter_context(held(directory))
             except OSError as error:
                 refusal = error
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            free = bool(multihost_utils.broadcast_one_to_all(np.asarray(refusal is None)))
-            if not free and refusal is None:
-                refusal = Locked(f"{directory} cannot be locked by the first process, which says why")
-        if refusal is not None:
-            raise refusal
+        first = parallel.exchange("lock of the workdir", None if refusal is None else str(refusal))[0]
+        if first is not None:
+            raise refusal or Locked(first)
         yield
 
 

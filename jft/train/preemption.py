@@ -35,8 +35,8 @@ class Watch:
     Before :meth:`begin` there is nothing to save, and they do so at once; after it they are noted, and the loop stops where
     it can save. A second SIGINT interrupts at once. SIGHUP stays ignored where it is (``nohup``).
 
-    Signals reach Python in the main thread only; elsewhere nothing is watched. With several processes SIGTERM is left to
-    JAX's preemption service, which finds a step at which all of them stop.
+    Signals reach Python in the main thread only; elsewhere nothing is watched. Of several processes one that is told to stop
+    stops all, after one step. (Not by JAX's preemption service: Orbax tells it of steps of its own, in the background.)
     """
 
     def __init__(self) -> None:
@@ -45,11 +45,16 @@ class Watch:
         self._begun = False
 
     def __enter__(self) -> Watch:
+        # Here, since `jft.train` itself is imported without JAX.
         import jax
 
-        self._many = jax.process_count() > 1
+        from jft.parallel import peers
+
+        self._peers = peers.current()
+        # Processes that were connected in another way have JAX's service alone, which takes SIGTERM.
+        self._by_jax = self._peers is None and jax.process_count() > 1
         # `signal.signal` raises anywhere else.
-        if threading.current_thread() is threading.main_thread() and not self._many:
+        if threading.current_thread() is threading.main_thread() and not self._by_jax:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._note)
@@ -69,19 +74,21 @@ class Watch:
 
     @property
     def noted(self) -> bool:
-        """Whether a signal has come, to this process."""
-        return self._stop.is_set()
+        """Whether a signal has come since the loop's last look; of several processes one alone cannot stop then."""
+        return self._stop.is_set() and self._peers is None
 
     def reached(self, step: int) -> bool:
         """Whether to stop after ``step``; the same answer on every process."""
-        if not self._many:
-            return self._stop.is_set()
-        from jax.experimental import multihost_utils
+        if self._by_jax:
+            from jax.experimental import multihost_utils
 
-        return bool(multihost_utils.reached_preemption_sync_point(step))
+            return bool(multihost_utils.reached_preemption_sync_point(step))
+        return self._stop.is_set() if self._peers is None else self._peers.reached(step, self._stop.is_set())
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._peers is not None:
+            self._peers.rest()
         for number, handler in self._previous.items():
             signal.signal(number, handler)

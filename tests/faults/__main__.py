@@ -4,7 +4,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.faults import runs
+from tests.faults import processes, runs
 
 
 def main() -> int:
@@ -13,11 +13,13 @@ def main() -> int:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "whole"
-        runs.train(whole)
-        for i, (name, case) in enumerate(runs.cases().items()):
+        cases = {name: lambda d, c=case: c(d, whole) for name, case in runs.cases().items()} | processes.cases()
+        if any(part in name for name in runs.cases()):
+            runs.train(whole)
+        for i, (name, case) in enumerate(cases.items()):
             if part in name:
                 try:
-                    results[name] = case(Path(folder) / str(i), whole)
+                    results[name] = case(Path(folder) / str(i))
                 except Exception as error:  # a case of many: the others still run
                     results[name] = f"{type(error).__name__}: {error}"[:300]
                 print(f"{name}: {results[name] or 'holds'}", file=sys.stderr, flush=True)

@@ -38,6 +38,20 @@ def test_copies_the_tracked_files_and_retries(tmp_path):
         assert "pyproject.toml" in archive.getnames()
 
 
+def test_ends_with_the_reason_of_gcloud(tmp_path):
+    fake = tmp_path / "gcloud"
+    fake.write_text("#!/bin/sh\necho 'ERROR: (gcloud) no such slice' >&2\nexit 3\n")
+    fake.chmod(0o755)
+    for path, code, last in (
+        (f"{tmp_path}:/usr/bin:/bin", 3, "ERROR: (gcloud)"),
+        (f"{tmp_path}/nothing", 127, "tpu_pod: there is no"),
+    ):
+        done = subprocess.run([*BASE, "--", "jft"], env={"PATH": path}, capture_output=True, text=True)
+        assert done.returncode == code
+        assert done.stderr.splitlines()[-1].startswith(last), done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
 def test_wrong_use_is_refused():
     for extra, message in ([], "no command"), (["--env", "A", "--", "x"], "NAME=VALUE"):
         done = subprocess.run([*BASE, *extra], capture_output=True, text=True)

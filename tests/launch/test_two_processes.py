@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import jft
+from jft.cli import options
+from jft.train import experiment
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "launch" / "local.py"
 CONFIG = """
@@ -35,21 +37,28 @@ def get_config():
 """
 
 
-def start(tmp_path, processes, name):
-    (tmp_path / "config.py").write_text(CONFIG)
-    train = ["-m", "jft", "train", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / name}"]
-    command = [sys.executable, str(SCRIPT), "--processes", str(processes), "--devices", str(8 // processes), "--"]
+def start(tmp_path):
+    """Two processes of four devices, by the launcher."""
+    train = ["-m", "jft", "train", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'two'}"]
+    command = [sys.executable, str(SCRIPT), "--processes", "2", "--devices", "4", "--"]
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run([*command, sys.executable, *train], capture_output=True, text=True, timeout=540, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-    return rows, jft.TaskVector.load(tmp_path / name / "task_vector.safetensors")
+    assert "[1]" not in done.stdout, "one process prints"
+
+
+def result(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return rows, jft.TaskVector.load(workdir / "task_vector.safetensors")
 
 
 @pytest.mark.slow
 def test_two_processes_of_four_devices_equal_one_of_eight(tmp_path):
-    one, one_vector = start(tmp_path, 1, "one")
-    two, two_vector = start(tmp_path, 2, "two")
+    (tmp_path / "config.py").write_text(CONFIG)
+    # In this process, which has eight devices.
+    experiment.run(options.load(str(tmp_path / "config.py")), tmp_path / "one")
+    start(tmp_path)
+    (one, one_vector), (two, two_vector) = result(tmp_path / "one"), result(tmp_path / "two")
     losses = lambda rows: [r["loss"] for r in rows]
     assert len(one) == len(two) == 7
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)

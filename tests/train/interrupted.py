@@ -1,5 +1,6 @@
 """A tiny run in a process (or several) of its own, for tests that stop it: python -m tests.train.interrupted WORKDIR STEPS."""
 
+import atexit
 import os
 import sys
 import time
@@ -45,11 +46,16 @@ def main(workdir: str, steps: str) -> None:
     print(f"heavy modules: {sorted(heavy)}", flush=True)
 
 
-def forked(output, workdir: str, steps: str) -> None:
+def forked(output, workdir: str, steps: str, environment: dict[str, str]) -> None:
     """The same in a fork of a process that has imported all of it; what it prints goes through the connection ``output``."""
     for stream in (sys.stdout, sys.stderr):
         os.dup2(output.fileno(), stream.fileno())
-    main(workdir, steps)
+    os.environ |= environment
+    try:
+        main(workdir, steps)
+    finally:
+        # Which processes of multiprocessing leave out: the others would take this one for lost.
+        atexit._run_exitfuncs()
 
 
 if __name__ == "__main__":

@@ -36,13 +36,13 @@ def start(workdir, steps, **more):
 class Forked:
     """A run in a fork of a process that has imported jft, which is most of the start of so short a run; used like Popen."""
 
-    def __init__(self, workdir, steps):
+    def __init__(self, workdir, steps, **environment):
         # No program is compiled and no thread runs in the process that forks.
         context = multiprocessing.get_context("forkserver")
         modules = [module.name for module in pkgutil.iter_modules(presets.__path__, "jft.presets.")]
         context.set_forkserver_preload([interrupted.__name__, "jft.train.finetune", "jft.train.checkpoints", *modules])
         self.output, output = context.Pipe(duplex=False)
-        self.process = context.Process(target=interrupted.forked, args=(output, str(workdir), str(steps)))
+        self.process = context.Process(target=interrupted.forked, args=(output, str(workdir), str(steps), environment))
         self.process.start()
         output.close()
         self.stdout = open(self.output.fileno(), closefd=False)  # noqa: SIM115
@@ -106,9 +106,10 @@ def test_two_processes_stop_at_the_same_step(tmp_path):
         with socket.socket() as calibration:
             calibration.bind(("localhost", 0))
             shared = {"JFT_COORDINATOR": f"localhost:{calibration.getsockname()[1]}", "JFT_NUM_PROCESSES": "2"}
-        return [start(tmp_path / "two", 60, JFT_PROCESS_ID=str(i), **shared) for i in (0, 1)]
+        return [Forked(tmp_path / "two", 60, JFT_PROCESS_ID=str(i), **shared) for i in (0, 1)]
 
-    finish(start(tmp_path / "one", 60))
+    # In this process, whose start and programs are there.
+    interrupted.main(str(tmp_path / "one"), "60")
     first, second = pair()
     assert step_after(first, 10)
     second.send_signal(signal.SIGTERM)
