@@ -21,6 +21,7 @@ import jax
 import jaxlib
 import pytest
 from jax._src.interpreters import mlir
+from jax._src.lib.mlir import ir
 
 OPTIMIZED = os.environ.get("JFT_TEST_OPTIMIZED") == "1"
 CACHE = os.environ.get("JFT_TEST_CACHE", os.path.join(tempfile.gettempdir(), "jft-test-cache"))
@@ -45,8 +46,15 @@ def compile_cheaply() -> None:
         os.environ["XLA_FLAGS"] = " ".join([given, *flags])
         jax.devices()  # reads the flags
         os.environ["XLA_FLAGS"] = given  # libtpu reads them too, later, and does not have these either
-        # JAX makes an MLIR context for each program, in a sixth of the time that most programs here take from start to end.
-        mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+        mlir.make_ir_context = functools.partial(context, functools.cache(mlir.make_ir_context), mlir.make_ir_context)
+
+
+def context(shared, new):
+    """The MLIR context for a program, one for all: to make one takes a sixth of what most programs here take in all.
+
+    What is computed while another program is lowered needs one of its own, since the shared one is within that program.
+    """
+    return new() if ir.Context.current else shared()
 
 
 compile_cheaply()

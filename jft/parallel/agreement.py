@@ -86,9 +86,12 @@ def _values(texts: list[str]) -> str:
     groups: dict[str, list[int]] = {}
     for k, text in enumerate(texts):
         groups.setdefault(text, []).append(k)
+    # Long values from just before they differ, or they would look the same.
+    start = max(0, len(os.path.commonprefix(texts)) - LENGTH // 4) if max(map(len, texts)) > LENGTH else 0
     out = []
     for text, members in groups.items():
-        short = text if len(text) <= LENGTH else f"{text[:LENGTH]}..."
+        end = start + LENGTH
+        short = f"{'...' if start else ''}{text[start:end]}{'...' if text[end:] else ''}"
         who = ", ".join(map(str, members[:SHOWN])) + (
             f" and {len(members) - SHOWN} more" if len(members) > SHOWN else ""
         )

@@ -135,7 +135,7 @@ def test_a_second_start_runs_nothing(workdir, capsys):
 @pytest.mark.slow
 def test_a_fleet_gives_each_task_what_a_run_by_itself_would(workdir, tmp_path):
     """The task vectors of the fleet of all tasks, from a study that trains them one by one; and of one that is missing."""
-    some = ["rotated", "parity"]
+    some = ["upright", "rotated", "inverted"]
     alone, once_more = tmp_path / "alone" / "quickstart", tmp_path / "quickstart"
     alone.parent.mkdir()
     alone.parent.joinpath("small.py").write_text(shortened(some, ["full"]))

@@ -26,8 +26,8 @@ MUTATIONS = [
     ("jft/merge/spheres.py", "& (carry[2] < steps)", "& (carry[2] < 1)"),
     (
         "jft/merge/spheres.py",
-        "_without_gradient(jnp.sum(weights * norms, axis=0) * mean",
-        "return _change(tensor, mean",
+        "_without_gradient(jnp.sum(weights * norms, axis=0) * mean)",
+        "_without_gradient(mean)",
     ),
     (
         "jft/merge/spheres.py",
