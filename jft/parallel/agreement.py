@@ -87,7 +87,8 @@ def _values(texts: list[str]) -> str:
     for k, text in enumerate(texts):
         groups.setdefault(text, []).append(k)
     # Long values from just before they differ, or they would look the same.
-    start = max(0, len(os.path.commonprefix(texts)) - LENGTH // 4) if max(map(len, texts)) > LENGTH else 0
+    same = next((i for i, each in enumerate(zip(*texts, strict=False)) if len(set(each)) > 1), min(map(len, texts)))
+    start = max(0, same - LENGTH // 4) if max(map(len, texts)) > LENGTH else 0
     out = []
     for text, members in groups.items():
         end = start + LENGTH
