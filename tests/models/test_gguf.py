@@ -13,6 +13,7 @@ import jft
 from jft import tree
 from jft.data.tokenizer import load as load_tokenizer
 from jft.data.tokenizer import train_bpe
+from jft.gguf import tokenizer as gguf_tokenizer
 from jft.models import LoadError, Model
 from jft.models.decoder import DecoderConfig
 from jft.models.moe import Experts
@@ -368,3 +369,8 @@ def test_smollm2():
     assert jft.generate(
         model, params, ["What is the capital of France?"], tokenizer=str(file), chat=True, max_tokens=16
     ) == ["The capital of France is Paris."]
+
+
+def test_merges_of_the_best_score_come_first():
+    merges = gguf_tokenizer._merges(["a", "b", "c", "bc", "ab"], [0.0, 0.0, 0.0, -2.0, -1.0])
+    assert merges == [("a", "b"), ("b", "c")]
