@@ -11,13 +11,12 @@ from jft.data.tokenizer import byte_tokenizer
 from jft.models import Model
 from jft.models.clip import ClipConfig, TextConfig
 from jft.models.vision import VisionConfig
+from tests.analysis import devices
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    devices = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *_: devices)
+    with devices.first(1):
         yield
 
 

@@ -13,6 +13,7 @@ import jft
 from jft import merge
 from jft.analysis import merging, merging_inputs, merging_plots, merging_rules, run_store, study
 from jft.cli import main
+from tests.analysis import devices
 from tests.merge.test_registry import OTHERS
 
 CONFIG = Path(__file__).parents[2] / "configs" / "merging.py"
@@ -56,9 +57,7 @@ MUTATIONS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    devices = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *_: devices)
+    with devices.first(1):
         yield
 
 

@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import pytest
 
 import jft
 from jft.analysis import run_store, settings, study, task_runs
 from jft.cli import main
+from tests.analysis import devices
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
 TASKS, METHODS = ["upright", "rotated", "inverted", "parity"], ["full", "bitfit", "masking", "linear", "posthoc"]
@@ -58,10 +58,7 @@ SMALL = [
 
 @pytest.fixture(scope="module", autouse=True)
 def two_devices():
-    """A machine of two devices: more prove no more here, and these small steps mostly wait for each other on them."""
-    devices = jax.devices()[:2]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *_: devices)
+    with devices.first(2):
         yield
 
 
